@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 CUDA_TRITONS = 3.4.0 3.5.1 3.6.0 3.7.0 3.7.1 3.8.0 3.9.0
 
-.PHONY: setup demo test test-all test-ray gpu-compile gpu-proof check docs format clean
+.PHONY: setup demo test test-all test-ray gpu gpu-compile gpu-proof check docs format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test    set up, then the test suite; of the largest products of parameters a sample"
 	@echo "make test-all  set up, then every case of the test suite, as CI does"
 	@echo "make test-ray  the tests of training on a Ray cluster, whose packages go beside the others: build/ray"
+	@echo "make gpu     45 minutes with a rented CUDA GPU: values, times, steps, serving; what is done is not run again (GPU=--rehearse: on the CPU)"
 	@echo "make gpu-compile  compile every form of every Triton kernel by each Triton that torch pins, for six capabilities: an hour on two cores"
 	@echo "make gpu-proof  what can be proven of the GPU kernels without one: order, bounds and memory in Triton's interpreter, few forms compiled"
 	@echo "make check   lint, types, layers"
@@ -59,6 +60,10 @@ test-ray: setup
 	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["ray"], sep="\n")' > build/ray/needed.txt
 	@$(BIN)/python -m pip --python build/ray/bin/python install --quiet --no-compile --requirement build/ray/needed.txt
 	OMP_NUM_THREADS=1 build/ray/bin/python -m pytest --durations=5 $(RAY_TESTS)
+
+# Without setup: a rented machine has a torch of its own, and maybe no network (scripts/gpu_wheels.py).
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu $(GPU)
 
 gpu-compile: setup
 	$(BIN)/python scripts/compile_triton.py --triton $(CUDA_TRITONS) --capability 8.0 8.6 8.9 9.0 10.0 12.0

@@ -19,7 +19,12 @@ def write_tiny(folder: Path) -> str:
         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(N_TOKENS)}, unk_token="w1"))
+    write_tokenizer(folder, N_TOKENS)
+    return str(folder)
+
+
+def write_tokenizer(folder: Path, n_tokens: int) -> None:
+    """Write a tokenizer of so many words into a model's folder."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(n_tokens)}, unk_token="w1"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w1", eos_token="w0").save_pretrained(folder)
-    return str(folder)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.kernels.gpu_step import random_llama
+from bench.gpu.steps import random_llama
 from bench.report import Rows, ends_as_interrupted, working
 from bench.same import stir
 from veneer import BitsAndBytesConfig, LoraConfig, get_peft_model, shard_base
@@ -56,7 +56,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = args.model or Path(folder)
         if args.model is None:
-            random_llama(place, args.rehearse)
+            random_llama(place, "tiny" if args.rehearse else "0.7b")
         return launched(
             [sys.executable, "-m", "bench.training.scale", *sys.argv[1:], "--rank-of", str(place)], args.processes
         )

@@ -278,9 +278,9 @@ def test_quality_of_a_model_whose_adapter_is_not_heard(script: Script) -> None:
 
 def test_a_step_on_a_gpu(script: Script, fault: Fault, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    module = script("gpu_step")
+    module = script("steps")
     spoil(monkeypatch, module, "adapted", fault, "veneer")
-    module.random_llama(tmp_path, tiny=True)
+    module.random_llama(tmp_path, "tiny")
     with pytest.raises(script("same").PartedError, match="part by"):
         module.compare("dense", tmp_path, torch.device("cpu"), tiny=True)
 

@@ -28,6 +28,18 @@ def test_the_table_is_made_from_the_results(script: ModuleType) -> None:
     assert script.page(text) == text, "run python scripts/benchmark_table.py"
 
 
+def test_the_tables_of_gpus_are_made_from_the_kept_files(script: ModuleType, tmp_path: Path) -> None:
+    text = script.GPU_PAGE.read_text(encoding="utf-8")
+    assert script.gpu_page(text) == text, "run python scripts/benchmark_table.py"
+    row = {"stage": 3, "case": "times, norms", "result": "passed", "commit": "0123456789"}
+    row["figures"] = [{"what": "RMSNorm, bfloat16", "ms": 0.5}]
+    (tmp_path / "A100.jsonl").write_text(json.dumps(row))
+    made = script.gpu_page(text, tmp_path)
+    assert "## A100, commit 0123456789\n" in made
+    assert "| times, norms | RMSNorm, bfloat16 | 0.5 |" in made
+    assert "No card" not in made.partition("<!-- gpu -->")[2]
+
+
 TYPED = {
     "dpo-step", "export", "loading", "optimizer", "planning", "quantizing", "serving-adapters", "serving-arrivals",
     "serving-base", "serving-cold", "serving-one", "sweep", "training-mixed", "training-packed", "training-step",

@@ -1,8 +1,8 @@
-"""The cases of `gpu.py`: each op of ours, the peer's way to the same values, and inputs."""
+"""The ops that `kernels.py` checks and times: ours, the peer's way to the same values, and inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -34,14 +34,14 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 class Sizes:
     """Sizes of the cases: tokens in rows of `length`, a model's widths, and the sequences of a step of serving."""
 
-    length: int = 1024
-    rows: int = 4
-    width: int = 2048
-    inner: int = 5632
-    classes: int = 32000
+    length: int
+    rows: int
+    width: int = 4096
+    inner: int = 14336
+    classes: int = 128256
     heads: int = 32
     kv_heads: int = 8
-    head_dim: int = 64
+    head_dim: int = 128
     sequences: int = 32
 
     @property
@@ -49,6 +49,7 @@ class Sizes:
         return self.rows * self.length
 
 
+CHECKED, TIMED = Sizes(length=512, rows=2), Sizes(length=2048, rows=4)  # widths of a Llama of 8 billion
 TINY = Sizes(length=37, rows=2, width=64, inner=96, classes=211, heads=4, kv_heads=2, head_dim=16, sequences=3)
 
 
@@ -83,20 +84,6 @@ class Maker:
 
     def trained(self, *shape: int) -> Tensor:
         return self.frozen(*shape).requires_grad_()
-
-
-def cases(make: Maker) -> Iterator[Case]:
-    yield from _norms(make)
-    yield from _elementwise(make)
-    yield _dropout(make)
-    yield _head(make)
-    yield _attention_of_a_batch(make)
-    yield _packed_attention(make)
-    yield from _four_bit(make)
-    yield from _int8(make)
-    yield _blockwise(make)
-    yield _grouped(make)
-    yield from _serving(make)
 
 
 def _norms(make: Maker) -> Iterator[Case]:
@@ -342,14 +329,6 @@ def _grouped(make: Maker) -> Case:
     return Case(name="8 adapters in one pass", inputs=[make.trained(s.tokens, s.width), *factors], ours=ours, peer=peer)
 
 
-def _serving(make: Maker) -> Iterator[Case]:
-    """The ops of serving, whose kernels have no float16."""
-    if make.dtype in DTYPES:
-        yield _pairs_of_versions(make)
-        yield _paged_attention(make)
-    yield _draws(make)
-
-
 def _pairs_of_versions(make: Maker) -> Case:
     """Two tokens of each version, at layers that share their input; the peer multiplies version by version."""
     s, n_versions = make.sizes, make.sizes.sequences
@@ -422,3 +401,22 @@ def _draws(make: Maker) -> Case:
     ours = lambda x: draw(x, rules, backend=make.backend).tokens  # noqa: E731
     exact = lambda: (draw(logits.cpu(), rules, backend="reference").tokens,)  # noqa: E731
     return Case(name="draws", inputs=[logits], ours=ours, peer=peer, exact=exact)
+
+
+def _of_served_dtypes(make: Maker, case: Callable[[Maker], Case]) -> Iterator[Case]:
+    """The kernels of pages and pairs have no float16."""
+    if make.dtype in DTYPES:
+        yield case(make)
+
+
+FAMILIES: dict[str, Callable[[Maker], Iterable[Case]]] = {
+    "attention": lambda make: [_attention_of_a_batch(make), _packed_attention(make)],
+    "four_bit": _four_bit,
+    "norms": lambda make: [*_norms(make), *_elementwise(make)],
+    "head": lambda make: [_head(make), _dropout(make)],
+    "int8": lambda make: [*_int8(make), _blockwise(make)],
+    "pairs": lambda make: [_grouped(make), *_of_served_dtypes(make, _pairs_of_versions)],
+    "paged_attention": lambda make: _of_served_dtypes(make, _paged_attention),
+    "draws": lambda make: [_draws(make)],
+}
+"""The ops by the kernels that they share, in order of worth."""
