@@ -6,11 +6,9 @@
 B1: SmolLM2-135M in bfloat16, requests that arrive together, each a stream on a connection of its own. `LLM` and
 ``veneer serve`` take turns on prompts that neither has seen; the server's client runs on the same cores. The ratio is
 the median over turns. Before anything is timed, greedy tokens of `LLM` must be the likeliest ones (`likeliest.py`), and
-texts of veneer's server its own. With vLLM's Python, its `LLM` and its server take
-turns too.
-B3: a conversation of 100,000 tokens, a schema of 1 MB, a folder of 10,000 adapters listed, and ``/metrics``. A task on
-the server's loop asks to run each millisecond; the figure is the longest time by which it came too late. ``--models 0``
-leaves B3 out.
+texts of veneer's server its own. With vLLM's Python, its `LLM` and its server take turns too. B3: a conversation of
+100,000 tokens, a schema of 1 MB, a folder of 10,000 adapters listed, and ``/metrics``. A task on the server's loop asks
+to run each millisecond; the figure is the longest time by which it came too late. ``--models 0`` leaves B3 out.
 """
 
 from __future__ import annotations

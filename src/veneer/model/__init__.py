@@ -1,1 +1,1 @@
-"""Attaching of records to a transformers model; only this package knows transformers' module layout."""
+"""Records on a transformers model: only this package knows transformers' module layout."""

@@ -1,6 +1,6 @@
-"""Weights that are cut over processes (`model.sharded.sharding`), read before their block runs and gathers them.
+"""Weights that are sharded over processes (`model.sharded.sharding`), read before their block gathers them.
 
-Each read gathers one weight, and all processes that share it read together: they attach the same adapter.
+Each read gathers one weight. All processes that share it read it together, since they attach the same adapter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from veneer.records.frozen import FrozenWeight
 
 @dataclass(frozen=True, slots=True)
 class CutWeight:
-    """Frozen weight that is gathered anew by each read."""
+    """Frozen weight that every read gathers anew."""
 
     shape: tuple[int, int]
     nbytes: int
@@ -35,15 +35,15 @@ class CutWeight:
 
 
 def is_part(tensor: Tensor | None) -> bool:
-    """Return True if a tensor is a process's part of a cut one."""
+    """Return True if a tensor is one process's shard."""
     return hasattr(tensor, "full_tensor")  # a DTensor, whose module one process never imports
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor, gathered if it is cut."""
+    """Return a tensor, gathered if it is sharded."""
     return cast(Tensor, cast(Any, tensor).full_tensor()) if is_part(tensor) else tensor
 
 
 def read_whole(weight: FrozenWeight, stored: Tensor | None, gather: Callable[[], FrozenWeight]) -> FrozenWeight:
-    """Return a weight of a module, or one that ``gather`` makes at each read if the ``stored`` tensor is cut."""
+    """Return a weight of a module; if ``stored`` is sharded, one that ``gather`` makes at each read."""
     return CutWeight(weight.shape, weight.nbytes, gather) if is_part(stored) else weight

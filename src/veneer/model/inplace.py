@@ -19,8 +19,7 @@ _MADE_HERE = "_made_by_change_class"
 
 
 class InPlace:
-    """Base class of every mixin of this kind. It lets instances of a class that no Python module holds be copied and
-    pickled.
+    """Base class of every mixin of this kind. It allows copying and pickling although no Python module holds the class.
 
     ``swapped`` names the parameters that are read through ``effective``, so that an adapter can replace them.
     """
@@ -42,10 +41,10 @@ class InPlace:
 
 
 def change_class(module: nn.Module, mixin: type[InPlace], swapped: tuple[str, ...] = ()) -> None:
-    """Put ``mixin`` in front of the module's own class; on a module that has it already, extend its ``swapped``.
+    """Put ``mixin`` in front of the module's own class. If the module has it already, extend its ``swapped``.
 
-    Raises TargetError if the module is torch.compile's around another, or if another library has replaced its forward:
-    both would bypass the mixin.
+    Raises TargetError if torch.compile wraps the module, or if another library has replaced its forward: both would
+    bypass the mixin.
     """
     if "_orig_mod" in module._modules:
         raise TargetError(
@@ -75,7 +74,7 @@ def base_of(cls: type) -> type[nn.Module]:
 
 
 def plain_class(cls: type) -> type[nn.Module]:
-    """Return the class that a module of this class had before any mixin, or other library's class, was in front."""
+    """Return the class that a module had before any mixin or another library's class was put in front."""
     return _without_generated(cls) if any(_MADE_HERE in vars(each) for each in cls.__mro__) else cls
 
 

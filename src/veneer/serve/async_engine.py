@@ -55,7 +55,7 @@ class _News:
 
 
 class AsyncEngine:
-    """Engine that steps while there is work. Call `start` and `stop` from the loop that awaits the outputs.
+    """Engine that steps while there is work. Call `start` and `stop` from the event loop that awaits the outputs.
 
     An engine that is never stopped steps until the interpreter exits, and no longer.
     """
@@ -76,7 +76,7 @@ class AsyncEngine:
         return self._loop is not None and self.failure is None and not self._ended
 
     def start(self) -> None:
-        """Begin to step, for the running loop. Raises ServingError on a second call: make another engine."""
+        """Begin to step, for the running event loop. Raises ServingError on a second call: create another engine."""
         if self._loop is not None:
             raise ServingError("this engine was started before, and one is started once: make another AsyncEngine")
         self._loop = asyncio.get_running_loop()
@@ -102,14 +102,14 @@ class AsyncEngine:
         return len(self._news)
 
     async def outputs(self, asked: Sequence[CheckedRequest]) -> AsyncGenerator[RequestOutput, None]:
-        """Yield the outputs of requests one by one; otherwise as `batches`."""
+        """Yield the outputs of requests one by one; otherwise the same as `batches`."""
         async with aclosing(self.batches(asked)) as batches:
             async for batch in batches:
                 for output in batch:
                     yield output
 
     async def batches(self, asked: Sequence[CheckedRequest]) -> AsyncGenerator[list[RequestOutput], None]:
-        """Yield the outputs of requests as they come, all that are there together.
+        """Yield the outputs of requests as they arrive, all available ones together.
 
         Unfinished requests are aborted when the generator is closed. Raises ServingError if the engine has failed, and
         after `end_all`.
@@ -131,12 +131,12 @@ class AsyncEngine:
                 self._news.pop(each.id, None)
 
     def abandon(self, request_ids: Collection[str]) -> None:
-        """End requests whose outputs nobody waits for any more."""
+        """End requests whose outputs are no longer awaited."""
         for id in request_ids:
             self.engine.abort(id)
 
     async def settled(self, result: Future[Result]) -> Result:
-        """Return a result of the engine when it comes.
+        """Wait for a result of the engine, and return it.
 
         Raises its error, and ServingError if the engine has failed, and after `end_all`.
         """
@@ -149,7 +149,9 @@ class AsyncEngine:
         return coming.result()
 
     def require_whole(self) -> None:
-        """Raise ServingError if the engine has failed, with the kind of the error: its text may be about anybody."""
+        """Raise ServingError if the engine has failed, with the error's kind only: its text may concern another
+        client.
+        """
         if self.failure is not None:
             raise ServingError(
                 f"the engine has broken down: {type(self.failure).__name__}. Its log has the rest"

@@ -95,7 +95,7 @@ class Engine:
         self._rules.forms.prepare()
 
     def confine(self, templates: Sandbox, grammars: Sandbox) -> None:
-        """Run chat templates and grammars that others bring in processes of their own."""
+        """Run other people's chat templates and grammars in processes of their own."""
         self.readers.base.rendering.sandbox, self._rules.forms.sandbox = templates, grammars
 
     def close(self) -> None:
@@ -116,9 +116,9 @@ class Engine:
     ) -> CheckedRequest:
         """Return a checked request; any error that is visible before it runs is raised here.
 
-        Without a ``client`` the adapter is the client. Clients receive tokens in proportion to ``weight``. It shares
-        pages with requests of the same ``cache_salt`` alone. Raises ConfigError, and FormatError for a folder that
-        holds no adapter.
+        Without a ``client`` the adapter is the client. Clients receive tokens in proportion to ``weight``. The request
+        shares pages only with requests of the same ``cache_salt``. Raises ConfigError, and FormatError for a folder
+        that holds no adapter.
         """
         params = replace(params)  # checks it again, and keeps later changes out
         require_client(client, priority)
@@ -168,9 +168,9 @@ class Engine:
         self._inbox.put(Forget(name, up_to))
 
     def preload(self, request: LoRARequest, *, pins: bool = False) -> Future[None]:
-        """Load an adapter beside the steps; return the result, which comes when it is loaded. From any thread.
+        """Load an adapter while steps continue; return a future that completes when it is loaded. From any thread.
 
-        Its name then refers to it. If ``pins``, it is pinned. Raises the errors of `Versions.of`; the result raises if
+        Its name then refers to it. If ``pins``, it is pinned. Raises the errors of `Versions.of`; the future raises if
         the adapter cannot be loaded.
         """
         preload = Preload(request, self.versions.of(request), pins)
@@ -184,7 +184,7 @@ class Engine:
         return told
 
     def drop(self, request_ids: Sequence[str]) -> None:
-        """End requests now, without further outputs. Between steps."""
+        """End requests now, without further outputs. Call it between steps."""
         self._take_all()
         for id in request_ids:
             self._take_in(Abort(id))

@@ -1,4 +1,4 @@
-"""Python's collector under an engine: it looks through no objects that stay, since each pause stops everybody."""
+"""Python's garbage collector under an engine: it skips objects that stay, since each pause stops all threads."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _LOADS = 8  # adapters, some ten thousand objects, that are frozen together: a p
 
 
 class GcFreeze:
-    """Objects of the process that are frozen, so that the collector passes over them.
+    """Objects of the process that are frozen, so that the collector skips them.
 
-    Loaded adapters are hundreds of thousands of objects. Frozen ones are freed as ever when nothing refers to them,
-    but for circles; `rest` finds those. Nothing happens before `start` or after `stop`, which belong to the process's
-    one engine that runs on its own thread.
+    Loaded adapters are hundreds of thousands of objects. Frozen ones are still freed when nothing refers to them,
+    except for reference cycles, which `rest` finds. Nothing happens before `start` or after `stop`, which only the
+    process's engine on its own thread may call.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class GcFreeze:
         self._thresholds = gc.get_threshold()
 
     def start(self) -> None:
-        """Freeze all objects that there are now, and look at new ones less often."""
+        """Freeze all current objects, and examine new ones less often."""
         self._is_on = True
         self._thresholds = gc.get_threshold()
         gc.set_threshold(max(_NEW, self._thresholds[0]), *self._thresholds[1:])
@@ -32,7 +32,7 @@ class GcFreeze:
         atexit.register(gc.unfreeze)  # what is still frozen when the program ends counts as leaked elsewhere
 
     def stop(self) -> None:
-        """Give all objects back to the collector."""
+        """Return all objects to the collector."""
         if self._is_on:
             self._is_on = False
             atexit.unregister(gc.unfreeze)
@@ -46,7 +46,7 @@ class GcFreeze:
             self._freeze()
 
     def rest(self) -> None:
-        """Look through everything, if adapters have been frozen since the last time. Call it when there is no work."""
+        """Collect everything, if adapters have been frozen since the last time. Call it when there is no work."""
         if self._is_on and self._n_freezes:
             gc.unfreeze()
             self._freeze()

@@ -27,7 +27,8 @@ class Allocation:
     def parameters(
         self, method: MethodConfig, site: Site, device: torch.device, dtype: torch.dtype, start: Params | None = None
     ) -> nn.ParameterDict:
-        """Return a method's new parameters for a site on a device; ``dtype`` is the base's, used if not widened.
+        """Return a method's new parameters for a site on a device. ``dtype`` is the base's, used unless they are
+        widened.
 
         ``start``: their initial values, if those of several sites were computed together.
         """

@@ -49,8 +49,8 @@ def whole_parameters(modules: Mapping[str, nn.Module], paths: Sequence[str]) -> 
 
 
 def add_copies(model: nn.Module, name: str, wanted: Mapping[str, list[str]], widen: bool) -> None:
-    """Give an adapter trained copies of parameters, initialized to the base's values; 16-bit ones in float32 if
-    ``widen``.
+    """Give an adapter trained copies of parameters, which start at the base's values; ``widen`` makes 16-bit ones
+    float32.
 
     The modules must be adapted already. If the config keeps a tie, tied parameters share one copy.
     """

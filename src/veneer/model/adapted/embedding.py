@@ -16,9 +16,7 @@ from veneer.records.token_rows import look_up_rows
 
 
 class AdaptedEmbedding(AdaptedSite):
-    """Mixin in front of an embedding's class. It keeps the base's output and all other effects of the
-    base's forward.
-    """
+    """Mixin in front of an embedding's class. The base's forward still runs, with its output and its side effects."""
 
     def forward(self, token_ids: Tensor) -> Tensor:
         routing = self.adapter_state.routed()

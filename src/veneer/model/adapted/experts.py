@@ -27,7 +27,7 @@ STACK_NAMES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class CodedExperts(InPlace):
-    """Mixin in front of experts that follow transformers' convention, whose stacks are in codes."""
+    """Mixin in front of experts that follow transformers' convention and whose stacks are in codes."""
 
     name_prefix = "Coded"
 
@@ -100,7 +100,7 @@ def run_experts(
 def project(
     module: nn.Module, name: str, x: Tensor, number: int, stack: FrozenStack, change: LinearDelta | None
 ) -> Tensor:
-    """Return one expert's map of its tokens x (n, i) by a stack of the module, changed by an adapter's record."""
+    """Apply one expert's map of a stack, changed by an adapter's record, to its tokens x (n, i)."""
     bias = module._parameters.get(f"{name}_bias")
     record = LinearDelta() if change is None else change.of_expert(number)
     return apply_linear(record, x, stack.expert(number), None if bias is None else bias[number])

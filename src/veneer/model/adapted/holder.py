@@ -13,10 +13,9 @@ _KEYS = "_disk_keys"  # an attribute of what a holder holds
 
 
 class Holder(nn.Module):
-    """Module of a model that holds tensors of adapters, by their names.
+    """Module of a model that holds tensors of adapters, by name.
 
-    ``adapters[name]`` holds the tensors that a method adds here. ``folds``: whether a merge folds all of them into
-    weights.
+    ``adapters[name]`` holds the tensors that a method adds here. ``folds``: a merge folds all of them into weights.
     """
 
     folds: ClassVar[bool] = False
@@ -84,7 +83,7 @@ class Holder(nn.Module):
         """Compute what follows from the weight and the method's parameters here, see `MethodConfig.derived`."""
 
     def take_off(self, model: nn.Module, path: str, name: str) -> None:
-        """Drop an adapter's tensors here. A holder that then is empty leaves the model as before."""
+        """Remove an adapter's tensors here. A holder that is empty afterwards restores the model."""
         for held in self.holdings:
             if name in held:
                 del held[name]

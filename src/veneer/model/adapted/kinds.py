@@ -75,8 +75,8 @@ KINDS = (
 
 
 def loaded_site(kind: Kind, path: str, module: nn.Module) -> LinearSite:
-    """Return the site of a module with its weight and bias; by its shape alone if it has no storage (on the
-    meta device).
+    """Return the site of a module with its weight and bias. A module on the meta device is described by its shape
+    alone.
     """
     site = kind.site(path, module)
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
@@ -91,8 +91,6 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def adapt_module(path: str, module: nn.Module, state: AdapterState) -> Adapted:
-    """Adapt a module in place, according to its kind. A module of no kind only lets its parameters be
-    changed by name.
-    """
+    """Adapt a module in place, according to its kind. If it has none, only its parameters can be changed, by name."""
     kind = kind_of(module)
     return adapt(path, module, state, AdaptedParameters) if kind is None else kind.adapt(path, module, state)

@@ -61,9 +61,9 @@ class AdaptedSite(Adapted):
         task: int | None = None,
         given: Params = MappingProxyType({}),
     ) -> LinearDelta:
-        """Return the record of adapter ``name`` at this layer, the same under autocast as without.
+        """Return the record of adapter ``name`` at this layer, the same with and without autocast.
 
-        ``task``: which of its tasks, if it has several; by default the one chosen for it. ``given``: see `of_pass`.
+        ``task``: the task of an adapter that has several; by default the one chosen for it. ``given``: see `of_pass`.
         """
         site, params, method = site or self.site((name,)), factors_of(self.adapters[name]), self.method(name)
         task = self.adapter_state.tasks.get(name) if task is None else task
@@ -73,7 +73,7 @@ class AdaptedSite(Adapted):
             return method.lower(site, {**params, **given} if given else params)
 
     def of_pass(self, name: str, site: LinearSite, shape: Sequence[int] | None) -> Params:
-        """Return the tensors besides the parameters that a record depends on in the current forward pass.
+        """Return the tensors, other than parameters, that a record depends on in the current forward pass.
 
         These are random numbers in training, new ones each time, and the sequences of an input of this shape (…, n).
         None is the shape of the model's input.
@@ -282,9 +282,7 @@ class AdaptedLinear(AdaptedSite):
         return tuple(LinearDelta() if record is None else record for record in records), routing.runs
 
     def kept_record(self, name: str, shape: Sequence[int] | None = None, task: int | None = None) -> LinearDelta:
-        """Return `record` of a forward pass, kept with the adapter's tensors while it consists of those tensors
-        themselves.
-        """
+        """Return `record` in a forward pass. It is kept with the adapter's tensors while it consists only of them."""
         lower = functools.partial(self.record_now, name, shape, task=task)
         return lowered(self.adapters[name], self.method(name), lower)
 
@@ -305,15 +303,15 @@ class AdaptedLinear(AdaptedSite):
         return record if trained is None or record.bias is not None else replace(record, bias=trained)
 
     def needs_shape(self) -> bool:
-        """Return True if a record depends on sequences that the model does not know, so that the input's shape tells
-        them.
+        """Return True if a record depends on sequences that the model does not know, and that the input's shape
+        shows.
         """
         if self.adapter_state.sequences is not None:
             return False
         return any(self.method(name).by_sequence for name in self.acting_on_rows())
 
     def replaces_weight(self) -> bool:
-        """Return True if a weight other than the layer's own acts, on all rows or on some."""
+        """Return True if a weight other than the layer's own is used, for all rows or for some."""
         return self.kept.merged_weight is not None or self._differs(self.adapter_state.acting_on_rows())
 
     def masks(self, x: Tensor) -> tuple[Mask | None, ...]:
@@ -331,7 +329,7 @@ class AdaptedLinear(AdaptedSite):
         return [self.rate(name) if name in self.adapters else 0.0 for name in names]
 
     def drops_apart(self) -> bool:
-        """Return True if several adapters act as one record and each has dropout of its own on its input."""
+        """Return True if several adapters act as one record and one of them has dropout on its own input."""
         names = () if self.adapter_state.routed() is not None else self.acting_here()
         return len(names) > 1 and any(self.rate(name) for name in names)
 
@@ -465,7 +463,7 @@ def row_squares(matrix: Tensor) -> Tensor:
 def is_linear(module: nn.Module) -> bool:
     """Return True if a method for linear layers can adapt this module.
 
-    A subclass with a forward of its own may be another function of its weight: some routers return several tensors.
+    A subclass with its own forward may be another function of its weight: some routers return several tensors.
     """
     if hasattr(module, "frozen_format"):
         return True

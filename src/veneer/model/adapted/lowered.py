@@ -1,4 +1,4 @@
-"""Record of an adapter at a layer, kept with the adapter's tensors while it consists of those tensors themselves."""
+"""Record of an adapter at a layer, kept with the adapter's tensors while it consists only of them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Keys and ids of adapters' dropout masks: a key for each call of an adapted layer, and an id for each row.
 
 The key is drawn from torch's random numbers on the CPU (in a sweep, from the member's own). A seed, a resumed state and
-a recomputed block therefore lead to the same one. The id of a row counts the rows of its adapter, and the positions in
-each. A row draws the same mask alone, in any mixed batch, and with any padding after it.
+a recomputed block therefore give the same key. The ids number the rows of each adapter, and the positions in each row.
+A row therefore draws the same mask alone, in any mixed batch, and with any padding after it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _POSITION_BITS = 32
 def masks_of(
     rates: Sequence[float], size: torch.Size, device: torch.device, routing: Routing | None
 ) -> tuple[Mask | None, ...]:
-    """Return for an input of this size (rows, …, features) a new mask for each rate above 0; none if no rate is.
+    """Return a new mask for each rate above 0, for an input of this size (rows, …, features); nothing if all rates are
+    0.
 
     With a routing, the rates are those of its choices in their order.
     """

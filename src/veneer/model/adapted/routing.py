@@ -75,13 +75,13 @@ class Routing:
         return tuple(name for name in self.names for _ in range(times))
 
     def chosen(self, n_rows: int, known: Sequence[Choice], what: str) -> Tensor:
-        """Return for each row the index of its choice in ``known``, counted from 1; 0 if it is not among them."""
+        """Return the index of each row's choice in ``known``, counted from 1; 0 if it is not there."""
         places = {choice: place for place, choice in enumerate(known, start=1)}
         times = len(self.rows(n_rows, what)) // len(self.names)
         return torch.tensor([places.get(choice, 0) for choice in self._each for _ in range(times)])
 
     def index(self, n_rows: int, known: Sequence[str], what: str) -> Tensor:
-        """Return for each row the index of its adapter in ``known``, counted from 1; 0 if it is not among them."""
+        """Return the index of each row's adapter in ``known``, counted from 1; 0 if it is not there."""
         places = {name: place for place, name in enumerate(known, start=1)}
         return torch.tensor([places.get(name, 0) for name in self.rows(n_rows, what)])
 
@@ -114,7 +114,10 @@ class TokenRouting(Routing):
     width: int = 0
 
     def at(self, kept: Sequence[int]) -> TokenRouting:
-        """Return the routing of these tokens of each row alone. Raises ShapeError if they do not ascend."""
+        """Return the routing of these tokens of each row alone.
+
+        Raises ShapeError unless they are in ascending order.
+        """
         if list(kept) != sorted(kept):
             raise ShapeError(
                 f"logits_to_keep={list(kept)} is not in ascending order: an output head whose adapter has invocation "

@@ -59,11 +59,10 @@ class TiedFactors(nn.Module):
 class Kept:
     """Values computed at one adapted module and kept there; unloading the last adapter drops them together.
 
-    ``row_sq``: squared norms of the weight's rows, (o,). ``found``: that of the module's site. ``merged_weight``: the
-    weight with adapters folded in, in addition to codes that cannot hold it. ``read``: the parameters as one forward
-    pass reads them; None outside a pass. ``attention``: the attention whose output projection the module is.
-    ``on_load``: the hook that derives factors again, once another weight has been loaded. None of it is registered in
-    the module.
+    ``row_sq``: squared norms of the weight's rows, (o,). ``found``: those of the module's site. ``merged_weight``: the
+    weight with adapters folded in, beside codes that cannot hold it. ``read``: the parameters as one forward pass reads
+    them; None outside a pass. ``attention``: the attention whose output projection the module is. ``on_load``: the hook
+    that derives factors again after another weight has been loaded. The module registers none of them.
     """
 
     row_sq: Tensor | None = None
@@ -86,7 +85,7 @@ class Kept:
 
 
 class Adapted(InPlace, Holder):
-    """Mixin that an adapted module's generated class puts in front of its own class, in place.
+    """Mixin that an adapted module's generated class puts in front of the module's own class, in place.
 
     ``adapters[name]`` holds the tensors that a method adds here. ``copies[name]`` holds whole parameters of this module
     that the adapter trains (as parameters) or saves frozen (as buffers). The module's own parameters stay unchanged.
@@ -222,7 +221,7 @@ class Adapted(InPlace, Holder):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Active adapters of the model; at a module that no adapter adds to, those that train a copy of it."""
+        """Active adapters of the model. At a module to which no adapter adds, only those that train a copy of it."""
         active = self.adapter_state.active
         return [name for name in active if self.adapters or name in self.copies]
 

@@ -93,10 +93,10 @@ class AdapterState:
 
     @contextmanager
     def only(self, names: tuple[str, ...], *, task: int | None = None, rows: Tensor | None = None) -> Iterator[None]:
-        """Context in which only these adapters act, on all rows alike, also where they are switched off.
+        """Context in which only these adapters act, on all rows alike, even if adapters are switched off.
 
-        ``task``: that of the adapters that have several, in place of the one chosen for them. ``rows`` are the pass's
-        rows that its input holds.
+        ``task``: the task of adapters that have several, in place of the one chosen for them. ``rows``: the pass's rows
+        that are in the input.
         """
         before = self.active, self.disabled, self.tasks
         known = self.sequences if self.sequences is None or rows is None else self.sequences.of_rows(rows)

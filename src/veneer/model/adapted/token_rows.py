@@ -35,13 +35,14 @@ class RowPlace:
 def row_places(
     modules: Mapping[str, nn.Module], ends: Sequence[str], extras: Extras, taken: Collection[str]
 ) -> tuple[RowPlace, ...]:
-    """Return the tables of which the ``rows`` of a config's extras are trained.
+    """Return the tables whose ``rows`` in a config's extras are trained.
 
-    ``ends``: the input embeddings and the modules tied to them. ``taken``: modules that it adapts or trains whole.
+    ``ends``: the input embeddings and the modules tied to them. ``taken``: modules that the config adapts or trains
+    whole.
 
-    Modules tied to the input embeddings use the embeddings' rows, unless they are given other rows: PEFT's rule. Raises
-    TargetError if a name matches nothing, a module that is not a table, or a taken one. Raises it too if an index is
-    outside the table.
+    Modules tied to the input embeddings use the embeddings' rows unless they are given other rows, as in PEFT. Raises
+    TargetError if a name matches nothing, a module that is not a table, or a taken one, and if an index is outside the
+    table.
     """
     wanted = extras.rows
     if not wanted:
@@ -92,7 +93,7 @@ def add_rows(model: nn.Module, name: str, places: Sequence[RowPlace], values: bo
 
 
 def require_rows_agree(path: str, module: Adapted, names: Sequence[str]) -> None:
-    """Raise CompositionError if one of several adapters trains rows of a table and they cannot act together."""
+    """Raise CompositionError if several adapters cannot act together because one of them trains rows of a table."""
     rows = module.token_rows(names)
     indices = [index for each in rows for index in each.indices]
     twice = sorted({index for index in indices if indices.count(index) > 1})

@@ -14,7 +14,7 @@ from veneer.model.adapted.site import Adapted, TiedFactors
 def followers_of(
     tied: Sequence[str], config: MethodConfig, targets: tuple[str, ...]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the targets, in which the embeddings represent all modules that share their weight, and those modules.
+    """Return the targets, with the embeddings for all modules that share their weight, and those modules.
 
     ``tied``: the embeddings, then those modules. There are none if the config does not keep the tie, or if none of the
     tied modules is a target.

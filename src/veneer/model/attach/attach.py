@@ -199,7 +199,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedSite]:
 
 
 def adapted_stacks(model: nn.Module) -> dict[str, AdaptedParameters]:
-    """Return the modules of whose parameters, such as stacked experts, some are adapted, by path."""
+    """Return, by path, the modules some of whose own parameters, such as stacked experts, are adapted."""
     return {name: m for name, m in adapted_modules(model).items() if isinstance(m, AdaptedParameters)}
 
 

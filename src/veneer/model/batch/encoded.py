@@ -29,7 +29,7 @@ class EncodingModel(CachingModel):
 
     @torch.no_grad()
     def extend(self, held: Held, tokens: Sequence[int], *, with_states: bool = False) -> Extended:
-        """Take the next tokens of a sequence. Logits (n, vocabulary) hold zeros for tokens of the prompt."""
+        """Take the next tokens of a sequence. For tokens of the prompt, the logits (n, vocabulary) are zeros."""
         n_prompt, n_before = held.n_prompt, len(held.tokens)
         answer = list(tokens[max(0, n_prompt - n_before) :])
         held.is_whole = False
@@ -70,7 +70,8 @@ class EncodingModel(CachingModel):
 
 
 def first_ids(model: PreTrainedModel) -> list[int]:
-    """Return the ids that an answer begins with: the decoder's start, and one that a checkpoint forces behind it.
+    """Return the ids that every answer begins with: the decoder's start id, and one that the checkpoint may force after
+    it.
 
     Raises TargetError if the config names no start.
     """
@@ -88,9 +89,9 @@ def first_ids(model: PreTrainedModel) -> list[int]:
 
 
 def proved_encoding(model: PreTrainedModel) -> Way:
-    """Return the way in which an encoder with a decoder extends an answer: by its cache, or anew.
+    """Return the way in which an encoder-decoder extends an answer: with its cache, or by a new pass.
 
-    Raises TargetError for one that computes no logits from token ids alone.
+    Raises TargetError for a model that computes no logits from token ids alone.
     """
     ids = [at * 7 % model.config.get_text_config(decoder=True).vocab_size for at in range(sum(_PARTS))]
     anew, caching, held = EncodingModel(model, Way.ANEW), EncodingModel(model, Way.AT_ONCE), Held(n_prompt=_PARTS[0])
@@ -115,7 +116,10 @@ _PARTS = (9, 6)  # tokens of the proof: of a prompt, and of an answer
 
 
 def encoded_bytes(model: PreTrainedModel, way: Way) -> KeptBytes:
-    """Return the bytes that a sequence keeps: a token's are those of the prompt's or of the answer's, the larger."""
+    """Return the bytes that a sequence keeps.
+
+    A token counts as much as one of the prompt or of the answer, the larger.
+    """
     none, prompt, answer = (_bytes_of(model, way, *each) for each in ((1, 1), (1 + _FEW, 1), (1, 1 + _FEW)))
     position = max(1, -(-max(prompt - none, answer - none) // _FEW))
     return KeptBytes(position, max(0, none - 2 * position))

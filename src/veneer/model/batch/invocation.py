@@ -1,7 +1,7 @@
 """Places where adapters act in a sequence: from their invocation tokens on (aLoRA), or everywhere.
 
-Before the tokens, keys and values are those of the base. Tokens of a batch are therefore routed one by one: tokens
-before their row's start have no adapter.
+Before these tokens, keys and values are the base's. Tokens of a batch are therefore routed one by one: those before
+their row's start have no adapter.
 """
 
 from __future__ import annotations

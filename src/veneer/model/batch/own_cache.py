@@ -1,4 +1,4 @@
-"""Sequences by transformers' own caches, one for each, whatever a model's layers keep: keys, states, windows."""
+"""Sequences in transformers' own caches, one for each, whatever the model's layers keep: keys, states, windows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CUTS = (9, 4)  # tokens of the proof, in two stretches
 
 
 class Way(enum.Enum):
-    """Way in which a sequence goes on from its cache."""
+    """How a sequence is extended from its cache."""
 
     AT_ONCE = "its next tokens in one pass"
     ONE_BY_ONE = "its next tokens one by one"
@@ -114,7 +114,7 @@ def _keep(states: list[Tensor]) -> Any:
 
 
 def proved_way(model: PreTrainedModel) -> Way:
-    """Return the fastest way in which a model extends a sequence rightly: as its pass over the whole sequence does.
+    """Return the fastest way to extend a sequence that agrees with the model's pass over the whole sequence.
 
     Raises TargetError for a model that computes no logits from token ids alone.
     """
@@ -173,10 +173,10 @@ def _error(model: PreTrainedModel, way: Way, ids: list[int], own: Tensor) -> flo
 
 
 def kept_bytes(model: PreTrainedModel, way: Way) -> KeptBytes:
-    """Return the bytes that a sequence keeps, from two short ones.
+    """Return the bytes that a sequence keeps, measured on two short ones.
 
-    Windows count as if they grew with the sequence; without a cache its tokens are kept. A model without values,
-    on the meta device, will do.
+    Windows count as if they grew with the sequence; without a cache its tokens are kept. The model may be on the meta
+    device, without values.
     """
     short, long = (0, 0) if way is Way.ANEW else (_bytes_after(model, n) for n in (_SHORT, 2 * _SHORT))
     if not long:

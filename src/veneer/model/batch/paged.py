@@ -1,7 +1,8 @@
-"""Attention over pages: keys and values of many sequences in one store, every batch row one token of one of them.
+"""Attention over pages: keys and values of many sequences in one store, where each batch row is one token of a
+sequence.
 
-A model runs so through transformers' own forward pass. `AttentionInterface` routes its attention layers here. Masks
-come from the mask functions of transformers themselves, so that windows and chunks are the model's own.
+A model is run by transformers' own forward pass; `AttentionInterface` routes its attention layers here. Masks come from
+transformers' own mask functions, so that windows and chunks are the model's own.
 """
 
 from __future__ import annotations
@@ -252,7 +253,7 @@ def position_bytes(model: PreTrainedModel, ids: Tensor) -> tuple[int, Tensor]:
 
 
 def require_paged_layers(model: PreTrainedModel) -> None:
-    """Raise TargetError if a model's code or its config says that not all it keeps are keys and values in pages."""
+    """Raise TargetError if a model's code or config shows that it keeps more than keys and values in pages."""
     takes = inspect.signature(model.forward).parameters
     if model.config.is_encoder_decoder:
         raise TargetError("it has an encoder")

@@ -27,7 +27,7 @@ class Embedding:
     """Embedding ``norm(multiplier · table[ids] + positions)``; the table is (n_tokens, width).
 
     ``own_multiplier`` is the factor of ``multiplier`` that the table's module itself applies to its output (Gemma).
-    Inputs given in place of embeddings do not get it.
+    Inputs given in place of token ids are not multiplied by it.
     """
 
     path: str
@@ -111,8 +111,8 @@ class Head:
 class Decoder:
     """Description of a decoder.
 
-    ``listed``: the tests of this package have checked its model type by values. The description of another type follows
-    the convention of names, and callers check it before they compute by it.
+    ``listed``: this package's tests have checked the model type by values. The description of any other type follows
+    the convention of names, and callers must check it before they use it to compute.
 
     ``head`` is None if the model is made for another task. ``other`` holds parts outside the blocks that are not
     described.

@@ -24,9 +24,9 @@ def epsilon_of(module: nn.Module) -> float | None:
 
 
 def norm_form(module: nn.Module, eps: float) -> Form | None:
-    """Return RMSNorm or LayerNorm, and whether 1 is added to the weight; None if the module computes something else.
+    """Return the form of a norm, RMSNorm or LayerNorm, and True if 1 is added to its weight; None for any other module.
 
-    A copy of the module with weights of its own is run, so that neither the values nor the device of the module matter.
+    A copy of the module with other weights is run, so that neither the values nor the device of the module matter.
     """
     generator = torch.Generator().manual_seed(3)
     shapes = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}

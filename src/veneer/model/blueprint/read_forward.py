@@ -18,7 +18,7 @@ NAMED = ("silu", "relu")  # functions of torch that have one form
 
 
 def odd_in_forward(block: nn.Module) -> str | None:
-    """Return in words what the forward of a block does that a description of its parts does not tell; None if nothing.
+    """Return, in words, what a block's forward does beyond what its parts' description says; None if nothing.
 
     It may call a function of its module (which weighs the halves), or return a tuple.
     """

@@ -47,7 +47,9 @@ TEMPERATURE = "llama_4_scaling_beta"
 
 
 def read_rotary(source: BlockSource, layer_type: str | None, head_dim: int) -> Rotary | str | None:
-    """Return the rotation of a layer of this type; None if it does not rotate, or in words the unknown part."""
+    """Return the rotation of a layer of this type; None if it does not rotate. An unknown rotation is returned in
+    words.
+    """
     config = source.config
     given = getattr(config, "rope_parameters", None)
     if given is None:
@@ -168,7 +170,7 @@ def read_temperature(source: BlockSource) -> Temperature | None:
 
 
 def turns_neighbours(attention: nn.Module) -> bool:
-    """Return True if the ``rotate_half`` of an attention's rotation pairs neighbouring numbers, as its values show."""
+    """Return True if an attention's ``rotate_half`` pairs neighbouring numbers, found by its values."""
     beside = vars(sys.modules.get(type(attention).__module__, object))
     code = getattr(beside.get("apply_rotary_pos_emb"), "__code__", None)
     called = () if code is None else code.co_names

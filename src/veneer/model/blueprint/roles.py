@@ -14,10 +14,10 @@ from veneer.model.blueprint.parts import Linear
 
 
 def names_for(model: object, targets: Iterable[str]) -> tuple[str, ...]:
-    """Return the targets with names in place of roles: those of the layers that have the role in this model.
+    """Return the targets with roles replaced by the names that layers of the role have in this model.
 
-    A joined layer has the roles of all its outputs. If the model has no description, a role means every name that it
-    has in any of transformers' models. Other targets stay unchanged.
+    A joined layer has the roles of all its outputs. If the model has no description, a role stands for every name that
+    it has in any of transformers' models. Other targets stay unchanged.
     """
     wanted = tuple(targets)
     decoder = _described(model) if any(target in ELSEWHERE for target in wanted) else None
@@ -31,9 +31,7 @@ def names_for(model: object, targets: Iterable[str]) -> tuple[str, ...]:
 
 
 def role_names(decoder: Decoder, role: str) -> tuple[str, ...]:
-    """Return the ends of paths that match the layers of a role within the blocks of a decoder, and no other
-    layer of them.
-    """
+    """Return ends of paths that match, within a decoder's blocks, exactly the layers of a role."""
     meant = [(block.path, linear) for block in decoder.blocks for linear in block.linears if has_role(linear, role)]
     others = {_last(o.path) for block in decoder.blocks for o in block.linears if not has_role(o, role)}
     return tuple(

@@ -22,7 +22,9 @@ class LinearScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DynamicScaling:
-    """Base that grows with the sequence beyond the model's context ("NTK-aware"), at ``factor`` times its length."""
+    """Base that grows with the sequence's length beyond the model's context ("NTK-aware"), at ``factor`` times its
+    length.
+    """
 
     factor: float
 
@@ -43,10 +45,10 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YarnScaling:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp between unchanged frequencies and those divided by ``factor``.
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp from unchanged frequencies to those divided by ``factor``.
 
-    It lies over the dimensions that turn ``beta_fast`` to ``beta_slow`` times in the original context. cos and sin are
-    multiplied by ``attention_factor``.
+    The ramp covers the dimensions that turn ``beta_fast`` to ``beta_slow`` times in the original context. cos and sin
+    are multiplied by ``attention_factor``.
     """
 
     factor: float

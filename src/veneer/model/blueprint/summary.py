@@ -13,9 +13,7 @@ _SHOWN = 3  # of the parts that are not described
 
 
 def summary(decoder: Decoder) -> dict[str, str]:
-    """Return the parts of a decoder, in words and by title: layers, heads, window, rotary embedding,
-    experts, unknown ones.
-    """
+    """Return a decoder's parts in words, by title: layers, heads, window, rotary embedding, experts, unknown parts."""
     attentions = decoder.attentions
     experts = [block.feed_forward for block in decoder.blocks if isinstance(block.feed_forward, Experts)]
     lines = {

@@ -43,7 +43,7 @@ class CodedModule(nn.Module):
         return self.spec.bind(self.parts())
 
     def gathered(self) -> FrozenWeight:
-        """Return the weight, whose parts are gathered if they are cut over processes."""
+        """Return the weight; its parts are gathered if they are sharded over processes."""
         return self.spec.bind(self._shaped({name: whole(part) for name, part in self.parts().items()}))
 
     def parts(self) -> dict[str, Tensor]:
@@ -58,7 +58,9 @@ class CodedModule(nn.Module):
         return parts
 
     def freeze_parts(self) -> None:
-        """Hold the tensors of the format as frozen parameters, which alone FSDP cuts; single numbers stay buffers."""
+        """Register the format's tensors as frozen parameters, since FSDP shards only parameters; single numbers stay
+        buffers.
+        """
         for name, part in self.parts().items():
             if part.numel() > 1:
                 del self._buffers[name]

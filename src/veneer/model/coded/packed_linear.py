@@ -50,7 +50,7 @@ class _Packed(nn.Module):
 
 
 class PackedLinear(_Packed):
-    """Linear layer ``y = W x + bias`` with W packed, in the place of a layer whose weight loses its values.
+    """Linear layer ``y = W x + bias`` with W packed. It replaces a layer whose weight is freed.
 
     ``source`` is that layer's class, ``like`` its weight without values. Adapters are added to it in place. No name
     here may be one of `AdaptedSite`, whose `packed` and `unpacked` it would hide.
@@ -85,7 +85,7 @@ class PackedLinear(_Packed):
 
 
 class PackedQuantLinear(_Packed):
-    """Linear layer ``y = W x + bias`` with the codes of W packed, in the place of a quantized layer that loses them.
+    """Linear layer ``y = W x + bias`` with the codes of W packed. It replaces a quantized layer whose codes are freed.
 
     ggml's blocks stay where they are: they hold the scales too, and are usually pages of a mapped file.
     """
@@ -111,7 +111,7 @@ class PackedQuantLinear(_Packed):
 
 @dataclass(frozen=True, slots=True)
 class PlainProduct:
-    """Frozen weight in its own layout, with the product of a packed one, for rows of a dtype on another device."""
+    """Frozen weight in its own layout with the interface of a packed one, for rows of a dtype on another device."""
 
     weight: FrozenWeight
     dtype: torch.dtype
@@ -157,9 +157,9 @@ def _parts(whole: Packed, heights: Sequence[int]) -> list[Packed]:
 
 
 def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -> PackedGroup | None:
-    """Return the packed weights of some layers; None if they differ in kind or dtype, or if that dtype cannot be
-    packed. On another device they stay as they are, and the group is None if it has no kernel for pairs.
+    """Return the packed weights of some layers; None if they differ in kind or dtype, or if the dtype cannot be packed.
 
+    On another device they stay as they are, and the group is None if that device has no kernel for pairs.
     ``give_up``: the layers become `PackedLinear` or `PackedQuantLinear`, and their own storage is freed, except for a
     weight that is also a table of embeddings.
     """
@@ -199,7 +199,7 @@ def _packed(weight: FrozenWeight, dtype: torch.dtype) -> Packed | None:
 
 
 def unpack(model: PreTrainedModel) -> None:
-    """Restore the own weights of a model's layers that gave them up, bit for bit."""
+    """Restore the weights of a model's layers that were replaced by packed ones, bit for bit."""
     for path, module in list(model.named_modules()):
         if isinstance(module, _Packed):
             model.set_submodule(path, module.original())

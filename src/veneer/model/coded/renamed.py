@@ -12,10 +12,10 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 @dataclass(frozen=True)
 class ListedExperts:
-    """Tensors in the files for the experts that the model keeps stacked in one parameter.
+    """Tensors in the files for experts that the model stacks in one parameter.
 
-    A list for each half of an expert (gate and up, or all of it), with a name for each expert. ``stored`` are names in
-    the files, ``own`` those that transformers gives them.
+    There is a list for each half of an expert (gate and up, or all of it), with a name for each expert. ``stored`` are
+    names in the files, ``own`` those that transformers gives them.
     """
 
     stored: list[list[str]]

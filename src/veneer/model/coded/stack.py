@@ -51,7 +51,7 @@ class CodedStack(CodedModule):
         self.carried = {key: tensor for key, tensor in tensors.items() if not spec.owns(key)}
 
     def freeze_parts(self) -> None:
-        """Hold the tensors as frozen parameters that lie flat: processes have equal shares of any number of experts."""
+        """Register the tensors as frozen, flattened parameters: processes get equal shares of any number of experts."""
         super().freeze_parts()
         for part in self._parameters.values():
             cast(Tensor, part).data = cast(Tensor, part).flatten()

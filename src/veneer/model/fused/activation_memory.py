@@ -1,10 +1,10 @@
-"""Activations kept if memory suffices, computed again if it does not: decided before every forward pass.
+"""Activations kept if memory suffices and recomputed otherwise, as decided before every forward pass.
 
 The trace of a fused model shows before the first pass how many bytes its blocks save for the backward pass
 (`model.fused.saved_bytes`). In models that are not fused, or not traced, they are counted on the second block of the
-first pass, which is kept. On a CPU there are three ways: all is kept; checkpointed selectively; each block computed
-again. On a GPU there are two: all is kept, or each block is computed again from an input that waits in the host's
-memory. The latter is the idea of Unsloth's "unsloth" checkpointing. No way changes a gradient.
+first pass, which is kept. On a CPU there are three ways: all activations are kept, blocks are checkpointed selectively,
+or each block is recomputed. On a GPU there are two: all are kept, or each block is recomputed from an input that waits
+in the host's memory. The latter is the idea of Unsloth's "unsloth" checkpointing. No way changes a gradient.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def checkpoint_as_needed(model: nn.Module) -> None:
 
 
 class ActivationPlan:
-    """Way of keeping the activations of the current pass, one for all blocks of a model.
+    """How the activations of the current pass are kept, the same for all blocks of a model.
 
     ``n_logits`` is the size of the vocabulary: float32 logits and their gradients are held in addition to the
-    activations. ``traced`` returns for hidden states the bytes a token that a block keeps; None if only a run can show
-    it.
+    activations.
+    ``traced`` returns, for hidden states, the bytes a token that a block keeps; None if only a run can show it.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class BlockActivations:
 
     @property
     def is_selective(self) -> bool:
-        """Return True if the block checkpoints itself selectively now. The first never does: a pass begins there."""
+        """Return True if the block is checkpointed selectively now. The first block never is: a pass begins there."""
         return self.plan.way == "selective" and self.index > 0 and not self._again
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The block's output. The plan decides which activations are kept."""
+        """Run the block. The plan decides which activations are kept."""
         if torch.compiler.is_compiling():  # a graph holds one way
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]

@@ -33,7 +33,7 @@ class FusedBlock(InPlace, nn.Module):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Switch of transformers for checkpointing. If checkpointing is selective, the block does it itself."""
+        """Switch of transformers for checkpointing. A block that is checkpointed selectively does it itself."""
         return bool(vars(self).get("gradient_checkpointing")) and not is_selective(self)
 
     @gradient_checkpointing.setter
@@ -126,7 +126,7 @@ def _again(block: FusedBlock, function: Callable[..., Any], *args: Tensor) -> An
 
 
 def keywords_of(block: FusedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call after the stream by their names: GPT-2 passes its blocks some by position."""
+    """Return a call's arguments after the stream by name: GPT-2 passes some of them by position."""
     return {**dict(zip(_names(cast(Hashable, base_of(type(block)))), args, strict=False)), **kwargs} if args else kwargs
 
 

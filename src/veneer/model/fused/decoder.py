@@ -56,8 +56,8 @@ class FusedDecoder(InPlace, nn.Module):
     def layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayoutMask | None:
         """Return the layout of a batch's sequences.
 
-        None if a cache, a custom mask, or a request for attention weights is given. A training step that sets no cache
-        gets none. Within `forked` it is that context's.
+        None if a cache, a custom mask, or a request for attention weights is given. In training, no cache is used
+        unless one is asked for. Inside `forked`, it is that context's layout.
         """
         if "forked" in vars(self):
             return cast(LayoutMask, vars(self)["forked"]())
@@ -102,12 +102,16 @@ def _with_layout(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def counts_positions(decoder: nn.Module) -> bool:
-    """Return True if positions are counted by the mask, and restarting ones part no sequences (OPT)."""
+    """Return True if positions are counted from the mask, so that restarting positions do not separate
+    sequences (OPT).
+    """
     return hasattr(getattr(decoder, "embed_positions", None), "offset")
 
 
 class WithImages(InPlace, nn.Module):
-    """Mixin in front of the class of a model with images. On rows of text it tells its text half the mask as given."""
+    """Mixin in front of the class of a model with images. For rows of text, it passes the mask on to the text half
+    unchanged.
+    """
 
     text_half: list[FusedDecoder]  # in a list, which is no submodule
 
@@ -134,11 +138,11 @@ def _with_given_mask(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fuse(model: PreTrainedModel) -> bool:
-    """Make the blocks of a model run fused, in place. Return True if they do. A model already fused stays so.
+    """Make the blocks of a model run fused, in place. Return True if they do. A fused model stays so.
 
-    The model's description determines the parts of a block. Its values then verify them. The addition of each block to
-    the stream of a short batch must equal that of the model's own code, to rounding. A model that does not fit stays
-    unchanged, and the reason is logged.
+    The model's description determines the parts of a block. Its values then verify them: what each block adds to the
+    stream of a short batch must equal the model's own code, up to rounding. A model that does not fit stays unchanged,
+    and the reason is logged.
     """
     if is_fused(model):
         return True
@@ -176,7 +180,7 @@ def fuse_as_described(model: PreTrainedModel) -> str | None:
 
 
 def stream_dtype(model: PreTrainedModel, block: FusedBlock) -> torch.dtype:
-    """The dtype of the residual stream: that of a norm's weight, or the embeddings'."""
+    """Return the dtype of the residual stream: that of a norm's weight, or of the embeddings."""
     norms = (cast(nn.Module, getattr(block, norm.path)) for norm in block.fused_program.block.norms.all if norm.weight)
     owner = next(norms, None) or model.get_input_embeddings()
     return cast(Tensor, owner.weight).dtype

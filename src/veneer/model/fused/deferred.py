@@ -1,8 +1,8 @@
-"""Logits that nobody has read yet: hidden states before a frozen head, and what a model's own code does after it.
+"""Logits that have not been read yet: hidden states before a frozen head, and the operations that follow it.
 
-A model's forward pass makes logits, scales or caps them, and takes the loss of labels from them. On `DeferredLogits`
-the same code runs without logits. Scales, casts, caps and slices of positions are noted. The cross-entropy of labels
-is computed chunk by chunk. Any other use makes the logits, as the head would have.
+A model's forward pass computes logits, scales or caps them, and computes the loss of labels. On `DeferredLogits` the
+same code runs without logits. Scales, casts, caps and slices of positions are noted, and the cross-entropy of labels is
+computed chunk by chunk. Any other use computes the logits, as the head would have.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class FrozenHead:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """Computation that makes logits of hidden states.
+    """Computation from hidden states to logits.
 
     ``project`` is the head, which computes in ``computed``. ``after`` follows it, element by element, to logits of
     ``dtype``: ``outer * tanh(inner * logits)`` if they are ``capped``, otherwise ``inner * logits``.
@@ -62,16 +62,16 @@ class Pending:
         return logits
 
     def options(self, **settings: Any) -> HeadOptions:
-        """Return the options by which a loss is computed from hidden states in chunks."""
+        """Return the options for computing a loss from hidden states in chunks."""
         scale = self.inner * self.outer
         scale = 1.0 if math.isclose(scale, 1.0, rel_tol=1e-12) else scale  # 1/c · c is 1 but for rounding
         return HeadOptions(scale=scale, softcap=self.outer if self.capped else None, **settings)
 
 
 class DeferredLogits(Tensor):
-    """Logits (…, v) that are made when they are read; until then the hidden states (…, d) before the head.
+    """Logits (…, v) that are computed when they are read; until then the hidden states (…, d) before the head.
 
-    To autograd it is the hidden states: gradients and hooks pass through it.
+    To autograd they are the hidden states: gradients and hooks pass through.
     """
 
     held: Tensor
@@ -86,7 +86,7 @@ class DeferredLogits(Tensor):
 
     @staticmethod
     def of(hidden: Float[Tensor, "*n d"], pending: Pending) -> DeferredLogits:
-        """Return the logits of hidden states, not made."""
+        """Return the logits of hidden states without computing them."""
         return cast(DeferredLogits, _Wrapped.apply(hidden, pending))  # type: ignore[no-untyped-call]
 
     @property
@@ -103,7 +103,10 @@ class DeferredLogits(Tensor):
         return hidden.reshape(-1, hidden.shape[-1]).to(pending.computed), weight, bias, pending.options(**settings)
 
     def made(self) -> Tensor:
-        """Return the logits. They are kept with their gradient, so that they are made once and can be written."""
+        """Compute the logits.
+
+        They are kept with their gradient, so that they are computed once and can be written to.
+        """
         learns = _learns(self) and not torch.is_inference_mode_enabled()
         if self.kept is None or (learns and not self.kept.requires_grad):
             with torch.set_grad_enabled(learns):

@@ -1,4 +1,4 @@
-"""Forward pass of one row whose sequences continue others: rows that begin alike share those tokens."""
+"""Forward pass of one row whose sequences branch off others: rows with the same beginning share those tokens."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from veneer.model.sharded.sharding import is_cut
 
 
 class UnforkedError(CompositionError):
-    """Rows cannot share tokens in this pass; raised before a block has run."""
+    """Error for a pass in which rows cannot share tokens; it is raised before a block has run."""
 
 
 @contextmanager
 def forked(model: PreTrainedModel, layout: LayoutMask) -> Iterator[None]:
-    """Context of a pass over one row of this layout, by a model that `cannot_fork` has no reason against.
+    """Context of a pass over one row of this layout, by a model for which `cannot_fork` returns None.
 
     The pass raises UnforkedError before its first block if a block would attend by its own code. The caller cannot know
     that: the autocast of a prepared model begins within its forward pass.
@@ -44,11 +44,12 @@ def forked(model: PreTrainedModel, layout: LayoutMask) -> Iterator[None]:
 
 
 def cannot_fork(model: nn.Module) -> str | None:
-    """Return the reason why rows of a model cannot share the tokens that they begin with, as it acts now; else None.
+    """Return the reason why rows of a model cannot share their common beginning, in its current state; None if they
+    can.
 
-    Such a pass must give each token what a row of its own gives. So nothing may depend on a row as a whole, or be drawn
-    at random. Adapters that are switched off count too: a reference computes as the model in training does. `forked`
-    looks whether attention runs fused, which a forward pass alone knows.
+    Such a pass must give each token the result of a separate row. So nothing may depend on a row as a whole, or be
+    drawn at random. Adapters that are switched off count too: a reference computes like the model in training. Only a
+    forward pass shows if attention runs fused, which `forked` checks.
     """
     if not isinstance(model, PreTrainedModel) or not any(isinstance(m, FusedDecoder) for m in model.modules()):
         return "its blocks do not run fused"

@@ -1,4 +1,4 @@
-"""Layout of a batch: sequence bounds in place of a dense mask, which define the tokens that attend to one another.
+"""Layout of a batch: bounds of sequences instead of a dense mask, which define the tokens that attend to one another.
 
 The decoder makes a `LayoutMask` from its arguments and passes it to its blocks in place of the mask. transformers
 passes a 4-d mask on unchanged, also through gradient checkpointing. Reentrant checkpointing detaches a block's
@@ -28,8 +28,8 @@ from veneer.ops.forks import Fork
 class LayoutMask(Tensor):
     """Substitute for an attention mask. ``cu_seqlens`` bounds the sequences in the flattened batch (b * t tokens).
 
-    ``forks`` are those of its sequences that continue others. It and its bounds are in host memory on every device:
-    kernels read the bounds there.
+    ``forks`` describe the sequences that continue others. The layout is in host memory on every device: kernels read
+    the bounds there.
     """
 
     forks: tuple[Fork, ...] = ()
@@ -92,7 +92,7 @@ def layout_mask(size: tuple[int, int], attention_mask: Tensor | None, position_i
 
 
 def forked_layout(position_ids: Int[Tensor, "1 n"], bounds: Sequence[int], forks: Sequence[Fork]) -> LayoutMask:
-    """Return the layout of one row of sequences between these bounds, which continue others as ``forks`` tell."""
+    """Return the layout of one row of sequences with these bounds; ``forks`` say which of them continue others."""
     given = {"attention_mask": None, "position_ids": position_ids}
     mask = _layout(torch.tensor(bounds), (1, position_ids.shape[1]), given)
     mask.forks = tuple(forks)

@@ -41,11 +41,11 @@ def weights_of(block: nn.Module) -> list[Tensor]:
 
 
 def traced_bytes(model: nn.Module, hidden: Tensor) -> float | None:
-    """Return the bytes a token that a fused block saves in a pass over hidden states (…, width), on average.
+    """Return the mean number of bytes a token that a fused block saves in a pass over hidden states (…, width).
 
-    One block of each kind runs on tensors without values, so that nothing is computed. Weights are not counted, nor
+    One block of each kind runs on tensors without values, so that nothing is computed. Weights are not counted, nor are
     tensors that all blocks share: tables of the rotation, bounds of sequences, ids of dropout's masks. None if a half
-    runs the model's own code, if a bottleneck acts, or if rows have adapters of their own.
+    runs the model's own code, if a bottleneck acts, or if rows have different adapters.
     """
     dtype = computed_in(hidden)
     blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]

@@ -1,4 +1,4 @@
-"""Return of memory that a process holds and does not need to the system."""
+"""Return of unneeded memory to the system."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ MAPS, SMAPS = Path("/proc/self/maps"), Path("/proc/self/smaps")
 
 
 def give_back(model: nn.Module) -> None:
-    """Give back the process's freed memory, and the pages of the files that the model's tensors are mapped from.
+    """Return the process's freed memory to the system, and the pages of the files that the model's tensors are mapped
+    from.
 
-    One tensor that is kept holds the map of its whole file. The file's pages stay resident, though most were read for
-    the last time. A page that is read again comes back from the file. A map with a written page is left unchanged,
-    since its writes would be lost. This works on Linux; on other systems nothing is given back.
+    A single tensor keeps the map of its whole file. The file's pages stay resident, though most will not be read again;
+    a page that is read again comes back from the file. A map with a written page is left unchanged, since its writes
+    would be lost. This works on Linux; on other systems nothing is returned.
     """
     if not os.access(SMAPS, os.R_OK):
         return

@@ -27,13 +27,14 @@ _n_within = _n_without = _n_mapped = _unused_before = 0
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Context in which freed memory stays with the process for later allocations; at the end it goes to the system.
+    """Context in which freed memory stays with the process for later allocations; at its end it is returned to the
+    system.
 
     By default glibc returns blocks above 32 MB at once, and free memory at the top of its heap too. A training step
-    allocates the memory that the step before has freed, and the system clears each new page first: a tenth of a step on
-    the general path (logits), up to a quarter if a whole model is trained (gradients). It acts on blocks of
-    the main thread, until an allocation of it fails: glibc keeps those of others in maps. The context is reentrant, and
-    several threads may enter it. Other systems and allocators are left unchanged.
+    allocates the memory that the step before has freed, and the system first clears each new page. That takes a tenth
+    of a step on the general path (logits), up to a quarter if a whole model is trained (gradients). Only blocks of the
+    main thread are kept, until an allocation there fails: glibc keeps other threads' blocks in maps. The context is
+    reentrant, and several threads may enter it. Other systems and allocators are left unchanged.
     """
     _change(within=1)
     try:
@@ -58,10 +59,11 @@ def freed_memory_returned() -> Iterator[None]:
 
 @contextmanager
 def blocks_mapped() -> Iterator[None]:
-    """Context in which blocks from 128 kB on have maps of their own, which leave with them, whatever else is entered.
+    """Context in which blocks of 128 kB or more have maps of their own, which are removed with them.
 
-    A base that is cut over processes is gathered a block at a time. glibc finds no room for the next weights where the
-    last ones lay, as they are aligned: a pass over 24 blocks in NF4 left 3.6 times their bytes unused in its heap.
+    A base that is sharded over processes is gathered a block at a time. Since weights are aligned, glibc finds no room
+    for the next ones where the last ones were: a pass over 24 blocks in NF4 left 3.6 times their bytes unused in its
+    heap. This context has precedence over the others of this file.
     """
     _change(mapped=1)
     try:

@@ -51,9 +51,9 @@ _FAMILIES: Mapping[str, _Family] = {
 
 
 class AttendedPrompts(Holder):
-    """Prompts beside one attention by adapter name: a child of it, so that it moves with the model.
+    """Prompts beside one attention, by adapter name; a child of the attention, so that it moves with the model.
 
-    During a pass it keeps the queries, before they are turned, and the angles of their positions.
+    During a pass it keeps the queries before rotary embedding, and the angles of their positions.
     """
 
     attention: nn.Module
@@ -158,7 +158,7 @@ def put_attended_on(
 
 
 def attending_sites(snapshot: Snapshot, config: AttentionMethod) -> list[AttendingSite]:
-    """Return the attentions of the uppermost layers that a config asks for.
+    """Return the attentions of the uppermost layers that a config selects.
 
     Raises TargetError if their queries cannot be read, or if the model has fewer layers.
     """

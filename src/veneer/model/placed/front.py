@@ -73,7 +73,7 @@ class Front:
         return (torch.arange(self.width, device=device) - first).clamp_min(0)
 
     def rows(self, given: Sequence[Tensor], n_rows: int) -> Tensor:
-        """Return the values at each row's places, (rows, width, …), given those of the ``choices``, (n, …)."""
+        """Return the values at each row's places, (rows, width, …), given the values of the ``choices``, (n, …)."""
         if self.routing is None:
             return given[0].expand(n_rows, *given[0].shape)
         return leading_rows(given, self.routing.chosen(n_rows, self.choices, "the model"), self.width)

@@ -86,7 +86,7 @@ class PrefixAdapters(VirtualTokens):
         setattr(cache, MARK, front.mark)
 
     def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Remove the cache that carried the prefix from the output if no cache was asked for."""
+        """Remove the cache that carried the prefix from the output, unless the caller asked for a cache."""
         if self.acting() and kwargs.get("use_cache") is False and isinstance(output, ModelOutput):
             output[cast(str, self.cache_name)] = None
         return output

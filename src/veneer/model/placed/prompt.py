@@ -43,10 +43,10 @@ PER_TOKEN = ("logits", "start_logits", "end_logits", "last_hidden_state", "hidde
 class PromptAdapters(VirtualTokens):
     """Prompts of a model by adapter name.
 
-    The whole model, head included, sees the virtual positions, the last of which predicts the first token. The output
+    The whole model, head included, sees the virtual positions; the last of them predicts the first token. The output
     omits them. During a pass, ``outermost`` is the module that it began with, ``front`` the virtual tokens, ``length``
-    that of its rows, ``labels`` theirs if some are weighed. ``to_embed`` is True while the embeddings are still to be
-    replaced.
+    the length of the rows, and ``labels`` their labels if some have weights. ``to_embed`` is True until the embeddings
+    are replaced.
     """
 
     runs_the_model = True

@@ -71,9 +71,9 @@ class ResidualAdapters(Holder):
         return (self.changed(output[0], x), *output[1:])
 
     def changed(self, hidden: Tensor, x: Tensor | None) -> Tensor:
-        """Return a sub-layer's output ``hidden`` (b, t, d) after the acting bottlenecks; x is the sub-layer's input.
+        """Return a sub-layer's output ``hidden`` (b, t, d) after the active bottlenecks; x is the sub-layer's input.
 
-        They act in turn: a serial one reads the output of those before it.
+        The bottlenecks act in turn: a serial one reads the output of those before it.
         """
         names, routing = self.acting_on_rows(), self.adapter_state.routed()
         if routing is None:

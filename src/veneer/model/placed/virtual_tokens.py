@@ -42,10 +42,11 @@ def inner_model(model: PreTrainedModel) -> PreTrainedModel:
 class VirtualTokens(Holder):
     """Adapters of one kind by name, and the hooks that put them in front of every sequence.
 
-    ``runs_the_model``: filling a cache takes a pass through the model, which finds in it the tokens that need no pass.
+    ``runs_the_model``: filling a cache takes a pass through the model. The pass then finds in the cache the tokens that
+    need none.
 
-    It is a child of the model, so that it moves and copies with it. The hook is on the inner model, without the head,
-    so that code that calls that directly (a chunked loss) gets the same.
+    It is a child of the model, so that it moves and is copied with it. The hook is on the inner model, without the
+    head, so that code that calls the inner model directly (a chunked loss) gets the same result.
     """
 
     runs_the_model: ClassVar[bool]
@@ -82,9 +83,9 @@ class VirtualTokens(Holder):
         return {key: value.detach() for key, value in self.method(name).stored(self.site, params).items()}
 
     def keys_and_values(self, name: str, run: Callable[[Tensor], KeysAndValues]) -> KeysAndValues:
-        """Return by layer the cached keys and values of one adapter's tokens, in the base's dtype.
+        """Return, by layer, the cached keys and values of one adapter's tokens, in the base's dtype.
 
-        ``run`` returns those of embeddings (n, d) that pass through the base.
+        ``run`` passes embeddings (n, d) through the base and returns their keys and values.
         """
         raise NotImplementedError
 
@@ -210,7 +211,9 @@ def with_positions(model: PreTrainedModel, given: Arguments, front: Front) -> Ar
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Return True if a model needs position ids: they follow neither from its mask (as OPT's do) nor from distances."""
+    """Return True if a model needs position ids, that is, unless it derives them from its mask (OPT) or from
+    distances.
+    """
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
     if any("attention_mask" in inspect.signature(table.forward).parameters for table in tables):
         return False
@@ -218,7 +221,7 @@ def takes_positions(model: nn.Module) -> bool:
 
 
 def shifted(given: Arguments, front: Front) -> Arguments:
-    """Return mask and positions with the virtual tokens counted before those given."""
+    """Return mask and positions as if the virtual tokens came before the given ones."""
     changed: Arguments = {}
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     if mask is not None:

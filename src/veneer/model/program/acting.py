@@ -1,6 +1,6 @@
-"""Modules of a block as they act now: whether fused kernels can run them, and the kernels' arguments.
+"""Modules of a block in their current state: if fused kernels can run them, and the kernels' arguments.
 
-A module that is hooked or trained, or computes in another dtype than the stream, runs its own code.
+A module that is hooked or trained, or that computes in another dtype than the stream, runs its own code.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ class Acting:
         return ActingNorm(weight, torch.zeros_like(weight) if bias is None else bias, norm.eps, 0.0)
 
     def layer(self, path: str) -> LinearLayer | None:
-        """Return a frozen layer, with the records of its rows and without masks; None if it does more.
+        """Return a frozen layer, with the records of its rows and without masks; None if it has more.
 
-        More means adapters in a sum with dropout, trained or copied weights, hooks.
+        More means several adapters with dropout, trained or copied weights, or hooks.
         """
         module = self.module(path)
         if not is_linear(module) or not is_plain(module):
@@ -121,9 +121,9 @@ class Acting:
 
 
 def computed_in(x: Tensor) -> torch.dtype | None:
-    """Return the dtype in which linear layers compute: x's, or that of autocast for a float32 x.
+    """Return the dtype in which linear layers compute: x's, or autocast's for a float32 x.
 
-    None if autocast asks for another.
+    None if autocast uses another dtype than these.
     """
     if not torch.is_autocast_enabled(x.device.type):
         return x.dtype
@@ -132,7 +132,7 @@ def computed_in(x: Tensor) -> torch.dtype | None:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Return True if calling the module does nothing but run its class's forward, and a bottleneck's hooks.
+    """Return True if a call of the module runs only its class's forward, and a bottleneck's hooks.
 
     Those hooks are allowed, since a half calls its `bottlenecks` itself.
     """

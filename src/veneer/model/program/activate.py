@@ -21,7 +21,7 @@ from veneer.ops.glu import glu_backward, glu_forward
 class Activate(Trained):
     """Activation: ``target = act(source)``, or ``act(gate) · up`` of two tensors of ``source``, or of its halves.
 
-    ``path`` is the module of the model that computes ``act``. A gated one computes its output on the way back.
+    ``path`` is the module that computes ``act``. A gated activation computes its output again in the backward pass.
     """
 
     cheap = True
@@ -72,7 +72,10 @@ class Activate(Trained):
         return ()
 
     def back(self, weights: tuple[()], tape: Tape) -> Tensor | None:
-        """Return the output again, in its gradient's memory, if it is gated. Sources made again are overwritten."""
+        """Return the recomputed output, in its gradient's memory, if it is gated.
+
+        Recomputed sources are overwritten.
+        """
         [dy], ys = tape.take(self.target), tape.value(self.source)
         if not self.gated:
             tape.give(self.source, [activation_backward(dy, ys[0], self.activation)])

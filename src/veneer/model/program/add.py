@@ -1,4 +1,4 @@
-"""Addition of a half block's output to the stream, with the bottlenecks of adapter versions that change it before."""
+"""Addition of a half block's output to the stream, after the bottlenecks of adapter versions."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from veneer.ops.cpu.step import StepProgram
 class Add(Trained):
     """Addition to the stream: ``stream += multiplier · source``.
 
-    Bottlenecks at ``site`` change ``source`` before. They read ``source``, or the half block's input ``beside``. A half
-    with bottlenecks is added by its block in training.
+    Bottlenecks at ``site`` first change ``source``. They read ``source``, or the half block's input ``beside``. In
+    training, a half with bottlenecks is added by its block.
     """
 
     trains_on, needed = ("source", "stream"), ()
@@ -54,7 +54,7 @@ class Add(Trained):
         return ()
 
     def train(self, weights: tuple[()], run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
-        """In the memory of the source if that has the stream's dtype."""
+        """Add in the memory of the source if that has the stream's dtype."""
         [half], [h] = self.source.read(frame), self.stream.read(frame)
         half = half if self.multiplier == 1 else half.mul_(self.multiplier)
         y = half.add_(h) if half.dtype == h.dtype else h + half

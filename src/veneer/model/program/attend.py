@@ -47,7 +47,8 @@ class Attend(Trained):
     """Attention of the heads in ``source`` to the pages of their sequences, as ``target`` (n, heads · width).
 
     ``layer`` is the index of their keys and values in a page. In training the heads attend to those of their own
-    sequence. It keeps its output, and queries, keys and values unless their source is made again.
+    sequence.
+    The operation keeps its output; it also keeps queries, keys and values, unless their source is recomputed.
     """
 
     needed = ()

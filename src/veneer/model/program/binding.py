@@ -18,8 +18,9 @@ from veneer.model.program.version import Versions
 class Binding:
     """Model, its ``packed`` weights, and the cosines and sines of each rotation by position.
 
-    ``versions`` may change after operations are bound. ``groups`` are the groups of linear layers that have been asked
-    for, in order; ``ready`` see `Linears`.
+    ``versions`` may change after operations are bound. ``groups`` are the groups of linear layers bound so far, in
+    order;
+    for ``ready`` see `Linears`.
     """
 
     model: PreTrainedModel

@@ -18,10 +18,10 @@ _NAMES = {"gelu_new": "gelu_tanh", "swish": "silu", "leakyrelu": "leaky_relu"}
 
 @dataclass(frozen=True, slots=True)
 class Bottleneck:
-    """Formula of a `ResidualDelta` for rows of a dtype; if ``reads_output``, its input is the tensor that it changes.
+    """Formula of a `ResidualDelta` for rows of a dtype. If ``reads_output``, its input is the tensor that it changes.
 
-    ``pairs`` are its matrices packed in that dtype. They are None, and the ``record`` is kept, if no kernels support
-    them.
+    ``pairs`` are its matrices packed in that dtype. If no kernels support them, ``pairs`` is None and ``record`` is
+    kept.
     """
 
     reads_output: bool

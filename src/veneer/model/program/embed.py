@@ -33,7 +33,7 @@ class EmbedWeights:
     versions: Versions
 
     def scaled(self, rows: Tensor) -> Tensor:
-        """Return rows of the table as its module gives them."""
+        """Return rows of the table as the table's module returns them."""
         return rows if self.own_multiplier == 1 else rows * self.own_multiplier
 
 
@@ -48,7 +48,7 @@ class Embed(Operation):
 
     @property
     def multiplier(self) -> float:
-        """Factor beside the one of the table's own module."""
+        """Factor in addition to the one of the table's own module."""
         return self.embedding.multiplier / self.embedding.own_multiplier
 
     def bind(self, to: Binding) -> EmbedWeights:

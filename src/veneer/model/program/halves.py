@@ -56,7 +56,7 @@ class BlockProgram:
 
     @property
     def is_whole(self) -> bool:
-        """Return True if both halves run the model's own code if one does."""
+        """Return True if both halves are fused, or neither is."""
         sublayer, path = self.block.attention_sublayer, self.block.attention.path
         return not self.block.feed_forward.path or (sublayer is not None and sublayer.input_path != path)
 

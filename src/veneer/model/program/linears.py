@@ -90,7 +90,7 @@ class Linears:
         return not own.terms or self.takes(own.terms)
 
     def takes(self, terms: Sequence[LayerTerms | None]) -> bool:
-        """Return True if packed terms are of the layers' number and sizes, and sound."""
+        """Return True if packed terms are valid and have the layers' number and sizes."""
         return len(terms) == len(self.weights) and all(
             each is None or each.fits(*weight.shape) for each, weight in zip(terms, self.weights, strict=True)
         )
@@ -101,7 +101,7 @@ class Linears:
         return None if known is None else known.linears.own(self.number)
 
     def __call__(self, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> list[Tensor]:
-        """The output of each layer."""
+        """Return the output of each layer."""
         owns = [self.own(version) for version in versions]
         group = self.group
         if group is None:

@@ -114,7 +114,7 @@ class Pick(Logits):
 
 
 class LogitRows:
-    """Kept and read rows of a pass. Logits are computed when they are asked for, some at a time."""
+    """Kept and read rows of a pass. Logits are computed on demand, some rows at a time."""
 
     def __init__(self, of: HeadWeights, stream: Tensor, rows: PassRows) -> None:
         self._of, self._stream, self._rows = of, stream, rows

@@ -1,4 +1,4 @@
-"""Operation of a program: one class in one file, which says all that anyone asks of it.
+"""Operation of a program: one class in one file, which holds everything about it.
 
 An operation is plain data. The registers that it reads and writes have widths. `Operation.bind` finds its weights in a
 model, and the other methods are given them.
@@ -32,12 +32,12 @@ class Register(NamedTuple):
     widths: tuple[int, ...]
 
     def read(self, frame: Frame) -> list[Tensor]:
-        """Return its tensors."""
+        """Return the register's tensors."""
         held = frame[self.name]
         return [held] if isinstance(held, Tensor) else list(held)
 
     def write(self, frame: Frame, ys: Sequence[Tensor]) -> None:
-        """Put tensors into it."""
+        """Put tensors into the register."""
         frame[self.name] = ys[0] if len(self.widths) == 1 else ys
 
 
@@ -54,7 +54,7 @@ class Keys(NamedTuple):
 
 
 class PassKind(NamedTuple):
-    """Kind of a pass: its keys lie in the kernels' pages and nobody else asks for them; it begins with token ids."""
+    """Kind of a pass: if its keys are only in the kernels' pages, and if it begins with token ids."""
 
     in_pages: bool
     by_ids: bool
@@ -101,37 +101,37 @@ class Operation(ABC):
 
     @property
     def untrained(self) -> str | None:
-        """Reason why it has no backward pass, in words; None if it has one (`Trained`)."""
+        """Reason, in words, why the operation has no backward pass; None if it has one (`Trained`)."""
         return "a part of it has no backward pass"
 
     @property
     def alone(self) -> tuple[Operation, ...]:
-        """Operations that it replaces; itself if it replaces none."""
+        """Operations that this one replaces; only itself if it replaces none."""
         return (self,)
 
     @property
     def state(self) -> Keys | None:
-        """State that it keeps for each token; None if it keeps none."""
+        """State that the operation keeps for each token; None if it keeps none."""
         return None
 
     def bind(self, to: Binding) -> Any:
-        """Return its weights."""
+        """Return the operation's weights."""
         return None
 
     @abstractmethod
     def forward(self, weights: Any, rows: PassRows, frame: Frame) -> None:
-        """Compute the registers that it writes, by ops."""
+        """Compute the registers that the operation writes, by ops."""
 
     def emit(self, weights: Any, step: StepProgram) -> bool:
-        """Add itself to the C++ step. Returns False if that does not support it: `forward` then runs it."""
+        """Add the operation to the C++ step. Returns False if the step does not support it: `forward` then runs it."""
         return False
 
     def fits(self, kind: PassKind) -> bool:
-        """Return True if its C++ instructions can run in a pass of a kind."""
+        """Return True if the operation's C++ instructions can run in a pass of a kind."""
         return True
 
     def group(self, weights: Any) -> Linears | None:
-        """Return its layers with their weights; None if it has none."""
+        """Return the operation's layers with their weights; None if it has none."""
         return None
 
     def take(self, weights: Any, version: Version, place: StepPlace) -> bool:

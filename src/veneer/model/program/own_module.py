@@ -19,7 +19,7 @@ class OwnModuleWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnModule(Operation):
-    """The model's own module, without the adapters that the model itself has: ``target = module(source)``."""
+    """The model's own module, without the adapters on the model: ``target = module(source)``."""
 
     path: str
     source: Register

@@ -28,7 +28,7 @@ from veneer.records.deltas import LinearDelta
 class Product(Trained):
     """Linear layers: ``target = [W x + c, …]``, the output of each layer for the same ``source``.
 
-    Training keeps A-products, products in front of trained maps, and such outputs as later operations read.
+    Training keeps A-products, products in front of trained maps, and outputs that later operations read.
     """
 
     linears: tuple[Linear, ...]
@@ -75,7 +75,11 @@ class Product(Trained):
         return list(op.outputs(ys, of_layers, weights))
 
     def back(self, weights: tuple[LinearLayer, ...], tape: Tape) -> tuple[Tensor | None, ...]:
-        """If the source's maker gives that on its way back, it goes first: the factors' gradients read the source."""
+        """Return the gradients of the records. If the backward pass of the source's maker recomputes the source, it
+        runs first.
+
+        The factors' gradients read the source.
+        """
         dys, (kept, _), maker = tape.take(self.target), self._kept(weights, tape.kept), tape.maker(self.source)
         late = maker is not None and maker.gives_output and len(weights) == 1 and op.takes_input_late(weights[0])
         if late and tape.wants:

@@ -1,7 +1,7 @@
 """Program of a decoder: its operations in order, compiled from its description. Plain data.
 
-The operations read and write named registers: the stream ``h`` of all rows (n, width), and what the halves of a block
-hand on.
+The operations read and write named registers: the stream ``h`` of all rows (n, width), and the values that pass between
+the operations of a half block.
 """
 
 from __future__ import annotations

@@ -31,10 +31,10 @@ class PassRows:
     """Rows of one pass: ``positions`` (n,) for embeddings and rotations, and ``rows``, the ``cache``'s data for them.
 
     ``versions`` are the adapters that occur, ``runs`` the rows of each. ``kept`` and ``kept_runs`` are the same for the
-    rows whose logits are wanted. ``picked`` and ``picked_runs`` are those for the likeliest token, which ``tokens``
-    receives; it is -1 if a logit is not finite. ``read`` and ``read_runs`` are those whose hidden states are wanted.
-    ``written``, if it is a list, receives the keys and values of every layer. ``segments`` are the low-rank pairs of
-    the rows that have been laid out before the pass, see `Interpreter.segments`.
+    rows whose logits are wanted. ``picked`` and ``picked_runs`` are those for the likeliest token, which is written to
+    ``tokens`` (-1 if a logit is not finite). ``read`` and ``read_runs`` are those whose hidden states are wanted.
+    ``written``, if it is a list, receives the keys and values of every layer. ``segments`` are the rows' low-rank pairs
+    if they were laid out before the pass, see `Interpreter.segments`.
     """
 
     cache: Pages

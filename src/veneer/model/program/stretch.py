@@ -29,10 +29,10 @@ Kept = tuple[Tensor | None, ...]
 
 
 class Keep(NamedTuple):
-    """Needs of the backward pass at an operation. ``output``: a later operation reads its output there.
+    """Needs of the backward pass at an operation. ``output``: a later operation reads the operation's output.
 
-    ``again``: it runs again there, so that nothing is kept that this gives. ``source``: its source is there. ``owns``:
-    nobody else reads its source, now or there.
+    ``again``: the operation is run again, so that values it can recompute are not kept. ``source``: its source is
+    available. ``owns``: nothing else reads its source, now or then.
     """
 
     output: bool = False
@@ -42,9 +42,9 @@ class Keep(NamedTuple):
 
 
 class PackedPositions(NamedTuple):
-    """Half tables of the rotation, (b or 1, t, half), None if nothing is rotated, and the bounds of the sequences.
+    """Half tables of the rotation, (b or 1, t, half), None without a rotation, and the bounds of the sequences.
 
-    The bounds are positions in the flattened batch, as those of ``forks``, where sequences continue others.
+    The bounds are positions in the flattened batch. So are those of ``forks``, at which sequences continue others.
     """
 
     cos: Float[Tensor, "#b t half"] | None
@@ -82,12 +82,12 @@ class Trained(Operation):
 
     @property
     def gives_output(self) -> bool:
-        """Return True if `back` computes its output on the way."""
+        """Return True if `back` recomputes the output."""
         return False
 
     @abstractmethod
     def acting(self, at: Acting) -> Any:
-        """Return its weights as they act now; None if the block's own code has to run."""
+        """Return the operation's weights in their current state; None if the block's own code has to run."""
 
     def layers_of(self, weights: Any) -> tuple[LinearLayer, ...]:
         """Return its linear layers, whose records receive gradients."""
@@ -102,20 +102,20 @@ class Trained(Operation):
         """Write its output, and return the tensors that `back` reads."""
 
     def kept_output(self, weights: Any, kept: Kept) -> list[Tensor] | None:
-        """Return its output if that was kept; otherwise None."""
+        """Return the operation's output if it was kept; otherwise None."""
         return None
 
     @abstractmethod
     def back(self, weights: Any, tape: Tape) -> Any:
-        """Take the gradients of its output, and give those of its sources.
+        """Take the gradients of the output, and add those of the sources.
 
-        Return those of its layers' records. If it has no layers and `gives_output`, return its output instead.
+        Return those of the layers' records. If there are no layers and `gives_output` holds, return the output instead.
         """
 
 
 @dataclass(frozen=True)
 class TrainedStretch:
-    """Operations that run as one node. They read one register that they have not written, beside the stream."""
+    """Operations that run as one node. Beside the stream, they read only one register that they have not written."""
 
     operations: tuple[Trained, ...]
 
@@ -131,13 +131,13 @@ class TrainedStretch:
 
     @cached_property
     def makers(self) -> tuple[dict[str, int], ...]:
-        """For each operation, the numbers of the operations that wrote the registers before it, by register."""
+        """For each operation, the number of the operation that wrote each register before it."""
         written = [{op.output.name: place} for place, op in enumerate(self.operations[:-1])]
         return tuple(itertools.accumulate(written, lambda known, new: known | new, initial={}))
 
     @cached_property
     def done(self) -> tuple[tuple[str, ...], ...]:
-        """Registers that nobody reads after each operation."""
+        """Registers that are no longer read after each operation."""
         later, found = {self.target.name}, []
         for op in reversed(self.operations):
             names = [register.name for register in op.sources]
@@ -147,7 +147,7 @@ class TrainedStretch:
 
     @cached_property
     def keeps(self) -> tuple[tuple[Keep, ...], tuple[Keep, ...]]:
-        """Return what each operation keeps, and what if the products of the source are computed again."""
+        """Return what each operation keeps, first as usual, then if the products of the source are recomputed."""
         return self._keeps(frozenset()), self._keeps(self._first_products())
 
     def _keeps(self, again: frozenset[int | None]) -> tuple[Keep, ...]:
@@ -194,9 +194,9 @@ class TrainedStretch:
 
 @dataclass(frozen=True, slots=True)
 class ActingStretch:
-    """Stretch with the weights of its operations as they act now, for x of a size (b, t, width) in a pass.
+    """Stretch with the current weights of its operations, for x of a size (b, t, width) in a pass.
 
-    ``again``: the outputs of its first products are nobody's after the backward passes of their readers.
+    ``again``: the outputs of its first products are unused once the operations that read them have run backward.
     """
 
     stretch: TrainedStretch
@@ -248,10 +248,9 @@ class ActingStretch:
 
 
 class Tape:
-    """Backward pass of an acting stretch: gradients and values by register, the values where operations read them.
+    """Backward pass of an acting stretch: gradients and values by register, as each operation saw them.
 
-    ``kept`` are the tensors of the operation whose turn it is. ``wants`` tells for each operation whether a gradient of
-    what it reads is asked for.
+    ``kept`` are the tensors of the current operation. ``wants`` marks the operations whose inputs need a gradient.
     """
 
     def __init__(
@@ -274,7 +273,7 @@ class Tape:
         return self._wants[self._place]
 
     def walk(self) -> tuple[Tensor | None, ...]:
-        """Go back through all operations that somebody wants gradients from; return those of all records."""
+        """Run all operations backward whose gradients are needed. Return those of all records."""
         for place in reversed(range(len(self._steps))):
             if not self._wants[place + 1] and self._steps[place][0].output != self.run.stretch.target:
                 break
@@ -285,11 +284,11 @@ class Tape:
         return tuple(t for place, own in enumerate(none) for t in self._records.get(place, own))
 
     def value(self, register: Register) -> list[Tensor]:
-        """Return the tensors that the operation found in a register."""
+        """Return the tensors that the operation read from a register."""
         return self._value(self._place, register)
 
     def take(self, register: Register) -> list[Tensor]:
-        """Return the gradients of a register, which nobody reads after."""
+        """Return and remove the gradients of a register, which nothing else reads."""
         return self._gradients.pop(register.name)
 
     def give(self, register: Register, gradients: Sequence[Tensor]) -> None:
@@ -301,22 +300,22 @@ class Tape:
         self._gradients[register.name] = list(gradients)
 
     def owns(self, gradient: Tensor) -> bool:
-        """Return True if a gradient may be written over: it is not the one that autograd gave."""
+        """Return True if a gradient may be overwritten, that is, unless autograd passed it in."""
         return gradient is not self._outer
 
     def maker(self, register: Register) -> Trained | None:
-        """Return the operation that made what a register holds; None if it was given."""
+        """Return the operation that computed a register's content; None if it was an input."""
         made = self._makers[self._place].get(register.name)
         return None if made is None else self._steps[made][0]
 
     def prepare(self, register: Register) -> None:
-        """Compute again what a register's maker reads on its way back, before gradients take memory."""
+        """Recompute what the backward pass of a register's maker reads, before gradients take memory."""
         made = self._makers[self._place][register.name]
         for source in self._steps[made][0].sources:
             self._value(made, source)
 
     def through(self, register: Register, gradient: Tensor) -> Tensor:
-        """Go back through a register's maker, whose output nobody else reads, and return that output."""
+        """Run the maker of a register backward, and return its output, which nothing else reads."""
         before, made = self._place, self._makers[self._place][register.name]
         self.give(register, [gradient])
         self._records[made] = ()

@@ -42,9 +42,9 @@ class Effects:
 class OwnChanges:
     """Changes of one version at a group of layers: its records, and the ``whole`` weights that replace the layers'.
 
-    ``pairs`` are the low-rank parts of all layers packed together. If a layer maps its input, ``apart`` has those of
-    each layer instead. ``terms`` are others of each layer; empty if there are none. Packed parts are removed from the
-    records.
+    ``pairs`` are the low-rank parts of all layers packed together. If a layer maps its input, ``apart`` holds those of
+    each layer instead. ``terms`` are each layer's other terms; empty if there are none. Packed parts are removed from
+    the records.
     """
 
     records: tuple[LinearDelta, ...]
@@ -55,7 +55,7 @@ class OwnChanges:
 
     @property
     def only_adds(self) -> bool:
-        """Return True if it does nothing but add low-rank parts to the layers' outputs."""
+        """Return True if the changes only add low-rank parts to the layers' outputs."""
         return not (self.whole or self.apart or self.terms) and all(record is NOTHING for record in self.records)
 
 

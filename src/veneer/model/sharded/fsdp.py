@@ -12,12 +12,14 @@ from veneer.model.coded.module import CodedModule
 
 
 def mesh(device: str, n: int, shard: int) -> DeviceMesh:
-    """Return the processes that share a copy with this one: neighbours, which are on one machine where those fit."""
+    """Return the processes that share one copy of the base with this one: neighbours, on one machine if they
+    fit there.
+    """
     return init_device_mesh(device, (n // shard, shard), mesh_dim_names=("copy", "shard"))["shard"]
 
 
 def cut_block(block: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
-    """Cut the weights of a block over a mesh, but for those that stay ``whole``."""
+    """Shard the weights of a block over a mesh, except those that stay ``whole``."""
     for module in block.modules():
         if isinstance(module, CodedModule):
             module.freeze_parts()
@@ -25,11 +27,11 @@ def cut_block(block: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) -> N
 
 
 def join(holder: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
-    """Let the module that holds the blocks that are cut run them; nothing of its own is cut."""
+    """Make the module that holds the sharded blocks run them. None of its own weights are sharded."""
     fully_shard(holder, mesh=mesh, ignored_params=whole, reshard_after_forward=True)  # one order to prefetch in
 
 
 def leave_to_fsdp(model: nn.Module) -> None:
-    """Let DDP neither send nor reduce the weights that are cut."""
+    """Make DDP neither send nor reduce the sharded weights."""
     names = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Model whose coded weights become dense ones, tied ones again tied."""
+"""Replacement of a model's coded weights by dense ones; tied weights stay tied."""
 
 from __future__ import annotations
 

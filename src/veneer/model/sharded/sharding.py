@@ -1,8 +1,8 @@
-"""Frozen weights of a decoder's blocks, cut over processes by torch's FSDP2. Trained weights stay whole.
+"""Frozen weights of a decoder's blocks, sharded over processes by torch's FSDP2. Trained weights stay whole.
 
-A block's weights are gathered when it runs, forward and backward, and cut again after it. They have no gradients, so
-nothing is reduced. Trained weights are plain tensors, averaged by those who average them without sharding
-(pytorch#157917): optimizers, clipping and checkpoints never see a part. Quantized weights are gathered as their codes.
+A block's weights are gathered when it runs, forward and backward, and sharded again after it. They have no gradients,
+so nothing is reduced. Trained weights are plain tensors, averaged as they are without sharding (pytorch#157917):
+optimizers, clipping and checkpoints never see a shard. Quantized weights are gathered as codes.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ FIRST_TORCH_WITH_CODES = (2, 12)  # whose FSDP2 takes frozen integers (pytorch#1
 
 
 def shard_base(model: Model, shard: int | None = None, *, device: str | None = None) -> Model:
-    """Cut the frozen weights of a model's blocks, in place, so that ``shard`` processes share one copy.
+    """Shard the frozen weights of a model's blocks, in place, so that ``shard`` processes share one copy.
 
-    None: all processes share one; 1 leaves the model as it is. Attach the adapter before, and wrap the model in
-    ``DistributedDataParallel(model, broadcast_buffers=False)`` after: it averages what trains and leaves the rest.
-    ``device``: the kind that the parts move to, such as ``cuda``; by default they stay where the weights are.
+    None: all processes share one; 1 leaves the model unchanged. Attach the adapter before, and wrap the model in
+    ``DistributedDataParallel(model, broadcast_buffers=False)`` after: DDP averages only what trains. ``device``: the
+    kind of device that the shards move to, such as ``cuda``; by default they stay where the weights are.
 
-    Raises ConfigError if ``shard`` does not divide the processes, or if the model cannot be cut.
+    Raises ConfigError if ``shard`` does not divide the processes, or if the model cannot be sharded.
     """
     n = _n_processes()
     shard = n if shard is None else shard
@@ -49,9 +49,9 @@ def shard_base(model: Model, shard: int | None = None, *, device: str | None = N
 
 
 class BaseCutter:
-    """Cuts a base over processes of which ``shard`` share one copy, whole or block by block while it is loaded.
+    """Sharding of a base over processes of which ``shard`` share one copy: whole, or block by block while it is loaded.
 
-    A base that is cut while it is loaded gets its adapter afterwards, and then `leave_apart`.
+    A base that is sharded while it is loaded gets its adapter afterwards, and then `leave_apart`.
     """
 
     def __init__(self, shard: int, device: str) -> None:
@@ -59,7 +59,7 @@ class BaseCutter:
         self._mesh: Any = None  # made once: each has groups of its own
 
     def cut(self, model: PreTrainedModel) -> None:
-        """Cut the blocks that are not cut yet. Raises ConfigError if the model cannot be cut."""
+        """Shard the blocks that are not sharded yet. Raises ConfigError if the model cannot be sharded."""
         holder, blocks = _parts(model)
         trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
         if self._mesh is None:
@@ -74,7 +74,7 @@ class BaseCutter:
         join(holder, self._mesh, whole)
 
     def take(self, model: PreTrainedModel, block: nn.Module) -> None:
-        """Cut a block of a model that is being loaded, whose weights are there and will not be trained."""
+        """Shard a block of a model that is being loaded. Its weights are loaded and will not be trained."""
         if self._mesh is None:
             _require_cuttable(model, _parts(model)[1], set())
         self._cut_block(block.requires_grad_(False), set())
@@ -88,7 +88,7 @@ class BaseCutter:
 
 
 def leave_apart(model: nn.Module) -> None:
-    """Let DDP neither send nor reduce the weights that are cut."""
+    """Make DDP neither send nor reduce the sharded weights."""
     from veneer.model.sharded.fsdp import leave_to_fsdp  # one process never needs FSDP2
 
     leave_to_fsdp(model)
@@ -112,13 +112,13 @@ def _n_processes() -> int:
 
 
 def is_cut(model: nn.Module) -> bool:
-    """Return True if FSDP2 has cut weights of the model."""
+    """Return True if FSDP2 has sharded weights of the model."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is cut where nobody has imported it
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 def require_whole(model: nn.Module, work: str) -> None:
-    """Raise ConfigError if the base is cut, for ``work`` that needs all of it."""
+    """Raise ConfigError if the base is sharded; ``work`` names the work that needs all of it."""
     if is_cut(model):
         raise ConfigError(
             f"{work} needs a whole base, and the blocks of this one are cut over processes: save the adapter, and run "

@@ -33,7 +33,7 @@ def stacks_in(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
 
 
 def with_experts(snapshot: Snapshot, config: LinearMethod) -> LinearMethod:
-    """Return the config with ``"all-experts"`` among its parameters replaced by the ends of the stacks' names.
+    """Return the config with ``"all-experts"`` replaced by the ends of the stacks' names.
 
     Raises TargetError for a model without stacks.
     """

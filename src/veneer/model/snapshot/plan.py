@@ -143,7 +143,7 @@ def _takes_all_linear(config: LinearMethod) -> bool:
 
 
 def left_out(snapshot: Snapshot, config: LinearMethod) -> dict[str, Names]:
-    """Return values for the fields that are None and name modules, for this model: names in place of roles."""
+    """Return names for the fields that name modules and are None: this model's names in place of roles."""
     defaults = config.fields_for(snapshot.model_type)
     return {
         name: names if isinstance(names, str) else names_for(snapshot.model, names)

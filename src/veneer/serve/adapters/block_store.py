@@ -1,7 +1,7 @@
-"""Folder of blocks: a version that was loaded once is read from there, and not packed again.
+"""Folder of packed blocks: a version that was loaded once is read from there, and not packed again.
 
-A file holds one block with its layout. It is written under another name and renamed into place. It is read into memory
-of its own, so that no descriptor stays open, and checked there. A failure costs speed alone.
+A file holds one block with its layout. It is written under another name and renamed into place. Reading copies it into
+memory and checks it there, so that no descriptor stays open. A failure only costs speed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _SCANS = 16  # of the folder, while as many bytes are written as it may hold
 
 
 class BlockStore:
-    """Blocks in a folder, in files of at most ``most_bytes`` together; those that were used last stay.
+    """Blocks in a folder, in files of at most ``most_bytes`` together; the most recently used stay.
 
-    ``base`` tells the model's weights and their dtype: blocks may depend on them. ``blocks`` knows layouts. For one
-    thread.
+    ``base`` identifies the model's weights and their dtype, on which blocks may depend. ``blocks`` knows layouts. The
+    object is for one thread.
     """
 
     def __init__(self, folder: Path, most_bytes: int, base: str, blocks: Blocks) -> None:

@@ -1,8 +1,8 @@
-"""Layouts of adapter files: if two files differ in values alone, the second is read and packed by a table.
+"""Layouts of adapter files: if two files differ only in values, the second is read and packed by a table.
 
-Reading an adapter of a new layout examines every tensor: its place, its shape, its packing. All of that follows from
-its config and the header of its file. A file may hold nothing but low-rank factors, as LoRA's does. The next one of
-the same config and header then takes a few calls for each megabyte.
+Reading an adapter of a new layout examines every tensor: its place, its shape, its packing. All of this follows from
+the config and the file's header. If a file holds only low-rank factors, as LoRA's does, the next one with the same
+config and header takes a few calls for each megabyte.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _UNREAD = ("base_model_name_or_path", "revision", "lora_dropout", "peft_version"
 
 
 class Layouts:
-    """Layouts of adapters that have been read, limited to those used last. For any thread."""
+    """Layouts of the most recently read adapters. Any thread may use it."""
 
     def __init__(self) -> None:
         self._known: LruCache[Head, _Layout] = LruCache(_KEPT)
@@ -46,7 +46,9 @@ class Layouts:
         self._lock = threading.Lock()  # of that memory
 
     def read(self, folder: Path) -> VersionBlock | None:
-        """Return an adapter's block; None if its layout is new, or if something is wrong that a full read reports."""
+        """Return an adapter's block; None if its layout is new, or if there is a fault, which a full read then
+        reports.
+        """
         if self._known:
             with suppress(OSError, ValueError), _opened(folder) as (head, file), self._lock:
                 layout = self._known.get(head)

@@ -34,11 +34,11 @@ class Finished(Generic[Read]):
 
 
 class Loader(Generic[Read]):
-    """Queue of loads, run one after the other; ``tell`` is called with every result, on the thread that reads.
+    """Queue of loads, run one after another. ``tell`` is called with every result, on the thread that reads.
 
-    The thread lives while there is something to read. An engine without loads thus has none, and none is left when it
-    is deleted. torch computes on that one thread alone: the thread pool belongs to the step. If no thread can start,
-    waiting loads end with a ServingError. `later` is for work that no load should wait for.
+    The thread lives only while there is something to read, so that an idle engine has none, and none is left when the
+    engine is deleted. torch computes on that one thread alone: the thread pool belongs to the step. If no thread can
+    start, waiting loads end with a ServingError. `later` is for work that no load should wait for.
     """
 
     def __init__(self, tell: Callable[[Finished[Read]], None]) -> None:
@@ -63,12 +63,15 @@ class Loader(Generic[Read]):
         self._refuse(reason)
 
     def later(self, work: Callable[[], None]) -> None:
-        """Do something when no load waits, or too much is put off. From a load, on the thread that reads."""
+        """Do something once no load waits, or too much work is deferred.
+
+        Call it from a load, on the thread that reads.
+        """
         with self._lock:
             self._later.append(work)
 
     def stop(self) -> None:
-        """Begin no more loads, and wait for the current one and work that is put off. Loads that never began have no
+        """Begin no more loads, and wait for the current one and for deferred work. Loads that never began have no
         result.
         """
         with self._lock:

@@ -33,9 +33,10 @@ _Stamp = tuple[tuple[int, ...], ...]
 class Versions:
     """Versions by folder; a folder is read again only if it has changed (by device, inode, times and size).
 
-    ``max_rank`` refuses adapters of a higher rank; None takes any. ``value_bytes`` is the size of a value of a loaded
-    adapter; None: as it is stored. Adapters that were merged into ``base``, the model's folder, are refused. Raises
-    FormatError if its list of them cannot be read. Adapters that name another base than ``served`` have a warning.
+    Adapters of a rank above ``max_rank`` are refused; None allows any. ``value_bytes`` is the size of a value of a
+    loaded adapter; None: as stored. Adapters that were merged into ``base``, the model's folder, are refused. Raises
+    FormatError if the folder's list of them cannot be read. Adapters that name another base than ``served`` have a
+    warning.
     """
 
     def __init__(
@@ -56,9 +57,9 @@ class Versions:
     def of(self, request: LoRARequest) -> AdapterVersion:
         """Return the version at a request's path, or that of its mix.
 
-        Raises FormatError if there is none, ConfigError for too high a rank, and CompositionError if it is in the base
-        already. A mix raises the errors of each part, and CompositionError for one that acts from its invocation tokens
-        on.
+        Raises FormatError if there is no adapter, ConfigError for too high a rank, and CompositionError if it is merged
+        into the base already. A mix raises the errors of each part, and CompositionError for one that acts from its
+        invocation tokens on.
         """
         if request.version is not None:
             return request.version
@@ -74,7 +75,7 @@ class Versions:
         return version
 
     def seen(self, folder: Path) -> AdapterVersion | None:
-        """Return the version that was found last in a folder, whose files are not looked at."""
+        """Return the version that was last found in a folder, without looking at its files."""
         known = self._seen.get(str(folder))
         return None if known is None else known[1]
 
@@ -121,7 +122,7 @@ class Versions:
     def unread(self, folder: Path) -> AdapterVersion:
         """Return an adapter's version from its config and header. It has no ``id``, which needs the whole content.
 
-        Raises FormatError, and CompositionError for an adapter that a request cannot ask for.
+        Raises FormatError, and CompositionError for an adapter that requests cannot use.
         """
         config = read_config(folder)
         return replace(
@@ -132,9 +133,9 @@ class Versions:
 
 
 def version_of(config: MethodConfig, told: str, n_bytes: int, id: str = "") -> AdapterVersion:
-    """Return the version of an adapter of so many bytes; ``told`` names it in errors.
+    """Return the version of an adapter of ``n_bytes``; ``told`` names it in errors.
 
-    Raises CompositionError for an adapter that a request cannot ask for.
+    Raises CompositionError for an adapter that requests cannot use.
     """
     if config.by_sequence:
         raise CompositionError(

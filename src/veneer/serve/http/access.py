@@ -1,4 +1,4 @@
-"""Access: who asks, and whether it may. It stands before the body of a request is read."""
+"""Access: the client of a request, and its rights. It is checked before the body of a request is read."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ _VISITOR = replace(ANYBODY, scopes=frozenset({INFER}))
 
 
 class Access:
-    """Middleware that finds the key of each request, which is then `CALLER`, and refuses all that it may not ask.
+    """Middleware that finds the key of each request, which is then `CALLER`, and refuses requests that it does not
+    allow.
 
     Without ``keys``, this machine may do everything. If ``is_open``, others may infer, otherwise they are refused.
-    Others are also clients of a proxy on this machine, and web pages of other sites in this machine's browser, which
+    Others also means clients of a proxy on this machine, and other sites' web pages in this machine's browser, which
     reach the server across sites or by a name that points here.
     """
 
@@ -104,7 +105,7 @@ def _token(headers: Headers) -> str:
 
 
 def scopes_of(method: str, path: str) -> frozenset[str]:
-    """Return the scopes of which one is needed for a route; none for those that are open to all."""
+    """Return the scopes of which a route needs one; none for routes that are open to all."""
     if path in _OPEN:
         return frozenset()
     if _is_below(path, _ADMINS):

@@ -1,1 +1,1 @@
-"""Families (or kinds of families) whose description is tested by values, one file for each; each holds a `FAMILY`."""
+"""Families whose descriptions are tested by values, one file for each (or for a kind of them) with a `FAMILY`."""
