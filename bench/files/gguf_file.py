@@ -84,11 +84,12 @@ def same_course(args: argparse.Namespace) -> None:
     from bench.same import course, require_same, stir
     from veneer.store.source import load_model
 
-    ids = torch.randint(1000, (1, 64), generator=torch.Generator().manual_seed(1))
     courses = []
     for side in SIDES:
         torch.manual_seed(0)
-        courses.append(course("veneer", stir(adapted("veneer", load_model(args.file, gguf=side))), ids))
+        model = stir(adapted("veneer", load_model(args.file, gguf=side)))
+        ids = torch.randint(model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(1))
+        courses.append(course("veneer", model, ids))
     require_same("blocks and a dense copy", courses[1], courses[0])
 
 

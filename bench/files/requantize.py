@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import veneer
+from bench.same import SHARE, PartedError
 from bench.training.formats import GGML, of_spec
 from veneer.adapters.requantizing import merge_requantized, survival
 from veneer.model.coded.quant_linear import QuantLinear
@@ -110,6 +111,7 @@ def share(way: str, weight: Tensor, size: float) -> float:
 
 
 WHOLE = 256  # inputs of the largest block
+TOLD = 1e-3  # between the cosine that a merge tells and that of the sum quantized afresh
 FORMATS: dict[str, Callable[[Tensor], tuple[Any, dict[str, Tensor]]]] = {
     "NF4": partial(of_spec, lambda w: FourBitSpec(FourBitLayout(tuple(w.shape)))),
     "FP4": partial(of_spec, lambda w: FourBitSpec(FourBitLayout(tuple(w.shape), "fp4"))),
@@ -122,7 +124,10 @@ FORMATS: dict[str, Callable[[Tensor], tuple[Any, dict[str, Tensor]]]] = {
 
 
 def merged_into_formats(weights: list[Tensor]) -> None:
-    """Print what a merge tells in each format, and how far that is from quantizing the exact sum afresh."""
+    """Print what a merge tells in each format, and how far that is from quantizing the exact sum afresh.
+
+    PartedError where it is further than rounding to other codes takes it.
+    """
     cut = [weight[:, : weight.shape[1] // WHOLE * WHOLE].float().contiguous() for weight in weights]
     print("| format | " + " | ".join(f"{size:.1%}" for size in SIZES) + " | told, less afresh | apart |")
     print("| --- |" + " ---: |" * (len(SIZES) + 2))
@@ -131,6 +136,8 @@ def merged_into_formats(weights: list[Tensor]) -> None:
         shares = [f"{statistics.median(told for told, _, _ in each):.3f}" for each in found]
         every = [one for each in found for one in each]
         apart, differ = max(abs(told - afresh) for told, afresh, _ in every), max(other for _, _, other in every)
+        if not (apart <= TOLD and differ <= SHARE):
+            raise PartedError(f"{name}: a merge is {differ:.1%} of its update, or {apart:.1e} in cosine, from the sum")
         print(f"| {name} | {' | '.join(shares)} | {apart:.0e} | {differ:.0e} |", flush=True)
 
 

@@ -1,8 +1,8 @@
 """Answers as `veneer eval` makes them: veneer's engine beside transformers' generate on the model adapted by veneer.
 
 SmolLM2-135M-Instruct, chat prompts of some 40 tokens, greedy, in one batch; with an adapter of rank 16 on all linear
-layers, and alone. Each side has a model of its own. In float32 the answers must be equal before anything is timed; in
-16 bits it is told how many are. Timed in turns, medians.
+layers, and alone. Each side has a model of its own. In float32, which comes first, the answers must be equal before
+anything is timed; in 16 bits it is told how many are. Timed in turns, medians.
 
     python -m bench.serving.answers [--dtype float32] [--prompts 16] [--tokens 32] [--repeats 3] [--threads 2]
 """
@@ -41,10 +41,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, quiet():
         for name, dora in (("base", None), ("lora", False), ("dora", True)):
             adapter = None if dora is None else saved(Path(folder) / name, dora)
-            found = compare(name, adapter, args)
+            found = compare(name, adapter, "float32", args)
             base = found if adapter is None else base
             if adapter is not None:
                 require_heard(name, found, base)
+            if args.dtype != "float32":
+                compare(name, adapter, args.dtype, args)
 
 
 def saved(folder: Path, dora: bool) -> Path:
@@ -59,9 +61,9 @@ def saved(folder: Path, dora: bool) -> Path:
     return folder
 
 
-def compare(name: str, adapter: Path | None, args: argparse.Namespace) -> list[str]:
+def compare(name: str, adapter: Path | None, dtype: str, args: argparse.Namespace) -> list[str]:
     """Print the times of a load; return the answers, which both sides give in float32."""
-    chosen = choose(MODEL, [] if adapter is None else [adapter], dtype=args.dtype)
+    chosen = choose(MODEL, [] if adapter is None else [adapter], dtype=dtype)
     theirs = ModelAnswerer(chosen.load().joined(), Drawing(), args.prompts)
     parts = chosen.load()
     start = time.perf_counter()
@@ -82,12 +84,12 @@ def compare(name: str, adapter: Path | None, args: argparse.Namespace) -> list[s
 
     answers = run(theirs)
     n_equal = sum(a == b for a, b in zip(answers, run(ours), strict=True))
-    if args.dtype == "float32" and n_equal < args.prompts:
+    if dtype == "float32" and n_equal < args.prompts:
         raise SystemExit(f"{name}: only {n_equal} of {args.prompts} answers are equal in float32")
     pair = Pair(name, lambda: run(theirs), lambda: run(ours), 0, 0)
     generate, engine = alternate(pair, args.repeats, calls=1)
     print(
-        f"{name} {args.dtype}: generate {generate / 1e3:.2f} s, engine {engine / 1e3:.2f} s, {generate / engine:.1f}x; "
+        f"{name} {dtype}: generate {generate / 1e3:.2f} s, engine {engine / 1e3:.2f} s, {generate / engine:.1f}x; "
         f"the engine starts in {start:.2f} s; {n_equal} of {args.prompts} answers equal",
         flush=True,
     )

@@ -4,9 +4,10 @@
 
 Needs `pip install 'veneer[ray]'`. A tiny random model in two replicas of this machine, each with room for 25 of 40
 adapters. Clients send one request after the other, each for an adapter by Zipf's law; then one adapter, rare before,
-has half of all requests. Both kinds of choice get the same requests, in turn, and each begins with nothing loaded. The
-share is that of ``adapter_hits`` in ``/metrics``. At last a replica is killed while all clients wait for answers. A
-request that failed must have begun before, and may fail with 503 alone.
+has half of all requests. Both kinds of choice get the same requests, in turn, and each begins with nothing loaded.
+Before, an adapter must score a prompt as it does in transformers and PEFT. The share is that of ``adapter_hits`` in
+``/metrics``. At last a replica is killed while all clients wait for answers. A request that failed must have begun
+before, and may fail with 503 alone.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from ray import serve
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from bench.report import Rows, add_keep, done, ends_as_interrupted, keep, working
+from bench.serving.asked import prompt_of
+from bench.serving.likeliest import require_scores, scores_in, scoring
 from bench.tiny_model import write_tiny
 from veneer import LoraConfig, get_peft_model
 from veneer.ray.serving.arguments import arguments_of
@@ -95,6 +98,7 @@ def main() -> None:
                 working(f"{title}: two replicas start")
                 serve.run(application(arguments_of(given), router))
                 wait_for_two()
+                require_right(base, folder, names[-1])
                 for case, wanted in (("by Zipf", zipf), ("half of all for one", halved)):
                     working(f"{title}, {case}")
                     before, start = metrics(), time.perf_counter()
@@ -191,6 +195,14 @@ def require_answered(asked: Sequence[Asked]) -> None:
     wrong = Counter(each.status for each in asked if each.status != 200)
     if wrong:
         raise SystemExit(f"statuses: {dict(wrong)}")
+
+
+def require_right(base: str, folder: Path, name: str) -> None:
+    """PartedError if an adapter scores a prompt otherwise than the model under it."""
+    body = json.dumps(scoring(name, prompt := prompt_of(1))).encode()
+    request = urllib.request.Request(f"{URL}/v1/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        require_scores(name, base, prompt, scores_in(json.load(answer), prompt), str(folder / name))
 
 
 def metrics() -> dict[tuple[str, str, str], float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -91,3 +92,13 @@ def test_an_optimizer(name: str, script: Script, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, name, lambda params, **how: right(params, **how | {"lr": 1.1 * how["lr"]}))
     with pytest.raises(SystemExit, match=f"{name} is off from torch's AdamW"):
         module.check_equal(args)
+
+
+def test_cases_of_a_gpu(script: Script) -> None:
+    """Each case of bench/kernels/gpu.py holds on the CPU, and does not where its values are a tenth too large."""
+    pytest.importorskip("triton")
+    module, cases = script("gpu"), script("gpu_cases")
+    for case in cases.cases(cases.Maker(torch.device("cpu"), torch.float32, None, cases.TINY)):
+        assert module.check(case)[0], case.name
+        wrong = replace(case, ours=lambda *given, right=case.ours: stretched(right(*given)))
+        assert not module.check(wrong)[0], case.name

@@ -263,6 +263,55 @@ def test_files_of_one_command_and_of_three(script: Script, tmp_path: Path) -> No
             module.require_same_change(place, written("wrong", wrong), theirs)
 
 
+def test_blocks_of_a_file(script: Script, fault: Fault, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module, step, made = script("gguf_file"), script("lora_step"), []
+    tiny_folder(tmp_path / "model", "llama")
+    written = export_gguf(tmp_path / "model", tmp_path / "x.gguf", GgufOptions(type="Q8_0"))
+    args = argparse.Namespace(file=written.paths[0])
+    module.same_course(args)
+    right = step.adapted
+
+    def spoilt(*given: Any) -> Any:
+        made.append(right(*given))
+        return fault(made[0]) if len(made) == 1 else made[-1]
+
+    monkeypatch.setattr(step, "adapted", spoilt)
+    with pytest.raises(script("same").PartedError, match=r"part by|changes the logits|no move of the adapter"):
+        module.same_course(args)
+
+
+def test_weights_that_are_loaded(script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    module = script("load")
+    folder, right = module.tiny_model(tmp_path / "model"), module.load
+    assert module.require_equal(folder) == 7
+
+    def spoilt(side: str, folder: Path) -> Any:
+        model = right(side, folder)
+        if side == "veneer":
+            model.get_submodule("model.layers.0.mlp.up_proj").weight.data[3] ^= 1
+        return model
+
+    monkeypatch.setattr(module, "load", spoilt)
+    with pytest.raises(SystemExit, match=r"different weights: \['model.layers.0.mlp.up_proj.weight'\]"):
+        module.require_equal(folder)
+
+
+@pytest.mark.parametrize("times", [0.0, 1.5, 1.0], ids=["ignored", "too much", "right"])
+def test_merges_into_formats(times: float, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("requantize")
+    right = module.merge_requantized
+
+    def merged(model: Any, *given: Any) -> Any:
+        model.get_submodule("0").adapters["default"]["lora_B"].data.mul_(times)
+        return right(model, *given)
+
+    monkeypatch.setattr(module, "merge_requantized", merged)
+    monkeypatch.setattr(module, "FORMATS", {name: module.FORMATS[name] for name in ("NF4", "Q8_0")})
+    with nullcontext() if times == 1 else pytest.raises(script("same").PartedError, match="NF4: a merge is"):
+        module.merged_into_formats([torch.randn(24, 300) * 0.02])
+
+
 def test_quality_of_a_model_whose_adapter_is_not_heard(script: Script) -> None:
     quality, where = script("gguf_quality"), script("trained_where")
     near, far = quality.Cost(7.0, 0.02), quality.Cost(9.0, 0.9)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from chat_models import adapter_folder as adapter_folder
+from chat_models import model_folder as model_folder
 from veneer.serve import start
 from veneer.serve.engine import Engine
 
@@ -197,3 +201,56 @@ def test_scores_of_a_judge(hears: bool, script: Script, tiny: str, tmp_path: Pat
         return
     with pytest.raises(script("same").PartedError, match="0: scores, of what the adapter adds: they part by 100%"):
         asyncio.run(module.require_right(run, tiny))
+
+
+@pytest.fixture
+def chats(script: Script, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """bench/serving/answers.py on a tiny chat model."""
+    module = script("answers")
+    monkeypatch.setattr(module, "MODEL", str(model_folder))
+    return module
+
+
+ASKED = Namespace(prompts=3, tokens=7, repeats=1)
+
+
+def test_answers_of_eval(chats: ModuleType, adapter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapted = (chats.compare("x", adapter, "float32", ASKED) for adapter in (None, adapter_folder))
+    chats.require_heard("x", adapted, base)
+    with monkeypatch.context() as within:
+        ignore_adapters(within)
+        with pytest.raises(SystemExit, match="answers are equal in float32"):
+            chats.compare("x", adapter_folder, "float32", ASKED)
+    right = chats.engine_answerer
+
+    def wrong(parts: Any, *given: Any) -> Any:
+        parts.base.get_submodule("model.layers.1.mlp.up_proj").weight.data.neg_()
+        return right(parts, *given)
+
+    monkeypatch.setattr(chats, "engine_answerer", wrong)
+    with pytest.raises(SystemExit, match="answers are equal in float32"):
+        chats.compare("x", None, "float32", ASKED)
+
+
+@pytest.mark.parametrize("fault", ["none", "ignores", "another token", "deaf on both sides"])
+def test_vllms_answers(
+    fault: str, script: Script, model_folder: Path, adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("vllm_lora")
+    right = module.our_answers
+
+    def ours(given: Any) -> Any:
+        prompts, found = right(given)
+        return prompts, found | ({"adapter": found["base"]} if fault == "deaf on both sides" else {})
+
+    def theirs(given: Any, prompts: Any) -> Any:
+        _, found = ours(given)
+        if fault == "another token":
+            found["adapter"][1][5] += 1
+        return found | ({"adapter": found["base"]} if fault == "ignores" else {})
+
+    monkeypatch.setattr(module, "our_answers", ours)
+    monkeypatch.setattr(module, "their_answers", theirs)
+    given = ["--model", model_folder, "--adapter", adapter_folder, "--vllm-python", "x", "--n-tokens", 8]
+    monkeypatch.setattr(sys, "argv", ["vllm_lora", *map(str, given)])
+    assert module.main() == (fault != "none")
