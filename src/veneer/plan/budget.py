@@ -27,7 +27,8 @@ class MeasuringTime:
         """Begin a measurement. Raises UnmeasuredError if there is no time left for it."""
         if not self.is_open:
             raise UnmeasuredError(
-                f"measuring this machine was ended after {self.seconds:.0f} s: the same command goes on with it"
+                f"this machine is measured in part, and nothing more begins after {self.seconds:.0f} s: the same "
+                "command goes on with it"
                 if self.seconds
                 else "this machine was not measured: `veneer plan` measures it, and a run's own steps do"
             )

@@ -187,7 +187,7 @@ class Rates:
     def _once(self, key: str, measure: Callable[[], float]) -> float:
         if key not in self.known:
             self.budget.begin()
-            waiting_for(f"measuring this machine, once, at most {self.budget.seconds:.0f} s: {key}")
+            waiting_for(f"measuring this machine, once: {key}")
             others = Others()
             try:
                 self.known[key] = measure()

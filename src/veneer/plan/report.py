@@ -38,7 +38,10 @@ from veneer.train.config import SFTConfig
 
 CONTEXT_BYTES = 500_000_000
 """CUDA's context and libraries (300 to 600 MB by card and driver)."""
-MEASURING = "measuring this machine, once: at most some 20 s (--no-time plans memory alone; Ctrl-C goes on without)"
+MEASURING = (
+    "measuring this machine, once: some 20 s, longer beside other work (--no-time plans memory alone; Ctrl-C goes on "
+    "without)"
+)
 RUN_BYTES = 30_000_000
 """Bytes that the first steps add to a process in which all is imported and a plan is made: 24 MB were measured."""
 FRAGMENTS = 1.05
