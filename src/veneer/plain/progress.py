@@ -118,6 +118,20 @@ def waiting_for(what: str) -> None:
         wait.what = what
 
 
+def waiting_anew(what: str) -> None:
+    """Name the next work as `waiting_for` does, and count its seconds from here."""
+    wait = _WAIT.get()
+    if wait is not None:
+        wait.begin(what)
+
+
+def waiting_heard(seconds: float) -> None:
+    """Put off the next plain line of a wait: another line was printed, and in so many seconds there is one again."""
+    wait = _WAIT.get()
+    if wait is not None:
+        wait.put_off(seconds)
+
+
 def waiting_over() -> None:
     """End the report of a wait, if there is one: from here on others print, or a bar is drawn."""
     wait = _WAIT.get()
@@ -164,6 +178,14 @@ class _Spinner:
         self._what = what
         self._progress.update(self._task, description=escape(what))
 
+    def begin(self, what: str) -> None:
+        """Name the next work; the seconds shown begin again."""
+        self.what = what
+        self._progress.reset(self._task)
+
+    def put_off(self, seconds: float) -> None:
+        """Do nothing: the line is there all the time."""
+
     def pause(self) -> None:
         """Remove the line until `go_on`."""
         self.paused = True
@@ -185,10 +207,20 @@ class _Lines:
     """A thread that prints the current stage and its seconds so far."""
 
     def __init__(self, what: str, console: Console) -> None:
-        self.what, self._console, self._over = what, console, threading.Event()
+        self._console, self._over = console, threading.Event()
         self.paused = False
+        self.begin(what)
+        self.put_off(QUIET_SECONDS)
         self._thread = threading.Thread(target=self._tell, daemon=True)
         self._thread.start()
+
+    def begin(self, what: str) -> None:
+        """Name the next work, whose seconds are counted from here."""
+        self.what, self._began = what, time.monotonic()
+
+    def put_off(self, seconds: float) -> None:
+        """Print the next line in so many seconds, and later ones as far apart, but at least `LINE_SECONDS`."""
+        self._due, self._apart = time.monotonic() + seconds, max(seconds, LINE_SECONDS)
 
     def pause(self) -> None:
         """Print nothing until `go_on`."""
@@ -204,12 +236,14 @@ class _Lines:
         self._thread.join()
 
     def _tell(self) -> None:
-        began, pause = time.monotonic(), QUIET_SECONDS
-        while not self._over.wait(pause):
+        while not self._over.wait(max(0.0, self._due - time.monotonic())):
+            now = time.monotonic()
+            if now < self._due:  # put off meanwhile
+                continue
             if not self.paused:
                 modules = f": {len(sys.modules):,} modules" if self.what == LIBRARIES else ""
-                _say(self._console, f"{self.what}{modules} ({time.monotonic() - began:.0f} s so far)")
-            pause = LINE_SECONDS
+                _say(self._console, f"{self.what}{modules} ({now - self._began:.0f} s so far)")
+            self._due = now + self._apart
 
 
 def _stderr() -> Console:

@@ -11,6 +11,7 @@ from veneer.errors import Interrupted
 from veneer.model.memory.available import high_water
 from veneer.model.memory.default_device import told_device
 from veneer.plain.group import n_on_this_machine
+from veneer.plain.progress import waits_told
 from veneer.recipe.adapter import FULL
 from veneer.recipe.changes import places_of
 from veneer.recipe.parts import DataPart
@@ -167,7 +168,8 @@ def _trained(trainer: RunTrainer, saved: Path, adapter: Mapping[str, Any], resum
     with stop.deferred():
         trained = trainer.train(resume_from_checkpoint=resume or None)
         seconds = trainer.seconds_trained()
-        save_trained(trainer, saved, adapter)
+        with waits_told("saving"):
+            save_trained(trainer, saved, adapter)
     results = {
         "train_loss": trained.training_loss,
         "steps": trained.global_step,
@@ -177,7 +179,8 @@ def _trained(trainer: RunTrainer, saved: Path, adapter: Mapping[str, Any], resum
     }
     stop.check()
     if trainer.eval_dataset is not None:
-        metrics = last.of_trained(trainer.args, trainer.state) or trainer.evaluate()
+        with waits_told("measuring the held-out rows"):
+            metrics = last.of_trained(trainer.args, trainer.state) or trainer.evaluate()
         results |= {key: value for key, value in metrics.items() if key.startswith("eval_")}
     results["peak_bytes"] = high_water()
     history = trainer.state.log_history

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import time
 
 import pytest
 
@@ -99,6 +100,21 @@ def test_a_wait_inside_of_another_is_named_while_it_lasts(monkeypatch: pytest.Mo
             appears("packing (", screen)
         screen.truncate(0)
         appears("loading (", screen)
+
+
+def test_a_line_of_a_wait_is_put_off_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
+    with progress.waits_told("loading"):
+        appears("loading (", screen)
+        progress.waiting_anew("saving")
+        appears("saving (", screen)
+        progress.waiting_heard(3600.0)
+        told = screen.getvalue().count("\n")
+        time.sleep(0.1)
+        assert screen.getvalue().count("\n") <= told + 1  # a line that was on its way
 
 
 def test_a_short_wait_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:

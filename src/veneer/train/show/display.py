@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from veneer.plain.progress import draws_bars, waiting_for, waits_told
+from veneer.plain.progress import draws_bars, waiting_anew, waiting_heard, waiting_over, waits_told
 from veneer.plain.units import duration
 from veneer.train.first_step import evaluates_first
 
@@ -39,7 +39,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
     one run among several begins its lines.
 
     ``loss`` returns the mean loss since the last log step, given the step. With it a plain line comes at least every
-    `PAUSE_SECONDS`, or every hundredth of the run if that is longer, and one while the first step is computed.
+    `PAUSE_SECONDS`, or every hundredth of the run if that is longer; within a long step it names the work in progress.
     A loss of several steps is their mean, and its line says of how many.
     """
 
@@ -62,6 +62,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         self._waits = ExitStack()
         self._counted: int | None = None
         self._predicted = self._logged = 0
+        self._apart = PAUSE_SECONDS
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         """Open the bar of the steps."""
@@ -80,18 +81,22 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         self._step_began = time.perf_counter()
         if self._counted is None:
             self._counted = self._n_tokens()
+        elif self._says_between(state):
+            waiting_anew(f"computing step {state.global_step + 1}/{state.max_steps}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop the step's clock, and move the bar, or print a line if there was none for long."""
         now = time.perf_counter()
         self._busy += now - self._step_began
-        self._waits.close()
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
-        elif self._says_between(state) and not control.should_log and now - self._said >= self._pause(state, now):
-            loss = self._mean(self._loss(state.global_step), state) if self._loss is not None else ""
-            self._say("  ".join([f"step {state.global_step}/{state.max_steps}", loss, *self._left(state, now)]))
-            self._said = now
+        elif self._says_between(state):
+            self._apart = self._pause(state, now)
+            if not control.should_log and now - self._said >= self._apart:
+                loss = self._mean(self._loss(state.global_step), state) if self._loss is not None else ""
+                self._say("  ".join([f"step {state.global_step}/{state.max_steps}", loss, *self._left(state, now)]))
+                self._said = now
+            waiting_anew(_next_work(control, state))
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         """Move the bar of the held-out batches."""
@@ -111,7 +116,13 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Remove the bar of the held-out batches."""
         self._evaluated()
-        waiting_for(_FIRST_STEP)  # where a wait is told, no step has been made
+        if self._says_between(state) and self._trains:
+            waiting_anew(_FIRST_STEP if state.global_step == self._first_step else _next_work(control, state))
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Name the work after a checkpoint."""
+        if self._says_between(state) and self._trains:
+            waiting_anew(_next_work(control, state))
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         """Remove the bar of the held-out batches."""
@@ -160,6 +171,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
             TextColumn("{task.fields[values]}"),
             TimeRemainingColumn(compact=True),
         )
+        waiting_over()
         # Text printed to a stdout that is not this terminal must not come out here.
         self._bar = Progress(
             *columns,
@@ -183,6 +195,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
 
     def _say(self, line: str) -> None:
         self._console.print(self._prefix + line, soft_wrap=True, markup=False)
+        waiting_heard(self._apart)
 
     def _rate(self) -> float:
         """Return the tokens a second since the last line."""
@@ -224,6 +237,15 @@ def show_run(
     display = RunDisplay(n_tokens, loss=loss, bar=bar)
     trainer.add_callback(display)
     return display
+
+
+def _next_work(control: Any, state: Any) -> str:
+    """Return the work between two steps, in Trainer's order."""
+    if control.should_evaluate:
+        return "measuring the held-out rows"
+    if control.should_save:
+        return "saving a checkpoint"
+    return "reading the rows of the next step" if state.global_step < state.max_steps else "ending the training"
 
 
 def _held_out(logs: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from veneer.train.show.display import RunDisplay, show_run
@@ -119,7 +120,7 @@ def test_a_file_gets_lines_between_log_steps_far_apart(max_steps: int, told: lis
     for step in range(1, 14):
         display.on_step_begin(ARGS, state, ARGS)
         state.global_step = step
-        display.on_step_end(ARGS, state, types.SimpleNamespace(should_log=False))
+        display.on_step_end(ARGS, state, TrainerControl(should_log=False))
     display.close()
     assert file.getvalue().splitlines() == told
 
@@ -133,7 +134,7 @@ def test_a_step_that_is_logged_has_one_line() -> None:
     for step in range(1, 14):
         display.on_step_begin(ARGS, state, ARGS)
         state.global_step = step
-        display.on_step_end(ARGS, state, types.SimpleNamespace(should_log=step == 7))
+        display.on_step_end(ARGS, state, TrainerControl(should_log=step == 7))
         if step == 7:
             display.on_log(ARGS, state, ARGS, logs={"loss": 1.0})
     assert [line.split()[1] for line in file.getvalue().splitlines()] == ["5/13", "7/13", "12/13"]
@@ -161,7 +162,7 @@ def test_a_long_first_step_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         told += capsys.readouterr().err
         time.sleep(0.01)
     display.on_step_begin(ARGS, state, ARGS)
-    display.on_step_end(ARGS, state, types.SimpleNamespace(should_log=True))
+    display.on_step_end(ARGS, state, TrainerControl(should_log=True))
     assert "computing the first step (0 s so far)" in told
 
 
@@ -186,6 +187,39 @@ def test_an_evaluation_before_the_first_step_is_called_so(
     display.on_evaluate(ARGS, state, ARGS)
     until("computing the first step (0 s so far)")
     display.close()
+
+
+def test_long_work_in_and_between_steps_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("veneer.plain.progress.QUIET_SECONDS", 0.01)
+    monkeypatch.setattr("veneer.plain.progress.LINE_SECONDS", 0.01)
+    display = RunDisplay(lambda: 0, loss=lambda step: 0.25)
+    state: Any = types.SimpleNamespace(global_step=1, max_steps=3, is_world_process_zero=True)
+    told = ""
+
+    def until(said: str) -> None:
+        nonlocal told
+        while f"{said} (" not in told:
+            told += capsys.readouterr().err
+            time.sleep(0.01)
+
+    display.on_train_begin(ARGS, state, ARGS)
+    display.on_step_begin(ARGS, state, ARGS)
+    state.global_step = 2
+    display.on_step_end(ARGS, state, TrainerControl(should_evaluate=True, should_save=True))
+    until("measuring the held-out rows")
+    display.on_evaluate(ARGS, state, TrainerControl(should_save=True))
+    until("saving a checkpoint")
+    display.on_save(ARGS, state, TrainerControl())
+    until("reading the rows of the next step")
+    display.on_step_begin(ARGS, state, ARGS)
+    until("computing step 3/3")
+    state.global_step = 3
+    display.on_step_end(ARGS, state, TrainerControl())
+    until("ending the training")
+    display.on_train_end(ARGS, state, ARGS)
+    assert "first step" not in told
 
 
 @pytest.mark.usefixtures("clock")
