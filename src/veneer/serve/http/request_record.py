@@ -32,6 +32,7 @@ _ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
 # Asked for by probes, routers and open pages every few seconds: no line while all is well.
 _POLLED = frozenset({"/", "/health", "/ready", "/metrics", "/v1/adapters", "/v1/models"})
 _ANTHROPICS = "/v1/messages"  # routes whose errors have Anthropic's form
+_ANTHROPICS_HEADER = "Request-Id"  # where its clients look for the id
 _LONGEST_PATH = 128  # characters of a path that is no route's
 
 
@@ -99,7 +100,8 @@ class RequestRecord:
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers of the response."""
-        told = {HEADER: self.id} | ({IGNORED: ", ".join(self.ignored)} if self.ignored else {})
+        told = {HEADER: self.id} | ({_ANTHROPICS_HEADER: self.id} if self.is_anthropics else {})
+        told |= {IGNORED: ", ".join(self.ignored)} if self.ignored else {}
         return [(name.lower().encode(), value.encode()) for name, value in told.items()]
 
     def _since(self, then: float) -> float | None:

@@ -243,6 +243,7 @@ def test_errors_are_those_of_the_client(server, client, monkeypatch):
     with pytest.raises(anthropic.NotFoundError, match="no model 'nobody'") as missing:
         client.messages.create(**ASKED | {"model": "nobody"}, messages=[TURN])
     assert missing.value.body["error"]["type"] == "not_found_error"
+    assert missing.value.request_id == missing.value.body["request_id"]
     with pytest.raises(anthropic.APIStatusError, match="no route 'GET /v1/messages'; use POST"):
         client.get("/v1/messages", cast_to=object)
     monkeypatch.setattr(server.engine.runner, "run", lambda plan: _raise())
