@@ -14,8 +14,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, repeat
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
+from operator import mul
 from pathlib import Path
 
 from patience import PATIENCE
@@ -45,7 +47,10 @@ def forkserver() -> ForkServerContext:
 def forked(
     arguments: Sequence[str], log: Path, environment: Mapping[str, str], *, slow: bool = False
 ) -> multiprocessing.Process:
-    """Start ``veneer ARGUMENTS``, whose output goes into a file. ``slow``: it waits in every micro-batch."""
+    """Start ``veneer ARGUMENTS``, whose output goes into a file.
+
+    ``slow``: it waits in every micro-batch, longer each time, so that it does not end before a test has seen it begin.
+    """
     process = forkserver().Process(target=_command, args=(list(arguments), str(log), dict(environment), slow))
     process.start()
     return process
@@ -134,10 +139,10 @@ def _write_into(stdout: str, stderr: str) -> None:
 def _slow_down() -> None:
     from veneer.train.progress import Progress
 
-    counted = Progress.add_tokens
+    counted, seconds = Progress.add_tokens, accumulate(repeat(1.1), mul, initial=0.1)
 
     def slowly(self: Progress, *counts: int) -> None:
-        time.sleep(0.1)
+        time.sleep(next(seconds))
         counted(self, *counts)
 
     Progress.add_tokens = slowly  # type: ignore[method-assign]

@@ -55,11 +55,11 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(project: Path, output: str, *options: str) -> tuple[Process, Path]:
+def start(project: Path, output: str, *options: str, slow: bool = False) -> tuple[Process, Path]:
     """The process, and the file that its output goes into."""
     log = project / f"{len(list(project.glob('*.log')))}.log"
     command = ["train", str(project / "sweep.yaml"), "--set", f"output={project / output}", *options]
-    return forked(command, log, {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}), log
+    return forked(command, log, {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}, slow=slow), log
 
 
 def finish(process: Process, log: Path, code: int = 0) -> str:
@@ -76,7 +76,7 @@ def losses(folder: Path) -> dict[int, tuple[float, ...]]:
 
 def test_a_sweep_killed_anywhere_and_resumed_is_the_sweep_that_was_not(project: Path) -> None:
     whole = start(project, "whole")
-    process, _ = start(project, "broken")
+    process, _ = start(project, "broken", slow=True)
     while process.is_alive() and len(checkpoints(project / "broken" / "lora")) == 0:
         time.sleep(0.02)
     time.sleep(0.3)

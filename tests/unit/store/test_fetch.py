@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
+from patience import PATIENCE
 from veneer.errors import ConfigError, FormatError
 from veneer.store import fetch as fetch_module
 from veneer.store import stages
@@ -97,15 +97,16 @@ def test_a_pipe_gets_a_line_every_five_seconds(
 
 
 def test_a_process_that_waits_for_another_says_so(
-    wheel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    wheel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model_folder("tiny").parent.mkdir(parents=True)
-    held = threading.Event()
+    held, told = threading.Event(), threading.Event()
+    monkeypatch.setattr(fetch_module, "print", lambda *words, **how: (print(*words, **how), told.set()), raising=False)
 
     def hold() -> None:
         with FileLock(model_folder("tiny").parent / ".tiny.lock"):
             held.set()
-            time.sleep(0.3)
+            told.wait(PATIENCE)
 
     other = threading.Thread(target=hold)
     other.start()

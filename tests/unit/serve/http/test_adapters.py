@@ -261,6 +261,7 @@ def test_adapters_are_listed_in_parts(server, served):
     assert ([each["id"] for each in first["data"]], first["has_more"]) == (["vera"], True)
     assert ([each["id"] for each in rest["data"]], rest["has_more"]) == (["wrong"], False)
     shutil.rmtree(served / "wrong")
+    server.wait(lambda: [each["id"] for each in listed(server)["data"]] == ["vera"])
 
 
 def test_lists_of_adapters_leave_threads_for_others(server, monkeypatch):
