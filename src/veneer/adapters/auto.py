@@ -74,7 +74,7 @@ class AutoPeftModel:
         folder = adapter_folder(pretrained_model_name_or_path, hub_options(hub))
         stored = config or read_config(folder)
         if stored.base_model_name_or_path is None:
-            raise ConfigError(f"{folder} does not name its base: load that, and call PeftModel.from_pretrained on it")
+            raise ConfigError(f"{folder} does not name its base: load it, and call PeftModel.from_pretrained on it")
         options.pop("subfolder", None)
         kind = cls._class_of_base(stored, folder)
         base = _loaded(kind, stored.base_model_name_or_path, stored.revision, options, in_blocks=gguf == "blocks")

@@ -119,7 +119,9 @@ def add_weighted(
                 records[path] = replace(records[path], bias=_bias_offset(layer, updates, [w for _, w in acting]))
         on_progress(done, len(layers))
     if not records:
-        raise CompositionError(f"none of the adapters {list(names)} acts on linear layers: only such can be combined")
+        raise CompositionError(
+            f"none of the adapters {list(names)} acts on linear layers: only adapters of linear layers can be combined"
+        )
     if most_lost is not None and plan.how == "linear" and plan.rank is None:
         _require_little_lost(model, parts, plan, errors, most_lost)
     _add_of_records(model, state, name, records)

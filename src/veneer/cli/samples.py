@@ -33,7 +33,7 @@ def show_samples(args: SamplesArguments) -> None:
         else:
             console.print(shown(line))
     if not is_any:
-        raise DataError(f"no rollout in {args.run} is as asked: leave --step or --below out")
+        raise DataError(f"no rollout in {args.run} matches --step and --below: leave one of them out")
 
 
 def show_report(args: ReportArguments) -> None:

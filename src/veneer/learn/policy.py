@@ -140,7 +140,7 @@ def policy_of(trainer: Any) -> Policy | None:
                 f"rollout_engine='engine' cannot draw: {reason}. Set it to 'auto' (rollouts.engine in a recipe), and "
                 "transformers draws"
             ) from reason
-        log.warning("transformers' generate draws the answers, slowly, and not veneer's engine: %s", reason)
+        log.warning("transformers draws the answers, slowly, since veneer's engine cannot: %s", reason)
         return None
     is_exact = trainer.model.dtype == torch.float32 and not (args.bf16 or args.fp16)
     return Policy(rollouts, adapter, params, is_exact=is_exact)
@@ -156,7 +156,7 @@ def _adapter(trainer: Any) -> str:
     if is_cut(model):
         raise ConfigError("the base is cut over processes")
     if not isinstance(trainer.processing_class, PreTrainedTokenizerBase):
-        raise ConfigError("the engine reads text alone")
+        raise ConfigError("the engine reads only text")
     if getattr(args, "use_transformers_continuous_batching", False):
         raise ConfigError("use_transformers_continuous_batching=True asks for transformers")
     active = model.adapter_state.active

@@ -66,11 +66,11 @@ class AnswerCall:
         return {"id": f"{self.shape.id}-{self.id}", "object": kind, "created": self.created, "model": self.model}
 
     def index(self, output: RequestOutput, answer: CompletionOutput) -> int:
-        """Return the index of an answer among the choices, which are in the order of the prompts."""
+        """Return the index of an answer among the choices, which are ordered like the prompts."""
         return self._places[output.request_id] * self.asked[0].params.n + answer.index
 
     def answers(self, output: RequestOutput) -> list[CompletionOutput]:
-        """Return the answers of an output as they are told."""
+        """Return the answers of an output that the route returns."""
         return output.outputs if self.shape.tells_answers else [_emptied(answer) for answer in output.outputs]
 
     @cached_property
@@ -78,7 +78,7 @@ class AnswerCall:
         return {asked.id: place for place, asked in enumerate(self.asked)}
 
     def usage(self, n_answered: int, n_cached: int) -> dict[str, Any]:
-        """Return the numbers of tokens read, among them those found in the prefix cache, and written."""
+        """Return the numbers of tokens read, of those found in the prefix cache, and of tokens written."""
         n_prompt = sum(len(asked.prompt_ids) for asked in self.asked)
         return {
             "prompt_tokens": n_prompt, "completion_tokens": n_answered, "total_tokens": n_prompt + n_answered,
@@ -95,7 +95,7 @@ async def whole_answer(engine: AsyncEngine, request: Request, answering: AnswerC
 
 
 async def unless_left(request: Request, found: Coroutine[Any, Any, str]) -> Response:
-    """Return the response with the JSON that is found; if the client disconnects first, the search is cancelled."""
+    """Return a response with the JSON that ``found`` gives. If the client disconnects first, the work is cancelled."""
     finding = asyncio.ensure_future(found)
     leaving = asyncio.ensure_future(_left(request))
     try:
@@ -119,7 +119,7 @@ def stream_of(
 ) -> StreamingResponse:
     """Return the choices as server-sent events; if the client disconnects, its requests end.
 
-    ``taken`` is left when the stream has ended. Log-probabilities of prompts are written on the ``lane``.
+    The context ``taken`` is exited when the stream has ended. Log-probabilities of prompts are encoded on the ``lane``.
     """
     return EventStream(_events(engine, answering, options, lane), taken)
 
@@ -127,7 +127,7 @@ def stream_of(
 class EventStream(StreamingResponse):
     """Stream of server-sent events.
 
-    It closes them and leaves ``taken`` however it ends, also if no event was asked for.
+    However it ends, it closes the events and exits ``taken``, even if no event was requested.
     """
 
     def __init__(self, events: AsyncGenerator[bytes, None], taken: AbstractContextManager[object]) -> None:

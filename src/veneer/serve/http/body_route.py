@@ -1,4 +1,4 @@
-"""Route whose large bodies are parsed beside the loop."""
+"""Route whose large bodies are parsed on another thread than the event loop's."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class BodyRoute(APIRoute):
 
 
 def parsed(body: bytes) -> Any:
-    """Return a JSON text as `json.loads` does, and let other threads run meanwhile.
+    """Parse JSON as `json.loads` does, and let other threads run meanwhile.
 
-    The parser is one call, which keeps the interpreter to itself until it calls a function of Python: here for each
-    object and each number. Raises JSONDecodeError, also for what JSON has not (NaN, other encodings), and for
-    what readers understand in several ways (a key twice, numbers of many digits).
+    The parser is one call, which holds the interpreter's lock until it calls a Python function: here for each object
+    and each number. Raises JSONDecodeError, also for text that is not strict JSON (NaN, other encodings), and for text
+    that readers interpret in different ways (a repeated key, numbers of many digits).
     """
     try:
         return json.loads(body, object_pairs_hook=_object, parse_int=_int, parse_float=_float, parse_constant=_constant)

@@ -17,7 +17,9 @@ _LOG = logging.getLogger("uvicorn.error")  # of the server, whose lines go to st
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """Request with its whole body, as any process can have it. ``name``: what a replica is chosen by; None for any."""
+    """Request with its whole body, as plain values. ``name``: the name by which a replica is chosen; None for any
+    replica.
+    """
 
     name: str | None
     method: str
@@ -28,7 +30,7 @@ class Call:
     body: bytes
 
     def scope(self) -> Scope:
-        """Return it as an ASGI application takes it."""
+        """Return the call as an ASGI scope."""
         return {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "root_path": "",
             "method": self.method, "path": self.path, "raw_path": quote(self.path, errors="replace").encode(),

@@ -1,4 +1,4 @@
-"""Connection of a client: bytes are counted before they are parsed, and whatever is awaited has a time limit."""
+"""Connection of a client: bytes are counted before they are parsed, and every wait has a time limit."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _TURN = 15.0  # seconds in which all connections are thought to have their answe
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionLimits:
-    """Limits of one connection, and the number of all.
+    """Limits of one connection, and of the number of connections.
 
-    ``head_bytes`` and ``headers``: the request line with its headers, and their number. ``head_seconds``: the time for
-    them. ``chunks``: those of a body, and one more for each ``chunk_bytes`` that have arrived. ``body_seconds``: the
-    time for a body, and a second more for each ``body_rate`` bytes that have arrived. ``unread_seconds``: the time to
-    read what is sent, and a second more for each ``body_rate`` bytes that were read. ``linger_seconds``: the time in
-    which a refused client may read why. ``idle_seconds``: between two requests. ``connections``: at most so many at
-    once; None: as many as the process may open files, less a reserve.
+    ``head_bytes`` and ``headers``: the size of the request line with its headers, and their number. ``head_seconds``:
+    the time for them. ``chunks``: those of a body, and one more for each ``chunk_bytes`` that have arrived.
+    ``body_seconds``: the time for a body, and a second more for each ``body_rate`` bytes that have arrived.
+    ``unread_seconds``: the time to read what is sent, and a second more for each ``body_rate`` bytes that were read.
+    ``linger_seconds``: the time in which a refused client may read the reason. ``idle_seconds``: between two requests.
+    ``connections``: the largest number at once; None: as many as the process may open files, less a reserve.
     """
 
     head_bytes: int = 1 << 16
@@ -64,7 +64,7 @@ class Connections:
     """Open connections of a server.
 
     If there are too many, the one that has owed the rest of a request for the longest time is closed, or else the one
-    that has been idle for the longest time. If all wait for answers, the new client is told to ask again.
+    that has been idle for the longest time. If all wait for answers, the new client is told to retry.
     """
 
     def __init__(self, limits: ConnectionLimits | None = None) -> None:
@@ -116,7 +116,7 @@ class Connections:
         )
 
     def check(self) -> None:
-        """Close the connections whose time is over."""
+        """Close the connections that have timed out."""
         for connection in list(self._open):
             connection.check()
 
@@ -171,7 +171,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse bytes; of a head no more than it may have."""
+        """Parse bytes, but of a head no more than its limit."""
         self._has_begun = True
         while data and self._reads is not _Reads.REFUSED and self.parser is not None:
             room = self._limits.head_bytes + 1 - self._n_silent
@@ -200,7 +200,7 @@ class Connection(HttpToolsProtocol):
             self._connections.owes(self)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header; those behind a body are counted, and mean nothing."""
+        """Take a header. Headers after a body are counted and ignored."""
         self._n_headers += 1
         if self._n_headers > self._limits.headers:
             self._why = HeadTooLargeError(f"the request has more than {self._limits.headers} headers: send fewer")
@@ -209,7 +209,7 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Ask the application; not if the client wishes for another protocol, since then it is parsed again."""
+        """Call the application, unless the client asks for another protocol: the head is then parsed again."""
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             self._is_heard, self._plain_head = True, self._head_without_upgrade()
             return
@@ -221,7 +221,7 @@ class Connection(HttpToolsProtocol):
         self._cycles.append(self.cycle)
 
     def on_chunk_header(self) -> None:
-        """Note that a part of a body begins: each takes time, however short it is."""
+        """Note that a chunk of a body begins: each takes time, however short it is."""
         self._is_heard = True
         self._n_chunks += 1
         limits = self._limits
@@ -281,7 +281,7 @@ class Connection(HttpToolsProtocol):
         self._refuse(self._why or RefusedError("this is no valid HTTP request: send another"))
 
     def pause_writing(self) -> None:
-        """Note since when the client has bytes to read."""
+        """Note the time from which on the client has bytes to read."""
         self._unread = self.loop.time(), self.transport.get_write_buffer_size()
         super().pause_writing()
 

@@ -1,4 +1,4 @@
-"""Limits of the fields of bodies, by name: entries, values and characters. A field that is not named has the least."""
+"""Limits of the fields of bodies, by name: entries, values and characters. Other fields have the lowest limit."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class FieldLimit:
     """Limit of one field.
 
     ``entries``: of a list or an object itself. ``values``: of all lists and objects in it, together. ``characters``: of
-    all texts in it, names too; None if the limit of the body holds, and that of the model's context. ``levels``: lists
-    and objects in one another. Of one level there are at most `MOST_LISTS`.
+    all texts in it, names too; None if only the limits of the body and of the model's context apply. ``levels``: the
+    depth of lists and objects. Each level has at most `MOST_LISTS`.
     """
 
     entries: int = 1024

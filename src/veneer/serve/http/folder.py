@@ -1,4 +1,4 @@
-"""Adapters in a folder, by the names of their folders: a table that a watcher keeps."""
+"""Adapters in a folder, by the names of their own folders: a table that a watcher updates."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from veneer.store.adapter.folder import PICKLE_FILE
 class AdapterFolder:
     """Table of the adapters in a folder, except those named in ``taken``. Any thread may call it.
 
-    Each request for an adapter looks at its two files, so that additions and removals count at once. A watcher finds
-    the others that came and went. ``on_gone`` is called with the names of those that are gone, on the thread that found
-    it out. Without `start`, the table is as new as its creation, or the last request or look.
+    Each request for an adapter checks its two files, so that additions and removals count at once. A watcher finds all
+    other changes. ``on_gone`` is called with the names of removed adapters, on the thread that noticed it. Without
+    `start`, the table is as recent as its creation, the last request or the last look.
     """
 
     def __init__(self, folder: Path, taken: Collection[str], on_gone: Callable[[AbstractSet[str]], None]) -> None:
@@ -51,16 +51,18 @@ class AdapterFolder:
 
     @property
     def incomplete(self) -> dict[str, str]:
-        """Folders with a file of an adapter that are none, by name, with the reason; as of the latest look."""
+        """Folders that have a file of an adapter but are not adapters, by name, with the reason; as of the
+        latest look.
+        """
         with self._lock:
             return {name: reason for name, reason in self._incomplete.items() if name not in self._there}
 
     def why_not(self, name: str) -> str | None:
-        """Look at one folder now; return the reason for which it is no adapter, as `incomplete` does."""
+        """Check one folder now; return the reason why it is not an adapter, as in `incomplete`."""
         return why_incomplete(self.folder / name) if is_entry(name) and name not in self._taken else None
 
     def has(self, name: str) -> bool:
-        """Look at one adapter now; return True if it is there, and served."""
+        """Check one adapter now; return True if it exists and is served."""
         if not is_entry(name) or name in self._taken:
             return False
         if not is_adapter(self.folder / name):
@@ -71,7 +73,7 @@ class AdapterFolder:
         return name not in self._withdrawn
 
     def withdraw(self, name: str) -> None:
-        """Serve an adapter no more, until `restore`, or until its folder is gone and comes again."""
+        """Stop serving an adapter, until `restore`, or until its folder is removed and comes back."""
         with self._lock:
             self._withdrawn.add(name)
             self._sorted = None
@@ -84,7 +86,7 @@ class AdapterFolder:
             self._sorted = None
 
     def look(self, everything: bool = True) -> None:
-        """Find the adapters that came and went. With ``everything``, known ones are read again too."""
+        """Find added and removed adapters. With ``everything``, known ones are read again too."""
         with self._looking:
             known, entries = self._there.copy(), _entries(self.folder) - self._taken
             there = {
@@ -113,7 +115,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def why_incomplete(folder: Path) -> str | None:
-    """Return the reason for which a folder is no adapter now; None if it is one, or has no file of one."""
+    """Return the reason why a folder is not an adapter now; None if it is one, or has no file of one."""
     held = [name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE) if os.path.isfile(folder / name)]
     if not held or {CONFIG_FILE, WEIGHTS_FILE} <= set(held):
         return None
@@ -125,7 +127,7 @@ def why_incomplete(folder: Path) -> str | None:
 
 
 def is_entry(name: str) -> bool:
-    """Return True for a name that an entry of a folder can have, and so leads nowhere else, and that UTF-8 can have."""
+    """Return True for a name that an entry of the folder can have: it leads nowhere else, and UTF-8 can encode it."""
     return name not in ("", ".", "..") and not {"/", "\0"} & set(name) and not re.search("[\ud800-\udfff]", name)
 
 

@@ -42,7 +42,7 @@ _LONGEST = 256  # characters of a name by which a replica is chosen: routers rem
 
 
 class ReplicaLostError(RetryLaterError):
-    """Request that was in flight on a replica which ended, or that no replica takes."""
+    """Error for a request in flight on a replica that ended, or that no replica accepts."""
 
     status = 503
 
@@ -65,9 +65,9 @@ def make_ingress(
 ) -> FastAPI:
     """Return the application in front of replicas of `make_app`'s. ``base``: the names of the base.
 
-    Keys hold here as they do there. ``/health`` is this process's, and ``/metrics`` has the metrics of all replicas. A
-    route that would change the adapters of one replica alone is refused. A replica answers all other routes. Without
-    keys, anybody may ask.
+    Keys have the same effect as on a replica. ``/health`` is this process's, and ``/metrics`` has the metrics of all
+    replicas. A route that would change the adapters of a single replica is refused. A replica answers all other routes.
+    Without keys, all clients are allowed.
     """
 
     @asynccontextmanager
@@ -99,7 +99,7 @@ def make_ingress(
 
 
 class Forward:
-    """Application that has a replica answer each request, chosen by the adapter that the request names."""
+    """Application that forwards each request to a replica, chosen by the adapter that the request names."""
 
     def __init__(self, replicas: Replicas, base: Collection[str]) -> None:
         self._replicas, self._base = replicas, frozenset(base)
@@ -159,7 +159,7 @@ class Forward:
     def name(self, body: bytes) -> str | None:
         """Return the name of the adapter, or of the mix, that a body asks for; None for the base.
 
-        It is None for a wrong body too: the replica says what is wrong with it.
+        It is None for an invalid body too: the replica reports the error.
         """
         try:
             given = from_json(body)
@@ -183,7 +183,7 @@ def _require_of_all(method: str, path: str) -> None:
 
 
 def without_id(message: Message) -> Message:
-    """Return a message without the id of its request, which somebody further out adds."""
+    """Return a message without the request's id, which an outer application adds."""
     if message["type"] != "http.response.start":
         return message
     return {**message, "headers": [(key, value) for key, value in message["headers"] if key.lower() != _ID]}

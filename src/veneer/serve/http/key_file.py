@@ -27,7 +27,7 @@ _Text = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class KeyEntry(BaseModel):
-    """Entry of the file. ``sha256`` is the digest of the key in hexadecimal; the key itself is written nowhere."""
+    """Entry of the file. ``sha256`` is the digest of the key in hexadecimal; the key itself is not stored."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -71,7 +71,7 @@ class Keys:
     def find(self, token: str) -> Key | None:
         """Return the key that a client has sent; None for an unknown one.
 
-        All digests are compared, each in constant time, so that the time tells nothing about them.
+        All digests are compared, each in constant time, so that the time reveals nothing about them.
         """
         digest, found = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest(), None
         for known, key in self._keys:
@@ -94,10 +94,10 @@ class Keys:
 
 
 def read_keys(path: Path) -> Sequence[tuple[bytes, Key]]:
-    """Return the keys of a file with their digests. Raises ConfigError with all that is wrong with it, or for no key.
+    """Return the keys of a file with their digests. Raises ConfigError with all its faults, or if it has no key.
 
-    It is wrong that everybody may write or replace it: who does gives keys to anybody. An empty file is more often one
-    that is being written than a wish that nobody may ask.
+    It is a fault if every user may write or replace the file: such a user could give keys to anyone. An empty file is
+    more often one that is being written than a wish to refuse all clients.
     """
     entries = read_entries(path)
     _require_guarded(path)
@@ -124,7 +124,7 @@ def _require_guarded(path: Path) -> None:
 
 
 def read_entries(path: Path) -> list[KeyEntry]:
-    """Return the entries of a file, which may have none. Raises ConfigError with all that is wrong with it."""
+    """Return the entries of a file, which may be empty. Raises ConfigError with all its faults."""
     try:
         entries = entries_of(path, path.read_bytes())
     except OSError as error:

@@ -24,7 +24,9 @@ _FORMS = ("structured_outputs", "response_format", "output_config", "text", "too
 
 
 class Lane:
-    """Threads for one kind of work. Work that takes longer than ``seconds`` is refused, and stuck until it ends."""
+    """Threads for one kind of work. Work that takes longer than ``seconds`` is refused, and its thread is stuck until
+    it ends.
+    """
 
     def __init__(self, name: str, n_threads: int, seconds: float = _SECONDS) -> None:
         self.name, self.n_threads, self._seconds = name, n_threads, seconds
@@ -35,7 +37,7 @@ class Lane:
 
     @property
     def n_stuck(self) -> int:
-        """Number of threads whose work takes longer than it may."""
+        """Number of threads whose work has exceeded its time."""
         return len(self._stuck)
 
     @property
@@ -99,9 +101,10 @@ class Lane:
 
 
 class Lanes:
-    """Lanes of a server: JSON of large bodies, prompts, and those with a form, whose grammars take longest.
+    """Lanes of a server: one for JSON of large bodies, one for prompts, and one for prompts with a grammar, the
+    slowest.
 
-    Nothing else waits for them.
+    No other work waits for them.
     """
 
     def __init__(self) -> None:

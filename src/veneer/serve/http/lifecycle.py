@@ -1,4 +1,4 @@
-"""Life of a server: ready while its engine runs, draining before it stops; and the routes that tell it."""
+"""Life of a server: ready while its engine runs, draining before it stops; and the routes that report it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ALWAYS = frozenset({"/health", "/ready", "/version", "/metrics"})  # answered w
 
 
 class NotReadyError(RetryLaterError):
-    """Request to a server that takes none now."""
+    """Error for a request to a server that accepts none now."""
 
     status = 503
 
@@ -52,7 +52,7 @@ class Lifecycle:
         return self.is_draining and (not self.n_in_flight or monotonic() >= self._drained_at)
 
     def drain(self, seconds: float) -> None:
-        """Refuse new requests; those in flight have so many seconds to end."""
+        """Refuse new requests. Those in flight have ``seconds`` to end."""
         self._drained_at = monotonic() + seconds
 
     def require_open(self) -> None:
@@ -62,7 +62,7 @@ class Lifecycle:
             raise NotReadyError(f"this server is stopping: ask another one, or ask again in {left} s", None, left)
 
     def require_ready(self) -> None:
-        """Raise NotReadyError unless the engine runs and requests are taken; its message says why."""
+        """Raise NotReadyError, with the reason, unless the engine runs and requests are accepted."""
         self.require_open()
         if self._engine.failure is not None:
             kind = type(self._engine.failure).__name__

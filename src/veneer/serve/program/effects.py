@@ -51,7 +51,7 @@ class _Places:
 
 
 class Lookup:
-    """Places of adapters on a ``model``, looked up once for adapters of equal configs: most differ in values alone.
+    """Places of adapters on a ``model``, looked up once for adapters of equal configs: most differ only in values.
 
     It is valid while no other adapter is attached to the model or detached from it.
     """
@@ -84,7 +84,7 @@ def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
 def effects_of(
     lookup: Lookup, program: Program, folder: Path, config: MethodConfig, tensors: Mapping[str, Tensor]
 ) -> Effects:
-    """Return `read_effects` of a config and of tensors by their keys on disk. ``folder`` is named in errors alone."""
+    """Return `read_effects` of a config and of tensors by their keys on disk. ``folder`` is only used in errors."""
     config = without_head(config)
     try:
         return _effects_of(lookup, program, folder, config, tensors)

@@ -1,4 +1,4 @@
-"""Form of an object that holds tensors: all that it is but for their values."""
+"""Form of an object that holds tensors: everything about it except their values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Form = str | int | float | bool | None | list["Form"]
 
 
 def form_of(held: object) -> Form:
-    """Return the form of an object: two objects have one form if they differ in the values of tensors alone."""
+    """Return the form of an object: two objects have the same form if they differ only in the values of tensors."""
     if isinstance(held, Tensor):
         return ["tensor", str(held.dtype), *held.shape]
     if isinstance(held, Mapping):
@@ -29,7 +29,7 @@ def form_of(held: object) -> Form:
 def of_form(form: Form, kinds: Mapping[str, Callable[..., object]]) -> object:
     """Return the object of a form, with tensors on the meta device. ``kinds`` makes dataclasses, by `name_of`.
 
-    Raises ValueError for any other kind, TypeError and KeyError for what is no form.
+    Raises ValueError for any other kind, TypeError and KeyError for an invalid form.
     """
     if not isinstance(form, list):
         return form

@@ -32,7 +32,7 @@ class ScoreHead:
 
 
 def read_head(folder: Path) -> ScoreHead:
-    """Return the head in an adapter's folder. Raises FormatError if it holds none, or one that is no linear layer."""
+    """Return the head in an adapter's folder. Raises FormatError if there is none, or if it is not a linear layer."""
     tensors = read_tensors(folder)
     found = {place_of(key, ()).end: key for key in once(tensors) if is_of_head(key)}
     if "weight" not in found or tensors[found["weight"]].ndim != 2 or set(found) - {"weight", "bias"}:
@@ -55,7 +55,7 @@ def is_of_head(key: str) -> bool:
 
 
 def without_head(config: MethodConfig) -> MethodConfig:
-    """Return the config of the adapter's other part, for the decoder that has no such head."""
+    """Return the config without the head, for a decoder that has no such head."""
     if config.task_type != SERVED:
         return config
     saved = tuple(name for name in config.modules_to_save or () if name not in CLASSIFIERS)

@@ -105,7 +105,7 @@ class Interpreter:
 
     @torch.no_grad()
     def rows(self, step: PassRows, given: Tensor) -> LogitRows:
-        """Return the kept rows, whose logits are to be asked for before the next pass."""
+        """Return the kept rows. Their logits must be read before the next pass."""
         self._ready.clear()
         self._ready.update(step.segments)
         frame: Frame = {"given": given}

@@ -127,7 +127,7 @@ class SlotRows:
 
 @dataclass(frozen=True, slots=True)
 class SlotCache:
-    """Cache in plain torch: any page size, any dtype, any device, any mixture of heads."""
+    """Cache in plain torch, for any page size, dtype, device and mixture of heads."""
 
     store: SlotStore
 

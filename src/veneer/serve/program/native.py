@@ -1,4 +1,4 @@
-"""Step in C++: the operations of a program that it supports, and passes through stretches of them, one call each.
+"""Step in C++: the operations of a program that it supports, and passes that run stretches of them in one call each.
 
 It calls the same kernels as the ops, on the same weights, so it gives the same bits as the operations one by one. Some
 operations, or parts of the versions in a pass, may be unsupported. These operations run by ops between the stretches,

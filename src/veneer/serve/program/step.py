@@ -22,8 +22,8 @@ class Piece(NamedTuple):
     """New tokens of one sequence: their places in pages, and their adapter version; pieces of a version are adjacent.
 
     ``version`` is None for the base. ``kept`` are the tokens, counted from the piece's first, whose logits are wanted.
-    ``n_picked``: the likeliest tokens after so many last ones are wanted, and not their logits. ``read`` are the tokens
-    whose hidden states are wanted.
+    ``n_picked``: after this many last tokens, only the likeliest next token is wanted, without logits. ``read`` are the
+    tokens whose hidden states are wanted.
     """
 
     stretch: Stretch
@@ -39,7 +39,7 @@ def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first
 
 
 def sent(step: PassRows, device: torch.device, beside: Held) -> tuple[PassRows, Held]:
-    """Return a step and tensors beside it on a device, brought there by one copy of all their whole numbers."""
+    """Send a step, and tensors ``beside`` it, to a device, with one copy of all their whole numbers."""
     if device.type == "cpu":
         return step, beside
     own: dict[str, Any] = {name: getattr(step, name) for name in ("positions", "kept", "picked", "tokens", "read")}

@@ -1,4 +1,4 @@
-"""Limits of the waiting requests: one more is refused, with the time after which to ask again. No torch."""
+"""Limits on waiting requests: one more is refused, with the time after which to retry. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from veneer.serve.schedule.scheduler import Limits
 
 
 class Admission:
-    """Requests that wait: in the scheduler's queues, or submitted and on their way there. Any thread may call it."""
+    """Waiting requests: those in the scheduler's queues, and those submitted but not there yet.
+
+    Any thread may call it.
+    """
 
     def __init__(self, limits: Limits, waiting: Queues) -> None:
         self._limits, self._waiting = limits, waiting
@@ -28,7 +31,7 @@ class Admission:
         """Rate at which answers end; the engine notes them after each step."""
 
     def require_possible(self, n: int, n_prompt: int) -> None:
-        """Raise ConfigError for answers to one prompt that are too many to wait at any time."""
+        """Raise ConfigError if one prompt asks for more answers than may ever wait."""
         most, most_tokens = self._limits.max_waiting, self._limits.max_waiting_tokens
         if n > most or n * n_prompt > most_tokens:
             raise ConfigError(
@@ -37,13 +40,13 @@ class Admission:
             )
 
     def has_room(self, asked: Sequence[CheckedRequest]) -> bool:
-        """Return True if these could be submitted now."""
+        """Return True if these requests could be submitted now."""
         n, n_tokens = _size(asked)
         fits = self._n + len(self._waiting) + n <= self._limits.max_waiting
         return fits and self._n_tokens + self._waiting.n_tokens + n_tokens <= self._limits.max_waiting_tokens
 
     def require_room(self, asked: Sequence[CheckedRequest]) -> None:
-        """Raise QueueFullError if these could not be submitted now."""
+        """Raise QueueFullError if these requests could not be submitted now."""
         if not self.has_room(asked):
             n, n_tokens = self._n + len(self._waiting), self._n_tokens + self._waiting.n_tokens
             self.note_refusal()
@@ -55,7 +58,7 @@ class Admission:
             )
 
     def note_refusal(self) -> None:
-        """Count a refusal, here or before a request came here."""
+        """Count a refusal, made here or before a request arrived here."""
         with self._lock:
             self.n_refused += 1
 

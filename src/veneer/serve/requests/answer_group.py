@@ -1,4 +1,4 @@
-"""Answers to one prompt, which are told together."""
+"""Answers to one prompt, which are output together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AnswerGroup:
         return all(answer.request.status is Status.DONE for answer in self.answers)
 
     def output(self, metrics: RequestStats | None) -> RequestOutput | None:
-        """Return the output of its kind; None if there is nothing to tell."""
+        """Return the output, of the kind that was asked for; None if there is nothing new."""
         asked, kind, finished = self.asked, self.asked.params.output_kind, self.is_done
         if kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None

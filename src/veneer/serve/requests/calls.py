@@ -1,4 +1,4 @@
-"""Calls that a request asks for, in the format of its model."""
+"""Tool calls of a request, in the format of its model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _ToolCalls(StructuredOutputsParams):
 class Calls:
     """Functions that an answer may or must call, and the format in which the model writes calls.
 
-    ``in_words``: the chat template shows no format, so that functions and calls are told in words.
+    ``in_words``: the chat template has no format for them, so that functions and calls are described in words.
     """
 
     tools: Tools
@@ -40,10 +40,10 @@ class Calls:
         return [function.shown() for function in self.tools.functions]
 
     def constrained(self, params: SamplingParams) -> SamplingParams:
-        """Return sampling parameters under which answers have the form that the choice asks for.
+        """Return sampling parameters under which answers have the form that the tool choice requires.
 
-        A JSON schema holds for an answer that is no call. Raises ConfigError for parameters that could cut a call which
-        must be whole, and for another form.
+        A JSON schema then applies to answers without a call. Raises ConfigError for parameters that could cut off a
+        call that must be whole, and for another form.
         """
         form = params.structured_outputs
         if self.tools.forced:
@@ -69,10 +69,11 @@ class Calls:
 
 
 def calls_of(tools: Tools, reader: PromptReader, template: str | None = None, *, hides: bool = True) -> Calls:
-    """Return the calls of a request whose conversation a reader reads, with its own template if one is given.
+    """Return the tool calls of a request whose conversation ``reader`` reads, with the request's own template if it has
+    one.
 
-    ``hides``: special tokens that are no part of calls are no part of the text either. Raises as
-    `PromptReader.call_format` does.
+    ``hides``: special tokens that are not part of calls are removed from the text. Raises as `PromptReader.call_format`
+    does.
     """
     found = reader.call_format(template)
     format = with_tokens(PLAIN, reader.tokenizer) if found is None else found

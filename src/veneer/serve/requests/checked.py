@@ -61,7 +61,7 @@ class EngineSettings:
 class Constraints:
     """Constraints of an answer: its form in the start state, the ids of banned words, and the prompt's ids.
 
-    The prompt's are needed for a repetition penalty alone.
+    The prompt's ids are only needed for a repetition penalty.
     """
 
     form: TextForm | None = None

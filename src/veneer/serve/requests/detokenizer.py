@@ -1,4 +1,6 @@
-"""Incremental detokenization: text is output once it is certain, so that a character of several tokens comes whole."""
+"""Incremental detokenization: text is output once it is certain, so that a character of several tokens is never
+split.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ _UNFINISHED = "\ufffd"
 class Detokenizer:
     """Text of an answer, decoded after the prompt, so that a space between the two belongs to the answer.
 
-    A tokenizer of the tokenizers library decodes by its own stream. Others decode the last tokens twice for each token;
-    so does an answer whose bytes the stream cannot read, from there on.
+    A tokenizer of the tokenizers library decodes with its own stream. Others decode the last tokens twice for each new
+    one;
+    so does an answer from the point at which the stream cannot read its bytes.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], skip_special_tokens: bool) -> None:

@@ -9,7 +9,9 @@ from veneer.serve.schedule.pooling_params import PoolingParams
 
 
 class Pooling:
-    """Pooled hidden states so far. The sum has one order, so that it does not depend on how a prompt is cut."""
+    """Pooled hidden states so far. They are summed in a fixed order, so that it does not matter how a prompt is
+    divided.
+    """
 
     def __init__(self, params: PoolingParams) -> None:
         self._params = params

@@ -54,9 +54,9 @@ class _Grammar:
 
 
 class Forms:
-    """Forms of requests for one tokenizer; its tables are built when the first form is asked for.
+    """Forms of requests for one tokenizer. Its tables are built for the first form.
 
-    The most recently used compiled grammars are cached by their text. Any thread may ask.
+    The most recently used compiled grammars are cached by their text. Any thread may call it.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, ending: Sequence[int]) -> None:
@@ -129,14 +129,14 @@ class TextForm:
         self._coming = list[int]()  # forced tokens that were found and not taken yet, the last one first
 
     def begun(self) -> TextForm:
-        """Return a form of its own in this state, for one more answer."""
+        """Return an independent copy of the form in this state, for one more answer."""
         return TextForm(self._grammar, self._matcher.deep_copy(), self._vocabulary, self._ending)
 
     def allowed(self) -> Tensor:
-        """Return the bit mask of the tokens that may come next, valid until it is asked for again.
+        """Return the bit mask of the tokens that may come next, valid until the next call.
 
-        End tokens are allowed if the text may or must end. Nothing is allowed if the grammar is given up, as one that
-        takes too much memory or time.
+        End tokens are allowed if the text may or must end. Nothing is allowed after a grammar has exceeded its memory
+        or time.
         """
         if self._is_over or self._matcher.is_error():
             self._grammar.failed = True
@@ -150,9 +150,9 @@ class TextForm:
         return self.allowed() if self._is_over else self._words
 
     def forced(self) -> list[int]:
-        """Return the tokens of a text that must come next, as the tokenizer parts it; a model may part it otherwise.
+        """Return the forced next tokens, as the tokenizer divides the text; a model may divide it differently.
 
-        None are found for a grammar that may force a long text, or whose tokens took long to find.
+        None are returned for a grammar that may force a long text, or whose tokens took long to find.
         """
         if not self._coming and self._grammar.forces and not self._matcher.is_stopped():
             self._coming = self._grammar.found_forced(self._matcher)

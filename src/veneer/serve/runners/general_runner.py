@@ -1,7 +1,7 @@
 """Runner of plans by transformers' own forward pass: for every model whose attention can be paged, and every method.
 
-One token is one batch row, and a row takes the adapter that it names. This runner is the exact one, not the fast one;
-the fast ones are checked against it.
+One token is one batch row, and each row uses the adapter that it names. This runner is the exact one, and slow; the
+fast ones are checked against it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Front = dict[int, KeysValues]  # keys and values of virtual tokens by layer, (n,
 
 @dataclass(frozen=True, slots=True)
 class StoredFolder:
-    """Adapter that has not been read: the bytes of its tensors as they are stored."""
+    """Adapter that has not been read, with the bytes of its stored tensors."""
 
     folder: Path
     n_bytes: int
@@ -47,7 +47,7 @@ class StoredFolder:
 
 @dataclass(frozen=True, slots=True)
 class StoredMix:
-    """Adapters with their weights, none of which has been read: the bytes of their tensors as they are stored."""
+    """Adapters with their weights in a mix, none of them read, with the bytes of their stored tensors."""
 
     parts: Parts
     n_bytes: int
@@ -59,7 +59,7 @@ class StoredMix:
 
 
 def stored_mix(parts: Parts) -> StoredMix:
-    """Return a mix of the adapters in folders, which may have to be read later.
+    """Return a mix of the adapters in these folders, which need not be read yet.
 
     Raises FormatError as `stored_bytes` does.
     """
@@ -74,7 +74,7 @@ class OwnCodeRunner(DrawingRunner):
         self.model = become_peft_model(model.eval())
 
     def taken(self, version: str) -> None:
-        """Look at an adapter that the model has loaded. Raises VeneerError if requests cannot take it."""
+        """Check an adapter that the model has loaded. Raises VeneerError if requests cannot use it."""
         raise NotImplementedError
 
     def read(self, folder: Path) -> StoredFolder:

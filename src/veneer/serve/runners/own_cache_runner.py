@@ -1,6 +1,6 @@
 """Runner of plans by transformers' own caches: for every model whose layers keep more than keys and values.
 
-Each sequence has a cache of its own and takes one pass a step, on which its adapter acts alone.
+Each sequence has its own cache and takes one pass a step, in which only its adapter acts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Progress:
 
 
 class OwnCacheRunner(OwnCodeRunner):
-    """`Runner` on the model itself; pages are counted, and the caches have the memory."""
+    """`Runner` on the model itself. Pages are only counted; the memory is that of the caches."""
 
     def __init__(self, model: PreTrainedModel, way: Way) -> None:
         super().__init__(model)

@@ -1,4 +1,4 @@
-"""Log-probabilities of drawn tokens under the distribution that a policy gradient is taken of."""
+"""Log-probabilities of drawn tokens under the distribution of a policy gradient."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def policy_logprobs(
 ) -> tuple[Float64[Tensor, " n"], Float64[Tensor, " n"]]:
     """Return the log-probabilities of tokens at the temperatures of their rules, over all ids, and the kept mass.
 
-    That is the logarithm of the share of this distribution that masks, ``min_p``, ``top_k`` and ``top_p`` leave: 0
-    without them. The log-probability of a token among those left is the difference. Biases and penalties count in
-    neither. A result depends on its own row alone. Every temperature is above 0.
+    The kept mass is the logarithm of the share of this distribution that masks, ``min_p``, ``top_k`` and ``top_p``
+    leave: 0 without them. The log-probability of a token among those left is the difference. Biases and penalties count
+    in neither. A result depends only on its own row. Every temperature is above 0.
     """
     rates = torch.tensor([1 / rule.temperature for rule in rules], dtype=torch.float32, device=logits.device)
     scaled = logits.float() * rates[:, None]

@@ -69,7 +69,7 @@ class ProgramAdapter:
 
     @property
     def is_block(self) -> bool:
-        """Return True if it is nothing but its block."""
+        """Return True if the adapter consists only of its block."""
         return self.packed.is_block and not self.prefix
 
 
@@ -153,7 +153,7 @@ class ProgramRunner(DrawingRunner):
         return self._placed(packed, self._prefix(effects)), factors
 
     def of_block(self, block: VersionBlock) -> ProgramAdapter:
-        """Return an adapter for `load` that is nothing but its block."""
+        """Return an adapter for `load` that consists only of its block."""
         return self._placed(PackedEffects(Effects(), block, {}), [])
 
     def _read(

@@ -115,7 +115,7 @@ class DrawingRunner(ABC):
         """
 
     def release(self, request_ids: Sequence[Hashable]) -> None:  # noqa: B027
-        """Do nothing: all is in pages."""
+        """Do nothing: all memory is in pages."""
 
     def begin(self, request_id: str, rule: DrawRule) -> None:
         self.sampler.begin(request_id, rule)

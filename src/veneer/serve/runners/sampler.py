@@ -34,10 +34,10 @@ class TextConstraint(Protocol):
         """Advance the form by a token."""
 
     def begun(self) -> TextConstraint:
-        """Return a form of its own in this state."""
+        """Return an independent copy of the form in this state."""
 
     def forced(self) -> Sequence[int]:
-        """Return tokens that may be the only ones to come next."""
+        """Return tokens that may be the only possible next ones."""
 
 
 class Seen:
@@ -53,7 +53,7 @@ class Seen:
         return cls(array("i", known), known)
 
     def begun(self) -> Seen:
-        """Return the same ids, to add others."""
+        """Return a copy, to which other ids can be added."""
         made = Seen(array("i", self.ids), self._known)
         made._new = set(self._new)
         return made
@@ -105,7 +105,7 @@ class DrawRule:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Return True if the rule needs nothing but the likeliest token, once there are ``min_tokens``."""
+        """Return True if the rule only needs the likeliest token, once there are ``min_tokens``."""
         params = self.params
         changed = (
             self.form, self.bad_words, params.logit_bias, params.frequency_penalty, params.presence_penalty,
@@ -115,9 +115,9 @@ class DrawRule:
 
 
 class Row(NamedTuple):
-    """Row of logits: its request, and the token that it scores; None if one is to be drawn.
+    """Row of logits: its request, and the token that it scores; None if a token is to be drawn.
 
-    It is drawn ``after`` drafted tokens, if these were drawn.
+    ``after`` are the drafted tokens before it: the row is used only if these were drawn.
     """
 
     request_id: str
@@ -142,7 +142,7 @@ class Sampler:
         self._ahead.pop(request_id, None)
 
     def greedy(self, plan: StepPlan) -> set[str]:
-        """Return the requests of a plan that need nothing but the likeliest tokens."""
+        """Return the requests of a plan that only need the likeliest tokens."""
         return {
             s.request_id
             for s in plan.sequences
@@ -152,7 +152,7 @@ class Sampler:
     def fill(self, sampled: Sampled, rows: Sequence[Row], logits: Tensor) -> None:
         """Add the tokens and log-probabilities of rows to ``sampled``, from their logits (n, vocabulary).
 
-        A row after drafted tokens is drawn when these were drawn, and not at all otherwise.
+        A row after drafted tokens is drawn only if these were drawn.
         """
         for n_after in range(1 + max((len(row.after) for row in rows), default=0)):
             places = [i for i, row in enumerate(rows) if len(row.after) == n_after and _is_next(row, sampled)]
@@ -322,7 +322,7 @@ def _error(request_id: str, token: int) -> VeneerError:
 
 
 def not_finite(what: str, request_id: str) -> NonFiniteError:
-    """Return the error of a request of which something is not finite."""
+    """Return the error for a request in which ``what`` is not finite."""
     return NonFiniteError(
         f"the {what} of request {request_id.partition('#')[0]} are not finite: the model's weights or an adapter's are "
         "damaged. Load files that are whole"

@@ -1,4 +1,4 @@
-"""Choice of the way in which a model without a program goes on with its sequences."""
+"""Choice of how a model without a program continues its sequences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 def way_of(model: PreTrainedModel) -> tuple[Way | None, KeptBytes]:
     """Return how a model without a program continues its sequences, and the bytes that each sequence holds.
 
-    None: its attention runs over pages. Raises TargetError for a model that predicts no next token from token ids.
+    None means attention over pages. Raises TargetError for a model that predicts no next token from token ids.
     """
     if model.config.is_encoder_decoder:
         way = proved_encoding(model)

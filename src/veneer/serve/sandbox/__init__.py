@@ -1,1 +1,1 @@
-"""Programs of strangers, such as chat templates and grammars, within limits of time and memory."""
+"""Untrusted programs, such as chat templates and grammars, within limits of time and memory."""

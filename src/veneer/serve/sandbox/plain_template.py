@@ -1,4 +1,4 @@
-"""Plain chat templates: whatever they do takes time in proportion to the messages, and lets other threads run."""
+"""Plain chat templates: their time is proportional to the messages, and they let other threads run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ _FILTERS = frozenset(
 
 
 def is_plain(template: str) -> bool:
-    """Return True if all operations of a template are known to be quick. Powers, products, formats, ranges and unknown
-    functions are not.
+    """Return True if all operations of a template are known to be quick.
+
+    Powers, products, formats, ranges and unknown functions are not.
     """
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)

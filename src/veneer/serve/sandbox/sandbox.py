@@ -1,6 +1,6 @@
-"""Processes of their own for programs of strangers, which are chat templates and grammars: limited, and ended at will.
+"""Separate processes for untrusted programs, that is, chat templates and grammars. They have limits and can be ended.
 
-A call of C cannot be stopped in a thread, may stop all others, take all memory, or end the process.
+A call of C cannot be stopped in a thread; it may block all others, take all memory, or end the process.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "SYSTEMROOT", "LD_LIB
 
 
 class SandboxError(ConfigError):
-    """Program that took too much time or memory, or ended its process."""
+    """Error for a program that took too much time or memory, or ended its process."""
 
 
 class Sandbox:
     """Up to two processes that run programs of one kind.
 
-    Each answer takes ``seconds`` of computing at most, four times as long by the clock, and ``most_bytes``.
-    They start when they are needed, or by `warm`. A program that was ended is known until it answers: of those one runs
-    at a time. Any thread may ask.
+    Each answer takes at most ``seconds`` of CPU time, four times as long by the clock, and ``most_bytes``. Processes
+    start when they are needed, or by `warm`. Programs that had to be ended run only one at a time until they answer.
+    Any thread may ask.
     """
 
     def __init__(self, kind: Kind, seconds: float = 5.0, most_bytes: int = 1 << 29) -> None:
@@ -66,7 +66,7 @@ class Sandbox:
             self._slow_lock.release()
 
     def warm(self) -> None:
-        """Start one process now, which takes a second or two beside all else."""
+        """Start one process now, which takes a second or two in the background."""
         with self._lock:
             if not self._free:
                 self._free.append(_Process(self._kind, self.seconds, self.most_bytes))

@@ -1,5 +1,4 @@
-"""Program of a process of `veneer.serve.sandbox.sandbox`: it answers one message after another, and is ended by its
-limits."""
+"""Main program of a process of `veneer.serve.sandbox.sandbox`. It answers messages in turn until its limits end it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time limit of Python code that may never end, such as the chat template of a stranger's adapter."""
+"""Time limit for Python code that may never end, such as an untrusted adapter's chat template."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class _Alarm:
 def within(seconds: float, action: Callable[[], T]) -> T:
     """Return the result of an action in this thread.
 
-    Raises TimeoutError if it takes longer. It is stopped between two instructions of Python, so not within one long
-    call of C.
+    Raises TimeoutError if it takes longer. The action is stopped between two Python instructions, but not within one
+    long call of C.
     """
     alarm = _Alarm()
     timer = threading.Timer(seconds, alarm.ring)

@@ -1,1 +1,1 @@
-"""Decisions of serving, without torch: who is computed next, on which pages, with which adapters in memory."""
+"""Decisions of serving, without torch: the requests to compute next, their pages, and the adapters in memory."""

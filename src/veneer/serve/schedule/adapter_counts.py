@@ -12,7 +12,7 @@ OTHER = "other"
 class AdapterCount:
     """Counts of one adapter since its name was first used. ``load_seconds`` is the time that its loads took.
 
-    ``n_hits`` are the requests that found it loaded when they came.
+    ``n_hits`` counts the requests that found it loaded on arrival.
     """
 
     n_requests: int = 0

@@ -94,7 +94,7 @@ class AdapterPool:
         return frozenset(self._entries)
 
     def is_barred(self, id: str) -> bool:
-        """Return True if a version is absent and finds no place beside the pinned ones, whatever else goes."""
+        """Return True if a version is absent and cannot be loaded beside the pinned ones, whatever else is evicted."""
         entry = self._entries[id]
         if entry.residency is not Residency.ABSENT:
             return False
@@ -104,7 +104,9 @@ class AdapterPool:
         return self.memory is not None and entry.n_bytes > self.memory.n_bytes - sum(held)
 
     def told_places(self) -> str:
-        """Return a text for errors: how many versions are loaded and pinned, and the limits of number and bytes."""
+        """Return a text for errors: how many versions are loaded and pinned, and the limits on their number and
+        bytes.
+        """
         n_pinned = sum(entry.residency is Residency.RESIDENT for entry in self._pinned.entries.values())
         said = f"{len(self._resident)} adapters are loaded, {n_pinned} of them pinned"
         if self.n_resident is not None:
@@ -127,7 +129,9 @@ class AdapterPool:
         return {name: entry.n_bytes for entry in list(self._resident.entries.values()) for name in tuple(entry.names)}
 
     def count(self, name: str) -> AdapterCount:
-        """Return the counts of a name. Unknown ones and mixes, of which clients can think of any, have none apart."""
+        """Return the counts of a name. Unknown names and mixes, of which clients can invent any number, share one
+        count.
+        """
         id = self._names.get(name)
         return self.counts.of(OTHER if id is None or self._entries[id].version.parts else name)
 
@@ -140,7 +144,7 @@ class AdapterPool:
         return id in self._entries and self._entries[id].is_needed
 
     def bind(self, name: str, version: AdapterVersion) -> None:
-        """Bind a name to a version from now on, which is known then; earlier requests keep their version."""
+        """Bind a name to a version, which is known from then on. Earlier requests keep their version."""
         if self._names.get(name) != version.id:
             self._unname(name)
         self.know(version)
@@ -167,7 +171,7 @@ class AdapterPool:
         self.counts.forget(name)
 
     def pin(self, name: str) -> None:
-        """Keep the version of a name loaded, once it is, and later ones of the name in its place.
+        """Keep the version of a name loaded once it is, and any later version of the name in its place.
 
         Raises AdapterNameError for an unknown name.
         """
@@ -206,7 +210,7 @@ class AdapterPool:
         self.hold(id)
 
     def hold(self, id: str) -> None:
-        """Count somebody who waits for the version, and makes no request; `leave` undoes it."""
+        """Count a caller that waits for the version without a request; `leave` undoes it."""
         self._count(id, 1, 0)
 
     def leave(self, id: str) -> None:
@@ -245,9 +249,9 @@ class AdapterPool:
     def begin_load(self, wanted: Iterable[str], *, spares_awaited: bool = False) -> str | None:
         """Begin to load the first of the wanted versions (first request first) that is neither loaded nor loading.
 
-        Idle versions and cached pages are evicted for it, the least worth first, except versions before it in
-        ``wanted``. Versions that requests wait for go last, or stay (``spares_awaited``). Returns None if all
-        are loaded or loading, if nothing can be evicted, or if enough versions are loading.
+        Idle versions and cached pages are evicted for it, the least valuable first, except versions before it in
+        ``wanted``. Versions that requests wait for are evicted last, or not at all (``spares_awaited``). Returns None
+        if all are loaded or loading, if nothing can be evicted, or if enough versions are loading.
         """
         kept = set[str]()
         for id in wanted:
@@ -291,7 +295,7 @@ class AdapterPool:
         return fits
 
     def loaded(self, id: str, seconds: float = 0.0) -> None:
-        """Mark a version as loaded, whose load was begun and took so long."""
+        """Mark a version as loaded; its load took ``seconds``."""
         entry = self._entries[id]
         entry.residency, entry.seconds, entry.n_uses = Residency.RESIDENT, seconds, 0
         self._used(entry)
@@ -330,10 +334,10 @@ class AdapterPool:
     def make_room(
         self, holder: Hashable, n_positions: int, kept: Collection[str] = (), *, spares_awaited: bool = False
     ) -> bool:
-        """Evict until a holder's table can grow to so many positions; return False, and evict nothing, if it cannot.
+        """Evict until a holder's table can grow to ``n_positions``. If it cannot, return False and evict nothing.
 
-        Idle versions and cached pages of the least worth go first. Versions that are ``kept`` stay. Those that requests
-        wait for are the last to go, or stay (``spares_awaited``).
+        Idle versions and cached pages of the least value are evicted first. Versions that are ``kept`` stay. Those that
+        requests wait for are the last, or stay (``spares_awaited``).
         """
         memory = self.memory
         if memory is None:

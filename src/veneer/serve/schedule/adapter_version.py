@@ -13,7 +13,7 @@ class AdapterVersion:
     ``n_front`` counts its virtual tokens. ``invocation``: the tokens from which on it acts, if any. ``rank`` is the
     largest of its low-rank parts, 0 if it has none. ``n_bytes`` is its expected size when loaded. ``warning``: the
     reason to doubt that it was trained on this base. ``has_head``: its head scores classes. A mix has no folder, but
-    versions with their weights.
+    consists of versions with weights.
     """
 
     id: str

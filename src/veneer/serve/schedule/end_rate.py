@@ -1,4 +1,4 @@
-"""Rate at which requests in flight end, and the time after which a refused client may ask again. No torch."""
+"""Rate at which requests in flight end, and the time after which a refused client may retry. No torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _NOTED = 64  # times at which something ended, of which the rate is that of the 
 
 
 class EndRate:
-    """Amounts that ended, and the seconds with work in which they did: idle time does not count.
+    """Amounts that ended, and the seconds of work in which they did: idle time does not count.
 
-    Note from one thread; any thread may ask.
+    One thread calls `note`; any thread may ask.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class EndRate:
         self._since: float | None = None  # the last note, if it left work
 
     def note(self, n_ended: int, has_work: bool) -> None:
-        """Note how much has ended now, and whether more is in flight."""
+        """Note how much has ended now, and if more is in flight."""
         now = monotonic()
         self._busy += 0.0 if self._since is None else now - self._since
         self._since = now if has_work else None
@@ -32,7 +32,9 @@ class EndRate:
             self._busy = 0.0
 
     def seconds(self, n: int) -> float:
-        """Return the seconds of work in which as much ended lately, 1 to 600; before any ended, those until now."""
+        """Return the seconds of work in which this much recently ended, from 1 to 600; before any has ended, the time
+        so far.
+        """
         noted, since = list(self._ended), self._since
         took = self._busy + (0.0 if since is None else monotonic() - since) + sum(seconds for seconds, _ in noted)
         n_ended = sum(n_ended for _, n_ended in noted)

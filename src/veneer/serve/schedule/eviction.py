@@ -1,7 +1,7 @@
-"""Eviction: the worth of cached pages and idle adapters, of which the least goes first. No torch.
+"""Eviction: the value of cached pages and idle adapters; the least valuable is evicted first. No torch.
 
 The value of an entry is Greedy-Dual-Size with Frequency (Cherkasova 1998, HPL-98-69R1): uses times seconds to recreate
-it, divided by its bytes, plus the age at its last use. The age is the worth of the entry evicted last. An entry that
+it, divided by its bytes, plus the age at its last use. The age is the value of the entry evicted last. An entry that
 was used often long ago is therefore evicted in the end.
 """
 
@@ -16,9 +16,9 @@ class Eviction:
         self.age = 0.0
 
     def of(self, n_uses: int, seconds: float, n_bytes: int) -> float:
-        """Return the worth of an entry that is used now, for the ``n_uses``-th time."""
+        """Return the value of an entry that is used now, for the ``n_uses``-th time."""
         return self.age + n_uses * seconds / max(1, n_bytes)
 
     def went(self, worth: float) -> None:
-        """Advance the age: an entry of this worth has gone out."""
+        """Advance the age: an entry of this value has been evicted."""
         self.age = max(self.age, worth)

@@ -27,13 +27,13 @@ class Client:
 
 
 class FairShare:
-    """Virtual token counters, of which the least decides who is admitted (Algorithm 2 of the paper).
+    """Virtual token counters; the client with the least is admitted next (Algorithm 2 of the paper).
 
-    A client without waiting requests cannot save up: when one arrives, its counter is lifted to the least of those that
-    wait, or to that of the last that waited. Let service be the tokens that a client
-    received, divided by its weight. The services of two clients that wait all the time differ by at most 2 m / w. Here
-    m is the larger of the longest prompt and ``DRAWN`` times the tokens in a batch, and w the least weight. A client
-    that has nothing here, and would be lifted anyway, is forgotten.
+    A client without waiting requests cannot save up. When one arrives, the client's counter is raised to the least of
+    those that wait, or to that of the last one that waited. Let a client's service be its received tokens divided by
+    its weight. The services of two clients that wait all the time differ by at most 2 m / w. Here m is the larger of
+    the longest prompt and ``DRAWN`` times the tokens in a batch, and w the least weight. A client that has nothing
+    here, and whose counter would be raised anyway, is forgotten.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class FairShare:
         return self._known[name]
 
     def enter(self, name: Hashable, weight: float = 1.0) -> Client:
-        """Count a new request that waits; return its client, which has this weight from now on."""
+        """Count a new waiting request; return its client, which has this weight from now on."""
         floor = self._floor()
         self._forget(floor)
         client = self._known.get(name)

@@ -19,7 +19,7 @@ _REFERENCES = 8  # that are followed, one after the other
 def longest_forced(grammar: str) -> int:
     """Return a bound on the characters that a grammar in llguidance's form forces in one run.
 
-    Items of an array are repeated in one run only if all that is in them is constant: a free string parts them.
+    Items of an array are repeated in one run only if all their content is constant: a free string interrupts the run.
     """
     try:
         parts = json.loads(grammar)["grammars"]

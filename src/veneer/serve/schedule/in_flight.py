@@ -1,4 +1,4 @@
-"""Amounts in flight, and the time in which some of them will have ended. No torch."""
+"""Amounts in flight, and the time after which some of them will have ended. No torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LONGER = 1.5  # a request that lasts longer than all of these is thought to las
 
 
 class InFlight:
-    """Amounts in flight. Each is thought to last as long as those of the last that lasted longer than it has so far.
+    """Amounts in flight. Each is expected to last as long as recent ones that lasted longer than its own time so far.
 
     Call it from one thread.
     """
@@ -44,7 +44,7 @@ class InFlight:
             self._lasted.append(monotonic() - began)
 
     def refused(self, n: int, most: int) -> int:
-        """Return the seconds, 1 to 600, after which a client may ask again if its ``n`` would be more than ``most``.
+        """Return the seconds, 1 to 600, after which a client may retry if its ``n`` would exceed ``most``.
 
         Clients that were refused before come first.
         """
@@ -54,7 +54,7 @@ class InFlight:
     def seconds(self, n: int) -> int:
         """Return the seconds in which ``n`` of the amounts in flight will have ended, 1 to 600.
 
-        If ``n`` is more than that, others are thought to follow that last as long.
+        If ``n`` is more than that, further ones of the same duration are assumed.
         """
         now = monotonic()
         ends = sorted((self._remaining(now - began), amount) for began, amount in self._began.values())

@@ -12,8 +12,8 @@ from veneer.errors import ConfigError
 class Keywords(type):
     """Metaclass that raises ConfigError for unknown keywords, and names the nearest known one.
 
-    ``not_offered`` lists keywords that others have and this class lacks, so that no user relies on them. ``given_to``
-    is the name of the class to which users pass these keywords, if it is another one.
+    ``not_offered`` lists keywords of other libraries that this class lacks, so that no user relies on them.
+    ``given_to`` is the name of the class to which users pass these keywords, if it is another one.
     """
 
     not_offered: ClassVar[tuple[str, ...]] = ()

@@ -1,4 +1,4 @@
-"""Heap whose items change their keys: a key is looked at again only when its item comes first. No torch."""
+"""Heap whose items' keys may change: a key is computed again only when its item comes first. No torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LazyHeap(Generic[Item]):
         self._ties = itertools.count()
 
     def put(self, item: Item) -> None:
-        """Add an item, or see that its key became less."""
+        """Add an item, or note that its key has become less."""
         key, stored = self._key(item), self._stored.get(item)
         if key is not None and (stored is None or key < stored):
             self._push(key, item)
