@@ -35,6 +35,7 @@ from veneer.quant.nvfp4 import Nvfp4Spec
 from veneer.quant.packing import packed_codes
 from veneer.store.source import resolve
 
+CHECKED = (1, 16, 33)  # rows of the products that are compared first
 GROUP = 64  # divides 576, SmolLM2's width
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """llama-quantize's type where blocks of 256 do not divide a row."""
@@ -159,10 +160,14 @@ def bound(name: str, weight: Tensor) -> Any:
 
 
 def served(name: str, weight: Any, dtype: torch.dtype) -> Any:
-    """A weight packed as it is served. SystemExit if its values are not the format's."""
+    """A weight packed as it is served. SystemExit if its values or its products are not the format's."""
     packed = packed_codes(weight, dtype)
     if packed is None or not torch.equal(packed.dense(torch.float32), weight.dense(torch.float32)):
         raise SystemExit(f"{name}: its values are not packed: nothing to time")
+    exact = weight.dense(torch.float32).double()
+    for n in CHECKED:
+        x = torch.randn(n, weight.shape[1]).to(dtype)
+        require_product(name, packed.matmul(x), x.double() @ exact.T)
     return packed
 
 
@@ -182,13 +187,17 @@ def check_products(name: str, weights: list[Any], dtype: torch.dtype) -> None:
     """SystemExit if a product is not that with the decoded weight."""
     for weight in weights:
         exact = weight.dense(torch.float32).double()
-        for n in (1, 16, 33):
+        for n in CHECKED:
             for transposed in (False, True):
                 x = torch.randn(n, weight.shape[0 if transposed else 1]).to(dtype)
                 right = x.double() @ (exact if transposed else exact.T)
-                error = float((weight.multiply(x, transposed).double() - right).norm() / right.norm())
-                if error > (1e-5 if dtype == torch.float32 else 8e-3):
-                    raise SystemExit(f"{name}: a product is off by {error:.1e}: nothing to time")
+                require_product(name, weight.multiply(x, transposed), right)
+
+
+def require_product(name: str, found: Tensor, right: Tensor) -> None:
+    error = float((found.double() - right).norm() / right.norm())
+    if not error <= (1e-5 if found.dtype == torch.float32 else 8e-3):
+        raise SystemExit(f"{name}: a product is off by {error:.1e}: nothing to time")
 
 
 # Steps.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,3 +102,24 @@ def test_cases_of_a_gpu(script: Script) -> None:
         assert module.check(case)[0], case.name
         wrong = replace(case, ours=lambda *given, right=case.ours: stretched(right(*given)))
         assert not module.check(wrong)[0], case.name
+
+
+@pytest.mark.parametrize("name", ["NF4", "Q4_K"])
+def test_products_of_formats(name: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, dtype = script("formats"), torch.bfloat16
+    weight, packs = module.bound(name, torch.randn(32, 256)), module.packed_codes
+    module.check_products(name, [weight], dtype)
+    module.served(name, weight, dtype)
+    wrong = SimpleNamespace(
+        dense=weight.dense, shape=weight.shape, multiply=lambda *given: stretched(weight.multiply(*given))
+    )
+    with pytest.raises(SystemExit, match=f"{name}: a product is off by"):
+        module.check_products(name, [wrong], dtype)
+
+    def packed(*given: Any) -> Any:
+        right = packs(*given)
+        return SimpleNamespace(dense=right.dense, matmul=lambda x: stretched(right.matmul(x)))
+
+    monkeypatch.setattr(module, "packed_codes", packed)
+    with pytest.raises(SystemExit, match=f"{name}: a product is off by"):
+        module.served(name, weight, dtype)
