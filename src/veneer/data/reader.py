@@ -15,6 +15,8 @@ from veneer.data.task_column import TASK, task_of
 from veneer.errors import ConfigError, DataError
 
 _OF_TEMPLATES = ("tools", "chat_template_kwargs")
+_ANSWERS = ("answer", "label", "response", "output", "completion", "target", "solution", "category", "summary")
+_QUESTIONS = ("question", "prompt", "instruction", "text", "sentence", "input", "query", "document")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -24,14 +26,14 @@ class RowReader:
 
     ``prompt`` and ``completion`` are templates such as ``"Translate: {source}"`` over the columns. ``chat`` turns
     prompts and completions into user and assistant turns. ``system`` is a message added before each conversation.
-    ``advice`` ends the error for columns that have none of the forms.
+    ``advice`` ends the error for columns that have none of the forms; by default it names templates over them.
     """
 
     prompt: str | None = None
     completion: str | None = None
     chat: bool = False
     system: str | None = None
-    advice: str = 'data.prompt and data.completion, such as "Question: {question}" and "{answer}"'
+    advice: str | None = None
 
     def form(self, columns: Iterable[str]) -> str:
         """Return the form of these columns. Raises DataError if none fits."""
@@ -51,7 +53,7 @@ class RowReader:
         raise DataError(
             f"rows have the columns {sorted(names)}, none of the forms that can be trained on: messages (or "
             "conversations), prompt and completion, instruction and output (with or without input), text. For others, "
-            f"say how to read them: {self.advice}"
+            f"say how to read them: {self.advice or _templates_over(sorted(names))}"
         )
 
     def unread(self, columns: Iterable[str], form: str) -> list[str]:
@@ -121,6 +123,16 @@ class RowReader:
         if self.system is None or turns[0]["role"] == "system":
             return turns
         return [{"role": "system", "content": self.system}, *turns]
+
+
+def _templates_over(columns: list[str]) -> str:
+    """Return the keys of a recipe that read rows with these columns, with an example of two of them."""
+    answer = next((name for name in _ANSWERS if name in columns), columns[-1])
+    asked = [name for name in columns if name != answer]
+    question = next((name for name in _QUESTIONS if name in asked), asked[0] if asked else None)
+    if question is None:
+        return f'data.prompt and data.completion over several columns; of {answer!r} alone make a column "text"'
+    return f'data.prompt and data.completion, such as "{{{question}}}" and "{{{answer}}}"'
 
 
 def form_of(row: Mapping[str, Any]) -> str:

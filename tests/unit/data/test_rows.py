@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,23 @@ def test_limit_and_split(jsonl):
 def test_settings_of_chats_are_refused_for_rows_that_are_none(jsonl, row, reader, told):
     with pytest.raises(ConfigError, match=told):
         load_rows(jsonl(row), reader)
+
+
+@pytest.mark.parametrize(
+    ("columns", "advice"),
+    [
+        (["question", "answer"], 'data.prompt and data.completion, such as "{question}" and "{answer}"'),
+        (["label", "ticket"], 'such as "{ticket}" and "{label}"'),
+        (["id", "label", "text_de", "question"], 'such as "{question}" and "{label}"'),
+        (["a", "b"], 'such as "{a}" and "{b}"'),
+        (["ticket"], "of 'ticket' alone make a column"),
+    ],
+)
+def test_columns_of_no_form_get_templates_over_them(columns, advice):
+    with pytest.raises(DataError, match=re.escape(advice)):
+        RowReader().form(columns)
+    with pytest.raises(DataError, match="read them: --prompt"):
+        RowReader(advice="--prompt").form(columns)
 
 
 def test_rows_of_two_forms_are_refused_by_number(jsonl):
