@@ -29,6 +29,7 @@ from veneer.plain.units import size
 from veneer.store.bars import quiet
 from veneer.store.gguf.writer import parts_of
 
+_ANSWERS = "half or more of its greedy tokens are those of"  # or it would have a problem
 _SHOWN_LEFT_OUT = 3  # names of tensors
 BESIDE = "To keep all of it, leave the adapter beside its base: `veneer export lora` writes it for llama.cpp's --lora"
 
@@ -112,6 +113,7 @@ def check(args: CheckArguments) -> None:
                 remedy="Convert the model again, with `veneer export gguf` or the converter that wrote the file",
             )
         )
+    typer.echo(f"{args.file} is as it should be{'' if args.model is None else f': {_ANSWERS} {args.model}'}")
 
 
 def _by_name(given: list[str]) -> list[tuple[str, str]]:

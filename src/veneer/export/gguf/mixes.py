@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from veneer.errors import ConfigError
+from veneer.plain.nearest import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,10 @@ def mix_of(name: str) -> Mix:
     """Return the mix of a name such as ``q4_k_m``. Raises ConfigError for an unknown one."""
     found = MIXES.get(ALIASES.get(name.upper(), name.upper()))
     if found is None:
-        raise ConfigError(f"type {name!r} is unknown; allowed: {', '.join(MIXES)}")
+        near = nearest(name.upper(), MIXES, 1)
+        meant = f" (the nearest is {near[0]})" if near else ""
+        short = ", ".join(f"{alias} for {full}" for alias, full in ALIASES.items())
+        raise ConfigError(f"type {name!r} is unknown{meant}; allowed: {', '.join(MIXES)}; and {short}")
     return found
 
 

@@ -111,6 +111,10 @@ def test_the_command_compares_with_the_model(monkeypatch: pytest.MonkeyPatch, tm
     done = run(file, "--model", tmp_path / "model")
     assert done.exit_code == 0, done.stderr
     assert "16 of 16 are the model's" in done.stdout
+    assert done.stdout.endswith(
+        f"{file} is as it should be: half or more of its greedy tokens are those of {tmp_path / 'model'}\n"
+    )
+    assert run(file).stdout.endswith(f"{file} is as it should be\n")
     tiny_folder(tmp_path / "other", "llama", rms_norm_eps=0.9)
     wrong = run(file, "--model", tmp_path / "other")
     assert wrong.exit_code == 2

@@ -135,7 +135,7 @@ def test_options_choose_types_of_single_tensors(tmp_path: Path) -> None:
     lost = MixOptions(by_name=[("ffn_down", "Q5_0"), ("ffn_norm", "Q8_0"), ("blk.9", "F16")])
     with pytest.raises(ConfigError, match=r"'ffn_norm' and 'blk.9': found in no name .* blk.*attn_q.*ffn_up"):
         GgufExport(tmp_path / "model", None, GgufOptions(type="Q8_0", mix=lost))
-    with pytest.raises(ConfigError, match="type 'Q4' is unknown; allowed: F32, F16"):
+    with pytest.raises(ConfigError, match=r"type 'Q4' is unknown \(the nearest is Q4_1\); allowed: F32, F16"):
         GgufExport(tmp_path / "model", None, GgufOptions(type="Q4"))
 
 
