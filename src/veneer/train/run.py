@@ -149,6 +149,7 @@ def carry_out(
                 "status": ending_of(error),
                 "reason": reason_of(error),
                 "step": trainer.state.global_step,
+                "max_steps": trainer.state.max_steps,
                 "log": trainer.state.log_history,
             }
         )

@@ -235,18 +235,27 @@ def test_a_run(veneer: Veneer, tmp_path: Path) -> None:
         "status": "interrupted",
         "reason": "SIGTERM",
         "step": 1234,
+        "max_steps": 5000,
+        "log": [{"step": 1000, "loss": 2.5}, {"step": 1200, "loss": 1.98768}, {"step": 1200, "eval_loss": 3.0}],
         "recipe": {"model": {"source": "base"}, "data": {"train": "rows.jsonl"}, "adapter": {"method": "dora"}},
         "changes": [change],
     }
     (tmp_path / "run.json").write_text(json.dumps(record))
     facts = section(veneer("info", tmp_path))
-    assert (facts["status"], facts["reason"], facts["steps"]) == ("interrupted", "SIGTERM", "1,234")
+    assert (facts["status"], facts["reason"], facts["steps"]) == ("interrupted", "SIGTERM", "1,234 of 5,000")
+    assert facts["last loss"] == "1.9877"
+    assert facts["going on"] == "no checkpoint is kept: `veneer train RECIPE --resume auto` begins again"
+    (tmp_path / "checkpoint-1200").mkdir()
+    (tmp_path / "checkpoint-1200" / "trainer_state.json").write_text("{}")
+    facts = section(veneer("info", tmp_path))
+    assert facts["going on"] == "`veneer train RECIPE --resume` goes on from checkpoint-1200"
     assert (facts["method"], facts["model"], facts["data"]) == ("dora", "base", "rows.jsonl")
     assert facts["changed"] == "after step 30 seed from 0 to 5"
     results = {"steps": 7, "train_loss": 1.23456, "eval_loss": 2.0}
     (tmp_path / "run.json").write_text(json.dumps({**record, "status": "finished", "results": results}))
     facts = section(veneer("info", tmp_path))
     assert (facts["steps"], facts["training loss"], facts["held-out loss"]) == ("7", "1.2346", "2.0000")
+    assert not {"going on", "last loss"} & facts.keys()
     process = {"host": socket.gethostname(), "pid": 2**22 - 1, "started": 5.0}
     (tmp_path / "run.json").write_text(json.dumps({**record, "status": "running", "process": process}))
     assert "broken off without a word" in section(veneer("info", tmp_path))["status"]
