@@ -96,7 +96,7 @@ class Running:
         wait_until(reached)
 
     def open(self, sent: bytes = b"") -> socket.socket:
-        made = socket.create_connection(self.socket.getsockname(), timeout=60)
+        made = socket.create_connection(self.socket.getsockname(), timeout=PATIENCE)
         made.sendall(sent)
         return made
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE
 from veneer.serve.http.errors import BusyError, RefusedError
 from veneer.serve.http.lanes import Lane, Lanes
 from veneer.serve.http.message_body import CountTokensBody
@@ -42,13 +43,13 @@ def test_work_has_its_result_its_error_and_the_callers_context():
 
 def test_work_that_takes_too_long_is_refused_and_stuck_until_it_ends():
     async def asks() -> None:
-        lane, may_end = Lane("things", 2, seconds=0.2), threading.Event()
-        with pytest.raises(RefusedError, match=r"longer than 0\.2 s to read"):
-            await lane.run(lambda: may_end.wait(60))
+        lane, may_end = Lane("things", 2, seconds=1), threading.Event()
+        with pytest.raises(RefusedError, match="longer than 1 s to read"):
+            await lane.run(lambda: may_end.wait(PATIENCE))
         assert (lane.n_stuck, lane.is_blocked) == (1, False)
         assert await lane.run(lambda: "beside") == "beside"
         with pytest.raises(RefusedError):
-            await lane.run(lambda: may_end.wait(60) and 1 // 0)
+            await lane.run(lambda: may_end.wait(PATIENCE) and 1 // 0)
         assert lane.is_blocked
         with pytest.raises(BusyError, match=r"all 2 threads that read things are busy, 2 of them .* ask again"):
             await lane.run(lambda: "later")
@@ -63,7 +64,7 @@ def test_work_that_takes_too_long_is_refused_and_stuck_until_it_ends():
 def test_work_that_cannot_begin_in_time_is_told_to_come_again():
     async def asks() -> None:
         lane, may_end, ran = Lane("things", 1, seconds=0.3), threading.Event(), list[int]()
-        first = asyncio.ensure_future(lane.run(lambda: may_end.wait(60)))
+        first = asyncio.ensure_future(lane.run(lambda: may_end.wait(PATIENCE)))
         await asyncio.sleep(0)
         with pytest.raises(BusyError) as told:
             await lane.run(lambda: ran.append(1))
@@ -115,7 +116,7 @@ def ready(server: Server) -> tuple[int, Any]:
 
 def test_stuck_threads_are_shown_and_hold_nobody_else(server, monkeypatch):
     may_end = threading.Event()
-    monkeypatch.setattr(Forms, "form", lambda self, asked: may_end.wait(60) and 1 // 0)
+    monkeypatch.setattr(Forms, "form", lambda self, asked: may_end.wait(PATIENCE) and 1 // 0)
     monkeypatch.setattr(server.app.state.lanes.forms, "_seconds", 0.2)
     body = {"prompt": "x", "max_tokens": 1, "structured_outputs": {"choice": ["a"]}}
     told = [server.post("/v1/completions", body) for _ in range(5)]
@@ -135,7 +136,7 @@ def test_stuck_threads_are_shown_and_hold_nobody_else(server, monkeypatch):
 
 def test_a_server_whose_threads_of_prompts_are_stuck_is_not_ready(server, monkeypatch):
     may_end = threading.Event()
-    monkeypatch.setattr(prompts.PromptReader, "read", lambda self, prompt: may_end.wait(60) and 1 // 0)
+    monkeypatch.setattr(prompts.PromptReader, "read", lambda self, prompt: may_end.wait(PATIENCE) and 1 // 0)
     monkeypatch.setattr(server.app.state.lanes.prompts, "_seconds", 0.2)
     for _ in range(6):
         assert server.post("/v1/completions", {"prompt": "x"})[0] == 400

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from tests.unit.serve.random_bodies import ROUTES, random_body
 
+from patience import PATIENCE
+
 from .test_server import Server
 
 
@@ -25,7 +27,7 @@ def server(base_folder, adapters, tmp_path_factory) -> Iterator[Server]:
 
 
 def posted(server: Server, route: str, body: bytes) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     connection.request("POST", route, body, {"Content-Type": "application/json"})
     answer = connection.getresponse()
     told = answer.read().decode()

@@ -237,7 +237,7 @@ def test_a_tokenizer_is_read_while_others_answer(adapters, tmp_path, monkeypatch
             first = pool.submit(readers.of, slow)
             assert begun.wait(PATIENCE)
             second = pool.submit(readers.of, slow)
-            assert pool.submit(readers.of, known).result(30) is kept
+            assert pool.submit(readers.of, known).result(PATIENCE / 2) is kept
         finally:
             may_end.set()
         assert first.result() is second.result()

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 
+from patience import PATIENCE
 from veneer.errors import ConfigError
 from veneer.serve.sandbox.time_limit import within
 from veneer.serve.tool_calls import conversation
@@ -101,7 +102,9 @@ print("call" in calls)
 
 def test_no_flag_is_left_for_which_the_interpreter_looks_at_every_call():
     """In CPython 3.11 a profiled call does not end while the flag of an asynchronous exception is set."""
-    found = subprocess.run([sys.executable, "-c", PROFILED], capture_output=True, text=True, timeout=120, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", PROFILED], capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
     assert found.stdout == "True\n"
 
 
