@@ -9,7 +9,15 @@ from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -170,6 +178,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
             MofNCompleteColumn(),
             TextColumn("{task.fields[values]}"),
             TimeRemainingColumn(compact=True),
+            SpinnerColumn(finished_text=" "),  # a step of a minute moves nothing else
         )
         waiting_over()
         # Text printed to a stdout that is not this terminal must not come out here.

@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from patience import wait_until
 from veneer.train.show.display import RunDisplay, show_run
 
 ARGS: Any = None
@@ -248,6 +249,14 @@ def test_a_terminal_gets_one_bar_of_its_width() -> None:
     assert re.search(r"held out 5/5 [━╺╸]+ +3/7 loss 2.3457", plain)
     assert re.search(r"held out ━+ +5/5 ", plain)
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 2  # the cursor comes back after both bars
+
+
+def test_the_bar_of_a_long_step_turns() -> None:
+    console, file = terminal()
+    run = run_on(console)
+    run.display.on_train_begin(ARGS, run.state, ARGS)
+    wait_until(lambda: len(set(re.findall("[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏]", file.getvalue()))) > 1)
+    run.display.close()
 
 
 def test_an_interrupted_run_leaves_the_cursor_visible() -> None:
