@@ -17,6 +17,7 @@ from rich.progress import Progress, ProgressColumn, SpinnerColumn, TextColumn, T
 from veneer.plain.units import duration
 
 LINE_SECONDS = 5.0  # between two plain lines
+LEAST_SHARE = 0.05  # of all steps, before a plain line tells the time left: a file's first tensors may be its largest
 QUIET_SECONDS = 1.0  # of a wait before its first plain line
 LIBRARIES = "loading torch, transformers"
 """Wait for the libraries that models need; a plain line tells how far the imports are."""
@@ -76,7 +77,8 @@ def _lines(title: str, console: Console) -> Tell:
             first, began = done, now
         if now - told >= LINE_SECONDS:
             told = now
-            left = f", {duration((now - began) / (done - first) * (total - done))} left" if done > first else ""
+            tells = done > first and done - first >= LEAST_SHARE * total
+            left = f", {duration((now - began) / (done - first) * (total - done))} left" if tells else ""
             _say(console, f"{title} {done}/{total}{left}")
 
     return tell

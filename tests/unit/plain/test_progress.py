@@ -26,6 +26,19 @@ def test_a_pipe_gets_a_plain_line_every_five_seconds(
     assert capsys.readouterr().err == "".join(told)
 
 
+def test_the_time_left_is_told_when_a_twentieth_is_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with progress.progress_bar("exporting") as on_progress:
+        for done in (1, 2, 13, 14):
+            now += 6.0
+            on_progress(done, 260)
+    told = ["exporting 1/260", "exporting 2/260", "exporting 13/260", "exporting 14/260, 5 min 41 s left"]
+    assert capsys.readouterr().err.splitlines() == told
+
+
 def test_what_is_quick_prints_its_opening_alone(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.progress_bar("converting", opens_with="converting x.gguf, once") as on_progress:
         on_progress(1, 1)
