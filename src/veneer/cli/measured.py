@@ -168,15 +168,17 @@ def _show_classes(confusion: Confusion, name: str) -> None:
         _show_most_confused(confusion, _MOST_OF_SEVERAL)
         return
     labels = confusion.labels
-    shown = sorted(range(len(labels)), key=lambda at: confusion.n_right(at) - confusion.n_rows(at))[:_MOST_CLASSES]
+    wrong = [at for at in range(len(labels)) if confusion.n_right(at) < confusion.n_rows(at)]
+    shown = sorted(wrong, key=lambda at: confusion.n_right(at) - confusion.n_rows(at))[:_MOST_CLASSES]
     few = len(labels) <= _MOST_CLASSES
-    table = _table("by class" if few else f"the {_MOST_CLASSES} of {len(labels)} classes with most wrong rows", "class")
+    table = _table("by class" if few else f"the {len(shown)} of {len(labels)} classes with most wrong rows", "class")
     for column in ("rows", "right", "recall", "predicted", "precision"):
         table.add_column(column, justify="right", no_wrap=True)
     for at in range(len(labels)) if few else shown:
         n, given, right = confusion.n_rows(at), confusion.n_predicted(at), confusion.n_right(at)
         table.add_row(labels[at], str(n), str(right), _ratio(right, n), str(given), _ratio(right, given))
-    console.print(table)
+    if few or shown:
+        console.print(table)
     if not few or not _show_taken_for(confusion, console):
         _show_most_confused(confusion, _MOST)
 

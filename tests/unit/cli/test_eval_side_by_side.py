@@ -168,6 +168,9 @@ def test_many_classes_are_cut_to_those_with_most_wrong_rows(capsys: pytest.Captu
     assert ("label-66" in shown, "label-45" in shown) == (True, False)
     assert "67 of 'label-66' taken for 'label-00'\n" in shown
     assert shown.endswith("and 54 rarer ones\n")
+    _show_classes(Confusion.of(labels, labels, [labels[1], *labels[1:]]), "")
+    shown = capsys.readouterr().out
+    assert ("the 1 of 67 classes" in shown, "label-00 " in shown, "label-02" in shown) == (True, True, False)
     _show_classes(confusion, "runs/a")
     assert capsys.readouterr().out.splitlines()[0] == "most confused: runs/a"
     _show_classes(Confusion.of(labels, right, right), "runs/a")
