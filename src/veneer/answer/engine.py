@@ -19,7 +19,7 @@ from veneer.adapters.chosen import ModelParts
 from veneer.answer.answerer import Answerer, Asked, Drawing, tokens_behind
 from veneer.answer.model import ModelAnswerer
 from veneer.errors import ConfigError, DescriptionError
-from veneer.evaluate.scoring import Answering, OnProgress, context_length, require_room
+from veneer.evaluate.scoring import Answering, OnProgress, context_length, ignore_progress, require_room
 from veneer.model.coded.packed_linear import unpack
 from veneer.ops.dispatch import backends
 from veneer.ops.packed import ROWS
@@ -27,7 +27,7 @@ from veneer.serve.engine import Engine
 from veneer.serve.program.effects import UnsaidError
 from veneer.serve.requests.checked import CheckedRequest as Request
 from veneer.serve.schedule.lora_request import LoRARequest
-from veneer.serve.schedule.outputs import RequestOutput
+from veneer.serve.schedule.outputs import CompletionOutput, RequestOutput
 from veneer.serve.schedule.sampling_params import RequestOutputKind, SamplingParams
 from veneer.serve.start import EngineOptions, start_engine
 from veneer.store.adapter.fit import fitting
@@ -105,6 +105,36 @@ class EngineAnswerer(Answerer):
 
         self._run(requests, take)
         return [texts[each.id] for each in requests]
+
+    def drawn(
+        self,
+        asked: Sequence[Asked],
+        n: int,
+        max_new_tokens: int,
+        seeds: Sequence[int],
+        on_progress: OnProgress = ignore_progress,
+    ) -> list[list[CompletionOutput]]:
+        """Return ``n`` answers to each prompt, by its seed, as ids with `SamplingParams.policy_logprobs`.
+
+        Raises ConfigError if an answer has no room.
+        """
+        require_room([prompt for prompt, _ in asked], self._limit)
+        params = replace(
+            self._params, n=n, max_tokens=max_new_tokens, detokenize=False, policy_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        requests = [
+            self._request(prompt, replace(params, seed=seed), folder)
+            for (prompt, folder), seed in zip(asked, seeds, strict=True)
+        ]
+        found: dict[str, list[CompletionOutput]] = {}
+
+        def take(output: RequestOutput) -> None:
+            found[output.request_id] = output.outputs
+            on_progress(len(found), len(requests))
+
+        self._run(requests, take)
+        return [found[each.id] for each in requests]
 
     def _run(self, requests: Sequence[Request], take: Callable[[RequestOutput], None]) -> None:
         """Answer requests, and pass each output to ``take``. Raises the error of the first request that fails."""

@@ -28,6 +28,7 @@ from veneer.cli.pages import (
     add_key,
     chat,
     combine,
+    draw,
     env,
     eval,
     export,
@@ -213,6 +214,7 @@ app.command("eval", cls=VerbCommand)(eval.eval_)
 app.command("merge", cls=VerbCommand)(merge.merge)
 app.command("merge-models", cls=VerbCommand)(merge_models.merge_models)
 app.add_typer(export.app, name="export")
+app.command("draw", cls=VerbCommand)(draw.draw)
 app.command("samples", cls=VerbCommand)(samples.samples)
 app.command("report", cls=VerbCommand)(report.report)
 app.command("intrinsic", cls=VerbCommand)(intrinsic.intrinsic)

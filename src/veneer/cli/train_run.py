@@ -16,7 +16,7 @@ import datasets
 from rich.console import Console
 
 from veneer.cli.bases import compare_bases
-from veneer.cli.samples import shown
+from veneer.cli.rollouts.samples import shown
 from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError
 from veneer.learn.report import write_run_page

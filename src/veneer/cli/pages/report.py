@@ -31,4 +31,4 @@ class ReportArguments:
             raise ConfigError(f"--answers {self.answers} must be at least 1")
 
 
-report = verb(ReportArguments, "veneer.cli.samples", "show_report")
+report = verb(ReportArguments, "veneer.cli.rollouts.samples", "show_report")

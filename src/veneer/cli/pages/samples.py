@@ -38,4 +38,4 @@ class SamplesArguments:
             raise ConfigError("--as-rows and --json are two forms of the same: give one of them")
 
 
-samples = verb(SamplesArguments, "veneer.cli.samples", "show_samples")
+samples = verb(SamplesArguments, "veneer.cli.rollouts.samples", "show_samples")

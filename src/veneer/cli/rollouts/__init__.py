@@ -1,0 +1,1 @@
+"""Verbs of answers that are drawn to learn from."""

@@ -1,0 +1,45 @@
+"""Implementation of ``veneer draw``."""
+
+from __future__ import annotations
+
+import json
+import secrets
+
+import typer
+
+from veneer.answer.answerer import Drawing
+from veneer.answer.engine import engine_answerer
+from veneer.answer.files import read_asked
+from veneer.answer.prompts import PromptRows
+from veneer.cli import loading
+from veneer.cli.pages.draw import DrawArguments
+from veneer.disk.atomic import write_atomically
+from veneer.errors import ConfigError
+from veneer.learn.drawn_rows import RowRewards, draw_rows, kept_rows
+from veneer.plain.progress import progress_bar, waits_told
+from veneer.plain.units import count
+from veneer.store.bars import quiet
+
+
+def draw(args: DrawArguments) -> None:
+    """Draw answers to a file of prompts into another file. Raises ConfigError if the engine cannot draw."""
+    rewards = RowRewards.of(args.rewards())
+    reader = PromptRows(prompt=args.prompt, system=args.system, raw=args.raw)
+    chosen, asked = read_asked(
+        args.input_, args.model, args.adapter, reader, args.limit, four_bit=args.load_in_4bit, dtype=args.dtype
+    )
+    parts = loading.loaded(loading.told(chosen))
+    drawing = Drawing(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+    with waits_told("packing the weights"), quiet():
+        answerer = engine_answerer(parts, drawing, args.batch_size)
+    if isinstance(answerer, str):
+        raise ConfigError(f"the engine cannot draw: {answerer}")
+    seed = secrets.randbits(63) if args.seed is None else args.seed
+    with quiet(), progress_bar("drawing") as on_progress:
+        groups = draw_rows(answerer, asked, reader, args.n, args.max_new_tokens, seed, rewards, on_progress)
+    rows = kept_rows(groups, best=args.keep == "best", above=args.above)
+    content = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    write_atomically(args.output, content.encode())
+    told = [line["reward"] for lines in groups for line in lines if line.get("reward") is not None]
+    mean = f", reward {sum(told) / len(told):.3g} in the mean" if told else ""
+    typer.echo(f"{args.output}: {count(len(rows), 'row')} of {count(args.n * len(groups), 'answer')}{mean}")

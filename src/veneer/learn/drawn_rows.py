@@ -1,0 +1,124 @@
+"""Several answers to each row of a file, with log-probabilities and rewards; the best of them as rows to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.answer.engine import EngineAnswerer
+from veneer.answer.files import PromptRow
+from veneer.answer.prompts import PromptRows
+from veneer.data.column_templates import fill_template
+from veneer.evaluate.scoring import OnProgress, ignore_progress
+from veneer.learn.journal import Line, packed
+from veneer.learn.rewards import RewardLimits, checked_reward
+from veneer.learn.rollouts import seed_of
+from veneer.recipe.rewards import reward_function
+
+_OWN = frozenset({"prompt", "completion", "messages"})
+
+
+@dataclass(frozen=True, slots=True)
+class RowRewards:
+    """Reward functions with their names and weights."""
+
+    functions: Sequence[Any]
+    names: Sequence[str]
+    weights: Sequence[float]
+
+    @classmethod
+    def of(cls, entries: Sequence[Mapping[str, Any]]) -> RowRewards:
+        """Return those of a recipe's entries. Raises ConfigError for one that cannot be found."""
+        named = [dict(each) for each in entries]
+        weights = [float(each.pop("weight", 1.0)) for each in named]
+        functions = [
+            checked_reward(reward_function(each.pop("function"), each), RewardLimits(), alone=len(named) == 1)
+            for each in named
+        ]
+        return cls(functions, [each.__name__ for each in functions], weights)
+
+    def lines(self, row: Mapping[str, Any], prompt: Any, completions: Sequence[Any], ids: Sequence[Any]) -> list[Line]:
+        """Return functions, rewards and their weighted sum for each answer to a row, as a journal has them.
+
+        Raises RewardError.
+        """
+        n = len(completions)
+        columns = {key: [value] * n for key, value in row.items() if key not in _OWN}
+        given = {"prompts": [prompt] * n, "completions": list(completions), "completion_ids": list(ids), **columns}
+        by_function = [function(**given) for function in self.functions]
+        found = []
+        for values in zip(*by_function, strict=True):
+            told = [weight * value for weight, value in zip(self.weights, values, strict=True) if value is not None]
+            reward = sum(told) if told else None
+            found.append({"functions": [*self.names], "rewards": [*values], "reward": reward})
+        return found or [{} for _ in completions]
+
+
+def draw_rows(
+    answerer: EngineAnswerer,
+    asked: Sequence[PromptRow],
+    reader: PromptRows,
+    n: int,
+    max_new_tokens: int,
+    seed: int,
+    rewards: RowRewards,
+    on_progress: OnProgress = ignore_progress,
+) -> list[list[Line]]:
+    """Return ``n`` answers to each row: the row's columns, ``prompt``, ``completion``, and a journal's keys.
+
+    Answers depend on the model, the prompt, ``seed`` and the row's number alone. Raises ConfigError for a prompt that
+    leaves no room, and RewardError.
+    """
+    seeds = [seed_of(seed, number) for number in range(len(asked))]
+    drawn = answerer.drawn([(each.ids, each.adapter) for each in asked], n, max_new_tokens, seeds, on_progress)
+    groups = []
+    for each, outputs in zip(asked, drawn, strict=True):
+        prompt = _prompt_of(each.row, reader)
+        ids = [list(output.token_ids) for output in outputs]
+        texts = [answerer.tokenizer.decode(own, skip_special_tokens=True) for own in ids]
+        completions = [[{"role": "assistant", "content": text}] if isinstance(prompt, list) else text for text in texts]
+        rewarded = rewards.lines(each.row, prompt, completions, ids)
+        columns = {key: value for key, value in each.row.items() if key not in _OWN}
+        groups.append(
+            [
+                {**columns, "prompt": prompt, "completion": completion, **_numbers(output), **own}
+                for completion, output, own in zip(completions, outputs, rewarded, strict=True)
+            ]
+        )
+    return groups
+
+
+def kept_rows(groups: Sequence[Sequence[Line]], *, best: bool, above: float | None) -> list[Line]:
+    """Return the answers with a reward ``above`` the given one, or all; if ``best``, the first best of each group.
+
+    The best are rows of prompt and completion alone. An answer without an opinion is neither.
+    """
+    found: list[Line] = []
+    for lines in groups:
+        told = [line for line in lines if line.get("reward") is not None and (above is None or line["reward"] > above)]
+        if best and told:
+            chosen = max(told, key=lambda line: line["reward"])
+            found.append({key: chosen[key] for key in ("prompt", "completion")})
+        elif not best:
+            found += told if above is not None else lines
+    return found
+
+
+def _prompt_of(row: Mapping[str, Any], reader: PromptRows) -> Any:
+    """Return a row's prompt as text or messages, without an answer that the row holds."""
+    if reader.prompt is not None:
+        return fill_template(reader.prompt, row)
+    turns = row.get("messages") or row["prompt"]
+    is_answered = isinstance(turns, list) and turns[-1].get("role") == "assistant"
+    return turns[:-1] if is_answered else turns
+
+
+def _numbers(output: Any) -> Line:
+    numbers = output.policy or []
+    kept = [each for _, each in numbers]
+    found = {
+        "ids": list(output.token_ids), "logprobs": packed([own for own, _ in numbers]),
+        "finish": None if output.finish_reason is None else str(output.finish_reason),
+    }  # fmt: skip
+    return found | ({"kept": packed(kept)} if any(kept) else {})
