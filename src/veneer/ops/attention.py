@@ -1,17 +1,23 @@
-"""Causal attention for training: grouped heads, packed sequences, sliding windows, soft-capped scores, O(n) memory."""
+"""Causal attention for training: grouped heads, packed sequences, windows, soft caps, ALiBi, O(n) memory."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import implementation
 from veneer.ops.forks import Fork, ScoreForm, add_stem_gradients, join_stems
+
+BASE = 256  # of the digits of positions: both 16-bit dtypes hold every one, times the base too
+N_PARTS = 3  # of a slope in 16 bits: as exact as float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,12 +25,14 @@ class AttentionOptions:
     """Options of attention: scale, window and soft cap of the scores.
 
     ``scale`` multiplies q·k (None: 1/√head_dim). A query attends to itself and ``window - 1`` tokens before it, or to
-    all. ``softcap`` is c of ``c * tanh(score / c)`` (Gemma 2, arXiv 2408.00118).
+    all. ``softcap`` is c of ``c * tanh(score / c)`` (Gemma 2, arXiv 2408.00118). ``slopes`` are those of a bias
+    ``-slope · distance`` of the scores, one for each query head (ALiBi); none beside a cap.
     """
 
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
+    slopes: tuple[float, ...] | None = None
     backend: str | None = None
 
     def __post_init__(self) -> None:
@@ -32,6 +40,18 @@ class AttentionOptions:
             raise ConfigError(f"window={self.window}: a query sees at least itself, so a window is 1 or more, or None")
         if self.softcap is not None and self.softcap <= 0:
             raise ConfigError(f"softcap={self.softcap} must be positive, or None for no cap")
+        if self.softcap is not None and self.slopes is not None:
+            raise ConfigError(f"softcap={self.softcap} caps scores that have a bias (slopes): leave one of them out")
+
+
+def alibi_slopes(n_heads: int) -> tuple[float, ...]:
+    """Return one slope a head: 2^(-8 i / n) for the n heads of a power of two, and those between for the rest.
+
+    ALiBi, arXiv 2108.12409.
+    """
+    n = 2 ** math.floor(math.log2(n_heads))
+    between = (2.0 ** (-4 * i / n) for i in range(1, 2 * (n_heads - n), 2))
+    return (*(2.0 ** (-8 * i / n) for i in range(1, n + 1)), *between)
 
 
 def attention_forward(
@@ -53,11 +73,12 @@ def attention_forward(
     """
     _check(q, k, v, cu_seqlens)
     kernel = implementation("attention.attention_forward", q.device, options.backend)
-    numbers = _numbers(q, options)
-    out, lse = kernel(q, k, v, cu_seqlens, *numbers)
+    numbers, width = _numbers(q, options), q.shape[-1]
+    qkv = _biased((q, k, v), cu_seqlens, options, forks)
+    out, lse = kernel(*qkv, cu_seqlens, *numbers)
     if forks:
-        join_stems((q, k, v), out, lse, forks, cu_seqlens.tolist(), ScoreForm(*numbers))
-    return out, lse
+        join_stems(qkv, out, lse, forks, cu_seqlens.tolist(), ScoreForm(*numbers))
+    return out if options.slopes is None else out[..., :width].contiguous(), lse
 
 
 def attention_backward(
@@ -72,11 +93,74 @@ def attention_backward(
 ]:
     """Return (dq, dk, dv) from the inputs and outputs of `attention_forward`."""
     kernel = implementation("attention.attention_backward", dout.device, options.backend)
-    numbers = _numbers(qkv[0], options)
-    dq, dk, dv = kernel(dout, *qkv, *forward, cu_seqlens, *numbers)
+    numbers, (out, lse), width = _numbers(qkv[0], options), forward, qkv[0].shape[-1]
+    qkv = _biased(qkv, cu_seqlens, options, forks)
+    if options.slopes is not None:
+        dout, out = (pad(x, (0, qkv[0].shape[-1] - width)) for x in (dout, out))
+    dq, dk, dv = kernel(dout, *qkv, out, lse, cu_seqlens, *numbers)
     if forks:
-        add_stem_gradients(dout, qkv, forward, (dq, dk, dv), forks, cu_seqlens.tolist(), ScoreForm(*numbers))
+        add_stem_gradients(dout, qkv, (out, lse), (dq, dk, dv), forks, cu_seqlens.tolist(), ScoreForm(*numbers))
+    if options.slopes is not None:
+        dq, dk, dv = (x[..., :width].contiguous() for x in (dq, dk, dv))
     return dq, dk, dv
+
+
+def _biased(
+    qkv: tuple[Tensor, Tensor, Tensor], cu_seqlens: Tensor, options: AttentionOptions, forks: Sequence[Fork]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values with features that make the bias of ``slopes``."""
+    if options.slopes is None:
+        return qkv
+    return _with_slopes(qkv, options.slopes, _numbers(qkv[0], options)[0], cu_seqlens.tolist(), forks)
+
+
+def _with_slopes(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    slopes: Sequence[float],
+    scale: float,
+    bounds: Sequence[int],
+    forks: Sequence[Fork],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values with more features, whose scaled products have the bias; those of v are zero.
+
+    Softmax ignores what all scores of a query share: slope · j acts as -slope · (i - j) does. It is a product of
+    slopes, which queries hold, with positions, which keys hold. 16 bits hold neither: positions are digits, slopes sums
+    of parts. ``bounds`` are those of the sequences, whose positions begin at 0, or behind their stems.
+    """
+    q, k, v = qkv
+    tilts, places = _parts(slopes, scale, q), _digits(_positions(bounds, forks), k)
+    tilt = torch.stack([part for _ in places for part in tilts], dim=-1)
+    place = torch.stack([digit for digit in places for _ in tilts], dim=-1)
+    return (
+        torch.cat([q, tilt.expand(len(q), -1, -1)], dim=-1),
+        torch.cat([k, place[:, None].expand(-1, k.shape[1], -1)], dim=-1),
+        pad(v, (0, tilt.shape[-1])),
+    )
+
+
+def _positions(bounds: Sequence[int], forks: Sequence[Fork]) -> Tensor:
+    lengths = torch.tensor(bounds).diff()
+    positions = torch.arange(bounds[-1]) - torch.tensor(bounds[:-1]).repeat_interleave(lengths)
+    for fork in forks:
+        positions[fork.branches] += fork.stem.stop - fork.stem.start
+    return positions
+
+
+def _parts(slopes: Sequence[float], scale: float, q: Tensor) -> list[Tensor]:
+    """Return tensors (heads,) in the dtype of q that add up to slope / scale."""
+    rest, found = torch.tensor(slopes, dtype=torch.float64) / scale, []
+    for _ in range(N_PARTS if q.dtype.itemsize < 4 else 1):
+        found.append(rest.to(q.dtype))
+        rest = rest - found[-1].double()
+    return [part.to(q.device) for part in found]
+
+
+def _digits(positions: Tensor, k: Tensor) -> list[Tensor]:
+    """Return tensors (n,) in the dtype of k that add up to the positions."""
+    if k.dtype.itemsize >= 4:
+        return [positions.to(k.device, k.dtype)]
+    low = positions % BASE
+    return [digit.to(k.device, k.dtype) for digit in (low, positions - low)]
 
 
 def _numbers(q: Tensor, options: AttentionOptions) -> tuple[float, int, float]:

@@ -10,7 +10,7 @@ from bench.kernels.differentiable import attention
 from gradients import has_exact_gradients
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops import forks
-from veneer.ops.attention import AttentionOptions
+from veneer.ops.attention import AttentionOptions, alibi_slopes, attention_forward
 
 OP = "attention.attention_forward"
 DTYPES = [torch.float32, torch.bfloat16]
@@ -36,6 +36,8 @@ def dense(q, k, v, bounds, options):
             scores = options.softcap * torch.tanh(scores / options.softcap)
         t = torch.arange(stop - start)
         ahead = t[:, None] - t[None]
+        if options.slopes is not None:
+            scores = scores - torch.tensor(options.slopes, dtype=scores.dtype)[:, None, None] * ahead
         hidden = (ahead < 0) | (ahead >= (options.window or stop))
         outs.append((scores.masked_fill(hidden, float("-inf")).softmax(-1) @ vs).transpose(0, 1))
     return torch.cat(outs)
@@ -72,6 +74,8 @@ CASES = [
     ([0, 83], 2, 1, 128, {"scale": 0.031, "window": 64, "softcap": 1.5}),
     ([0, 91, 100], 2, 2, 256, {"window": 2}),
     ([0, 333], 2, 1, 32, {"window": 100}),
+    ([0, 19, 67], 6, 3, 24, {"slopes": alibi_slopes(6), "scale": 0.3}),
+    ([0, 5, 71], 3, 1, 14, {"slopes": alibi_slopes(3), "window": 31}),
 ]
 # In float32 Triton's tiles have 32 tokens or 16, and its interpreter is slow: sequences of two to four tiles.
 SHORTER = {201: [0, 5, 5, 6, 71], 131: [0, 77, 79], 150: [0, 35, 78], 100: [0, 49, 58], 333: [0, 133]}
@@ -137,6 +141,8 @@ def test_errors():
         AttentionOptions(window=0)
     with pytest.raises(ConfigError, match="softcap=-1"):
         AttentionOptions(softcap=-1.0)
+    with pytest.raises(ConfigError, match="caps scores that have a bias"):
+        AttentionOptions(softcap=2.0, slopes=(0.5,))
     q, k = torch.zeros(5, 3, 8), torch.zeros(5, 2, 8)
     with pytest.raises(ShapeError, match="multiple of kv_heads"):
         attention(q, k, k, torch.tensor([0, 5]))
@@ -153,6 +159,7 @@ FORKS = [
     ([0, 11, 30, 49], [(slice(0, 7), slice(11, 49))], (3, 3, 8), {"window": 9, "softcap": 1.5}),
     ([0, 40, 41, 60], [(slice(0, 40), slice(40, 60))], (2, 1, 32), {"window": 3, "scale": 0.2}),
     ([0, 6, 12], [(slice(0, 1), slice(6, 12))], (2, 2, 5), {"softcap": 2.5}),
+    ([0, 11, 30, 49], [(slice(0, 7), slice(11, 49))], (3, 3, 8), {"slopes": alibi_slopes(3)}),
 ]
 
 
@@ -182,3 +189,15 @@ def by_paths(q, k, v, bounds, parted, options):
         qs, ks, vs = (torch.cat([x[stem], x[start:stop]]) for x in (q, k, v))
         outs.append(dense(qs, ks, vs, [0, len(qs)], options)[stem.stop - stem.start :])
     return torch.cat(outs)
+
+
+def test_the_bias_of_far_keys_is_exact_in_16_bits(backend):
+    """Beyond 256 positions, for slopes that 16 bits do not hold: queries and keys of zero leave the bias alone."""
+    n, slopes = 1500, alibi_slopes(6)
+    q, v = torch.zeros(n, 6, 16, dtype=torch.bfloat16), torch.zeros(n, 6, 16, dtype=torch.bfloat16)
+    options = AttentionOptions(scale=0.3, slopes=slopes, backend=backend)
+    _, lse = attention_forward(q, q, v, torch.tensor([0, n]), options)
+    place = torch.arange(n, dtype=torch.float64)
+    for head, slope in enumerate(slopes):
+        exact = torch.logcumsumexp(slope * place, dim=0)
+        assert (lse[head].double() - exact).abs().max() <= 1e-4 * max(1.0, slope * n)

@@ -71,7 +71,8 @@ class Sublayer:
 class Block:
     """Block ``h += m · post(attention(norm(h)))``, then ``h += m · post(feed_forward(norm(h)))``.
 
-    m is ``residual_multiplier``. ``parallel``: the feed-forward half reads the attention half's input.
+    m is ``residual_multiplier``. ``parallel``: the feed-forward half reads the attention half's input. ``returns``: the
+    number of values in the tuple that its forward returns, the stream first; None if it returns the stream alone.
     """
 
     path: str
@@ -83,6 +84,7 @@ class Block:
     attention_sublayer: Sublayer | None
     feed_forward_sublayer: Sublayer | None
     other: tuple[Strange, ...] = ()
+    returns: int | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from veneer.model.blueprint.names import COMMON, Names
 
@@ -27,7 +27,7 @@ class Family:
     - ``norm_eps``: the epsilon of norms that hold none themselves.
     - ``softmax_experts``: experts are chosen and weighted by the softmax of the router's scores.
     - ``scales_queries``: queries grow with position by ``llama_4_scaling_beta``.
-    - ``adds_inside``: the halves add to the stream themselves, so that residual adapters sit at their last layer.
+    - ``adds_inside``: halves that add to the stream themselves: their residual adapters sit at their last layer.
     - ``strange``: the reason if a config of the family cannot be described, None if it can.
     """
 
@@ -39,7 +39,7 @@ class Family:
     norm_eps: float | None = None
     softmax_experts: bool = False
     scales_queries: bool = False
-    adds_inside: bool = False
+    adds_inside: tuple[Literal["attention", "mlp"], ...] = ()
     strange: Callable[[Any], str | None] = _nothing
 
 

@@ -62,7 +62,7 @@ def _read(source: BlockSource, module: nn.Module, layer: int) -> Attention | Str
     _require_usual(module)
     rotary = _rotary(source, module, layer, heads)
     rest = _rest(source, module, qkv)
-    cap, clip = getattr(module, "attn_logit_softcapping", None), getattr(source.config, "clip_qkv", None)
+    cap, clip = getattr(module, "attn_logit_softcapping", None), _clip(source, module)
     return rest or Attention(
         path=source.path(module),
         qkv=qkv,
@@ -143,10 +143,16 @@ def _head_norms(source: BlockSource, module: nn.Module, heads: HeadLayout) -> tu
 
 def _scale(module: Any) -> float:
     """Return the factor of the scores. Some families store its inverse."""
-    scale = getattr(module, "scaling", getattr(module, "inv_norm_factor", None))
-    if not isinstance(scale, int | float):
+    found = (getattr(module, name, None) for name in ("scaling", "inv_norm_factor", "softmax_scale"))
+    scale = next((each for each in found if isinstance(each, int | float)), None)
+    if scale is None:
         raise _OddError("it does not say by what it scales")
     return float(scale)
+
+
+def _clip(source: BlockSource, module: Any) -> float | None:
+    """Return the bound of q, k and v. MPT's attention holds it, OLMo's config does."""
+    return getattr(module, "clip_qkv", getattr(source.config, "clip_qkv", None))
 
 
 def _require_usual(module: nn.Module) -> None:

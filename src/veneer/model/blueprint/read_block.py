@@ -12,7 +12,7 @@ from veneer.model.blueprint.norms import read_norm
 from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Norm, State, Strange
 from veneer.model.blueprint.read_attention import FULL, SLIDING, layer_type_of, read_attention
 from veneer.model.blueprint.read_feed_forward import read_feed_forward
-from veneer.model.blueprint.read_forward import odd_in_forward
+from veneer.model.blueprint.read_forward import odd_in_forward, values_returned
 from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
 from veneer.model.inplace import plain_class
 
@@ -41,8 +41,6 @@ def read_block(source: BlockSource, block: nn.Module, layer: int) -> Block:
         return _unknown(path, "its norms are not RMSNorms or LayerNorms")
     holder = block if holder_name is None else cast(nn.Module, getattr(block, holder_name))
     attention = _state(source, attention_module) if keeps_state else read_attention(source, attention_module, layer)
-    if isinstance(attention, Strange) and not (keeps_state or hasattr(attention_module, "config")):
-        return _unknown(path, f"its attention holds no config to make masks from, and {attention.reason}")
     feed_forward = read_feed_forward(source, holder, in_block=in_block)
     known = [attention_module, *(getattr(block, name) for name in norm_names.all)]
     known += [holder] if holder_name else [m for inner in names.inner for m in _children(block, inner.all)]
@@ -56,6 +54,7 @@ def read_block(source: BlockSource, block: nn.Module, layer: int) -> Block:
         attention_sublayer=_attention_sublayer(source, block, attention, norms),
         feed_forward_sublayer=_feed_forward_sublayer(source, block, feed_forward, norms, in_block),
         other=(*undescribed(source, block, known), *_beside_parts(source, block)),
+        returns=values_returned(block),
     )
 
 
@@ -123,7 +122,7 @@ def _attention_sublayer(
 ) -> Sublayer | None:
     if isinstance(attention, Strange):
         return None
-    if source.family.adds_inside:
+    if "attention" in source.family.adds_inside:
         return Sublayer(input_path=attention.qkv[0].path, output_path=attention.out.path)
     dropout = _dropout(source, block, source.names.attention_dropout)
     post = norms.attention_post.path if norms.attention_post else None
@@ -135,7 +134,7 @@ def _feed_forward_sublayer(
 ) -> Sublayer | None:
     if isinstance(part, Strange):
         return None
-    if isinstance(part, FeedForward) and (in_block or source.family.adds_inside):
+    if isinstance(part, FeedForward) and (in_block or "mlp" in source.family.adds_inside):
         return Sublayer(input_path=part.inner[0].path, output_path=part.down.path)
     post = norms.feed_forward_post.path if norms.feed_forward_post else None
     dropout = _dropout(source, block, source.names.feed_forward_dropout)

@@ -20,9 +20,14 @@ NAMED = ("silu", "relu")  # functions of torch that have one form
 def odd_in_forward(block: nn.Module) -> str | None:
     """Return, in words, what a block's forward does beyond what its parts' description says; None if nothing.
 
-    It may call a function of its module (which weighs the halves), or return a tuple.
+    It may call a function of its module, which weighs the halves.
     """
     return _odd(cast(Hashable, plain_class(type(block))))
+
+
+def values_returned(block: nn.Module) -> int | None:
+    """Return the number of values in the tuple that the forward of a block returns; None if it returns no tuple."""
+    return _n_returned(cast(Hashable, plain_class(type(block))))
 
 
 def named_activation(module: nn.Module) -> str | None:
@@ -36,23 +41,23 @@ def named_activation(module: nn.Module) -> str | None:
 def _odd(kind: Hashable) -> str | None:
     forward = inspect.unwrap(cast(Any, kind).forward)
     called = [name for name in forward.__code__.co_names if isinstance(forward.__globals__.get(name), FunctionType)]
-    if called:
-        return f"its forward calls {', '.join(called)}, which the description has no words for"
-    return "its forward returns a tuple" if _returns_tuple(forward) else None
+    return f"its forward calls {', '.join(called)}, which the description has no words for" if called else None
 
 
-def _returns_tuple(forward: FunctionType) -> bool:
-    """Return True if the last value that ``forward`` returns is a tuple, or a name bound to one."""
+@functools.cache
+def _n_returned(kind: Hashable) -> int | None:
+    """Return the length of the last tuple that a forward returns, or of the one that a name of it holds."""
     try:
-        nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(forward)))))
+        source = inspect.getsource(inspect.unwrap(cast(Any, kind).forward))
+        nodes = list(ast.walk(ast.parse(textwrap.dedent(source))))
     except (OSError, SyntaxError):
-        return False
+        return None
     returned = max((n for n in nodes if isinstance(n, ast.Return)), key=lambda n: n.lineno, default=None)
     value = None if returned is None else returned.value
     if isinstance(value, ast.Name):
         given = [n.value for n in nodes if isinstance(n, ast.Assign) and _is_named(n.targets, value.id)]
-        return any(isinstance(each, ast.Tuple) for each in given)
-    return isinstance(value, ast.Tuple)
+        value = next((each for each in given if isinstance(each, ast.Tuple)), None)
+    return len(value.elts) if isinstance(value, ast.Tuple) else None
 
 
 def _is_named(targets: list[ast.expr], name: str) -> bool:

@@ -60,9 +60,18 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
         h = _again(block, functools.partial(own_attention, block, kwargs), x)
     else:
         h = run_half(block, "attention", attention, x, x, positions)
+    fed = x if program.block.parallel else h
     if mlp is not None:
-        return run_half(block, "mlp", mlp, x if program.block.parallel else h, h, positions)
-    return _again(block, functools.partial(_own_mlp, block), x if program.block.parallel else h, h)
+        h = run_half(block, "mlp", mlp, fed, h, positions)
+    else:
+        h = _again(block, functools.partial(_own_mlp, block), fed, h)
+    n = program.block.returns
+    return h if n is None else (h, *[None] * (n - 1))  # attention weights, which nobody asked for
+
+
+def stream_of(output: Any) -> Tensor:
+    """Return the stream in what a block returned."""
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 def run_half(
@@ -150,6 +159,12 @@ def halves_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> Hal
     attention = _half_of(program.attention, program.block.attention.path, "attention", at)
     mlp = _half_of(program.mlp, program.block.feed_forward.path, "mlp", at)
     return (None, None) if program.is_whole and (attention is None or mlp is None) else (attention, mlp)
+
+
+def leave_out_unfit(block: FusedBlock, dtype: torch.dtype) -> None:
+    """Stop fusing halves that have no fused form on a stream of this dtype."""
+    attention, mlp = halves_of(block, dtype, dtype)
+    block.fused_program = block.fused_program.leaving(attention=attention is not None, mlp=mlp is not None)
 
 
 def _half_of(half: TrainedStretch | None, name: str, kind: SublayerKind, at: Acting) -> ActingStretch | None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING as LAYER_TYPES
 
 from veneer.errors import DescriptionError
@@ -21,27 +19,20 @@ from veneer.model.adapted.holder import Holder
 from veneer.model.blueprint import decoder as blueprint
 from veneer.model.blueprint.describe import blocks_of, describe
 from veneer.model.blueprint.parts import State
-from veneer.model.coded.quant_linear import computing_dtypes
-from veneer.model.fused.block import CACHES, SPECIAL, FusedBlock, halves_of, own_attention
+from veneer.model.fused.block import SPECIAL, FusedBlock, leave_out_unfit
 from veneer.model.fused.layout import LayoutMask, layout_mask
+from veneer.model.fused.proof import STRANGE, prove
 from veneer.model.inplace import InPlace, change_class, plain_class, restore_class
 from veneer.model.placed.structure import evaluation
-from veneer.model.program.halves import BlockProgram, Tables, block_program, reasons
-from veneer.model.sharded.sharding import gathered
+from veneer.model.program.halves import BlockProgram, block_program, reasons
 from veneer.ops.dispatch import lacks
 
 log = logging.getLogger(__name__)
 
-# Relative error that rounding explains in what one block adds to the stream.
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 KERNELS = {"cpu": "cpu", "cuda": "triton"}
 EXTRAS = (*SPECIAL, "token_type_ids")
-SIZE = (2, 11)  # sequences and tokens that a block is checked with
 FEW_PARAMETERS = 1_000_000_000  # up to which one thread checks a model in a second or two
-SHORT_WINDOW = 5  # tokens: what a sliding window hides then shows
 NOTHING_FITS = "every part of its blocks is hooked, trained, or computes in another dtype than the stream"
-# What parts of familiar names and another shape, type or use make Python, torch (RuntimeError) and the kernels raise.
-STRANGE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class FusedDecoder(InPlace, nn.Module):
@@ -52,6 +43,15 @@ class FusedDecoder(InPlace, nn.Module):
     @classmethod
     def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
         return {"forward": _with_layout(base.forward)}
+
+    def build_alibi_tensor(self, attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+        """Return the bias of attention by position, for blocks that run BLOOM's own code."""
+        if isinstance(attention_mask, LayoutMask):
+            given = attention_mask.given["attention_mask"]
+            device = next(self.parameters()).device
+            attention_mask = torch.ones(attention_mask.size_of_batch, device=device) if given is None else given
+        bias: Tensor = cast(Any, super()).build_alibi_tensor(attention_mask, num_heads, dtype)
+        return bias
 
     def layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayoutMask | None:
         """Return the layout of a batch's sequences.
@@ -79,7 +79,8 @@ class FusedDecoder(InPlace, nn.Module):
             return None
         if positions is not None and positions.ndim == 3:  # of text, time, height and width, or without those of text
             positions = positions[0] if len(positions) == 4 else None
-        return layout_mask((tokens.shape[0], tokens.shape[1]), mask, None if counts_positions(self) else positions)
+        positions = None if counts_positions(self) else positions
+        return layout_mask((tokens.shape[0], tokens.shape[1]), mask, positions, config)
 
 
 def _with_layout(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,8 +142,8 @@ def fuse(model: PreTrainedModel) -> bool:
     """Make the blocks of a model run fused, in place. Return True if they do. A fused model stays so.
 
     The model's description determines the parts of a block. Its values then verify them: what each block adds to the
-    stream of a short batch must equal the model's own code, up to rounding. A model that does not fit stays unchanged,
-    and the reason is logged.
+    stream of a short batch must equal the model's own code, up to rounding. A half that differs runs the model's own
+    code, and the reason is logged. A model of which nothing fits stays unchanged.
     """
     if is_fused(model):
         return True
@@ -172,7 +173,7 @@ def fuse_as_described(model: PreTrainedModel) -> str | None:
     blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
     with evaluation(model), _base_alone(model):
         for block in blocks:
-            _leave_out_unfit(block, stream_dtype(model, block))
+            leave_out_unfit(block, stream_dtype(model, block))
     if all(block.fused_program.is_own for block in blocks):
         unfuse(model)
         return NOTHING_FITS
@@ -222,9 +223,14 @@ def _fuse(model: PreTrainedModel) -> str | None:
         return reason
     blocks = [cast(FusedBlock, block) for block in blocks_of(model)[1]]
     exact = torch.autocast(model.device.type, enabled=False)
-    with evaluation(model), _base_alone(model), _short_windows(model), torch.no_grad(), exact, _few_threads(model):
-        problem = _differing(model, blocks)
-    return NOTHING_FITS if all(block.fused_program.is_own for block in blocks) else problem
+    with evaluation(model), _base_alone(model), torch.no_grad(), exact, _few_threads(model):
+        problem, left_out = prove(model, blocks)
+    told = "; ".join(left_out)
+    if problem is not None or all(block.fused_program.is_own for block in blocks):
+        return problem or told or NOTHING_FITS
+    if told:
+        log.warning("parts of the blocks of %s run its own code: %s", type(model).__name__, told)
+    return None
 
 
 @contextmanager
@@ -302,133 +308,3 @@ def _base_alone(model: nn.Module) -> Iterator[None]:
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
-
-
-@contextmanager
-def _short_windows(model: nn.Module) -> Iterator[None]:
-    """Shorten sliding windows within the context, in the model's modules and in the configs of its masks."""
-    owners = {
-        id(owner): owner
-        for module in model.modules()
-        for owner in (module, getattr(module, "config", None))
-        if isinstance(owner, nn.Module | PreTrainedConfig)
-    }
-    windows = [(cast(Any, owner), vars(owner).get("sliding_window")) for owner in owners.values()]
-    long = [(owner, window) for owner, window in windows if isinstance(window, int) and window > SHORT_WINDOW]
-    try:
-        for owner, _ in long:
-            owner.sliding_window = SHORT_WINDOW
-        yield
-    finally:
-        for owner, window in long:
-            owner.sliding_window = window
-
-
-def _differing(model: PreTrainedModel, blocks: list[FusedBlock]) -> str | None:
-    """Return, in words, the difference between the fused blocks and the model's own code; None if there is none.
-
-    The outputs of each block, fused and not, are compared on two short sequences: one at the start of the model's
-    context and one at its end.
-    """
-    embeddings = cast(Tensor, cast(Any, model).get_input_embeddings().weight)
-    ids = ((torch.arange(math.prod(SIZE)).view(SIZE) * 7 + 3) % embeddings.shape[0]).to(model.device)
-    calls = _calls(model, blocks, ids)
-    if len(calls) != len(blocks):
-        return f"its {len(blocks)} blocks are called {len(calls)} times in one pass"
-    if any(isinstance(output, tuple) for *_, output in calls):
-        return "its blocks return more than the stream"
-    for block, call in zip(blocks, calls, strict=True):
-        block.fused_program = _with_tables(block.fused_program, call[1].get("position_embeddings"))
-    errors = [_error(block, call) for block, call in zip(blocks, calls, strict=True)]
-    error = float(torch.tensor(errors).max())  # NaN, where one of them is
-    if not error <= max(TOLERANCES.get(dtype, 1e-3) for dtype in computing_dtypes(model)):
-        return f"a block differs by {error:.1e} from the model's own code"
-    minds = any(_minds_positions(block, call) for block, call in zip(blocks, calls, strict=True))
-    return "its attention does more with positions than to rotate by them" if minds else None
-
-
-def _with_tables(program: BlockProgram, tables: tuple[Tensor, Tensor] | None) -> BlockProgram:
-    """Return the program with the layout of the model's cosine and sine tables.
-
-    The first row belongs to position 0, whose sine is 0. A table may hold each angle twice: twice in a row if
-    neighbours rotate together, or else the row twice.
-    """
-    rotary = program.rotary
-    if rotary is None or tables is None:
-        return program
-    first = tables[0][0, 0]
-    twice = 2 * len(first) > rotary.dim and len(first) % 2 == 0
-    pairs = rotary.interleaved and twice and all(torch.equal(t[..., ::2], t[..., 1::2]) for t in tables)
-    return replace(program, tables=Tables(pairs=pairs, sin_first=not first.any()))
-
-
-def _minds_positions(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> bool:
-    """Return True if attention depends on the position's size (Llama 4's temperatures), however small the effect."""
-    x, kwargs, _ = call
-    given = kwargs.get("position_ids")
-    if given is None or block.fused_program.attention is None:
-        return False
-    with gathered(block):
-        own, moved = (own_attention(block, {**_fresh(kwargs), "position_ids": i}, x) for i in (given, given.flip(0)))
-    return not torch.equal(own, moved)
-
-
-def _fresh(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a block's arguments without the cache."""
-    return {key: value for key, value in kwargs.items() if key not in (*CACHES, "use_cache")}
-
-
-def _error(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> float:
-    """Return the error of a fused block's change of the stream, relative to that of the model's own code.
-
-    Halves that cannot be compared are no longer fused.
-    """
-    x, kwargs, y = call
-    with gathered(block):
-        _leave_out_unfit(block, x.dtype)
-    mask = cast(LayoutMask, layout_mask(SIZE, None, None))
-    own = _first(block(x, **{**_fresh(kwargs), "attention_mask": mask})).double()
-    change = (y.double() - x.double()).norm()
-    return float((own - y.double()).norm() / change.clamp_min(1e-30))
-
-
-def _leave_out_unfit(block: FusedBlock, dtype: torch.dtype) -> None:
-    """Stop fusing halves that have no fused form on a stream of this dtype."""
-    attention, mlp = halves_of(block, dtype, dtype)
-    block.fused_program = block.fused_program.leaving(attention=attention is not None, mlp=mlp is not None)
-
-
-def _calls(
-    model: PreTrainedModel, blocks: list[FusedBlock], ids: Tensor
-) -> list[tuple[Tensor, dict[str, Any], Tensor]]:
-    """Record each block's input, arguments and output under the model's own code, which runs because a cache is
-    given.
-    """
-    calls: list[tuple[Tensor, dict[str, Any], Tensor]] = []
-
-    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append((args[0] if args else kwargs.pop("hidden_states"), kwargs, output))
-
-    handles = [block.register_forward_hook(keep, with_kwargs=True) for block in blocks]
-    try:
-        holder = blocks_of(model)[0]
-        holder(input_ids=ids, use_cache=True, **_positions(holder, ids))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _positions(holder: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """Return positions at the start and the end of the context; empty if the model takes none or its context is
-    endless.
-    """
-    end = getattr(holder.config, "max_position_embeddings", None)
-    if end is None or "position_ids" not in inspect.signature(holder.forward).parameters:
-        return {}
-    starts = torch.tensor([0, max(end - ids.shape[1], 0)], device=ids.device)
-    return {"position_ids": starts[:, None] + torch.arange(ids.shape[1], device=ids.device)}
-
-
-def _first(output: Any) -> Tensor:
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)

@@ -33,6 +33,7 @@ class LayoutMask(Tensor):
     """
 
     forks: tuple[Fork, ...] = ()
+    wanted: torch.dtype | None = None
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"]
     size_of_batch: tuple[int, int]
     given: Mapping[str, Any]
@@ -42,6 +43,11 @@ class LayoutMask(Tensor):
         """Return the layout itself, which has no gradient: a copy would lack its bounds."""
         return self
 
+    def to(self, *args: Any, **kwargs: Any) -> LayoutMask:
+        """Return the layout itself, which stays in host memory; the mask that it stands for gets the dtype (MPT)."""
+        self.wanted = next((each for each in args if isinstance(each, torch.dtype)), self.wanted)
+        return self
+
     def dense_for(self, module: Any, hidden: Tensor, window: int | None) -> Tensor | None:
         """Return the mask that transformers makes from the same arguments, for a module that runs its own attention.
 
@@ -49,7 +55,8 @@ class LayoutMask(Tensor):
         """
         self._require_rows()
         if window not in self.dense:
-            given = {"config": module.config, "inputs_embeds": hidden, "attention_mask": self.given["attention_mask"]}
+            config = getattr(module, "config", self.given["config"])
+            given = {"config": config, "inputs_embeds": hidden, "attention_mask": self.given["attention_mask"]}
             positions = self.given["position_ids"]
             if positions is None:
                 positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
@@ -58,7 +65,8 @@ class LayoutMask(Tensor):
                 given |= {"cache": None, "position_ids": positions}
             else:
                 make = create_bidirectional_mask if window is None else create_bidirectional_sliding_window_mask
-            self.dense[window] = make(**given)
+            mask = make(**given)
+            self.dense[window] = mask if mask is None or self.wanted is None else mask.to(self.wanted)
         return self.dense[window]
 
     def padding_for(self, hidden: Tensor) -> Tensor | None:
@@ -75,19 +83,21 @@ class LayoutMask(Tensor):
             raise CompositionError("rows share their prompts, and a block attends by its own code: fuse it")
 
 
-def layout_mask(size: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None) -> LayoutMask | None:
+def layout_mask(
+    size: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None, config: Any = None
+) -> LayoutMask | None:
     """Return the layout of a batch (b, t); None if it does not consist of runs of tokens.
 
     As in transformers, positions that restart mark packed sequences if there is no mask, and a mask marks padding.
     Padding is a sequence of its own: no token attends to it, and its results have no meaning. A batch on a GPU is read
-    once, for all blocks.
+    once, for all blocks. Masks of attention that holds no config are made from ``config``.
     """
     starts = _starts(size, attention_mask, position_ids)
     if starts is None:
         return None
     flat = starts.flatten().nonzero()[:, 0]
     end = flat.new_full((1,), size[0] * size[1])
-    given = {"attention_mask": attention_mask, "position_ids": position_ids}
+    given = {"attention_mask": attention_mask, "position_ids": position_ids, "config": config}
     return _layout(torch.cat([flat, end]), size, given)
 
 

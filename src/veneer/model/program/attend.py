@@ -17,7 +17,7 @@ from veneer.model.program.norm import NormWeights
 from veneer.model.program.operation import Frame, Keys, PassKind, Register
 from veneer.model.program.rows import PassRows
 from veneer.model.program.stretch import ActingStretch, Keep, Kept, Tape, Trained
-from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
+from veneer.ops.attention import AttentionOptions, alibi_slopes, attention_backward, attention_forward
 from veneer.ops.cpu.step import StepProgram, norm_parts
 from veneer.ops.rotary import rotate
 
@@ -116,7 +116,6 @@ class Attend(Trained):
     def untrained(self) -> str | None:
         part = self.attention
         special = {
-            "has a bias that falls with distance (ALiBi)": part.alibi,
             "clips queries, keys and values": part.clip is not None,
             "does more with positions than to rotate by them": _grows(part),
             "has norms with weights of their own for each head": any(len(norm.shape) != 1 for norm in part.norms),
@@ -129,7 +128,9 @@ class Attend(Trained):
         if len(part.norms) != (q_norm is not None) + (k_norm is not None):
             return None
         window = window_of(at.module(part.path))
-        return AttendTraining(q_norm, k_norm, AttentionOptions(scale=part.scale, window=window, softcap=part.softcap))
+        slopes = alibi_slopes(part.heads.n_heads) if part.alibi else None
+        options = AttentionOptions(scale=part.scale, window=window, softcap=part.softcap, slopes=slopes)
+        return AttendTraining(q_norm, k_norm, options)
 
     def train(self, weights: AttendTraining, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
         qkv, kept = self._turned(weights, run, self.source.read(frame))

@@ -57,8 +57,12 @@ class BlockProgram:
     @property
     def is_whole(self) -> bool:
         """Return True if both halves are fused, or neither is."""
-        sublayer, path = self.block.attention_sublayer, self.block.attention.path
-        return not self.block.feed_forward.path or (sublayer is not None and sublayer.input_path != path)
+        halves = (
+            (self.block.attention_sublayer, self.block.attention.path),
+            (self.block.feed_forward_sublayer, self.block.feed_forward.path),
+        )
+        adds_inside = any(place is not None and place.input_path != path for place, path in halves)
+        return adds_inside or not self.block.feed_forward.path
 
     def leaving(self, *, attention: bool, mlp: bool) -> BlockProgram:
         """Return the program with only these halves fused."""

@@ -31,6 +31,7 @@ from transformers import (
     MinistralConfig,
     MistralConfig,
     MixtralConfig,
+    MptConfig,
     NemotronConfig,
     Olmo2Config,
     Olmo3Config,
@@ -81,6 +82,9 @@ def rope(parameters: dict[str, Any], original: int | None = None) -> dict[str, A
     return {"rope_parameters": given if original is None else {**given, "original_max_position_embeddings": original}}
 
 
+MPT: dict[str, Any] = {
+    "d_model": 42, "n_heads": 6, "n_layers": 3, "vocab_size": 97, "max_seq_len": 64, "layer_norm_epsilon": 1e-3,
+}  # fmt: skip
 FAMILIES: dict[str, PreTrainedConfig] = {
     "arcee": ArceeConfig(**SIZES),
     "bigcode": GPTBigCodeConfig(**OLD),
@@ -119,6 +123,8 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "ministral3": Ministral3Config(**SIZES, **rope({**YARN, "llama_4_scaling_beta": 0.3}, 5)),
     "mistral": MistralConfig(sliding_window=5, **SIZES, **rope(YARN, 17)),
     "mixtral": MixtralConfig(num_local_experts=5, num_experts_per_tok=2, sliding_window=5, **WIDE),
+    "mpt": MptConfig(attn_config={"softmax_scale": 0.3}, **MPT),
+    "mpt, clipped": MptConfig(attn_config={"clip_qkv": 0.02}, **MPT),
     "nemotron": NemotronConfig(**WIDE, **rope(PARTIAL)),
     "neox": GPTNeoXConfig(**SQUARE, **rope(PARTIAL)),
     "neox, serial": GPTNeoXConfig(use_parallel_residual=False, **SQUARE, **rope(PARTIAL)),

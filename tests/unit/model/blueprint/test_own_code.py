@@ -31,7 +31,6 @@ def test_a_text_half_turns_by_its_own_frequencies_and_not_by_a_towers(name: str,
     ("name", "reason"),
     [
         ("beam", "its forward calls depth_scaled_residual_add, which the description has no words for"),
-        ("chameleon", "its forward returns a tuple"),
         ("classes/eurobert", "it attends to later tokens too"),
     ],
 )

@@ -26,7 +26,7 @@ def test_every_tensor_of_every_family_has_its_part(family: str) -> None:
             assert part == "output head", name
         elif re.search(ATTENTION, name):
             assert part == "attention", name
-        elif re.search(r"layers\.|\.h\.", name):
+        elif re.search(r"layers\.|\.h\.|blocks\.", name):
             assert part == "feed-forward", name
         else:
             assert part == "embeddings", name

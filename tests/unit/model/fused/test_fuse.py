@@ -12,27 +12,27 @@ from tests.unit.model.conftest import NEOX, SIZES, WIDE, base
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
     GPTNeoXJapaneseConfig,
     GptOssConfig,
     Ministral3Config,
     MoshiConfig,
     Qwen3Config,
 )
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
 from veneer.model.blueprint.family import Family
 from veneer.model.blueprint.names import Names
-from veneer.model.fused import decoder
-from veneer.model.fused.decoder import fuse, is_fused
+from veneer.model.fused import decoder, proof
+from veneer.model.fused.block import FusedBlock
+from veneer.model.fused.decoder import fuse
 
 
 @pytest.mark.parametrize(("most", "n_threads"), [(10**9, 1), (0, 3)])
 def test_a_small_model_is_checked_by_one_thread(most: int, n_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    calls = decoder._calls
+    calls = proof.calls_of
     monkeypatch.setattr(decoder, "FEW_PARAMETERS", most)
-    monkeypatch.setattr(decoder, "_calls", lambda *given: seen.append(torch.get_num_threads()) or calls(*given))
+    monkeypatch.setattr(proof, "calls_of", lambda *given: seen.append(torch.get_num_threads()) or calls(*given))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -71,9 +71,9 @@ def test_queries_scaled_by_position_run_the_general_path(
         monkeypatch.setattr("veneer.model.blueprint.read_attention.read_temperature", lambda source: None)
     model = ministral(32, dtype, scale)
     with caplog.at_level(logging.INFO, logger="veneer"):
-        assert fuse(model) is described
+        assert fuse(model)
     assert ("more with positions than to rotate" if described else reason) in caplog.text
-    assert all(block.fused_program.attention is None for block in model.model.layers if is_fused(model))
+    assert halves(model) == [False, True] * len(model.model.layers)
 
 
 def test_queries_that_grow_beyond_the_context_alone_are_fused() -> None:
@@ -94,7 +94,7 @@ def ministral(original: int, dtype: torch.dtype, scale: float) -> Any:
     [
         (
             GPTNeoXJapaneseConfig(intermediate_multiple_size=1, **NEOX),
-            "its attention holds no config to make masks from",
+            "it does not say by what it scales",
         ),
         (
             GptOssConfig(
@@ -104,7 +104,6 @@ def ministral(original: int, dtype: torch.dtype, scale: float) -> Any:
         ),
         (MoshiConfig(ffn_dim=58, audio_vocab_size=89, pad_token_id=0, **SIZES), "feed-forward part of known form"),
         (Qwen3Config(layer_types=["full_attention", "chunked_attention"], **SIZES), "of type chunked_attention"),
-        (BloomConfig(hidden_size=42, n_layer=2, n_head=3, vocab_size=97), "falls with distance (ALiBi)"),
     ],
 )
 def test_a_model_that_fits_no_pattern_is_left_alone(config: Any, reason: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -124,7 +123,6 @@ def test_a_model_that_fits_no_pattern_is_left_alone(config: Any, reason: str, ca
     [
         ("llama", lambda model: setattr(model.model.layers[1].mlp, "up_proj", nn.Linear(13, 58)), "RuntimeError"),
         ("qwen3", lambda model: model.config.layer_types.pop(), "IndexError"),
-        ("gemma2", lambda model: setattr(model.model.layers[1].self_attn, "attn_logit_softcapping", -3), "softcap=-3"),
     ],
 )
 def test_a_model_that_cannot_be_looked_at_is_left_alone(
@@ -137,6 +135,64 @@ def test_a_model_that_cannot_be_looked_at_is_left_alone(
         assert not fuse(model)
     assert [type(m) for m in model.modules()] == classes
     assert reason in caplog.text
+
+
+class DoubledAttention(LlamaAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        change, weights = super().forward(*args, **kwargs)
+        return 2 * change, weights
+
+
+class DoubledMLP(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(2 * x)
+
+
+def double_attention(model: Any) -> None:
+    model.model.layers[1].self_attn.__class__ = DoubledAttention
+
+
+def double_mlp(model: Any) -> None:
+    model.model.layers[1].mlp.__class__ = DoubledMLP
+
+
+def double_both(model: Any) -> None:
+    double_attention(model)
+    double_mlp(model)
+
+
+def cap_below_zero(model: Any) -> None:
+    model.model.layers[1].self_attn.attn_logit_softcapping = -3
+
+
+@pytest.mark.parametrize(
+    ("family", "spoil", "fused", "reason"),
+    [
+        ("llama", double_attention, [True, True, False, True], "differs by"),
+        ("llama", double_mlp, [True, True, True, False], "differs by"),
+        ("llama", double_both, [True, True, False, False], "differs by"),
+        ("gemma2", cap_below_zero, [True, True, False, True], "softcap=-3"),
+    ],
+)
+def test_a_half_that_differs_is_a_border(
+    family: str, spoil: Any, fused: list[bool], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = base(family).eval()
+    spoil(model)
+    ids = torch.arange(2 * 9).view(2, 9)
+    expected = model(input_ids=ids, use_cache=False).logits
+    with caplog.at_level(logging.WARNING, logger="veneer"):
+        assert fuse(model)
+    assert halves(model)[:4] == fused
+    assert all(halves(model)[4:])
+    assert "run its own code" in caplog.text
+    assert reason in caplog.text
+    assert torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-4)
+
+
+def halves(model: Any) -> list[bool]:
+    programs = [module.fused_program for module in model.modules() if isinstance(module, FusedBlock)]
+    return [half is not None for program in programs for half in (program.attention, program.mlp)]
 
 
 def test_the_feed_forward_half_is_found_by_the_name_that_the_description_has(monkeypatch: pytest.MonkeyPatch) -> None:

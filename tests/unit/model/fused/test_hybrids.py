@@ -30,6 +30,7 @@ DENSE: dict[str, tuple[dict[str, Any], list[bool]]] = {
         [False, True, False, True],
     ),
     "qwen3_5_text": ({"layer_types": ["linear_attention", "full_attention"]}, [False, True, False, True]),
+    "bamba": ({"attn_layer_indices": [1]}, [False, True, True, True]),
     "olmo_hybrid": ({"layer_types": ["linear_attention", "full_attention"]}, [False, True, True, True]),
 }
 
