@@ -254,3 +254,22 @@ def test_vllms_answers(
     given = ["--model", model_folder, "--adapter", adapter_folder, "--vllm-python", "x", "--n-tokens", 8]
     monkeypatch.setattr(sys, "argv", ["vllm_lora", *map(str, given)])
     assert module.main() == (fault != "none")
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [("ignores", "2 adapters change no result"), ("multiplies", "the results with 2 adapters differ")],
+)
+def test_a_step_of_decoding(fault: str, told: str, script: Script, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("serving_step")
+    model = module.proved(module.load_model(tiny, dtype="bfloat16"), 64, give_up=True)
+    load, step, run = module.Load(model, 4, 16), module.Load.step, module.Load.run
+    load.times(2, 1)
+    if fault == "ignores":
+        monkeypatch.setattr(module.Load, "step", lambda self, n, **how: step(self, 0, **how))
+    else:
+        monkeypatch.setattr(
+            module.Load, "run", lambda *given, native, **how: run(*given, native=native, **how) + native
+        )
+    with pytest.raises(SystemExit, match=told):
+        load.times(2, 1)
