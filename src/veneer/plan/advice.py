@@ -38,9 +38,9 @@ def advise(
 ) -> list[Advice]:
     """Return settings for LoRA on ``n_rows`` rows, each of ``tokens_a_row`` trained tokens.
 
-    ``parameters_a_rank``: parameters of LoRA with rank 1 on all linear layers. ``left_out`` tells which stacks of
-    experts are none: the half that matters most is then not among them. Raises ConfigError for an unknown task
-    and for counts below one.
+    ``parameters_a_rank``: parameters of LoRA with rank 1 on all linear layers. ``left_out`` names stacks of experts
+    that are not linear layers: without them, the more important half is not adapted. Raises ConfigError for an unknown
+    task and for counts below one.
     """
     problems = [] if task in TASKS else [f"--task {task!r} must be one of {', '.join(TASKS)}"]
     problems += [

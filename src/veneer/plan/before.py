@@ -61,7 +61,7 @@ def planned_facts(
 def with_shard(facts: Mapping[str, Any], sharing: int) -> dict[str, Any]:
     """Return facts with one of their shards and its bytes: the first with which ``sharing`` processes have room.
 
-    If none has room, it is the last shard. If there are no shards, the facts stay as they are.
+    If none has room, it is the last shard. If there are no shards, the facts are returned unchanged.
     """
     process = dict(facts["process"])
     shards = {int(shard): n_bytes for shard, n_bytes in process.pop("shards", {}).items()}

@@ -43,7 +43,7 @@ CARDS = {
 def cards_named(name: str) -> list[str]:
     """Return the cards that match a name: a card's own name, or whole words of it, separate or joined.
 
-    ``h100`` matches h100-80gb, and ``a100`` either of two cards; ``l4`` matches l4, not l40s.
+    ``h100`` matches h100-80gb, and ``a100`` matches two cards; ``l4`` matches l4, but not l40s.
     """
     words = [word for word in re.split(r"[\s_-]+", name.lower()) if word not in ("", "nvidia", "geforce")]
     if "-".join(words) in CARDS:

@@ -34,7 +34,7 @@ class Pattern:
     def depths(self) -> tuple[int, ...]:
         """Two depths, one group apart, that end in the same block of a group as the whole model.
 
-        If the model is not deeper than the second, only its own depth.
+        If the model is not deeper than the second depth, there is only its own.
         """
         low = self.lead + (self.n_blocks - self.lead) % self.period + self.period
         if low == 1:  # the first block and the last are two: in front of the first no gradient is made
@@ -124,7 +124,7 @@ def _sign(block: nn.Module) -> tuple[object, ...]:
 
 
 def peaks_by_place(shallow: Shallow, pattern: Pattern) -> dict[str, Peak]:
-    """Return peaks by marks that hold at any depth: of the blocks, those of the first group and of the last."""
+    """Return peaks by marks that hold at any depth: among the blocks, those of the first group and of the last."""
     places, found = pattern.places(shallow.n_blocks), {}
     for mark, peak in shallow.peaks.items():
         name, _, number = mark.rpartition(".")
@@ -138,7 +138,7 @@ def peaks_by_place(shallow: Shallow, pattern: Pattern) -> dict[str, Peak]:
 def between(low: Peak, high: Peak, more: float) -> Peak:
     """Return the point on the line through two peaks that is ``more`` times their distance from the first.
 
-    A kind is never below 0. The two peaks may be of moments at which a few bytes of it more or less were alive.
+    No kind is below 0. The two peaks may be of moments at which slightly different numbers of its bytes were alive.
     """
     kinds = {kind: line(low.kinds.get(kind, 0), high.kinds.get(kind, 0), more) for kind in KINDS}
     return Peak({kind: n for kind, n in kinds.items() if n > 0})

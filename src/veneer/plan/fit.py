@@ -95,7 +95,7 @@ def _missing(recipe: Recipe, needed: int, changes: Mapping[str, Any], plan: Plan
 
 
 def loadable(recipe: Recipe) -> Recipe:
-    """Return the recipe with the hub's id in place of a preset's name, which has no weights."""
+    """Return the recipe with a preset's name, which has no weights, replaced by its id on the hub."""
     hub_id = hub_id_of(recipe.model.source)
     return recipe if hub_id is None else changed(recipe, {"model.source": hub_id})
 

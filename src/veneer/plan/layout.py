@@ -1,4 +1,6 @@
-"""A run over several processes for people: memory and traffic of a process by layout, and what ``auto`` takes."""
+"""A run over several processes in words: memory and traffic of a process by layout, and the layout that ``auto``
+chooses.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from veneer.recipe.distributed_part import DistributedPart
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Number of processes that a plan is for, and the bytes that each receives a second (None: not known)."""
+    """Number of processes of a plan, and the bytes a second that each receives (None: unknown)."""
 
     n_processes: int
     bandwidth: float | None = None

@@ -1,4 +1,4 @@
-"""Machine that a plan is made on: its rates, measured and kept in the cache, and its memory.
+"""Machine on which a plan is made: its rates, measured and kept in the cache, and its memory.
 
 The memory is the amount still available to the process (`model.memory.available`: control groups too).
 """
@@ -74,8 +74,8 @@ def processor() -> str:
 class Rates:
     """Measured seconds on this machine, each measured at its first use, while there is ``budget``.
 
-    ``known`` holds the values in the file. ``rough`` has the share of the cores that others left during a measurement,
-    for those that others disturbed. They are measured again once the cores are free.
+    ``known`` holds the values in the file. ``rough`` holds, for disturbed measurements, the share of the cores that
+    other processes left free. These are measured again once the cores are free.
     """
 
     path: Path
@@ -102,7 +102,7 @@ class Rates:
         return not self.known
 
     def at_best(self) -> Rates:
-        """Return the rates as they would be if others had slowed the rough ones by all that they took of the cores."""
+        """Return the rates as if other processes had slowed the rough ones by their whole share of the cores."""
         return Rates(self.path, {key: value * self.rough.get(key, 1.0) for key, value in self.known.items()})
 
     def save(self) -> None:
@@ -206,7 +206,7 @@ def kept_file(name: str) -> Path:
 
 
 def is_busy() -> bool:
-    """Return True if others use the cores, by the load of the last minute.
+    """Return True if other processes use the cores, by the load of the last minute.
 
     A measurement itself adds a load of one for each core.
     """

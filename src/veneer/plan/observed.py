@@ -1,7 +1,7 @@
 """Seconds of the micro-batches of runs on this machine, kept for the plans of later runs.
 
-A run of the same settings is planned with them. A run of other settings is planned with the range of FLOPs a second of
-runs of its size.
+They are used to plan a run with the same settings. A run with other settings is planned with the range of FLOPs a
+second of runs of its size.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Observed:
     flops: float
 
     def of_tokens(self, tokens: float | None) -> tuple[float, float, float]:
-        """Return the seconds of a micro-batch of so many tokens; None or 0 for one like the run's own."""
+        """Return the seconds of a micro-batch with this many tokens; None or 0 means as many as the run's own."""
         times = tokens / self.tokens if tokens and self.tokens else 1.0
         low, middle, high = (each * times for each in self.seconds)
         return low, middle, high
@@ -67,7 +67,7 @@ def observed(plan: Mapping[str, Any]) -> Observed | None:
 
 
 def knows_run(plan: Mapping[str, Any]) -> bool:
-    """Return True if a run on the same path with the same kind of base is known, of whatever size."""
+    """Return True if a run of any size on the same path with the same kind of base is known."""
     return bool(_of_kind(plan))
 
 

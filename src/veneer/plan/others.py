@@ -26,7 +26,9 @@ class Others:
         self._first = _looked()
 
     def free_share(self) -> float:
-        """Return the share of all cores that others have left since this object was made, at least `LEAST_SHARE`."""
+        """Return the share of all cores that others have left free since this object was made, at least
+        `LEAST_SHARE`.
+        """
         clock, used, own = (now - then for now, then in zip(_looked(), self._first, strict=True))
         cores = clock * (os.cpu_count() or 1)
         return min(1.0, max(LEAST_SHARE, 1.0 - (used - own) / cores)) if cores > 0 else 1.0

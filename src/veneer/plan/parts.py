@@ -1,6 +1,6 @@
-"""Parts of a step by which its ops are counted.
+"""Parts of a step into which its ops are counted.
 
-They are blocks that run fused or not, ops that selective checkpointing intercepts, and updates within the backward
+The parts are fused blocks, other blocks, ops that selective checkpointing intercepts, and updates within the backward
 pass.
 """
 

@@ -1,4 +1,6 @@
-"""Memory of a process if several train: a whole base in each (ddp), or blocks cut over some (hybrid) or all (fsdp)."""
+"""Memory of a process if several train: a whole base in each (ddp), or blocks sharded over some (hybrid) or all
+(fsdp).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ BLOCKS = 3.6
 def copy_sizes(part: DistributedPart, n_processes: int) -> list[int]:
     """Return how many of ``n_processes`` on one machine may share a copy of the base, in the order of trial.
 
-    Raises ConfigError if their machines decide.
+    Raises ConfigError if this depends on the machines.
     """
     if part.shard is None and part.strategy not in PLANNED:
         raise ConfigError(
@@ -42,8 +44,9 @@ def cut_over(plan: Plan, n_processes: int, shard: int) -> Plan:
     """Return the plan of one of several processes, of which ``shard`` share one copy of the base.
 
     All keep the gradients a second time, while they are averaged. With ``shard`` above 1 the frozen weights of blocks
-    are cut, and one block at a time is gathered; whatever trains, embeddings and head stay whole
-    (`model.sharded.sharding`). A base is cut while it is loaded, a block at a time. The peak may move to another phase.
+    are sharded, and one block at a time is gathered; trained weights, embeddings and head stay whole
+    (`model.sharded.sharding`). A base is sharded while it is loaded, a block at a time. The peak may move to another
+    phase.
     """
     phases = {phase: _cut(plan, peak, n_processes, shard) for phase, peak in plan.phases.items()}
     return replace(plan, phases=phases, held=_cut(plan, plan.held, n_processes, shard))

@@ -1,4 +1,4 @@
-"""Plans for people: bars in a terminal, a picture, a recipe; and the machine that they are for."""
+"""Plans as output: bars in a terminal, a picture, a recipe; and the machine that they are for."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ USEFUL = 6
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Machine of a plan: this one, its GPU, or a card by its data sheet; ``timed`` if seconds are asked for.
+    """Machine of a plan: this one, its GPU, or a card by its data sheet; ``timed`` if seconds are wanted.
 
-    ``budget`` is the time for measurements of its rates. A plan of a run has none, and ``starts_here``: this process
+    ``budget`` is the time for measuring its rates. The plan of a run has none, and sets ``starts_here``: this process
     will train.
     """
 
@@ -127,7 +127,7 @@ class Machine:
 
     @property
     def knows_seconds(self) -> bool:
-        """Return True if time is asked for, and for a card, whose seconds are arithmetic."""
+        """Return True if seconds are wanted, and for a card, whose seconds are computed from its data sheet."""
         return self.timed or self.card is not None
 
     def cost(self, plan: Plan) -> float:
@@ -258,7 +258,7 @@ def _bars(amounts: dict[str, int], noun: str) -> Table:
 
 
 def told(plan: Plan, facts: dict[str, Any]) -> str:
-    """Return the plan in one line, for `veneer train`. A range that tells nothing is not given."""
+    """Return the plan in one line, for `veneer train`. A range that says nothing is left out."""
     time = facts.get("time")
     beside = "" if plan.recipe.metric is None else "; answers for its metric are not planned"
     memory = f"planned: {size(facts['process']['bytes'])} at most (in {plan.peak_phase}{beside})"

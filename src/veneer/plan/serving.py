@@ -46,8 +46,8 @@ class Serving:
     adapter: int
 
     def tokens(self, n_adapters: int) -> int | None:
-        """Return the number of tokens of one sequence that fit with this many adapters, in whole pages; None if any
-        number does.
+        """Return the number of tokens of one sequence that fit with this many adapters, in whole pages; None for any
+        number.
         """
         left = self.room - n_adapters * self.adapter - self.sequence
         if not self.page:

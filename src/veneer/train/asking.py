@@ -1,4 +1,4 @@
-"""Command that asks what was trained as its rows asked: as plain text or as a chat, with their system message."""
+"""Command that queries a trained model in the form of its rows: plain text or a chat, with their system message."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _MOST_SHOWN = 160  # characters of a system message in a command
 
 
 def ask_command(what: str, recipe: Recipe) -> str:
-    """Return the command that asks ``what``: a model or an adapter, quoted, with its options."""
+    """Return the command that queries ``what``, a model or an adapter, quoted and with its options."""
     if is_plain(recipe.data, recipe.task):
         return f"veneer generate {what} --raw -p TEXT"
     return f"veneer chat {what}{_system_option(recipe.data, recipe.task)}"
 
 
 def long_system(recipe: Recipe) -> str | None:
-    """Return a line about a system message that all rows share and that is too long for a command; None if none is."""
+    """Return a line about a system message that all rows share and that is too long for a command; None without one."""
     found = _systems(recipe.data, recipe.task)
     if len(found) != 1 or _is_short(*found):
         return None

@@ -1,4 +1,4 @@
-"""Base model of a recipe: loaded, quantized and frozen for its adapter as the part ``model`` asks."""
+"""Base model of a recipe: loaded, quantized and frozen for its adapter according to the part ``model``."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def load_base(
     cutter: BaseCutter | None = None,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Return the base model of a recipe, quantized and prepared if it asks for that.
+    """Return the base model of a recipe, quantized and prepared if the recipe says so.
 
-    With ``scores`` its head gives each sequence one number. A base that is not ``frozen`` is dense. ``cutter`` cuts its
-    blocks over processes as they are loaded; otherwise the base is loaded on ``device`` (None: as `load_model` does).
+    With ``scores`` its head gives each sequence one number. A base that is not ``frozen`` is dense. ``cutter`` shards
+    its blocks over processes as they are loaded; otherwise the base is loaded on ``device`` (None: as `load_model`
+    does).
     """
     config = quantization_of(part)
 
@@ -68,16 +69,16 @@ def load_base(
 
 
 def device_of(args: TrainingArguments) -> torch.device | None:
-    """Return the GPU of a run, where its base is loaded; None if the base waits in host memory for the trainer."""
+    """Return the GPU on which a run's base is loaded; None if the base waits in host memory for the trainer."""
     return args.device if args.device.type == "cuda" and not (args.deepspeed or args.fsdp) else None
 
 
 def made_ready(model: PreTrainedModel, part: ModelPart) -> PreTrainedModel:
     """Return a quantized model, frozen. Its other weights are in float32 if the recipe says so.
 
-    Otherwise they stay in bfloat16, as in a dense base. In float32, embeddings and head of a large vocabulary are half
-    of a 4-bit model. The head would also be copied to 16 bits in each forward pass. Values in float16 are always
-    widened: their range is too small for a stream.
+    Otherwise they stay in bfloat16, as in a dense base. In float32, embeddings and head of a large vocabulary would be
+    half of a 4-bit model, and the head would be copied to 16 bits in each forward pass. Values in float16 are always
+    widened: their range is too small for a residual stream.
     """
     if _is_widened(part, model):
         return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

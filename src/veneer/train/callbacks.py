@@ -48,7 +48,7 @@ class ShortRunLog(TrainerCallback):  # type: ignore[misc]
 
 
 class BeginReport(TrainerCallback):  # type: ignore[misc]
-    """Callback that reports the step at which training begins, once no check of the checkpoint can fail any more."""
+    """Callback that reports the step at which training begins, once all checks of the checkpoint have passed."""
 
     def __init__(self, begin: Callable[[int], None]) -> None:
         self._begin = begin
@@ -61,8 +61,7 @@ class BeginReport(TrainerCallback):  # type: ignore[misc]
 class LastEvaluation(TrainerCallback):  # type: ignore[misc]
     """Callback that keeps the last evaluation of a run and its step.
 
-    A recipe gives one dataset to evaluate on. With several, each would be an evaluation, and the last one would be
-    kept.
+    A recipe has one data set to evaluate on. With several, only the evaluation on the last one would be kept.
     """
 
     def __init__(self) -> None:
@@ -103,7 +102,7 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
     def results(self) -> dict[str, Any]:
         """Return the device, quartiles of the seconds of a micro-batch and its mean tokens; nothing without a step.
 
-        The first step, which makes what later ones use again, counts if it is the only one.
+        The first step, which prepares what later ones reuse, counts only if there is no other.
         """
         if not self._seconds:
             return {}

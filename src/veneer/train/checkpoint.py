@@ -1,4 +1,4 @@
-"""Folders of the checkpoints of a training run, and small files in them: written whole or not at all.
+"""Folders of a run's checkpoints, and small files in them, which are written whole or not at all.
 
 Torch is not imported here, so that a run can be refused before that import.
 """
@@ -21,7 +21,7 @@ _ANY = "checkpoint-*"
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Return the folder of the checkpoint of a step, under Trainer's name for it."""
+    """Return the folder of the checkpoint after ``step``, under Trainer's name for it."""
     return run / f"checkpoint-{step}"
 
 
@@ -31,8 +31,9 @@ def holds_checkpoints(run: Path) -> bool:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest step first. One that was being written when a run died is not
-    among them: it has another name until all of it is on disk.
+    """Return the complete checkpoints of a run, oldest step first.
+
+    An unfinished one is not among them: it has another name until all of it is on disk.
     """
     found = [(int(match[1]), path) for path in run.glob(_ANY) if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found) if _readable(path / STATE_FILE)]

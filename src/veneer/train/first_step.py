@@ -1,4 +1,4 @@
-"""First step of a run. Under a warm-up its rate is 0, so that the model after it is the model before it."""
+"""First step of a run. Under a warm-up its learning rate is 0, so that it does not change the model."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ def changes_nothing(optimizer: Any, model: nn.Module) -> bool:
 
 
 def evaluates_first(args: Any, state: Any, optimizer: Any = None, model: Any = None, **_: Any) -> bool:
-    """Return True if the run, in Trainer's event of its beginning, measures the held-out rows before its first step."""
+    """Return True if the run measures the held-out rows before its first step. Called in Trainer's event of the
+    beginning.
+    """
     begins = bool(getattr(args, "eval_on_start", False)) and not state.global_step
     return begins and not changes_nothing(optimizer, model)

@@ -16,9 +16,9 @@ _PART_BYTES = 64 * 2**20  # of gradients that are sent at once
 def leave_apart(model: nn.Module, *, share_buffers: bool) -> None:
     """Switch off the reduction of torch's DDP in the next backward pass: `average` reduces instead.
 
-    DDP reduces in buckets, which it forms anew after its first step. With three or more processes another bucket is
-    another order of sums. The first step of a resumed run would then differ in its last bits. ``share_buffers``: the
-    next forward pass sends the main process's buffers to all.
+    DDP reduces in buckets, which it forms again after its first step. With three or more processes, other buckets mean
+    another order of sums, so that a resumed run's first step would differ in its last bits. ``share_buffers``: the next
+    forward pass sends the main process's buffers to all.
     """
     model = getattr(model, "_orig_mod", model)  # compiled after it was wrapped
     if isinstance(model, DistributedDataParallel):

@@ -36,7 +36,7 @@ def require_special_tokens(tokenizer: PreTrainedTokenizerBase, args: RunSettings
 
 
 def require_free_groups(args: RunSettings, optimizers: tuple[Any, Any]) -> None:
-    """Raise ConfigError if LoRA+ is to group the parameters of an existing optimizer."""
+    """Raise ConfigError if LoRA+ would have to group the parameters of an existing optimizer."""
     if args.lora_plus is not None and optimizers[0] is not None:
         raise ConfigError(
             f"lora_plus={args.lora_plus} groups the parameters of an optimizer that the trainer makes, and optimizers "
@@ -54,7 +54,7 @@ def require_whole_models(trainer: Trainer) -> None:
 
 
 def require_settings_of_cut_base(reentrant: bool, args: RunSettings) -> None:
-    """Raise ConfigError for settings under which the base cannot be cut over processes."""
+    """Raise ConfigError for settings under which the base cannot be sharded over processes."""
     found = ["reentrant checkpointing (set use_reentrant: false)"] * reentrant
     found += [f"{key} (leave it out)" for key in ("activation_offloading", *OF_DDP) if getattr(args, key)]
     if found:

@@ -28,8 +28,8 @@ _BEFORE_STEPS = "before the first step: nothing is trained yet, and no checkpoin
 class Stop:
     """Stop requests by signal: the first stops the run at a point from which it can be resumed, the second at once.
 
-    ``signal``: the first that came, if any. Outside of `deferred` blocks it raises Interrupted right away. ``when``
-    says at which point it stops inside of them.
+    ``signal``: the first signal received, if any. Outside `deferred` blocks it raises Interrupted right away. ``when``
+    says at which point it stops inside them.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Stop:
             os.write(2, f"\n{name}: the run stops {self.when}; once more ends it now\n".encode())
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
+        """Raise Interrupted if a signal was received."""
         if self.signal is not None:
             raise Interrupted(self.signal)
 
@@ -91,7 +91,7 @@ def listening() -> Iterator[Stop]:
 
 
 class StopAfterStep(TrainerCallback):  # type: ignore[misc]
-    """Callback that ends training after the step in which a signal came, with a checkpoint. All processes stop
+    """Callback that ends training, with a checkpoint, after the step in which a signal arrived. All processes stop
     together.
     """
 
@@ -117,11 +117,11 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
             raise _before_steps(self._stop.signal)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask all processes for a signal."""
+        """Check if any process has received a signal."""
         self._ask(args.device, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask again: an evaluation is long, and the checkpoint of its step comes after it.
+        """Check again: an evaluation is long, and the checkpoint of its step comes after it.
 
         Raises Interrupted if there is no step yet.
         """

@@ -49,9 +49,10 @@ class PointTraining:
 def task_of(
     tokenizer: Any, data: Path, batch_size: int, held_out: float, seed: int
 ) -> tuple[list[Batch], Callable[[Any], float]]:
-    """Return batches of a file's rows to train on, and the accuracy of labels on the share of rows held out.
+    """Return training batches of a file's rows, and a function that measures the accuracy of labels on the held-out
+    share.
 
-    Raises DataError and ConfigError for rows that are no choice among a few labels.
+    Raises DataError and ConfigError for rows that are not a choice among a few labels.
     """
     rows, held = split_off(load_rows(data, RowReader()).shuffle(seed=seed), held_out, seed)
     encoder = Encoder(tokenizer=tokenizer, kind=kind_of(rows.column_names, "text"), completion_only=True)

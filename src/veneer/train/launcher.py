@@ -29,9 +29,9 @@ _SHOWN_LINES = 30
 def launched(command: Sequence[str], n: int) -> int:
     """Run a command in ``n`` processes that form a group; return the exit status of the first.
 
-    If the first one had to be ended because another failed, the status is that one's. Only the first process's output
-    is shown. If another one breaks down, the end of its stderr is shown. Signals are passed on to all, except those
-    that this process ignores. A signal before all are started ends those that are.
+    If the first had to be ended because another failed, the other's status is returned. Only the first process's output
+    is shown, and the end of another's stderr if that one fails. Signals are passed on to all, except those that this
+    process ignores. A signal before all are started ends those that are.
     """
     environments, others = _environments(n), _children()
     with TemporaryDirectory() as logs, _handlers_kept() as before:
@@ -59,7 +59,7 @@ def launched(command: Sequence[str], n: int) -> int:
 
 
 def require_devices(n: int) -> None:
-    """Raise ConfigError if each of ``n`` processes is to have a GPU, and this machine has fewer."""
+    """Raise ConfigError if each of ``n`` processes needs a GPU, and this machine has fewer."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else n
     if n > found:
         raise ConfigError(

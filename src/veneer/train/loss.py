@@ -46,7 +46,7 @@ def token_loss(
 
 
 def model_loss(model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
-    """Return the loss that the model itself gives labels, times their number: of an adapter with a loss of its own."""
+    """Return the model's own loss of the labels, times their number, for an adapter with a loss of its own."""
     out = model(**inputs, use_cache=False)
     labels = inputs["labels"][:, 1:].to(out.logits.device)
     trained = labels != IGNORED

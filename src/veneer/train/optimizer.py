@@ -129,7 +129,7 @@ def galore_projection(optim_args: str | None) -> GaLoreProjection:
 
 
 def require_known(optim: Any) -> None:
-    """Raise ConfigError for the name of no optimizer, with the nearest name."""
+    """Raise ConfigError for an unknown optimizer's name, with the nearest name."""
     name, known = optim_name(optim), {*FACTORIES, *(each.value for each in OptimizerNames)}
     if name not in known:
         raise ConfigError(

@@ -23,9 +23,9 @@ from veneer.train.rows import read_data
 
 
 def trained_recipe(path: Path) -> Recipe:
-    """Return the recipe of a file, or that of the run in a folder, with whatever ``--set`` changed.
+    """Return the recipe of a file, or that of the run in a folder, with the changes by ``--set``.
 
-    Raises ConfigError if it is wrong, or describes several runs, and FormatError for a damaged record.
+    Raises ConfigError if it is wrong or describes several runs, and FormatError for a damaged record.
     """
     if path.is_dir():
         return _recipe_of_run(path)

@@ -1,4 +1,4 @@
-"""Folder of a run: the right to write into it, and the saving of its results."""
+"""Folder of a run: the permission to write into it, and the saving of its results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHOWN = 3  # other files
 
 
 def is_over(recipe: Recipe) -> bool:
-    """Return True if the run in a recipe's output is finished, and is not to become longer."""
+    """Return True if the run in a recipe's output is finished, and the recipe does not make it longer."""
     record = record_of(Path(recipe.output))
     return record is not None and is_complete(record, recipe)
 
@@ -43,7 +43,7 @@ def taken_back(output: Path, made: bool) -> Iterator[None]:
 
 
 def other_files(output: Path) -> str | None:
-    """Return a note on the files of a folder that is no run's yet; None if there are none."""
+    """Return a note on the files of a folder that holds no run yet; None if there are none."""
     names = sorted(path.name for path in output.iterdir()) if record_of(output) is None else []
     if not names:
         return None
@@ -77,10 +77,10 @@ def require_begun(output: Path, data: DataPart) -> None:
 
 
 def save_trained(trainer: RunTrainer, folder: Path, adapter: Mapping[str, Any]) -> None:
-    """Write the trained adapter or model, whole or not at all, and upload the run's folder if settings ask for it.
+    """Write the trained adapter or model, whole or not at all, and upload the run's folder if settings say so.
 
-    ``adapter``: that part of the recipe, which may name the adapter that was trained further.
-    All processes wait for the main one. After a signal the others would end, and their launcher would end it with them.
+    ``adapter``: that part of the recipe, which may name the adapter on which training continued. All processes wait for
+    the main one: after a signal the others would end, and their launcher would end the main one with them.
     """
     if is_main():
         with new_folder(folder) as scratch:
@@ -96,7 +96,7 @@ def save_trained(trainer: RunTrainer, folder: Path, adapter: Mapping[str, Any]) 
 
 
 def usable(recipe: Recipe, checkpoint: Path) -> str:
-    """Return a sentence with the commands that work on a checkpoint as on the results of a finished run."""
+    """Return a sentence with the commands that work on a checkpoint in the same way as on a finished run's results."""
     base, kind = recipe.model.source, MODEL if recipe.method == FULL else ADAPTER
     if recipe.task == "reward":
         return f"The {kind} in {checkpoint} loads as that of a finished run does"

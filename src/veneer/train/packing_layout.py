@@ -42,7 +42,7 @@ def packing_layout(model: nn.Module) -> Layout:
 
 @torch.no_grad()
 def keeps_packed_apart(model: nn.Module) -> bool:
-    """Return True if the second of two packed sequences has the logits that it has alone, whatever the first is."""
+    """Return True if the second of two packed sequences has the same logits as alone, whatever the first one is."""
     try:
         with evaluation(model):
             vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]

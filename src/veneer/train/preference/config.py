@@ -55,7 +55,7 @@ def _lengths(args: Any) -> list[str]:
 
 
 def shared_reference_problems(args: Any) -> list[str]:
-    """Return the problems of a reference that would move."""
+    """Return the problems of a reference that training would change."""
     if not args.sync_ref_model:
         return []
     return ["sync_ref_model=True would move the reference, which here is the model with its adapter off: leave it out"]

@@ -21,10 +21,10 @@ _START = "start of training"  # no name that an adapter may have
 
 
 class Reference(nn.Module):
-    """Model as training found it, called as TRL calls a reference model; no gradient flows through it.
+    """Model in its state before training, called as TRL calls a reference model; no gradient flows through it.
 
     For a new adapter, it is the model with its adapter off. An adapter that was trained before (``fresh`` is False) is
-    kept as it was, and is active in place of the one in training. A model trained whole is copied.
+    kept in its earlier state, and is active in place of the one in training. A model trained whole is copied.
 
     Raises ConfigError if several adapters that were trained before are active together.
     """
@@ -41,7 +41,7 @@ class Reference(nn.Module):
             self._config = model.peft_config[name]
 
     def copies(self) -> list[nn.Module]:
-        """Return the parts of an adapter that are kept as they were."""
+        """Return the parts of an adapter that are kept in their earlier state."""
         return [module for _, module in self._start]
 
     @torch.no_grad()

@@ -26,9 +26,10 @@ from veneer.train.run_trainer import Ready
 class ReferredTrainer(PreferenceTrainer):
     """Mixin for TRL's DPO and KTO trainers, with their arguments.
 
-    The reference is the model as training found it. With a new adapter, it is the model with the adapter off. With an
-    adapter that was trained before, it has a frozen copy of that adapter. Of a model trained whole, it is a copy. No
-    other model is loaded.
+    The reference is the model in its state before training. With a new adapter, that is the model with the adapter off.
+    With an adapter that was trained before, it has a frozen copy of that adapter. For a model trained whole, it is a
+    copy.
+    No other model is loaded.
     """
 
     task: ClassVar[Task]
@@ -76,7 +77,7 @@ class ReferredTrainer(PreferenceTrainer):
 
     @contextmanager
     def building(self, ready: Ready) -> Iterator[dict[str, Any]]:
-        """Switch off the scores of the reference while TRL's trainer is made: the reference is not there yet."""
+        """Switch off the reference's scores while TRL's trainer is constructed: the reference does not exist yet."""
         precompute, ready.args.precompute_ref_log_probs = ready.args.precompute_ref_log_probs, False
         try:
             with super().building(ready) as made:
@@ -85,7 +86,7 @@ class ReferredTrainer(PreferenceTrainer):
             ready.args.precompute_ref_log_probs = precompute
 
     def placeholder(self, ready: Ready, ref_model: PreTrainedModel | None) -> nn.Module:
-        """Return the reference that TRL is given. Raises ConfigError for one that is the model itself."""
+        """Return the reference that TRL gets. Raises ConfigError if it is the model itself."""
         if ref_model is ready.model:
             raise ConfigError(
                 "ref_model is the model in training: leave it out, and the reference is that model as it is now"
