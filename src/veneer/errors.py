@@ -74,7 +74,11 @@ class DiskError(VeneerError, RuntimeError):
 
 
 class OutOfMemoryError(VeneerError, MemoryError):
-    """Memory, or address space, that the system does not give the process."""
+    """Memory, or address space, that the system or a GPU does not give the process."""
+
+
+class DeviceError(VeneerError, RuntimeError):
+    """GPU that cannot be used, or that is lost in the middle of a computation."""
 
 
 class QueueFullError(VeneerError, RuntimeError):

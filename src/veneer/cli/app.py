@@ -11,6 +11,7 @@ import importlib.metadata
 import itertools
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -98,6 +99,15 @@ def _messages() -> Iterator[None]:
         if error.errno not in _ENVIRONMENT:
             raise
         raise _told(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)) from error
+    except RuntimeError as error:
+        if "torch" not in sys.modules:
+            raise
+        from veneer.model.memory.gpu_failure import gpu_failure  # imports torch
+
+        failure = gpu_failure(error)
+        if failure is None:
+            raise
+        raise _told(str(failure)) from error
     except KeyboardInterrupt as error:
         told = f"interrupted: {error}" if error.args else "interrupted"
         _main_stderr().print(told, style="red", highlight=False, soft_wrap=True)

@@ -14,6 +14,8 @@ import typer
 from veneer.cli.facts import print_facts
 from veneer.cli.pages.env import EnvArguments
 from veneer.disk.cache import cache_dir
+from veneer.model.memory.default_device import told_device
+from veneer.model.memory.gpu_failure import unusable_gpu
 from veneer.ops.dispatch import availability, kernel_build
 from veneer.ops.matmul import float32_is_faster
 from veneer.plain.units import count
@@ -72,4 +74,7 @@ def _cpu_features() -> list[str]:
 
 
 def _cuda() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    if torch.cuda.is_available():
+        return told_device(torch.device("cuda"))
+    reason = unusable_gpu()
+    return f"no device: {reason}" if reason else "no device"

@@ -114,8 +114,8 @@ def load_model(
             else:
                 model, report = load_in_blocks(file, dtype=parse_dtype(dtype), scores=scores)
     except (OSError, MemoryError, RuntimeError) as error:
-        if no_memory(error):
-            raise OutOfMemoryError(_told_memory(source, place)) from error
+        if no_memory(error) or isinstance(error, torch.OutOfMemoryError):
+            raise OutOfMemoryError(_told_memory(source, place, error)) from error
         if isinstance(error, OSError):
             raise _not_loaded(source, place, error) from error
         raise
@@ -158,13 +158,15 @@ def _straight_to(device: str | torch.device | None) -> dict[str, Any]:
     return {"device_map": {"": torch.cuda.current_device() if wanted.index is None else wanted.index}}
 
 
-def _told_memory(source: str | os.PathLike[str], place: Path | str) -> str:
+def _told_memory(source: str | os.PathLike[str], place: Path | str, error: Exception) -> str:
     """Return in words the size of the weights that did not fit into memory, and the limit."""
     weights = f" ({size(Checkpoint.open(place).nbytes)} on disk)" if isinstance(place, Path) else ""
-    limit = address_limit()
+    on_gpu = isinstance(error, torch.OutOfMemoryError)
+    limit = None if on_gpu else address_limit()
     if limit is None:
+        room = "the memory of the GPU" if on_gpu else "memory"
         return (
-            f"the weights of {source}{weights} do not fit into memory: take a smaller base, or load it quantized. "
+            f"the weights of {source}{weights} do not fit into {room}: take a smaller base, or load it quantized. "
             "`veneer plan` tells how much a run takes"
         )
     return (

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from veneer.errors import Interrupted
 from veneer.model.memory.available import high_water
 from veneer.model.memory.default_device import told_device
+from veneer.model.memory.gpu_failure import gpu_failure, unusable_gpu
 from veneer.plain.group import n_on_this_machine
 from veneer.plain.progress import waits_told
 from veneer.recipe.adapter import FULL
@@ -18,7 +19,7 @@ from veneer.recipe.parts import DataPart
 from veneer.recipe.recipe import Recipe
 from veneer.store.hub import require_hub
 from veneer.train.callbacks import BeginReport, LastEvaluation, ShortRunLog, StepClock
-from veneer.train.checkpoint import checkpoint_folder, latest_checkpoint
+from veneer.train.checkpoint import checkpoint_folder, checkpoints, latest_checkpoint
 from veneer.train.interrupt import Stop, StopAfterStep, listening
 from veneer.train.output import (
     other_files,
@@ -124,8 +125,8 @@ def carry_out(
     If a run breaks off, ``run.json`` has its status, its step, the ``reason`` and its log. One that is refused before
     it trains leaves that file unchanged.
     """
-    if trainer.args.device.type != "cpu":
-        tell(f"device: {told_device(trainer.args.device)}")
+    if (reason := unusable_gpu()) or trainer.args.device.type != "cpu":
+        tell(f"device: {told_device(trainer.args.device)}" + (f", not the GPU: {reason}" if reason else ""))
     tell(trainer.describe())
     record = describe_run(recipe, trainer) | ({} if planned is None else {"plan": dict(planned)})
     require_alike({key: record[key] for key in ("recipe", "data", "parent", "n_trained")})
@@ -142,8 +143,8 @@ def carry_out(
     try:
         with together():
             results = _trained(trainer, saved, recipe.adapter, going_on is not None, stop or Stop())
-    except BaseException as error:
-        _explain(error, recipe, trainer.state.global_step)
+    except BaseException as broken:
+        error = _explained(broken, recipe, trainer.state.global_step)
         written.end(
             {
                 "status": ending_of(error),
@@ -153,6 +154,8 @@ def carry_out(
                 "log": trainer.state.log_history,
             }
         )
+        if error is not broken:
+            raise error from broken
         raise
     written.finish(results)
     return written.record
@@ -190,12 +193,18 @@ def _trained(trainer: RunTrainer, saved: Path, adapter: Mapping[str, Any], resum
     return {"status": "finished", "results": results, "saved": str(saved), "log": history}
 
 
-def _explain(error: BaseException, recipe: Recipe, step: int) -> None:
-    """Add the files that the run has left to an interrupt's message."""
+def _explained(error: BaseException, recipe: Recipe, step: int) -> BaseException:
+    """Return the error that the run ends with: that of a GPU in words, an interrupt with the files that are left."""
+    failure = gpu_failure(error)
+    if failure is not None:
+        kept = checkpoints(Path(recipe.output))
+        left = f": {kept[-1].name} is whole, and --resume goes on from it" if kept else ", and no checkpoint is there"
+        return type(failure)(f"{failure}. This came behind step {step}{left}")
     folder = checkpoint_folder(Path(recipe.output), step)
     if isinstance(error, Interrupted) and not error.args and folder.exists():
         left = f"{reason_of(error)} after step {step}: its checkpoint is written, and --resume goes on from it"
         error.args = (f"{left}. {usable(recipe, folder)}",)
+    return error
 
 
 def describe_run(recipe: Recipe, trainer: RunTrainer) -> dict[str, Any]:

@@ -112,3 +112,23 @@ def test_files_are_compared_on_the_cpu(
 def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert default_device() == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "error: the GPU has no memory left"),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure\nX"), "error: CUDA error: unspecified launch"),
+    ],
+)
+def test_a_gpu_that_fails_is_one_message(
+    veneer: Veneer, model_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("veneer.adapters.chosen.load_model", fail)
+    result = veneer("generate", model_folder, "-p", "x", "--raw")
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(told)

@@ -294,6 +294,7 @@ def test_memory_that_is_not_given_is_told_and_other_errors_are_not_hidden(
             OutOfMemoryError,
             "take a smaller base",
         ),
+        (torch.OutOfMemoryError("CUDA out of memory."), OutOfMemoryError, "the memory of the GPU: take a smaller base"),
         (RuntimeError("shapes differ"), RuntimeError, "shapes differ"),
     ):
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", Mock(side_effect=error))

@@ -3,16 +3,18 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 
-from veneer.errors import ConfigError, DataError, DivergedError
+from veneer.errors import ConfigError, DataError, DeviceError, DivergedError, OutOfMemoryError
 from veneer.recipe.recipe import parse_recipe
 from veneer.train import output
 from veneer.train.callbacks import ShortRunLog
 from veneer.train.recipe_trainer import make_trainer
 from veneer.train.record.place import require_fresh
-from veneer.train.run import carry_out
+from veneer.train.run import carry_out, run_recipe
 from veneer.train.samples import samples_of
 
 
@@ -104,6 +106,43 @@ def test_a_run_that_breaks_off_says_how_and_why(values, monkeypatch, error, stat
     assert (record["status"], record["reason"]) == (status, reason)
     assert record["log"][0]["step"] == 1
     assert record["recipe"]["output"] == values["output"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), OutOfMemoryError, "no memory left"),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure\nSet X"), DeviceError, "lost to this process"),
+    ],
+)
+@pytest.mark.parametrize("place", ["training_step", "save_model"])
+def test_a_gpu_that_fails_leaves_the_last_checkpoint_whole(values, monkeypatch, error, kind, told, place):
+    values["training"] |= {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    recipe = parse_recipe(values)
+    trainer = make_trainer(recipe)
+    whole = getattr(trainer, place)
+
+    def fails_behind_the_first(*args, **options):
+        if trainer.state.global_step == (1 if place == "training_step" else 2):
+            raise error
+        return whole(*args, **options)
+
+    monkeypatch.setattr(trainer, place, fails_behind_the_first)
+    with pytest.raises(kind, match=rf"{told}.*checkpoint-1 is whole, and --resume goes on from it"):
+        carry_out(recipe, trainer)
+    record = json.loads((Path(values["output"]) / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert told in record["reason"]
+    assert "Set X" not in record["reason"]
+    assert run_recipe(recipe, resume=True)["results"]["steps"] == 3
+
+
+def test_a_gpu_that_fails_before_the_first_checkpoint(values, monkeypatch):
+    recipe = parse_recipe(values)
+    trainer = make_trainer(recipe)
+    monkeypatch.setattr(trainer, "training_step", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(OutOfMemoryError, match=r"behind step 0, and no checkpoint is there$"):
+        carry_out(recipe, trainer)
 
 
 def test_answers_of_plain_text_are_refused_where_asked_for_and_told_else(values, caplog):

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
+
+from veneer.model.memory.gpu_failure import unusable_gpu
+
+log = logging.getLogger(__name__)
 
 
 def default_device() -> torch.device:
-    """Return the current CUDA device if there is one, otherwise the CPU."""
+    """Return the current CUDA device if there is one, otherwise the CPU.
+
+    A warning tells why a GPU that is there cannot be used.
+    """
+    if reason := unusable_gpu():
+        log.warning("the CPU computes, not the GPU: %s", reason)
+        return torch.device("cpu")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def told_device(device: torch.device) -> str:
-    """Return a device as people know it: its kind, and the name of the card."""
-    return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+    """Return a device as people know it: its kind, and the name of the card, one of several if there are more."""
+    if device.type != "cuda":
+        return str(device)
+    count = torch.cuda.device_count()
+    return f"{device}, {torch.cuda.get_device_name(device)}" + (f", one of {count}" if count > 1 else "")
