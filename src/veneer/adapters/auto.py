@@ -97,7 +97,11 @@ class AutoPeftModel:
 
 
 def _loaded(kind: Any, name: str, revision: str | None, options: dict[str, Any], *, in_blocks: bool) -> Any:
-    """Load the base. A GGUF file is read in its blocks as a causal language model, or else as a dense copy."""
+    """Load the base.
+
+    A GGUF file keeps its blocks for a causal language model if ``in_blocks``, and if no option but the dtype is given;
+    otherwise it is converted to a dense copy first.
+    """
     place = folder_of(name)
     file = None if place is None else described_file(place)
     in_blocks = in_blocks and kind is transformers.AutoModelForCausalLM and options.keys() <= {"dtype"}

@@ -48,9 +48,10 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceScoring:
-    """Scoring of tokens: logits are divided by ``temperature``; ``details`` adds more than the log-probabilities.
+    """Scoring of tokens: logits are divided by ``temperature``.
 
-    ``collision`` adds the sum of squared probabilities. With ``entropy_learns`` a gradient flows through the entropy.
+    ``details`` also computes entropies, mean logits and whether each token is the likeliest. ``collision`` adds the sum
+    of squared probabilities. With ``entropy_learns`` a gradient flows through the entropy.
     """
 
     temperature: float = 1.0

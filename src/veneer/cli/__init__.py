@@ -1,1 +1,1 @@
-"""Commands, one file for each verb; `app` mounts them."""
+"""Commands, which `app` mounts: a page with arguments and help for each verb (`pages`), and files that do the work."""

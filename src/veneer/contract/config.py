@@ -209,7 +209,10 @@ class MethodConfig(FrozenConfig):
 
     @property
     def has_network(self) -> bool:
-        """Return True if a network computes the tensors of a plain save; training then needs another file to resume."""
+        """Return True if a network computes the saved tensors, as P-tuning's does.
+
+        The network is not in a plain save. A checkpoint has it in a file of its own, so that training can resume.
+        """
         return False
 
     @property

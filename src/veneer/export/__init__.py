@@ -1,1 +1,1 @@
-"""Merged checkpoints: adapters merged into their base, shard by shard."""
+"""Files for other programs: checkpoints with adapters merged in, GGUF files, and adapters as plain LoRA."""

@@ -75,8 +75,9 @@ class LiveAdapter:
         return self._version(adapter, _digest(names, list(tensors.values())))
 
     def _table_of(self, adapter: ProgramAdapter, factors: Sequence[Factor]) -> _Table | None:
-        """Return the table of an adapter; None if it holds more than factors, or if the factors are not its
-        parameters.
+        """Return the table by which an adapter is written again.
+
+        None if it holds more than factors, or if its factors do not share the memory of the parameters.
         """
         block, state = adapter.packed.linears, self.model.adapter_state
         parameters = list(live_parameters(self.model, state, self.name).values())

@@ -1,6 +1,6 @@
 """Methods, one file each, found by name: dropping ``x.py`` here adds the method.
 
-A file offers a subclass of one of the four contracts in `veneer.contract`. A variant of LoRA is a function on LoRA's
+A file offers a subclass of one of the contracts in `veneer.contract`. A variant of LoRA is a function on LoRA's
 record instead, see `methods.variants`.
 """
 

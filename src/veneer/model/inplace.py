@@ -84,7 +84,7 @@ def mixin_of(cls: type) -> type[InPlace]:
 
 
 def _generated(cls: type) -> type:
-    """Return the class generated here, below the one that FSDP2 derives from it."""
+    """Return the class generated here. FSDP2 may have derived the module's own class from it."""
     return next(each for each in cls.__mro__ if _MADE_HERE in vars(each))
 
 

@@ -113,8 +113,9 @@ class _Stem:
         return _by_head(self._q[rows], len(self.k)) * self.scoring.scale
 
     def scores(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Return the scores (kv_heads, rows · group, n_seen), minus infinity outside a window, and the slope of
-        a cap.
+        """Return the scores (kv_heads, rows · group, n_seen) and the derivative of the soft cap, None without a cap.
+
+        Scores outside a window are minus infinity.
         """
         scores = self.queries(rows) @ self.k.mT
         if not self.scoring.softcap:

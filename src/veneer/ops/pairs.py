@@ -130,7 +130,7 @@ class PackedPairs:
 
 
 class Factor(NamedTuple):
-    """Rows (n, i) to write, times ``scale``, into a matrix (o, depth) in panels, from row ``first`` on."""
+    """A factor to write: rows (n, i), times ``scale``, go into a matrix (o, depth) in panels, from row ``first`` on."""
 
     rows: Tensor
     scale: float

@@ -77,14 +77,16 @@ def require_room(facts: Mapping[str, Any], n_processes: int = 1) -> None:
     if n_processes * each > free:
         together = f"{size(n_processes * each)} in {n_processes} processes" if n_processes > 1 else size(each)
         raise ConfigError(
-            f"this run is planned to take {together}, and {size(free)} may be taken here: {_lower(facts, free)}. "
+            f"this run is planned to take {together}, and {size(free)} may be taken here: {_advice(facts, free)}. "
             f"`veneer plan RECIPE --fit {free / n_processes / 1e9:.0f}GB` finds settings that fit, and --beyond-memory "
             "trains anyway"
         )
 
 
-def _lower(facts: Mapping[str, Any], free: int) -> str:
-    """Return the first key to change: what takes the most memory follows from it."""
+def _advice(facts: Mapping[str, Any], free: int) -> str:
+    """Return the change to make first: to the weights if they do not fit, else to more rows than are usual, else to the
+    length of the rows.
+    """
     rows, length = facts["batch"]["rows"], facts["batch"]["length"]
     if facts["weights"]["bytes"] > free:
         return "set model.quantization to nf4" if facts["quantization"] == "none" else "take a smaller base"

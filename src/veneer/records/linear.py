@@ -224,7 +224,7 @@ def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | No
 
 
 def row_norms(delta: LinearDelta, weight: FrozenWeight, weight_row_sq: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
-    """Return the Euclidean norms of the rows of ``W + scale B A``, given those of W squared, without forming ``B A``.
+    """Return the Euclidean norms of the rows of ``W + scale B A``, given the squared norms of W's rows.
 
     For each row w of W and b of B:
 

@@ -15,26 +15,25 @@ from veneer.data.reader import RowReader
 from veneer.errors import VeneerError
 from veneer.recipe.parts import DataPart
 from veneer.recipe.readers import preference_reader, readers_of
-from veneer.recipe.recipe import Recipe
 from veneer.recipe.tasks import Task
 
 _MOST_READ = 1000  # rows from the front of the file
 _MOST_SHOWN = 160  # characters of a system message in a command
 
 
-def ask_command(what: str, recipe: Recipe) -> str:
+def ask_command(what: str, data: DataPart, task: Task) -> str:
     """Return the command that queries ``what``, a model or an adapter, quoted and with its options."""
-    if is_plain(recipe.data, recipe.task):
+    if is_plain(data, task):
         return f"veneer generate {what} --raw -p TEXT"
-    return f"veneer chat {what}{_system_option(recipe.data, recipe.task)}"
+    return f"veneer chat {what}{_system_option(data, task)}"
 
 
-def long_system(recipe: Recipe) -> str | None:
+def long_system(data: DataPart, task: Task) -> str | None:
     """Return a line about a system message that all rows share and that is too long for a command; None without one."""
-    found = _systems(recipe.data, recipe.task)
+    found = _systems(data, task)
     if len(found) != 1 or _is_short(*found):
         return None
-    place = "data.system" if recipe.data.system is not None else recipe.data.train
+    place = "data.system" if data.system is not None else data.train
     return f"its rows were asked with the system message of {place}: give it with --system, or answers are others"
 
 

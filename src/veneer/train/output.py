@@ -105,6 +105,6 @@ def usable(recipe: Recipe, checkpoint: Path) -> str:
         MODEL: (f"{checkpoint}", f"veneer serve {checkpoint}"),
         ADAPTER: (f"{base} --adapter {checkpoint}", f"veneer serve {base} --adapters {checkpoint.parent}"),
     }[kind]
-    commands = ask_command(what, recipe), served, f"veneer eval {checkpoint} -d FILE -m {metric}"
+    commands = ask_command(what, recipe.data, recipe.task), served, f"veneer eval {checkpoint} -d FILE -m {metric}"
     told = ", ".join(f"`{command}`" for command in commands)
     return f"The {kind} in {checkpoint} can be used now: {told}"

@@ -53,14 +53,14 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if n_processes() == 1:
             raise
-        if _is_loss_of_another(error):
-            raise _loss(error) from error
+        if _says_another_is_gone(error):
+            raise _lost_process(error) from error
         if not is_main():
             _leave_word(error)
         raise
 
 
-def _is_loss_of_another(error: BaseException) -> bool:
+def _says_another_is_gone(error: BaseException) -> bool:
     """Return True if an error says that another process is gone. gloo has no class of its own for it."""
     lost = isinstance(error, distributed.DistError) or "/gloo/" in str(error)
     return isinstance(error, RuntimeError) and lost and not isinstance(error, VeneerError)
@@ -73,7 +73,7 @@ def _leave_word(error: BaseException) -> None:
         _store().compare_set(_WORD, "", json.dumps({"signal": signal, "told": told}))  # the first word stands
 
 
-def _loss(error: BaseException) -> BaseException:
+def _lost_process(error: BaseException) -> BaseException:
     with suppress(RuntimeError):
         if is_main() and _store().check([_WORD]):
             word = json.loads(_store().get(_WORD))

@@ -23,7 +23,7 @@ def result_lines(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
     told += [f"training loss {results['train_loss']:.4f}"]
     told += [f"held-out loss {results['eval_loss']:.4f}"] if "eval_loss" in results else []
     told += [f"held-out accuracy {results[key]:.1%}" for key in _ACCURACIES if key in results]
-    system = long_system(recipe)
+    system = long_system(recipe.data, recipe.task)
     return [
         f"{', '.join(told)} after {count(results['steps'], 'step')} in {duration(results['seconds'])}",
         f"saved in {record['saved']}; the run is written down in {output / 'run.json'}",
@@ -37,7 +37,7 @@ def next_command(recipe: Recipe, saved: str) -> str:
     if recipe.task == "reward":
         return f"veneer info {shlex.quote(recipe.output)}"
     name = shlex.quote(saved)
-    ask = ask_command(name, recipe)
+    ask = ask_command(name, recipe.data, recipe.task)
     metric = "perplexity" if recipe.metric is None else recipe.metric.name
     others = [f"veneer eval --recipe {shlex.quote(recipe.output)} -m {metric}"] if recipe.data.holds_out else []
     if recipe.method != "full":

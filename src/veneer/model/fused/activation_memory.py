@@ -100,7 +100,10 @@ class ActivationPlan:
 
     @contextmanager
     def measuring(self, block: nn.Module, hidden: Tensor) -> Iterator[None]:
-        """Context in which a block runs, and the bytes that it keeps besides its weights are counted."""
+        """Count the bytes that a block keeps for its backward pass, without its weights, if it runs in this context.
+
+        The choice for the pass begins anew with the count.
+        """
         saved = SavedBytes()
         with saved:
             yield

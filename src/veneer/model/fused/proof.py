@@ -29,7 +29,7 @@ STRANGE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 HALVES = ((True, True), (False, True), (True, False), (False, False))  # attention and feed-forward: most of them first
 
 
-class Call(NamedTuple):
+class BlockCall(NamedTuple):
     """Call of a block under the model's own code: its input, its arguments by name, and what it returned."""
 
     x: Tensor
@@ -69,7 +69,7 @@ def prove(model: PreTrainedModel, blocks: list[FusedBlock]) -> tuple[str | None,
     return None, list(dict.fromkeys(left_out))
 
 
-def _problems(block: FusedBlock, call: Call, most: float, config: Any) -> list[str]:
+def _problems(block: FusedBlock, call: BlockCall, most: float, config: Any) -> list[str]:
     """Fuse as many halves of a block as compute what its module does, and return why not more: a reason for each choice
     of halves that was tried before.
     """
@@ -83,7 +83,7 @@ def _problems(block: FusedBlock, call: Call, most: float, config: Any) -> list[s
     return found
 
 
-def _problem(block: FusedBlock, call: Call, most: float, config: Any) -> str | None:
+def _problem(block: FusedBlock, call: BlockCall, most: float, config: Any) -> str | None:
     """Return, in words, the difference between a block and the model's own code; None if there is none."""
     try:
         with gathered(block):
@@ -97,7 +97,7 @@ def _problem(block: FusedBlock, call: Call, most: float, config: Any) -> str | N
     return "its attention does more with positions than to rotate by them" if minds else None
 
 
-def _error(block: FusedBlock, call: Call, config: Any) -> float:
+def _error(block: FusedBlock, call: BlockCall, config: Any) -> float:
     """Return the error of a fused block's change of the stream, relative to that of the model's own code."""
     mask = layout_mask(SIZE, None, None, config)
     own = stream_of(block(call.x, **{**_fresh(call.kwargs), "attention_mask": mask})).double()
@@ -105,7 +105,7 @@ def _error(block: FusedBlock, call: Call, config: Any) -> float:
     return float((own - call.y.double()).norm() / change.clamp_min(1e-30))
 
 
-def _minds_positions(block: FusedBlock, call: Call) -> bool:
+def _minds_positions(block: FusedBlock, call: BlockCall) -> bool:
     """Return True if attention depends on the position's size (Llama 4's temperatures), however small the effect."""
     x, kwargs, _ = call
     given = kwargs.get("position_ids")
@@ -156,13 +156,13 @@ def _short_windows(model: nn.Module) -> Iterator[None]:
             owner.sliding_window = window
 
 
-def calls_of(model: PreTrainedModel, blocks: list[FusedBlock], ids: Tensor) -> list[Call]:
+def calls_of(model: PreTrainedModel, blocks: list[FusedBlock], ids: Tensor) -> list[BlockCall]:
     """Record each block's call under the model's own code, which runs because a cache is given."""
-    calls: list[Call] = []
+    calls: list[BlockCall] = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         x = args[0] if args else kwargs.pop("hidden_states")
-        calls.append(Call(x, keywords_of(cast(FusedBlock, module), args[1:], kwargs), output))
+        calls.append(BlockCall(x, keywords_of(cast(FusedBlock, module), args[1:], kwargs), output))
 
     handles = [block.register_forward_hook(keep, with_kwargs=True) for block in blocks]
     try:

@@ -58,8 +58,8 @@ def _numbers(rows: PagedRows) -> tuple[Tensor | int, ...]:
 
 
 def _forms(store: PagedStore) -> dict[str, int]:
-    """Return the values of a head with and without padding, the values that are contiguous, and the tokens of a
-    page.
+    """Return the kernel's constants: a head's features (D), also padded (PADDED) and as a power of two (FEATURES), the
+    features that lie together (PAIR), and the tokens of a page (BLOCK).
     """
     pair = 2 if store.data.dtype == torch.bfloat16 else 1
     d = store.head_dim

@@ -56,16 +56,11 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
     old, new = before.get("parent"), parent_of(recipe.adapter)
     if old is not None and new is not None and old["blake2b"] != new["blake2b"]:
         found.append(ChangedSetting("adapter.from", f"an adapter with the hash {old['blake2b']}", new["blake2b"]))
-    refused = [each for each in found if each.key != PROCESSES or not _same_rows(before, recipe)]
+    same_rows = batches[0] == batches[1] and not tied_to_its_processes(recipe)  # of each step, by any processes
+    refused = [each for each in found if each.key != PROCESSES or not same_rows]
     if not allow and refused:
         refuse([*refused, *_other_files(before, recipe.data)], Path(recipe.output))
     return found
-
-
-def _same_rows(before: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Return True if the rows of each step do not depend on the number of processes."""
-    old, new = _global_batches(before, recipe.distributed)
-    return old == new and not tied_to_its_processes(recipe)
 
 
 def tied_to_its_processes(recipe: Recipe) -> list[str]:

@@ -1,4 +1,4 @@
-"""GLM and GLM-4: half of each head is rotated, in neighbouring pairs; GLM-4 has norms after its halves too."""
+"""GLM and GLM-4: rotary embedding on half of each head, in neighbouring pairs. GLM-4 has norms after its parts too."""
 
 from veneer.model.blueprint.family import Family
 
