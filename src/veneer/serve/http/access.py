@@ -27,12 +27,11 @@ _VISITOR = replace(ANYBODY, scopes=frozenset({INFER}))
 
 
 class Access:
-    """Middleware that finds the key of each request, which is then `CALLER`, and refuses requests that it does not
-    allow.
+    """Middleware that sets `CALLER` to the key of each request, and refuses requests that the key does not allow.
 
-    Without ``keys``, this machine may do everything. If ``is_open``, others may infer, otherwise they are refused.
-    Others also means clients of a proxy on this machine, and other sites' web pages in this machine's browser, which
-    reach the server across sites or by a name that points here.
+    Without ``keys``, clients on this machine may do everything. Remote clients may only infer if ``is_open``;
+    otherwise they are refused. A client counts as remote if it comes through a proxy, or if it is a web page of
+    another site in this machine's browser.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys | None, is_open: bool = False) -> None:
@@ -105,7 +104,7 @@ def _token(headers: Headers) -> str:
 
 
 def scopes_of(method: str, path: str) -> frozenset[str]:
-    """Return the scopes of which a route needs one; none for routes that are open to all."""
+    """Return the scopes that allow a route: any one of them suffices. Empty if the route is open to all."""
     if path in _OPEN:
         return frozenset()
     if _is_below(path, _ADMINS):

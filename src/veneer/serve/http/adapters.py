@@ -38,9 +38,9 @@ Result = TypeVar("Result")
 
 
 class LoadBody(Strict):
-    """Body of ``/v1/load_lora_adapter``: a folder or an id on the hub, or a mix: weights by the names of adapters.
+    """Body of ``/v1/load_lora_adapter``: a folder, an id on the hub, or a mix (adapter names to weights).
 
-    ``load_inplace``: another adapter may have the name already, which requests in flight keep.
+    ``load_inplace``: replace an adapter that already has the name; requests in flight keep the old one.
     """
 
     lora_name: str
@@ -65,8 +65,8 @@ class UnloadBody(Strict):
 class AdapterCard(BaseModel):
     """Adapter: its source, method, largest rank (null without low-rank parts), size and use.
 
-    ``requests`` counts those since its content got the name, ``hits`` those among them that found it loaded.
-    ``error``: its files cannot be read. ``warning``: it may be of another base than this.
+    ``requests`` counts the requests for the current version of the adapter, ``hits`` those that found it loaded.
+    ``error``: the reason why its files cannot be read. ``warning``: it may have been trained on another base.
     """
 
     id: str
@@ -85,9 +85,9 @@ class AdapterCard(BaseModel):
 
 
 class AdapterList(BaseModel):
-    """Adapters in the order of their names; ``has_more`` is true if there are further ones.
+    """Adapters in the order of their names; ``has_more`` is true if more adapters follow.
 
-    ``incomplete``: up to 100 folders that lack a file of an adapter, by name, with the reason.
+    ``incomplete``: up to 100 folders that lack a file of an adapter: folder name to reason.
     """
 
     object: Literal["list"] = "list"
@@ -97,7 +97,7 @@ class AdapterList(BaseModel):
 
 
 class AdapterRoutes:
-    """Routes for the adapters of a catalogue, which ``running`` computes. They are loaded from ``roots`` alone."""
+    """Routes for the adapters of a catalogue. ``running`` computes them; they are loaded from ``roots`` alone."""
 
     def __init__(self, running: AsyncEngine, catalogue: Catalogue, roots: Roots) -> None:
         self._running, self._engine, self._catalogue, self._roots = running, running.engine, catalogue, roots
@@ -136,7 +136,7 @@ class AdapterRoutes:
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     async def listed(self, limit: Annotated[int, Query(ge=1, le=_MOST_LISTED)] = 100, after: str = "") -> Response:
-        """Return adapters in the order of their names, those behind ``after``: size, method, rank, and use."""
+        """Return the adapters whose names follow ``after``, in alphabetical order: size, method, rank and use."""
         names = await asyncio.to_thread(self._catalogue.names)
         first = bisect.bisect_right(names, after)
         told = await self._told(names[first : first + limit])

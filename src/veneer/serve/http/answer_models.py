@@ -1,4 +1,4 @@
-"""Answers of routes in their fields, for the application's own documentation. The routes write them as plain JSON."""
+"""Response models of the routes, for the API description only: the routes write plain JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Answer(BaseModel):
 
 
 class CachedTokens(Answer):
-    """Tokens of prompts that were found in the prefix cache."""
+    """Number of prompt tokens that were found in the prefix cache."""
 
     cached_tokens: int
 
@@ -41,7 +41,7 @@ class PromptScore(Answer):
 class Choice(Answer):
     """One answer. ``stop_reason`` is the stop string or token that ended it.
 
-    ``prompt_logprobs`` are there if they are asked for: by id, for each token of the prompt.
+    ``prompt_logprobs``, if requested: for each prompt token a mapping from token ids to scores.
     """
 
     index: int
@@ -51,7 +51,7 @@ class Choice(Answer):
 
 
 class TextScores(Answer):
-    """Log-probabilities of a text's tokens. The first of a prompt has none."""
+    """Log-probabilities of a text's tokens. The first token of a prompt has none."""
 
     text_offset: list[int]
     token_logprobs: list[float | None]
@@ -86,7 +86,7 @@ class TopScore(Answer):
 
 
 class TokenScore(TopScore):
-    """Log-probability of a drawn token, and those of the likeliest."""
+    """Log-probability of the sampled token, and those of the likeliest tokens."""
 
     top_logprobs: list[TopScore]
 
@@ -98,7 +98,7 @@ class TokenScores(Answer):
 
 
 class CalledFunction(Answer):
-    """Name and arguments of a call: the text of a JSON object."""
+    """Name of a called function, and its arguments as the text of a JSON object."""
 
     name: str
     arguments: str
@@ -139,9 +139,9 @@ class ChatCompletions(Answer):
 
 
 class ModelCard(Answer):
-    """Model: the base, or an adapter, whose ``parent`` is the base.
+    """Model: the base, or an adapter. An adapter's ``parent`` is the base.
 
-    ``warning`` is there if an adapter may be of another base.
+    ``warning`` is present if an adapter may have been trained on another base.
     """
 
     id: str
@@ -156,7 +156,7 @@ class ModelCard(Answer):
 
 
 class ModelList(Answer):
-    """Answer of ``/v1/models``: the base, and the adapters that the key sees."""
+    """Answer of ``/v1/models``: the base, and the adapters that the client's key may see."""
 
     object: Literal["list"]
     data: list[ModelCard]
@@ -206,14 +206,14 @@ class IncompleteDetails(Answer):
 
 
 class WrittenTokens(Answer):
-    """Details of the tokens of prompts."""
+    """Numbers of prompt tokens found in the prefix cache, and written to it (always 0)."""
 
     cached_tokens: int
     cache_write_tokens: int
 
 
 class ReasoningTokens(Answer):
-    """Details of the tokens of answers."""
+    """Number of answer tokens spent on reasoning: always 0, since they are not told apart."""
 
     reasoning_tokens: int
 
@@ -274,7 +274,7 @@ class ToolUse(Answer):
 
 
 class MessageUsage(Answer):
-    """Numbers of tokens. ``input_tokens`` are those that were not found in the prefix cache."""
+    """Numbers of tokens. ``input_tokens`` excludes prompt tokens found in the prefix cache."""
 
     input_tokens: int
     output_tokens: int

@@ -34,11 +34,11 @@ PromptScores = Sequence[TokenLogprobs | None] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Shape of a route's answers: the prefix of ids, the objects' names, and functions that make choices.
+    """Response format of a route: the prefix of ids, the objects' names, and functions that make choices.
 
-    ``choice`` and ``delta`` make a choice from an answer and its index, whole or in a stream. ``opening`` makes the
-    first event of a stream for each choice. Unless ``tells_answers``, answers are empty. If ``lists_prompt``, the first
-    choice of a prompt also has the prompt's log-probabilities.
+    ``choice`` makes a choice of a whole response from an answer and its index, ``delta`` one of a stream. ``opening``
+    makes the first event of a stream for each choice. If not ``tells_answers``, answers are empty. If
+    ``lists_prompt``, the first choice of a prompt also has the prompt's log-probabilities.
     """
 
     id: str
@@ -70,7 +70,7 @@ class AnswerCall:
         return self._places[output.request_id] * self.asked[0].params.n + answer.index
 
     def answers(self, output: RequestOutput) -> list[CompletionOutput]:
-        """Return the answers of an output that the route returns."""
+        """Return the answers of an output: emptied if the route does not tell answers."""
         return output.outputs if self.shape.tells_answers else [_emptied(answer) for answer in output.outputs]
 
     @cached_property
@@ -78,7 +78,7 @@ class AnswerCall:
         return {asked.id: place for place, asked in enumerate(self.asked)}
 
     def usage(self, n_answered: int, n_cached: int) -> dict[str, Any]:
-        """Return the numbers of tokens read, of those found in the prefix cache, and of tokens written."""
+        """Return the numbers of prompt tokens, of generated tokens, and of prompt tokens found in the prefix cache."""
         n_prompt = sum(len(asked.prompt_ids) for asked in self.asked)
         return {
             "prompt_tokens": n_prompt, "completion_tokens": n_answered, "total_tokens": n_prompt + n_answered,
@@ -95,7 +95,7 @@ async def whole_answer(engine: AsyncEngine, request: Request, answering: AnswerC
 
 
 async def unless_left(request: Request, found: Coroutine[Any, Any, str]) -> Response:
-    """Return a response with the JSON that ``found`` gives. If the client disconnects first, the work is cancelled."""
+    """Return the JSON text of ``found`` as a response. If the client disconnects first, ``found`` is cancelled."""
     finding = asyncio.ensure_future(found)
     leaving = asyncio.ensure_future(_left(request))
     try:
@@ -119,7 +119,7 @@ def stream_of(
 ) -> StreamingResponse:
     """Return the choices as server-sent events; if the client disconnects, its requests end.
 
-    The context ``taken`` is exited when the stream has ended. Log-probabilities of prompts are encoded on the ``lane``.
+    The context ``taken`` is exited when the stream has ended. The ``lane`` encodes log-probabilities of prompts.
     """
     return EventStream(_events(engine, answering, options, lane), taken)
 
@@ -127,7 +127,7 @@ def stream_of(
 class EventStream(StreamingResponse):
     """Stream of server-sent events.
 
-    However it ends, it closes the events and exits ``taken``, even if no event was requested.
+    Closes the events and exits ``taken`` however the stream ends, even before its first event.
     """
 
     def __init__(self, events: AsyncGenerator[bytes, None], taken: AbstractContextManager[object]) -> None:

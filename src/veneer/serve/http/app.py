@@ -52,8 +52,8 @@ def make_app(
 ) -> FastAPI:
     """Return the application with all routes over an engine, which steps on its own thread.
 
-    With ``keys`` each client needs one. Without them this machine alone may ask, or anybody if ``is_open``. Adapters
-    are loaded over HTTP from ``roots`` alone.
+    With ``keys``, each client needs a key. Without ``keys``, only clients on this machine are served, or all clients if
+    ``is_open``. Adapters are loaded over HTTP from ``roots`` alone.
     """
     limits = limits or ServerLimits()
     api = Api(engine, catalogue, limits, keys)

@@ -17,9 +17,7 @@ _LOG = logging.getLogger("uvicorn.error")  # of the server, whose lines go to st
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """Request with its whole body, as plain values. ``name``: the name by which a replica is chosen; None for any
-    replica.
-    """
+    """Request with its whole body, as plain values. ``name`` chooses the replica; None: any replica."""
 
     name: str | None
     method: str

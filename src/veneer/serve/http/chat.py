@@ -33,7 +33,7 @@ def _rest(answer: CompletionOutput, asked: CheckedRequest) -> dict[str, Any]:
 
 
 def logprobs_of(answer: CompletionOutput, count: int) -> list[dict[str, Any]]:
-    """Return the log-probability of each token, with those of the ``count`` likeliest."""
+    """Return the log-probability of each token, and those of the ``count`` likeliest tokens at its position."""
     found = []
     for token, each in zip(answer.token_ids, answer.logprobs or [], strict=True):
         best = [_one(p) for p in sorted(each.values(), key=lambda p: p.rank or 0)][:count]
@@ -47,9 +47,9 @@ def _one(p: Logprob) -> dict[str, Any]:
 
 
 def shape(calls: Calls | None = None) -> Shape:
-    """Return the shape of chat completions, and of the calls in their answers if they may have any.
+    """Return the response format of chat completions; ``calls`` if answers may have tool calls.
 
-    It reads the deltas of each choice in their order.
+    The format keeps state: pass the deltas of each choice in their order.
     """
     shaped = partial(Shape, id="chatcmpl", whole="chat.completion", chunk="chat.completion.chunk", opening=_opening)
     if calls is None:

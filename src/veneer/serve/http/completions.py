@@ -15,7 +15,7 @@ _Lists = dict[str, list[Any]]
 
 
 def shape(body: CompletionBody) -> Shape:
-    """Return the shape of the text completions that a body asks for; ``echo`` puts the prompt in front."""
+    """Return the response format for a body; with ``echo`` each text begins with the prompt."""
     offsets = dict[int, int]()  # of the text that a stream has told, by choice
 
     def choice(answer: CompletionOutput, index: int, asked: CheckedRequest, scores: PromptScores) -> dict[str, Any]:

@@ -39,12 +39,12 @@ _TURN = 15.0  # seconds in which all connections are thought to have their answe
 class ConnectionLimits:
     """Limits of one connection, and of the number of connections.
 
-    ``head_bytes`` and ``headers``: the size of the request line with its headers, and their number. ``head_seconds``:
-    the time for them. ``chunks``: those of a body, and one more for each ``chunk_bytes`` that have arrived.
-    ``body_seconds``: the time for a body, and a second more for each ``body_rate`` bytes that have arrived.
-    ``unread_seconds``: the time to read what is sent, and a second more for each ``body_rate`` bytes that were read.
-    ``linger_seconds``: the time in which a refused client may read the reason. ``idle_seconds``: between two requests.
-    ``connections``: the largest number at once; None: as many as the process may open files, less a reserve.
+    ``head_bytes``: size of the request line and headers. ``headers``: number of headers. ``head_seconds``: time to
+    receive them. ``chunks``: number of chunks of a body, plus one for each ``chunk_bytes`` received.
+    ``body_seconds``: time to receive a body, plus a second for each ``body_rate`` bytes received.
+    ``unread_seconds``: time for the client to read a response, plus a second for each ``body_rate`` bytes read.
+    ``linger_seconds``: time for a refused client to read the reason. ``idle_seconds``: time between two requests.
+    ``connections``: number at once; None: the process's limit of open files, less a reserve.
     """
 
     head_bytes: int = 1 << 16
@@ -63,8 +63,8 @@ class ConnectionLimits:
 class Connections:
     """Open connections of a server.
 
-    If there are too many, the one that has owed the rest of a request for the longest time is closed, or else the one
-    that has been idle for the longest time. If all wait for answers, the new client is told to retry.
+    If there are too many, the connection with the longest unfinished request is closed. If none is unfinished, the
+    longest idle one is closed. If all connections wait for answers, the new client is told to retry.
     """
 
     def __init__(self, limits: ConnectionLimits | None = None) -> None:
@@ -80,7 +80,7 @@ class Connections:
         return len(self._open)
 
     def add(self, connection: Connection) -> bool:
-        """Count a new connection; False if there is no place for it."""
+        """Add a new connection; return False if there is no place for it."""
         if len(self._open) >= self.most and not self._evict():
             return False
         self._open.add(connection)
@@ -88,17 +88,17 @@ class Connections:
         return True
 
     def owes(self, connection: Connection) -> None:
-        """Note that the rest of a request is awaited."""
+        """Note that the client has yet to send the rest of a request."""
         self._idle.pop(connection, None)
         self._owing[connection] = None
 
     def rests(self, connection: Connection) -> None:
-        """Note that the next request is awaited."""
+        """Note that the connection is idle."""
         self._owing.pop(connection, None)
         self._idle[connection] = None
 
     def works(self, connection: Connection) -> None:
-        """Note that an answer is awaited."""
+        """Note that the client waits for an answer."""
         self._owing.pop(connection, None)
         self._idle.pop(connection, None)
 
@@ -141,7 +141,7 @@ class _Reads(enum.Enum):
 
 
 class Connection(HttpToolsProtocol):
-    """Uvicorn's connection within `ConnectionLimits`. HTTP/1.0 gets bodies without chunks."""
+    """Uvicorn's connection within `ConnectionLimits`. Responses to HTTP/1.0 clients are not chunked."""
 
     def __init__(self, *args: Any, connections: Connections, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -171,7 +171,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse bytes, but of a head no more than its limit."""
+        """Parse bytes. Refuse a head beyond its size limit."""
         self._has_begun = True
         while data and self._reads is not _Reads.REFUSED and self.parser is not None:
             room = self._limits.head_bytes + 1 - self._n_silent
@@ -221,7 +221,7 @@ class Connection(HttpToolsProtocol):
         self._cycles.append(self.cycle)
 
     def on_chunk_header(self) -> None:
-        """Note that a chunk of a body begins: each takes time, however short it is."""
+        """Count a chunk of the body: each one costs time, however short it is."""
         self._is_heard = True
         self._n_chunks += 1
         limits = self._limits
@@ -277,11 +277,11 @@ class Connection(HttpToolsProtocol):
                 self._connections.owes(self)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse a request that the parser does not take."""
+        """Refuse a request that cannot be parsed."""
         self._refuse(self._why or RefusedError("this is no valid HTTP request: send another"))
 
     def pause_writing(self) -> None:
-        """Note the time from which on the client has bytes to read."""
+        """Note the time since when the client has unread bytes."""
         self._unread = self.loop.time(), self.transport.get_write_buffer_size()
         super().pause_writing()
 
@@ -408,7 +408,7 @@ def _refusal(error: RefusedError) -> bytes:
 
 
 def allow_files() -> None:
-    """Let this process open as many files as the system allows it, which often is more than at its start."""
+    """Raise this process's soft limit of open files to the hard limit, but at most to `_MOST_FILES`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:

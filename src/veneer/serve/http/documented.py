@@ -59,9 +59,10 @@ def documented(
     body: bool = True,
     error: type[BaseModel] = ErrorBody,
 ) -> dict[str, Any]:
-    """Return a route's options for the API description: its answer, its errors, and whether it ``streams`` too.
+    """Return a route's options for the API description.
 
-    The answer of a route of ``text`` is plain text. A route without a ``body`` has no errors of one.
+    ``answer``: model of the response. ``streams``: it may also be a stream of events. ``text``: it is plain text.
+    ``body``: the request has a body, and so errors about it. ``error``: model of the errors.
     """
     found: dict[int | str, dict[str, Any]] = {
         status: {"model": error, "description": told}
@@ -83,12 +84,12 @@ def documented(
 
 
 def empty(status: int) -> dict[str, Any]:
-    """Return the options of a route whose answer has no body, and that has one status of errors."""
+    """Return the options of a route whose answer has no body. ``status`` is its only error."""
     return {"responses": {status: {"model": ErrorBody, "description": _ERRORS[status]}}, "response_class": Response}
 
 
 def add_description(app: FastAPI) -> None:
-    """Add the route ``/openapi.json``. The description is written once, as that takes milliseconds."""
+    """Add the route ``/openapi.json``. The description is generated once, on the first request."""
 
     @cache
     def told() -> bytes:

@@ -27,8 +27,9 @@ from veneer.serve.schedule.pooling_params import Pooling, PoolingParams
 class EmbeddingsBody(Named):
     """Body of ``/v1/embeddings``: OpenAI's fields, and ``pooling`` and ``normalize``.
 
-    An embedding is the ``last`` token's hidden state or the ``mean`` of all, of the length 1 unless ``normalize`` is
-    false. Requests share keys and values only if they have the same ``cache_salt``. ``user`` is ignored.
+    ``pooling``: ``last`` takes the last token's hidden state, ``mean`` the mean over all tokens. Embeddings have
+    Euclidean norm 1 unless ``normalize`` is false. Requests share cached prefixes only if they have the same
+    ``cache_salt``. ``user`` is ignored.
     """
 
     input: str | Several[str] | Several[int] | Several[Several[int]]

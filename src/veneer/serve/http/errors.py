@@ -41,7 +41,7 @@ _LONGEST_NAME = 100  # characters of a field's name in a message
 
 
 class RefusedError(ConfigError):
-    """Refusal of a request, with a status, because of its field ``param``."""
+    """Refusal of a request, with an HTTP status; ``param`` is the field at fault."""
 
     status: ClassVar[int] = 400
 
@@ -51,7 +51,7 @@ class RefusedError(ConfigError):
 
 
 class ModelNotFoundError(RefusedError):
-    """Request for an unknown model."""
+    """Request that names an unknown model."""
 
     status = 404
 
@@ -72,7 +72,7 @@ class ForbiddenError(RefusedError):
 
 
 class ConflictError(RefusedError):
-    """Request for a change while another one is made."""
+    """Request for a change while another change is in progress."""
 
     status = 409
 
@@ -104,7 +104,7 @@ class RetryLaterError(RefusedError):
 
 
 class TooManyRequestsError(RetryLaterError):
-    """Request beyond the server's limit in flight."""
+    """Request beyond a limit of what may be in flight."""
 
     status = 429
 
@@ -143,7 +143,7 @@ def _sendable(text: str) -> str:
 
 
 def status_of(error: VeneerError) -> int:
-    """Return the HTTP status of an error: that of a refusal, 500 for a fault of the server, else 400."""
+    """Return the HTTP status of an error: a refusal's own, 500 for a fault of the server, else 400."""
     if isinstance(error, RefusedError):
         return error.status
     if isinstance(error, QueueFullError):
@@ -157,7 +157,7 @@ def error_response(error: VeneerError, headers: Mapping[str, str] | None = None)
 
 
 def retry_header(error: VeneerError) -> dict[str, str]:
-    """Return the header that says when to ask again; none if the error does not say it."""
+    """Return the header that says when to retry; empty unless the error says it."""
     if not isinstance(error, RetryLaterError | QueueFullError):
         return {}
     return {"Retry-After": str(math.ceil(error.retry_seconds))}
@@ -204,7 +204,7 @@ def _routes(app: FastAPI) -> list[tuple[str, str]]:
 
 
 async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
-    """Return the response to a body that does not fit the route: all errors, and the first field."""
+    """Return the response to an invalid body: it lists all errors, and ``param`` is the first field at fault."""
     problems, body = (error.errors(), error.body) if isinstance(error, RequestValidationError) else ([], None)
     unread = any(not _place(problem) and problem["type"] != _NO_JSON for problem in problems)
     told = _by_field(problems, body)

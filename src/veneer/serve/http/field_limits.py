@@ -1,4 +1,4 @@
-"""Limits of the fields of bodies, by name: entries, values and characters. Other fields have the lowest limit."""
+"""Limits of body fields by name: entries, values and characters. Fields not listed have the lowest limit."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MOST_LISTS = 1 << 14
 class FieldLimit:
     """Limit of one field.
 
-    ``entries``: of a list or an object itself. ``values``: of all lists and objects in it, together. ``characters``: of
-    all texts in it, names too; None if only the limits of the body and of the model's context apply. ``levels``: the
-    depth of lists and objects. Each level has at most `MOST_LISTS`.
+    ``entries``: number of entries of the list or object itself. ``values``: number of values in it, nested ones too.
+    ``characters``: length of all strings in it, keys too; None if only the limits of the body and of the model's
+    context apply. ``levels``: depth of nesting. Each level has at most `MOST_LISTS` lists and objects.
     """
 
     entries: int = 1024

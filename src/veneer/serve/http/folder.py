@@ -1,4 +1,4 @@
-"""Adapters in a folder, by the names of their own folders: a table that a watcher updates."""
+"""Adapters in a folder, each named after its subfolder: a table that a watcher updates."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class AdapterFolder:
     """Table of the adapters in a folder, except those named in ``taken``. Any thread may call it.
 
     Each request for an adapter checks its two files, so that additions and removals count at once. A watcher finds all
-    other changes. ``on_gone`` is called with the names of removed adapters, on the thread that noticed it. Without
-    `start`, the table is as recent as its creation, the last request or the last look.
+    other changes. ``on_gone`` is called with the names of removed adapters, on the thread that notices the removal.
+    Without `start`, no watcher runs: only requests and `look` update the table.
     """
 
     def __init__(self, folder: Path, taken: Collection[str], on_gone: Callable[[AbstractSet[str]], None]) -> None:
@@ -43,7 +43,7 @@ class AdapterFolder:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the adapters that are served, sorted; the same object until one comes or goes."""
+        """Names of the adapters that are served, sorted; the same object until an adapter is added or removed."""
         with self._lock:
             if self._sorted is None:
                 self._sorted = tuple(sorted(self._there - self._withdrawn))
@@ -51,9 +51,7 @@ class AdapterFolder:
 
     @property
     def incomplete(self) -> dict[str, str]:
-        """Folders that have a file of an adapter but are not adapters, by name, with the reason; as of the
-        latest look.
-        """
+        """Folders that have a file of an adapter but are no adapters, at the latest `look`: name to reason."""
         with self._lock:
             return {name: reason for name, reason in self._incomplete.items() if name not in self._there}
 
@@ -73,7 +71,7 @@ class AdapterFolder:
         return name not in self._withdrawn
 
     def withdraw(self, name: str) -> None:
-        """Stop serving an adapter, until `restore`, or until its folder is removed and comes back."""
+        """Stop serving an adapter until `restore` is called, or until its folder is removed and added again."""
         with self._lock:
             self._withdrawn.add(name)
             self._sorted = None
@@ -115,7 +113,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def why_incomplete(folder: Path) -> str | None:
-    """Return the reason why a folder is not an adapter now; None if it is one, or has no file of one."""
+    """Return the reason why a folder is no adapter; None if it is one, or has no file of an adapter."""
     held = [name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE) if os.path.isfile(folder / name)]
     if not held or {CONFIG_FILE, WEIGHTS_FILE} <= set(held):
         return None
@@ -127,7 +125,7 @@ def why_incomplete(folder: Path) -> str | None:
 
 
 def is_entry(name: str) -> bool:
-    """Return True for a name that an entry of the folder can have: it leads nowhere else, and UTF-8 can encode it."""
+    """Return True if a name can be an entry of the folder: it has no path separators, and UTF-8 can encode it."""
     return name not in ("", ".", "..") and not {"/", "\0"} & set(name) and not re.search("[\ud800-\udfff]", name)
 
 

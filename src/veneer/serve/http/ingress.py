@@ -42,7 +42,7 @@ _LONGEST = 256  # characters of a name by which a replica is chosen: routers rem
 
 
 class ReplicaLostError(RetryLaterError):
-    """Error for a request in flight on a replica that ended, or that no replica accepts."""
+    """Error for a request whose replica ended while it was in flight, or that no replica accepts."""
 
     status = 503
 
@@ -63,11 +63,11 @@ class Replicas(Protocol):
 def make_ingress(
     replicas: Replicas, base: Collection[str], limits: ServerLimits | None = None, keys: Keys | None = None
 ) -> FastAPI:
-    """Return the application in front of replicas of `make_app`'s. ``base``: the names of the base.
+    """Return the application in front of replicas, each a `make_app`. ``base``: the names of the base.
 
-    Keys have the same effect as on a replica. ``/health`` is this process's, and ``/metrics`` has the metrics of all
-    replicas. A route that would change the adapters of a single replica is refused. A replica answers all other routes.
-    Without keys, all clients are allowed.
+    Keys have the same effect as on a replica; without keys, all clients are allowed. ``/health`` is about this process
+    alone. ``/metrics`` has the metrics of all replicas. Routes that change the adapters of one replica are refused. A
+    replica answers all other routes.
     """
 
     @asynccontextmanager

@@ -14,10 +14,10 @@ SCOPES = (INFER, ADMIN)
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """Key of a client. ``adapters`` are patterns of the names that it may see, as in a shell (``sql-*``).
+    """Key of a client. ``adapters`` are shell patterns (``sql-*``) of the adapters that the client may see.
 
-    ``weight`` is the client's share among clients that wait. ``max_requests`` and ``max_tokens`` limit the choices in
-    flight and their tokens; None is no limit. ``name`` is None if the server has no keys.
+    ``weight`` is the client's weight in fair sharing. ``max_requests`` limits its choices in flight, ``max_tokens``
+    their tokens; None is no limit. ``name`` is None if the server has no keys.
     """
 
     name: str | None = None

@@ -1,4 +1,4 @@
-"""File of keys: digests with the rights of each, read again when it changes."""
+"""File of keys: the digest and the rights of each key. It is read again when it changes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class KeyEntry(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1)
 
     def key(self) -> Key:
-        """Return the key that it describes."""
+        """Return the key of the entry."""
         return Key(
             name=self.name, scopes=frozenset(self.scopes), adapters=tuple(self.adapters), weight=self.weight,
             max_requests=self.max_requests, max_tokens=self.max_tokens,
@@ -50,8 +50,8 @@ class KeyEntry(BaseModel):
 class Keys:
     """Keys of a file, which is read again when it changes. Any thread may call it.
 
-    A new file that cannot be read leaves the keys as they are, and the log says why. Raises ConfigError if the file
-    cannot be read now.
+    If a changed file is invalid, the old keys stay and the log says why. The constructor raises ConfigError if the file
+    is invalid.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +69,7 @@ class Keys:
         self._watcher.stop()
 
     def find(self, token: str) -> Key | None:
-        """Return the key that a client has sent; None for an unknown one.
+        """Return the key of a token that a client sent; None if it is unknown.
 
         All digests are compared, each in constant time, so that the time reveals nothing about them.
         """
@@ -94,10 +94,10 @@ class Keys:
 
 
 def read_keys(path: Path) -> Sequence[tuple[bytes, Key]]:
-    """Return the keys of a file with their digests. Raises ConfigError with all its faults, or if it has no key.
+    """Return the keys of a file with their digests. Raises ConfigError with all faults of the file.
 
-    It is a fault if every user may write or replace the file: such a user could give keys to anyone. An empty file is
-    more often one that is being written than a wish to refuse all clients.
+    A file without keys is a fault: more often it is still being written than meant to refuse all clients. So is a file
+    that every user may write or replace, since any user could then add keys.
     """
     entries = read_entries(path)
     _require_guarded(path)
@@ -124,7 +124,7 @@ def _require_guarded(path: Path) -> None:
 
 
 def read_entries(path: Path) -> list[KeyEntry]:
-    """Return the entries of a file, which may be empty. Raises ConfigError with all its faults."""
+    """Return the entries of a file, which may have none. Raises ConfigError with all faults of the file."""
     try:
         entries = entries_of(path, path.read_bytes())
     except OSError as error:
@@ -137,7 +137,7 @@ def read_entries(path: Path) -> list[KeyEntry]:
 
 
 def entries_of(path: Path, content: bytes) -> list[KeyEntry]:
-    """Return the entries in the content of a file. Raises ConfigError with the problems of each."""
+    """Return the entries in the content of a file. Raises ConfigError with the problems of each entry."""
     try:
         given = yaml.safe_load(content)  # JSON is YAML too
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, a date that is none, a thousand brackets

@@ -24,8 +24,8 @@ _FORMS = ("structured_outputs", "response_format", "output_config", "text", "too
 
 
 class Lane:
-    """Threads for one kind of work. Work that takes longer than ``seconds`` is refused, and its thread is stuck until
-    it ends.
+    """Threads for one kind of work. Callers wait at most ``seconds``; a thread whose work takes longer is stuck until
+    the work ends.
     """
 
     def __init__(self, name: str, n_threads: int, seconds: float = _SECONDS) -> None:
@@ -37,7 +37,7 @@ class Lane:
 
     @property
     def n_stuck(self) -> int:
-        """Number of threads whose work has exceeded its time."""
+        """Number of threads whose work has exceeded the time limit."""
         return len(self._stuck)
 
     @property
@@ -48,7 +48,7 @@ class Lane:
     async def run(self, work: Callable[[], Result]) -> Result:
         """Return the result of work on a thread of the lane, with the caller's context.
 
-        Raises its error, RefusedError if it takes too long, and BusyError if it cannot begin in time.
+        Raises the error of the work, RefusedError if it takes too long, and BusyError if it cannot begin in time.
         """
         if self.is_blocked:
             raise self._busy()
@@ -101,10 +101,9 @@ class Lane:
 
 
 class Lanes:
-    """Lanes of a server: one for JSON of large bodies, one for prompts, and one for prompts with a grammar, the
-    slowest.
+    """Lanes of a server: for JSON of large bodies, for prompts, and for prompts with a grammar, which are slowest.
 
-    No other work waits for them.
+    Work of one lane never waits for another lane.
     """
 
     def __init__(self) -> None:

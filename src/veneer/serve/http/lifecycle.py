@@ -27,14 +27,14 @@ class NotReadyError(RetryLaterError):
 
 
 class Readiness(BaseModel):
-    """Answer of a server that takes requests. ``stuck``: threads whose work takes longer than it may, by lane."""
+    """Answer of a server that takes requests. ``stuck``: number of threads beyond their time limit, by lane."""
 
     ready: Literal[True] = True
     stuck: dict[str, int]
 
 
 class Lifecycle:
-    """State of a server. From `drain` on, requests in flight may end, and new ones are refused."""
+    """State of a server. After `drain`, requests in flight may end, and new requests are refused."""
 
     def __init__(self, engine: AsyncEngine, lanes: Lanes | None = None) -> None:
         self._engine, self._lanes = engine, lanes or Lanes()
@@ -43,12 +43,12 @@ class Lifecycle:
 
     @property
     def is_draining(self) -> bool:
-        """True from `drain` on."""
+        """True after `drain`."""
         return self._drained_at < math.inf
 
     @property
     def is_drained(self) -> bool:
-        """True once nothing is in flight after `drain`, or its time is over."""
+        """True if, after `drain`, no request is in flight or the time is over."""
         return self.is_draining and (not self.n_in_flight or monotonic() >= self._drained_at)
 
     def drain(self, seconds: float) -> None:
@@ -75,7 +75,7 @@ class Lifecycle:
 
     @property
     def stuck(self) -> dict[str, int]:
-        """Number of threads of each lane whose work takes longer than it may."""
+        """Number of threads of each lane that are beyond their time limit."""
         return self._lanes.stuck
 
 

@@ -17,7 +17,7 @@ _DRAINED = 16  # times the limit: no more of a body that is refused is read
 class BodyLimit:
     """Middleware that refuses bodies of more than ``most`` bytes, and buffers no more than that.
 
-    It refuses bodies of more than `_MOST_BRACKETS` opening brackets too, wherever they stand.
+    It also refuses bodies with more than `_MOST_BRACKETS` opening brackets, in strings too.
     """
 
     def __init__(self, app: ASGIApp, most: int) -> None:

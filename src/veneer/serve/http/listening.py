@@ -22,7 +22,7 @@ def require_free(host: str, port: int) -> None:
 
 
 def require_certificate(certificate: Path | None, key: Path | None) -> None:
-    """Raise ConfigError for a certificate and its private key that cannot be used; None and None are fine."""
+    """Raise ConfigError if a certificate and its private key cannot be used; both may be None."""
     if certificate is None:
         return
 

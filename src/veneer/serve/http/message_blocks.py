@@ -20,7 +20,7 @@ _READ = {"user": ("text", "tool_result"), "assistant": ("text", "tool_use"), "sy
 
 
 class TextBlock(Strict):
-    """Text of the system. ``cache_control`` and ``citations`` mean nothing."""
+    """Text block of the system prompt. ``cache_control`` and ``citations`` are ignored."""
 
     type: Literal["text"]
     text: str
@@ -31,10 +31,10 @@ class TextBlock(Strict):
 def messages_of(
     system: str | Sequence[TextBlock] | None, messages: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return the conversation of a body. Raises RefusedError, which names the message or block.
+    """Return the conversation of a body. Raises RefusedError, which names the invalid message or block.
 
-    Neighbouring messages of one role are one turn. The results of a user's message stand in front of its text, each as
-    a message of the tool.
+    Consecutive messages of one role become one turn. Tool results in a user's message become messages of the role
+    "tool" before its text.
     """
     told = system if system is None or isinstance(system, str) else "\n".join(block.text for block in system)
     found: list[dict[str, Any]] = [] if told is None else [{"role": "system", "content": [told]}]

@@ -17,7 +17,7 @@ _SAME = tuple(name for name in Drawn.model_fields if name != "stop")
 
 
 class MessageTool(Strict):
-    """Function that the model may call, and its client runs. ``cache_control`` means nothing."""
+    """Function that the model may call and the client runs. ``cache_control`` is ignored."""
 
     name: str
     description: str | None = None
@@ -35,7 +35,7 @@ class MessageTool(Strict):
 
 
 class ChosenMode(Strict):
-    """Choice of whether functions are called: "any" means that at least one is."""
+    """Choice whether functions are called; "any" requires at least one call."""
 
     type: Literal["auto", "any", "none"]
     disable_parallel_tool_use: bool = False
@@ -68,13 +68,13 @@ MessageChoice = Annotated[
 
 
 class OutputConfig(Strict):
-    """Form of the answer: ``format`` is of the type json_schema, with its ``schema``. ``effort`` is ignored."""
+    """Form of the answer. ``format`` must have the type json_schema, and a ``schema``. ``effort`` is ignored."""
 
     format: dict[str, Any] | None = None
     effort: str | None = None
 
     def chat(self) -> dict[str, Any] | None:
-        """Return the form as a chat completion has it. Raises RefusedError for another one."""
+        """Return the form as a chat completion has it. Raises RefusedError for other formats."""
         given = self.format
         if given is None:
             return None
@@ -89,7 +89,7 @@ class OutputConfig(Strict):
 class CountTokensBody(Named):
     """Body of ``/v1/messages/count_tokens``, whose fields ``/v1/messages`` has too.
 
-    ``cache_control`` is accepted and ignored: equal beginnings are always cached.
+    ``cache_control`` is accepted and ignored: shared prefixes are always cached.
     """
 
     messages: Several[dict[str, Any]]

@@ -1,4 +1,4 @@
-"""``/metrics``: the engine's numbers as Prometheus reads them. They are looked at only when somebody asks."""
+"""``/metrics``: the engine's metrics for Prometheus, collected at each request."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 
 def add_metrics(app: FastAPI, engine: Engine, model: str, prefix: str, lanes: Lanes) -> None:
-    """Add ``/metrics``, whose names begin with ``prefix`` and a colon; ``model`` is the label ``model_name``.
+    """Add ``/metrics``. Metric names begin with ``prefix`` and a colon; ``model`` is the label ``model_name``.
 
     The engine must keep statistics.
     """
@@ -87,14 +87,14 @@ def add_metrics(app: FastAPI, engine: Engine, model: str, prefix: str, lanes: La
 
 
 class EngineCollector(Collector):
-    """Collector that keeps nothing: each call asks the engine. ``id`` is the label ``engine``."""
+    """Collector of the engine's metrics, read at each call. ``id`` is the label ``engine``."""
 
     def __init__(self, engine: Engine, model: str, prefix: str, id: str = "0") -> None:
         self._engine, self._prefix = engine, prefix
         self._labels = {"model_name": model, "engine": id}
 
     def collect(self) -> Iterable[Family]:
-        """Return the metrics, those of one name together."""
+        """Return the metrics, grouped by name."""
         families: dict[str, Family] = {}
         for metric in self._engine.metrics():
             name = metric.name.removeprefix(_VLLM)
@@ -106,9 +106,9 @@ class EngineCollector(Collector):
 
 
 def text_of(metrics: Sequence[Iterable[Family]], key: Key) -> bytes:
-    """Return metrics in the text format of Prometheus, those of one name together, without adapters hidden from a key.
+    """Return metrics in the text format of Prometheus, grouped by name, without the adapters hidden from a key.
 
-    Adapters without series of their own are counted together, hidden ones too.
+    Adapters without series of their own share one series, which counts hidden adapters too.
     """
     families: dict[str, Family] = {}
     for family in (family for each in metrics for family in each):

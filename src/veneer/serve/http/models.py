@@ -1,4 +1,4 @@
-"""Served models: the base, each folder that the adapters' folder contains now, and adapters loaded over HTTP."""
+"""Served models: the base, the adapters in a folder, and adapters loaded over HTTP."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MIX = "mix/"
 
 @dataclass(frozen=True)
 class Loaded:
-    """Adapter that was loaded over HTTP: its folder, or the weights of a mix by names; ``hub`` is its id there."""
+    """Adapter that was loaded over HTTP: its folder, or a mix's weights by name. ``hub``: its id on the hub."""
 
     folder: Path | None = None
     weights: Mapping[str, float] | None = None
@@ -38,18 +38,18 @@ class Loaded:
 
     @property
     def source(self) -> str:
-        """Kind of the place that it comes from."""
+        """Kind of source."""
         return "path" if self.hub is None and self.weights is None else "hub" if self.weights is None else "mix"
 
 
 class Catalogue:
-    """Base under ``names``, the adapters in a folder, by the names of their folders, and those that were loaded.
+    """Base under ``names``, the adapters in a folder, and adapters loaded over HTTP.
 
-    The names are a table (`AdapterFolder`); only the files of the requested adapter are read, so that a request costs
-    the same however many there are. The key of the current request (`CALLER`; ``otherwise`` if there is none) sees its
-    adapters alone: others are unknown to it. Any thread may call it.
+    Adapters in the folder are named after their subfolders (`AdapterFolder`). A request reads the files of its adapter
+    alone, so its cost does not depend on their number. The key of the current request (`CALLER`; ``otherwise`` if there
+    is none) sees only the adapters that it allows. Any thread may call it.
 
-    A mix that a body describes has no folder: the last 64 are kept by name, so that they may stay loaded.
+    A mix in a body has no folder. The last 64 mixes are kept by name, so that they may stay loaded.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class Catalogue:
             self._folder.stop()
 
     def adapters(self) -> dict[str, Path]:
-        """Read all adapters in the folder, and return their folders by name. Forget adapters that are gone."""
+        """Read the folder again, and return all its adapters: name to folder. Forget removed adapters."""
         if self._folder is None:
             return {}
         self._folder.look()
         return {name: self._folder.folder / name for name in self._folder.names}
 
     def incomplete(self) -> dict[str, str]:
-        """Return the folders that the caller sees which lack a file of an adapter, by name, with the reason."""
+        """Return the visible folders that lack a file of an adapter: name to reason."""
         there = {} if self._folder is None else self._folder.incomplete
         return {name: reason for name, reason in there.items() if self.sees(name)}
 
@@ -125,16 +125,16 @@ class Catalogue:
         return CALLER.get(self._otherwise)
 
     def has(self, name: str) -> bool:
-        """Return True if a name is that of the base, or of an adapter that the caller sees."""
+        """Return True if a name belongs to the base, or to an adapter that the caller sees."""
         return name in self._names or self._found(name) is not None
 
     def sees(self, name: str) -> bool:
-        """Return True if the caller may see an adapter, and all parts of a mix, since the mix's card names them."""
+        """Return True if the caller may see an adapter; for a mix, also all of its parts, which its card names."""
         loaded = self._loaded.get(name)
         return all(map(self.caller.sees, (name, *((loaded and loaded.weights) or ()))))
 
     def names(self) -> tuple[str, ...]:
-        """Return the names of the adapters that the caller sees, sorted; the same object until one comes or goes."""
+        """Return the sorted names of the adapters that the caller sees; one object until one is added or removed."""
         there, key = self._there(), self.caller
         if key.sees_all:
             return there
@@ -158,7 +158,7 @@ class Catalogue:
         return known[2]
 
     def load(self, name: str, loaded: Loaded) -> None:
-        """Serve an adapter under a name, in place of the one that was loaded under it before."""
+        """Serve an adapter under a name. It replaces an adapter loaded under that name before."""
         own = self.owns(name, loaded)
         with self._lock:
             self._asked.pop(name, None)
@@ -171,7 +171,7 @@ class Catalogue:
         self._found(name)
 
     def unload(self, name: str) -> None:
-        """Serve an adapter no more. One of the folder comes back if it is loaded, or copied there again.
+        """Stop serving an adapter. One of the folder is served again if it is loaded, or removed and copied again.
 
         Raises ModelNotFoundError.
         """
@@ -188,24 +188,24 @@ class Catalogue:
         self._drop(name)
 
     def hides(self, folder: Path) -> bool:
-        """Return True for the folder of an adapter that the caller does not see, and for one within it."""
+        """Return True for the folder of an adapter that the caller does not see, and for folders in it."""
         root = None if self._folder is None else self._folder.folder.resolve()
         if root is None or root not in folder.parents:
             return False
         return not self.caller.sees(folder.relative_to(root).parts[0])
 
     def owns(self, name: str, loaded: Loaded) -> bool:
-        """Return True for the folder of this name among the adapters' folders."""
+        """Return True if the loaded folder is the subfolder of that name in the adapters' folder."""
         if self._folder is None or not is_entry(name):
             return False
         return (self._folder.folder / name).resolve() == loaded.folder
 
     def in_folder(self, name: str) -> bool:
-        """Return True if a name is that of an adapter of the folder, which is served."""
+        """Return True if a served adapter of the folder has that name."""
         return name not in self._loaded and self._folder is not None and self._folder.has(name)
 
     def request(self, name: str, loaded: Loaded) -> LoRARequest:
-        """Return the request for an adapter that was loaded under a name, or is to be. Raises ModelNotFoundError."""
+        """Return the request for an adapter that is, or will be, loaded under a name. Raises ModelNotFoundError."""
         if loaded.weights is not None:
             return LoRARequest.mix(name, next(self._count), self._parts(loaded.weights))
         return LoRARequest(name, next(self._count), str(loaded.folder))

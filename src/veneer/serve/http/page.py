@@ -12,7 +12,7 @@ from fastapi.responses import Response
 
 
 def add_page(app: FastAPI) -> None:
-    """Add the route ``/``. The page itself holds nothing of this server: it asks the routes, with a key if need be."""
+    """Add the route ``/``. The page holds no data of this server: it calls the routes, with a key if one is needed."""
     page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     headers = headers_of(page)
 
@@ -24,7 +24,7 @@ def add_page(app: FastAPI) -> None:
 
 
 def headers_of(page: str) -> dict[str, str]:
-    """Return the headers of a page, which allow its own script and style and requests to its own server alone."""
+    """Return a page's headers: they allow only its own script and style, and requests to its own server."""
     policy = {
         "default-src": "'none'", "script-src": _digests(page, "script"), "style-src": _digests(page, "style"),
         "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'",
