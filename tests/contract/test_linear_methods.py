@@ -159,7 +159,7 @@ def test_forward_equals_folded(config, place, has_bias):
     site, x = make_site(place, has_bias), inputs(2, TOKENS, IN)
     record = config.lower(site, trained(config, site))
     if not config.changes_weights:
-        with pytest.raises(CompositionError, match="no weight does the same"):
+        with pytest.raises(CompositionError, match="no fixed weight has its effect"):
             fold_linear(record, weight_of(site).dense(), site.bias)
         return
     weight, bias = fold_linear(record, weight_of(site).dense(), site.bias)
@@ -283,7 +283,7 @@ def test_an_embedding_is_the_linear_layer_on_one_hot_rows(config):
     looked_up = weight_of(site).dense().T[token_ids]
     one_hot = torch.nn.functional.one_hot(token_ids, IN).double()
     if not config.changes_weights:
-        with pytest.raises(CompositionError, match="no weight does the same"):
+        with pytest.raises(CompositionError, match="no fixed weight has its effect"):
             apply_embedding(record, token_ids, looked_up)
         return
     if isinstance(record.input, Rotation):

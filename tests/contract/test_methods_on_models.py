@@ -121,7 +121,7 @@ def test_declared_shapes_are_the_real_bytes(base, saved):
 @every_base
 def test_merged_equals_adapted(base, config, saved):
     if not config.changes_weights:
-        with pytest.raises(CompositionError, match="no weight does the same"):
+        with pytest.raises(CompositionError, match="no fixed weight has its effect"):
             trained(base, config).merge_and_unload()
         return
     merged = trained(base, config).merge_and_unload()

@@ -90,13 +90,13 @@ def require_everywhere(adapter: object, config: MethodConfig) -> None:
     """Raise CompositionError if an adapter acts on a part of each sequence, or in a way that depends on its tokens."""
     if config.input_dependent:
         raise CompositionError(
-            f"the adapter {str(adapter)!r} ({config.peft_type}) weighs its factors by the tokens that it sees, and no "
-            "weight does the same: keep it beside the model"
+            f"the update of adapter {str(adapter)!r} ({config.peft_type}) depends on the input tokens, so no fixed "
+            "weight has its effect: keep the adapter unmerged"
         )
     if config.invocation_tokens:
         raise CompositionError(
-            f"the adapter {str(adapter)!r} acts from its invocation tokens on, and a weight acts on all tokens: keep "
-            "it beside the model"
+            f"the adapter {str(adapter)!r} acts from its invocation tokens on, but a merged weight acts on all tokens: "
+            "keep the adapter unmerged"
         )
 
 

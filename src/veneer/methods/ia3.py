@@ -134,7 +134,9 @@ def _parameters(site: LinearSite, record: LinearDelta) -> dict[str, Tensor]:
     if record.input_scale is not None:  # a channel has one scale for all places of the window
         return {"ia3_l": record.input_scale[None, :: math.prod(site.window)]}
     if record.output_scale is None:
-        raise CompositionError(f"the record at {site.name} scales nothing, which IA3 cannot be")
+        raise CompositionError(
+            f"the record at {site.name} scales neither inputs nor outputs: an update of IA3 must scale one of them"
+        )
     return {"ia3_l": record.output_scale[:, None]}
 
 

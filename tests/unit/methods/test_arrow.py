@@ -136,9 +136,9 @@ def test_what_it_refuses(folders, tmp_path):
     with pytest.raises(CompositionError, match=r"a low-rank pair and a bias, .*low-rank pairs alone"):
         create_arrow_model(base(), [folders[0], tmp_path / "bias"], config)
     model = create_arrow_model(base(), folders, config)
-    with pytest.raises(CompositionError, match="no weight does the same"):
+    with pytest.raises(CompositionError, match="no fixed weight has its effect"):
         model.merge_adapter()
-    with pytest.raises(CompositionError, match="no weight does the same"):
+    with pytest.raises(CompositionError, match="no fixed weight has its effect"):
         convert_to_lora(model, 3, "arrow_router")
     with pytest.raises(ConfigError, match=r"top_k=0 must .*router_temperature=0 must be above 0"):
         ArrowConfig(top_k=0, router_temperature=0)

@@ -169,7 +169,7 @@ def test_layers_share_factors_by_their_kind():
 
 def test_what_it_refuses(tmp_path: Path):
     model = adapted()
-    no_weight = "no weight does the same: keep it beside the model"
+    no_weight = "no fixed weight has its effect: keep the adapter unmerged"
     with pytest.raises(CompositionError, match=no_weight):
         model.merge_adapter()
     with pytest.raises(CompositionError, match=no_weight):

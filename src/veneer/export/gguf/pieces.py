@@ -30,8 +30,8 @@ def piece_ranks(source: SourceTokenizer, tokens: list[str]) -> dict[str, int]:
     problems = list(_problems(source.content, tokens)) or list(_merge_problems(source, ranks, set(merges)))
     if problems:
         raise FormatError(
-            f"the tokenizer in {source.folder} would cut texts otherwise in the runtime, which knows SentencePiece's "
-            f"way alone: {'; '.join(problems)}. Serve the model with `veneer serve`"
+            f"the GGUF runtime would split texts differently from the tokenizer in {source.folder}, because it "
+            f"supports SentencePiece's rules alone: {'; '.join(problems)}. Serve the model with `veneer serve`"
         )
     return ranks
 
@@ -44,11 +44,11 @@ def _problems(content: Mapping[str, Any], tokens: list[str]) -> Iterator[str]:
         if not _cuts_nothing(step, tokens):
             yield f"the pre-tokenizer {_told(step)}"
     if content["model"].get("ignore_merges"):
-        yield "ignore_merges, which takes a text that is a piece whole"
+        yield "ignore_merges, by which a text that is a piece is not split"
     if missing := sorted(BYTES - set(tokens)):
-        yield f"no pieces for {len(missing)} of the 256 bytes ({missing[0]} first), without which it aborts"
+        yield f"no pieces for {len(missing)} of the 256 bytes ({missing[0]} first): the runtime needs all of them"
     elif not content["model"].get("byte_fallback"):
-        yield "byte_fallback off: what is no piece would become bytes, not the unknown token"
+        yield "byte_fallback off: the runtime would split unknown text into bytes instead of the unknown token"
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
@@ -105,9 +105,9 @@ def _merge_problems(source: SourceTokenizer, ranks: Mapping[str, int], merges: s
         if any(a in vocabulary and b in vocabulary and (a, b) not in merges for a, b in splits):
             ours = [token.value for token in cut(piece)]
             if ours != (theirs := _merged(piece, vocabulary, ranks)):
-                wrong.append(f"{piece!r} is {ours} to it and {theirs} to the runtime")
+                wrong.append(f"the tokenizer splits {piece!r} into {ours}, the runtime into {theirs}")
     if wrong:
-        yield f"merges that are missing, by which {len(wrong)} pieces become others ({wrong[0]})"
+        yield f"missing merges: {len(wrong)} pieces are split differently ({wrong[0]})"
 
 
 def _merged(text: str, vocabulary: Mapping[str, int], ranks: Mapping[str, int]) -> list[str]:

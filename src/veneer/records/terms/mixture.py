@@ -35,8 +35,8 @@ class Mixture(Change, ABC):
 
     def dense(self, dtype: torch.dtype | None = None) -> NoReturn:
         raise CompositionError(
-            "the adapter weighs its factors by the tokens that it sees, and no weight does the same: keep it beside "
-            "the model"
+            "the adapter's update depends on the input tokens, so no fixed weight has its effect: keep the adapter "
+            "unmerged"
         )
 
     def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> NoReturn:

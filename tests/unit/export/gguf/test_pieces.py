@@ -75,11 +75,12 @@ def test_the_forms_of_sentencepiece_are_written(tmp_path: Path, normalizer: Any,
         ({"byte_fallback": False}, "byte_fallback off"),
         ({"ignore_merges": True}, "ignore_merges"),
         ({"merges": [("b", "c"), ("a", "b"), ("ab", "c")]},
-         r"1 pieces become others \('abc' is \['a', 'bc'\] to it and \['abc'\] to the runtime\)"),
+         r"1 pieces are split differently "
+         r"\(the tokenizer splits 'abc' into \['a', 'bc'\], the runtime into \['abc'\]\)"),
     ],
 )  # fmt: skip
 def test_what_the_runtime_does_otherwise_is_refused(tmp_path: Path, changes: dict[str, Any], seen: str) -> None:
-    with pytest.raises(FormatError, match=f"would cut texts otherwise.*{seen}"):
+    with pytest.raises(FormatError, match=f"would split texts differently.*{seen}"):
         written(tmp_path, **changes)
     assert not (tmp_path / "x.gguf").exists()
 

@@ -178,7 +178,7 @@ def test_what_it_refuses(tmp_path: Path):
         model.config._attn_implementation = attention
         with pytest.raises(ConfigError, match="switch packing, eval_packing and padding_free off"):
             packing_layout(model)
-    with pytest.raises(CompositionError, match="acts from its invocation tokens on, and a weight acts on all"):
+    with pytest.raises(CompositionError, match="acts from its invocation tokens on, but a merged weight acts on all"):
         model.merge_and_unload()
     with pytest.raises(CompositionError, match="acts from its invocation tokens on"):
         veneer.convert_to_lora(model)
