@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from veneer.errors import ConfigError, TrainingError, VeneerError
-from veneer.learn.limited import begun, hangs, left
+from veneer.learn.limited import EndedError, awaited, begun, hangs, left
 
 Opinion = float | None
 _WINDOW = 10  # calls over which failures are counted
@@ -150,13 +150,18 @@ class _Judge:
             raise RewardError(f"{self._told} raised {_raised(error)}") from error
 
     async def _awaited(self, row: Mapping[str, Any]) -> Any:
+        """Return what an asynchronous function returns. Raises as `_called` does."""
+        ends = asyncio.timeout(self.limits.seconds)
         try:
-            return await asyncio.wait_for(self.function(**row), self.limits.seconds)
+            async with ends:
+                return await awaited(self.function, row)
         except VeneerError:
             raise
-        except TimeoutError as error:
-            raise RewardError(hangs(self._told, self.limits.seconds or 0, "reward_timeout")) from error
+        except EndedError as error:
+            raise RewardError(f"{self._told} raised {type(error.__cause__).__name__}, which ends a program") from error
         except Exception as error:  # whatever the user's own code raises
+            if ends.expired():
+                raise RewardError(hangs(self._told, self.limits.seconds or 0, "reward_timeout")) from error
             raise RewardError(f"{self._told} raised {_raised(error)}") from error
 
     def _checked(self, found: Any, places: Sequence[int]) -> list[Opinion | RewardError]:

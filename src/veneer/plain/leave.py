@@ -34,8 +34,9 @@ def _leave(code: int) -> None:
         return
     atexit._run_exitfuncs()
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # closed before the process began
+                stream.flush()
     except (OSError, ValueError):  # full, or closed
         return
     os._exit(code)

@@ -91,6 +91,26 @@ def test_a_reward_that_fails_on_some_answers_has_no_opinion_on_them():
         asked(lambda completions, **row: [1.0], RewardLimits())
 
 
+@pytest.mark.parametrize("limits", [RewardLimits(PATIENCE), RewardLimits(None)])
+def test_an_asynchronous_reward_that_ends_its_loop_or_times_out_itself_is_told(limits):
+    async def refused(completions, **row):
+        raise TimeoutError("the judge does not answer")
+
+    async def leaves(completions, **row):
+        raise SystemExit(3)
+
+    loop = asyncio.new_event_loop()  # on a thread of its own, as TRL's is: one that ends is waited for without end
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    for function, told in ((leaves, "raised SystemExit"), (refused, "raised TimeoutError: the judge does not answer")):
+        found = checked_reward(function, limits, alone=True)(completions=["0"])
+        with pytest.raises(RewardError, match=rf"the reward function {function.__name__} {told}"):
+            asyncio.run_coroutine_threadsafe(found, loop).result(PATIENCE)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
 def test_too_many_failures_end_the_run():
     def worse(completions, **row):
         return [math.nan if i < row["n"] else 1.0 for i in range(len(completions))]

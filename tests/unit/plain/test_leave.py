@@ -56,6 +56,14 @@ def test_a_message_and_an_error_keep_their_end() -> None:
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "RuntimeError: a defect")
 
 
+def test_a_stream_that_was_closed_before_the_command_is_no_error() -> None:
+    command = "from veneer.plain.leave import left_at_once\nwith left_at_once():\n    raise SystemExit(CODE)"
+    for closed, code in ((">&-", 0), ("2>&-", 5), (">&- 2>&-", 7)):
+        given = ["/bin/sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, command.replace("CODE", str(code))]
+        done = subprocess.run(given, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the platform has no /dev/full")
 def test_output_that_cannot_be_written_shows_in_the_code() -> None:
     with open("/dev/full", "w") as full:
