@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from veneer.learn.rollouts import seed_of
 from veneer.recipe.rewards import reward_function
 
 _OWN = frozenset({"prompt", "completion", "messages"})
+_OF_ANSWERS = frozenset({"ids", "logprobs", "kept", "finish", "functions", "rewards", "reward"})  # of `draw_rows`
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,8 @@ class RowRewards:
         """
         n = len(completions)
         columns = {key: [value] * n for key, value in row.items() if key not in _OWN}
-        given = {"prompts": [prompt] * n, "completions": list(completions), "completion_ids": list(ids), **columns}
-        by_function = [function(**given) for function in self.functions]
+        own = {"prompts": [prompt] * n, "completions": list(completions), "completion_ids": list(ids)}
+        by_function = [_returned(function(**{**columns, **own})) for function in self.functions]
         found = []
         for values in zip(*by_function, strict=True):
             told = [weight * value for weight, value in zip(self.weights, values, strict=True) if value is not None]
@@ -67,6 +70,7 @@ def draw_rows(
 ) -> list[list[Line]]:
     """Return ``n`` answers to each row: the row's columns, ``prompt``, ``completion``, and a journal's keys.
 
+    Columns with names of those keys are left out, as in rows that were drawn before: they are facts of other answers.
     Answers depend on the model, the prompt, ``seed`` and the row's number alone. Raises ConfigError for a prompt that
     leaves no room, and RewardError.
     """
@@ -79,7 +83,7 @@ def draw_rows(
         texts = [answerer.tokenizer.decode(own, skip_special_tokens=True) for own in ids]
         completions = [[{"role": "assistant", "content": text}] if isinstance(prompt, list) else text for text in texts]
         rewarded = rewards.lines(each.row, prompt, completions, ids)
-        columns = {key: value for key, value in each.row.items() if key not in _OWN}
+        columns = {key: value for key, value in each.row.items() if key not in _OWN | _OF_ANSWERS}
         groups.append(
             [
                 {**columns, "prompt": prompt, "completion": completion, **_numbers(output), **own}
@@ -103,6 +107,11 @@ def kept_rows(groups: Sequence[Sequence[Line]], *, best: bool, above: float | No
         elif not best:
             found += told if above is not None else lines
     return found
+
+
+def _returned(found: Any) -> Any:
+    """Return what a reward function returns; an asynchronous one is run to its end."""
+    return asyncio.run(found) if inspect.iscoroutine(found) else found
 
 
 def _prompt_of(row: Mapping[str, Any], reader: PromptRows) -> Any:

@@ -92,6 +92,20 @@ def test_conversations_are_answered_by_messages(drawn: Any, tmp_path: Path) -> N
     assert drawn("-p", "Q: {question}", n=1)[0]["prompt"] == "Q: why"
 
 
+def test_rows_that_were_drawn_before_keep_no_facts_of_their_old_answers(drawn: Any, tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text(
+        "async def later(completions, mark, reward, **row):\n"
+        "    return [len(text) / 100 + m + own for text, m, own in zip(completions, mark, reward, strict=True)]\n"
+    )
+    old = {"kept": "AAAA", "functions": ["old"], "rewards": [0.5], "reward": 0.5, "completions": "row's", "mark": 3}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0] | old))
+    [line] = drawn(n=1)
+    assert line.keys() == {"answer", "mark", "prompt", "completion", "completions", "ids", "logprobs", "finish"}
+    [line] = drawn("-r", f"{tmp_path}/rewards.py:later", n=1)  # an asynchronous one, which reads the row's columns
+    assert line["functions"] == ["later"]
+    assert line["reward"] == pytest.approx(len(line["completion"]) / 100 + 3.5)
+
+
 def test_answers_without_an_opinion_are_not_kept() -> None:
     group = [{"prompt": "p", "completion": str(reward), "reward": reward} for reward in (None, 0.0, 1.0, 1.0, 0.5)]
     assert kept_rows([group], best=False, above=None) == group
