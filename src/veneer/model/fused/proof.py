@@ -55,11 +55,10 @@ def prove(model: PreTrainedModel, blocks: list[FusedBlock]) -> tuple[str | None,
         calls = calls_of(model, blocks, ids)
         if len(calls) != len(blocks):
             return f"its {len(blocks)} blocks are called {len(calls)} times in one pass", []
-        if any(
-            isinstance(c.output, tuple) and b.fused_program.block.returns is None
-            for b, c in zip(blocks, calls, strict=True)
-        ):
-            return "its blocks return more than the stream", []
+        for block, call in zip(blocks, calls, strict=True):
+            if isinstance(call.output, tuple) != (block.fused_program.block.returns is not None):
+                told = "more than" if isinstance(call.output, tuple) else "no tuple with"
+                return f"its blocks return {told} the stream", []
         for block, call in zip(blocks, calls, strict=True):
             block.fused_program = _with_tables(block.fused_program, call.kwargs.get("position_embeddings"))
             problems = _problems(block, call, most, blocks_of(model)[0].config)

@@ -190,6 +190,24 @@ def test_a_half_that_differs_is_a_border(
     assert torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-4)
 
 
+class WeightsOnDemand(LlamaDecoderLayer):
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        found = super().forward(hidden_states, **kwargs)
+        if not kwargs.get("output_attentions"):
+            return found
+        return found, None
+
+
+def test_a_block_returns_what_its_own_call_returned() -> None:
+    model = base("llama").eval()
+    for block in model.model.layers:
+        block.__class__ = WeightsOnDemand
+    ids = torch.arange(2 * 9).view(2, 9)
+    expected = model(input_ids=ids, use_cache=False).logits
+    assert not fuse(model)
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
+
+
 def halves(model: Any) -> list[bool]:
     programs = [module.fused_program for module in model.modules() if isinstance(module, FusedBlock)]
     return [half is not None for program in programs for half in (program.attention, program.mlp)]
