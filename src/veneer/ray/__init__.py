@@ -1,4 +1,4 @@
-"""Training on Ray: the members of a sweep on its workers, or one run in several of them."""
+"""Training on Ray: the members of a sweep on its workers, or one run in several workers."""
 
 from __future__ import annotations
 

@@ -30,9 +30,9 @@ class Devices(NamedTuple):
 
 @contextmanager
 def connected(place: RayCluster) -> Iterator[None]:
-    """Connect this process to a cluster for the length of the block, unless it is connected.
+    """Connect this process to a cluster during the block, unless it is already connected.
 
-    Raises ConfigError for a cluster that refuses, such as one of another version of Ray.
+    Raises ConfigError if the cluster refuses, for example since it runs another version of Ray.
     """
     if ray.is_initialized():
         yield
@@ -72,7 +72,7 @@ def devices(use_cpu: bool) -> Devices:
 
 
 def n_workers(place: RayCluster, found: Devices) -> int:
-    """Return the number of workers to take now. Raises ConfigError if there are fewer devices."""
+    """Return the number of workers to take now. Raises ConfigError if there are not enough devices."""
     if not found.n:
         raise ConfigError(f"the Ray cluster has no device ({found.kind}) for a worker: add a node that has one")
     n = place.n_workers or found.n
@@ -87,5 +87,5 @@ def n_workers(place: RayCluster, found: Devices) -> int:
 
 
 def last_line(error: BaseException) -> str:
-    """Return the last line of Ray's error, without the traceback before it; of an error without text, its class."""
+    """Return the last line of an error's text, without Ray's traceback; the error's class if it has no text."""
     return str(error).strip().rpartition("\n")[2] or type(error).__name__

@@ -27,9 +27,9 @@ _GRACE_SECONDS = 60.0  # for packs to end their steps and write checkpoints afte
 
 
 def on_ray(place: RayCluster) -> Callable[[Sweep, Tell, Stop], AbstractContextManager[Workers]]:
-    """Return the engine of `run_sweep` whose workers are those of a Ray cluster.
+    """Return the engine of `run_sweep` that runs on the workers of a Ray cluster.
 
-    Raises ConfigError, when it is used, if the cluster has fewer devices than ``place`` takes.
+    The engine raises ConfigError if the cluster has fewer devices than ``place`` takes.
     """
 
     @contextmanager

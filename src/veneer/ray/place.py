@@ -20,7 +20,7 @@ _HOST = re.compile(r"(?:ray://)?(?P<host>[^/\s]+):(?P<port>\d+)")
 class RayCluster:
     """Ray cluster. ``address``: of its client server; None: RAY_ADDRESS, this machine's cluster, or a new one.
 
-    ``n_workers``: so many of its workers are taken; None: all. ``least``: as few will do while there are no more.
+    ``n_workers``: number of workers to take; None: all. ``least``: smallest number to run with if there are not more.
     """
 
     address: str | None = None
@@ -31,7 +31,7 @@ class RayCluster:
 def place_of(text: str) -> RayCluster:
     """Return the cluster that ``ray``, ``ray:4``, ``ray:2-4`` or ``ray://host:port`` names.
 
-    Raises ConfigError for other words.
+    Raises ConfigError for any other text.
     """
     match = _FORM.fullmatch(text)
     least, workers = (int(match[key]) if match and match[key] else None for key in ("least", "workers"))

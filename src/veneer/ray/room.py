@@ -1,4 +1,4 @@
-"""Members of a sweep for which one worker has memory."""
+"""Number of members of a sweep that fit into one worker's memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SHARED = (BASE, EMBEDDINGS, HEAD, NORMS)
 
 
 def n_places(members: Sequence[Member], n_sharing: int) -> tuple[int, str]:
-    """Return the number of members that this process has memory for, at least one, and a line that tells it.
+    """Return the number of members that fit into this process's memory, at least 1, and a line of text that reports it.
 
-    The largest member is planned, and counts for each. ``n_sharing``: the workers that share a host's memory. A member
-    that cannot be planned trains alone.
+    Every member counts as much as the largest one. ``n_sharing``: number of workers that share a host's memory. If the
+    memory cannot be planned, the number is 1.
     """
     largest = max(members, key=_size)
     args = largest.recipe.training_config()
@@ -33,7 +33,7 @@ def n_places(members: Sequence[Member], n_sharing: int) -> tuple[int, str]:
 
 
 def places_of(plan: Plan, free: int) -> int:
-    """Return the number of members of a plan that share a base in ``free`` bytes; at least one."""
+    """Return the number of members like the plan's that fit into ``free`` bytes with one shared base; at least 1."""
     whole = round(plan.peak.n_bytes * FRAGMENTS)
     own = round(sum(n for kind, n in plan.peak.kinds.items() if kind not in _SHARED) * FRAGMENTS)
     return max(1, 1 + (free - whole) // max(own, 1))

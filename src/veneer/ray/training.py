@@ -1,4 +1,4 @@
-"""One run in several workers of Ray, which are begun again when one of them dies."""
+"""One run in several workers of Ray, which are restarted if one of them dies."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ _REFUSAL = "refusal.json"
 class Loop(BaseModel):
     """Settings of `veneer.ray.train_loop`.
 
-    ``set``: changes of the recipe, ``key=value`` each. ``folder``: the working directory, from which relative paths
-    count. ``allow_changes``: a resumed run may have other settings.
+    ``set``: changes of the recipe, each ``key=value``. ``folder``: the working directory, which relative paths refer
+    to. ``allow_changes``: a resumed run may have other settings.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,7 +64,7 @@ class Loop(BaseModel):
 
 
 def loop_of(config: Mapping[str, Any]) -> Loop:
-    """Return checked settings of the loop. Raises ConfigError with all that is wrong with them."""
+    """Return checked settings of the loop. Raises ConfigError that lists all problems."""
     try:
         return Loop.model_validate(dict(config))
     except ValidationError as error:
@@ -91,13 +91,13 @@ def run_here(loop: Loop) -> dict[str, Any]:
 def train_on(place: RayCluster, loop: Loop, recipe: Recipe) -> dict[str, Any]:
     """Train a recipe in the workers of a Ray cluster, and return the content of ``run.json``.
 
-    If a worker dies, the run continues from its last checkpoint. If any number of workers can deal its global batch, it
-    goes on with those that are left; of a range of workers (``place.least``) all numbers must. It takes more when they
-    come.
+    If a worker dies, the run continues from its last checkpoint. It goes on with the remaining workers if every number
+    of workers can divide the global batch; for a range of workers (``place.least``), every number in it must. New
+    workers are used when they become available.
 
-    Raises ConfigError for more workers than devices, for a range that the rows of the run cannot be dealt to, and for a
-    layout that only a plan can choose. Raises the errors of `run_recipe`, and TrainingError if workers die again and
-    again. Raises DiskError if the output cannot be made.
+    Raises ConfigError if there are more workers than devices, if some number in the range cannot divide the rows of the
+    run, and for a layout that only a plan can choose. Raises the errors of `run_recipe`, and TrainingError if workers
+    die again and again. Raises DiskError if the output cannot be made.
     """
     args, output = recipe.training_config(), Path(recipe.output)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # dill, which hashes for datasets, reads what is printed

@@ -1,1 +1,1 @@
-"""Replicas of a server on Ray Serve, each adapter at home on few of them."""
+"""Replicas of a server on Ray Serve, with each adapter on few of them."""

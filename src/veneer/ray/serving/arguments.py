@@ -15,9 +15,9 @@ from veneer.serve.start import EngineOptions
 
 
 class RayArguments(BaseModel):
-    """Arguments of `ray.serving.app.app`; paths are those of every node.
+    """Arguments of `ray.serving.app.app`. Paths must exist on every node.
 
-    ``cpus``: the cores, and so the threads, of a replica. ``limits`` are those of each replica. ``engine_kwargs`` are
+    ``cpus``: number of cores, and of threads, of a replica. ``limits`` apply to each replica. ``engine_kwargs`` are
     fields of `EngineOptions`.
     """
 
@@ -46,7 +46,7 @@ class RayArguments(BaseModel):
 
 
 def arguments_of(args: Mapping[str, Any]) -> RayArguments:
-    """Return checked arguments. Raises ConfigError with all that is wrong with them."""
+    """Return checked arguments. Raises ConfigError that lists all problems."""
     try:
         given = RayArguments.model_validate(args)
     except ValidationError as error:

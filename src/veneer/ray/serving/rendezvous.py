@@ -12,19 +12,21 @@ _WINDOW = 256  # requests after which earlier ones count half
 
 
 def ranking(name: str, replicas: Iterable[str]) -> list[str]:
-    """Return replicas in the order of a name, by rendezvous hashing (Thaler and Ravishankar, 1998).
+    """Return the replicas ranked for a name by rendezvous hashing (Thaler and Ravishankar, 1998).
 
-    The order of two replicas does not depend on others: one that comes or goes moves no name between those that stay.
+    The order of two replicas does not depend on the others: adding or removing a replica moves no name between
+    the remaining ones.
     """
     return sorted(replicas, key=lambda replica: (_weight(name, replica), replica), reverse=True)
 
 
 def order(name: str, loads: Mapping[str, int], n_homes: int) -> list[str]:
-    """Return the replicas for a request, best first. ``loads`` are their requests in flight.
+    """Return the replicas for a request, best first. ``loads``: number of requests in flight by replica.
 
-    The least loaded of the name's homes, its first ``n_homes`` replicas, comes first. A replica at its `bound` comes
-    after all below it, so that a busy home passes requests on to the next of the name's ranking. Bounded load is by
-    Mirrokni, Thorup and Zadimoghaddam (2018). Departs: a name may have several homes, and few requests have no bound.
+    The homes of a name are the first ``n_homes`` replicas of its `ranking`; the least loaded home comes first.
+    Replicas whose load has reached the `bound` come last, so that a busy home passes requests on to the next in the
+    ranking. Bounded load is by Mirrokni, Thorup and Zadimoghaddam (2018). Departs: a name may have several homes, and
+    few requests have no bound.
     """
     most = bound(loads)
 
@@ -37,12 +39,12 @@ def order(name: str, loads: Mapping[str, int], n_homes: int) -> list[str]:
 
 
 def bound(loads: Mapping[str, int]) -> int:
-    """Return the load at which a replica takes no request that another one can take. One replica at least is below."""
+    """Return the load from which a replica is passed over. At least one replica is always below it."""
     return max(_FREE, math.ceil(_BOUND * (sum(loads.values()) + 1) / max(len(loads), 1)))
 
 
 class Traffic:
-    """Shares of names in the latest requests: counts, halved every 256 requests."""
+    """Shares of names in recent requests: counts that are halved every 256 requests."""
 
     def __init__(self) -> None:
         self._counts: dict[str, float] = {}
@@ -62,7 +64,7 @@ class Traffic:
         return self._counts.get(name, 0.0) / max(self._total, _WINDOW)
 
     def n_homes(self, name: str, n_replicas: int) -> int:
-        """Return the number of replicas for a name, so that each gets at most a quarter of its mean load from it."""
+        """Return the number of homes of a name: the name is to make up at most a quarter of a replica's mean load."""
         return min(n_replicas, max(1, math.ceil(4 * n_replicas * self.share(name))))
 
 

@@ -9,13 +9,13 @@ from veneer.serve.http.call import Call
 
 
 class AdapterRouter(RequestRouter):  # type: ignore[misc]
-    """Router that sends a request where its adapter is. One for the base goes to the least loaded replica.
+    """Router that sends a request to a home of its adapter. Requests for the base go to the least loaded replica.
 
-    Loads are Ray's: the requests that a replica has of all ingresses, as it last said, and those sent since.
+    Loads are Ray's: the requests of all ingresses that a replica last reported, and the requests sent since.
     """
 
     def initialize_state(self) -> None:
-        """Begin without any traffic."""
+        """Initialize empty traffic counts."""
         self._traffic = Traffic()
 
     async def choose_replicas(

@@ -50,9 +50,9 @@ Several = Annotated[list[T], _First()]
 
 
 class Strict(BaseModel):
-    """Body whose unknown fields are errors that name the known ones, and so are fields beyond their limits.
+    """Body that refuses unknown fields, naming the known ones, and fields beyond their limits.
 
-    No text or truth value is a number.
+    Numbers must be numbers: strings and booleans are not converted.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -92,7 +92,7 @@ def prompts_of(given: Any) -> list[Any]:
 
 
 class StreamOptions(Strict):
-    """Options of a stream: its contents besides the answer. Events are never padded."""
+    """Options of a stream: what it contains besides the answer. Events are never padded."""
 
     include_obfuscation: bool | None = None
     include_usage: bool = False
@@ -100,7 +100,7 @@ class StreamOptions(Strict):
 
 
 class FunctionBody(Strict):
-    """Function that a model may call. If one is ``strict``, the arguments of all calls fit their schemas."""
+    """Function that a model may call. If any function is ``strict``, the arguments of all calls fit their schemas."""
 
     name: str
     description: str | None = None
@@ -151,14 +151,14 @@ TokenId = Annotated[int, BeforeValidator(_id)]
 
 
 class Named(Strict):
-    """Model that a body asks for: the base or an adapter by name, or a mix: weights by the names of adapters."""
+    """Model that a body asks for: the base or an adapter by name, or a mix (adapter names to weights)."""
 
     model: str | None = None
     adapter: Few[str] | None = None
 
 
 class Hinted(Strict):
-    """Hints of OpenAI's: fields under which a model's answer stays the same. They are taken, and named as ignored."""
+    """OpenAI's fields that never change an answer. They are accepted, and listed in `ignored`."""
 
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -176,7 +176,7 @@ class Hinted(Strict):
 
 
 class Drawn(Named):
-    """Fields of all routes that draw tokens. Requests of one ``cache_salt`` alone share keys and values."""
+    """Fields of all routes that sample tokens. Only requests with the same ``cache_salt`` share cached prefixes."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -217,7 +217,7 @@ class Body(Drawn, Hinted):
     def params(self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Return the sampling parameters of the body; missing ones are the model's defaults.
 
-        Raises ConfigError; RefusedError if it is about a field of the body.
+        Raises ConfigError; RefusedError if a field of the body is at fault.
         """
         given = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
@@ -247,10 +247,9 @@ class Body(Drawn, Hinted):
 
 
 class CompletionBody(Body):
-    """Body of ``/v1/completions``. ``logprobs`` is the number listed in addition to the chosen token's.
+    """Body of ``/v1/completions``. ``logprobs``: number of likeliest tokens listed beside the sampled token.
 
-    With ``echo`` it is that of the prompt's tokens too, unless ``prompt_logprobs`` is another. ``max_tokens`` may be 0
-    then.
+    With ``echo``, ``prompt_logprobs`` defaults to ``logprobs``, and ``max_tokens`` may be 0.
     """
 
     prompt: str | Several[str] | Several[int] | Several[Several[int]]
@@ -269,17 +268,17 @@ class CompletionBody(Body):
         return len(prompts_of(self.prompt)) * super().n_choices
 
     def read(self, reader: PromptReader, calls: Calls | None = None) -> list[tuple[str | None, list[int]]]:
-        """Return the prompts, each as text and ids. Raises ConfigError; RefusedError if there is none."""
+        """Return the prompts, each as text and ids. Raises ConfigError; RefusedError if there is no prompt."""
         found = [reader.read(prompt) for prompt in prompts_of(self.prompt)]
         if not found:
             raise RefusedError("prompt is empty: give text, token ids, or a list of either", "prompt")
         return [(reader.text(ids) if text is None and self.echo else text, ids) for text, ids in found]
 
     def calls(self, reader: PromptReader) -> None:
-        """Return no calls: text has none."""
+        """Return None: text completions have no tool calls."""
 
     def to_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """Return the sampling parameters of the body. Raises ConfigError; RefusedError for no tokens of no prompt."""
+        """Return the body's sampling parameters. Raises ConfigError; RefusedError for 0 tokens without ``echo``."""
         if self.max_tokens == 0 and not self.echo:
             raise RefusedError(
                 "max_tokens=0 asks for nothing without echo: set echo=true, or ask for a token", "max_tokens"
@@ -314,7 +313,7 @@ class ChatBody(Body):
     def in_other_words(cls, **fields: Any) -> ChatBody:
         """Return the chat completion that a body of another route asks for.
 
-        Raises RefusedError for a field beyond its limit here: those of several fields together may be.
+        Raises RefusedError for an invalid field, such as one that joins several fields and exceeds its limit.
         """
         try:
             return cls(**fields)
@@ -325,7 +324,7 @@ class ChatBody(Body):
 
     @property
     def ignored(self) -> list[str]:
-        """Fields of the body that change nothing: a model is asked as it is, and needs no prediction to be quick."""
+        """Given fields that change nothing; among them ``reasoning_effort``, ``verbosity`` and ``prediction``."""
         own = ("reasoning_effort", "verbosity", "prediction")
         return [*super().ignored, *(name for name in own if getattr(self, name) is not None)]
 
@@ -353,7 +352,7 @@ class ChatBody(Body):
         return [reader.chat(messages, how if calls is None else {**how, "tools": calls.shown})]
 
     def calls(self, reader: PromptReader) -> Calls | None:
-        """Return the calls that an answer may have; None if it may have none. Raises RefusedError."""
+        """Return the tool calls that an answer may have; None if it may have none. Raises RefusedError."""
         try:
             tools = self._tools()
             if tools is None:

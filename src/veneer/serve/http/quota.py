@@ -1,4 +1,4 @@
-"""Choices and tokens in flight of each key, which its limits bound."""
+"""Choices and tokens in flight of each key, within the limits of the key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SHORTER = "send max_tokens (max_completion_tokens, max_output_tokens) in the re
 
 
 class Quotas:
-    """Choices and tokens in flight by the name of their key. Call it from one thread."""
+    """Choices and tokens in flight, by the key's name. Call it from one thread."""
 
     def __init__(self) -> None:
         self._choices: dict[str, InFlight] = {}
@@ -23,7 +23,7 @@ class Quotas:
     def choices(self, key: Key, n: int) -> Iterator[None]:
         """Count ``n`` choices of a key as in flight within a block.
 
-        Raises RefusedError for more than the key may ever have, and TooManyRequestsError for more than it may now.
+        Raises RefusedError if ``n`` exceeds the key's limit, and TooManyRequestsError if it exceeds the rest of it.
         """
         with _counted(
             self._choices, key.name, n, key.max_requests, "choices (prompts × n)", "max_requests", "ask for fewer"
@@ -32,7 +32,7 @@ class Quotas:
 
     @contextmanager
     def tokens(self, key: Key, n: int) -> Iterator[None]:
-        """Count tokens of prompts, and of answers as long as they may be, as `choices` counts choices."""
+        """Count ``n`` tokens as `choices` counts choices: of prompts, and of answers at their largest length."""
         what = "tokens (prompts and longest answers)"
         with _counted(self._tokens, key.name, n, key.max_tokens, what, "max_tokens", _SHORTER):
             yield

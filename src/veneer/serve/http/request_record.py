@@ -1,4 +1,4 @@
-"""Record of a request: its id, in and out, and one line of the log when it has ended. Its text is in neither."""
+"""Record of a request: its id, its token counts, and one line of the log when it has ended. It never holds text."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _LONGEST_PATH = 128  # characters of a path that is no route's
 class RequestRecord:
     """Facts of one request. Times are by `time.perf_counter`, 0 for events that have not happened.
 
-    ``model`` is None until a known model is asked for, and ``client`` if no key says who asks. ``status`` is the
-    response's HTTP status; `GONE` if the client left before its end. ``is_anthropics``: errors have Anthropic's form.
+    ``model`` is None until a known model is requested. ``client`` is None without a key. ``status`` is the response's
+    HTTP status; `GONE` if the client disconnected before its end. ``is_anthropics``: errors have Anthropic's form.
     """
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -63,7 +63,7 @@ class RequestRecord:
     """Fields of the body that change nothing. The response names them."""
 
     def ask(self, asked: Sequence[CheckedRequest]) -> None:
-        """Count prompts that are given to the engine."""
+        """Count the tokens of prompts that are given to the engine."""
         self.n_prompt += sum(len(each.prompt_ids) for each in asked)
 
     def take(self, output: RequestOutput) -> None:
@@ -80,7 +80,7 @@ class RequestRecord:
             self.first = _earliest(self.first, output.metrics.first_token_ts)
 
     def abandon(self, drawn: Mapping[str, int]) -> None:
-        """Count the tokens of answers that end before they were handed out, by prompt."""
+        """Set the number of tokens generated for each aborted request, whether or not they were returned."""
         self.drawn |= {id: max(n, self.drawn.get(id, 0)) for id, n in drawn.items()}
 
     def line(self, scope: Scope) -> str:
@@ -109,7 +109,7 @@ class RequestRecord:
 
 
 class RequestRecords:
-    """Middleware that keeps a record of each request: outside all others, so that every response has its id."""
+    """Middleware that keeps a record of each request. It is the outermost one, so that every response has an id."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -145,7 +145,7 @@ class RequestRecords:
 
 
 class RecordedEngine(AsyncEngine):
-    """Engine that counts its answers in the record of the request, so that no route can forget it."""
+    """Engine that counts its answers in the record of the current request."""
 
     async def batches(self, asked: Sequence[CheckedRequest]) -> AsyncGenerator[list[RequestOutput], None]:
         """Yield the outputs of requests as `AsyncEngine.batches` does."""
@@ -163,7 +163,7 @@ class RecordedEngine(AsyncEngine):
             raise
 
     def abandon(self, request_ids: Collection[str]) -> None:
-        """End requests, and count the tokens that they have so far."""
+        """End requests, and count the tokens generated so far."""
         current_record().abandon({id: self.engine.n_drawn(id) for id in request_ids})
         super().abandon(request_ids)
 
@@ -172,7 +172,7 @@ _current: ContextVar[RequestRecord] = ContextVar("record")
 
 
 def current_record() -> RequestRecord:
-    """Return the record of the request that is being answered; one that nobody reads outside of any."""
+    """Return the record of the current request; outside of a request, a new one that is never read."""
     return _current.get(None) or RequestRecord()
 
 

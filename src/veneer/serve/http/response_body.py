@@ -1,4 +1,4 @@
-"""Body of ``/v1/responses``: OpenAI's fields, of which those that need a stored response are refused by name."""
+"""Body of ``/v1/responses``: OpenAI's fields. Fields that need a stored response are refused by name."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _SAME = (*Drawn.model_fields, "chat_template_kwargs", "parallel_tool_calls")
 
 
 class TextOptions(Strict):
-    """Form of the text: ``format`` is of the type text, json_object, or json_schema with its ``schema``."""
+    """Form of the text. ``format`` has the type text, json_object, or json_schema with a ``schema``."""
 
     format: dict[str, Any] | None = None
     verbosity: str | None = None
 
 
 class Reasoning(Strict):
-    """Hints on reasoning. A model is asked as it is, so that they change nothing."""
+    """Hints on reasoning, accepted and ignored."""
 
     effort: str | None = None
     summary: str | None = None
@@ -48,7 +48,7 @@ class ResponseStreamOptions(Strict):
 
 
 class ResponseTool(FunctionBody):
-    """Function that the model may call, and its client runs."""
+    """Function that the model may call and the client runs."""
 
     type: Literal["function"]
 
@@ -77,7 +77,8 @@ ResponseChoice = Annotated[
 class ResponsesBody(Drawn, Hinted):
     """Body of ``/v1/responses``, and in addition vLLM's fields for drawing.
 
-    Nothing is stored, also if ``store`` is true or left out. Fields of the type null are those of stored responses.
+    Nothing is stored, even if ``store`` is true or left out. Fields of type null need stored responses:
+    they are refused, unless their value asks for none.
     """
 
     input: str | Several[dict[str, Any]]
@@ -122,7 +123,7 @@ class ResponsesBody(Drawn, Hinted):
 
     @property
     def format(self) -> dict[str, Any]:
-        """Form of the text, as it is sent or the default."""
+        """Form of the text, as given or by default."""
         return (self.text and self.text.format) or {"type": "text"}
 
     def chat(self) -> ChatBody:

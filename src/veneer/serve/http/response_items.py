@@ -18,8 +18,8 @@ _OF_PART = {"type", "text", "refusal", "annotations", "logprobs"}
 def messages_of(instructions: str | None, items: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the conversation of an input: text of the user, or items. Raises RefusedError, which names the item.
 
-    ``instructions`` are the system's first message. A developer's messages are the system's. Function calls belong to
-    the preceding message of the assistant, and each output to its call.
+    ``instructions`` become the first system message. Messages of the role "developer" become system messages. Function
+    calls join the preceding assistant message. Each output refers to its call.
     """
     found: list[dict[str, Any]] = [] if instructions is None else [{"role": "system", "content": instructions}]
     if isinstance(items, str):

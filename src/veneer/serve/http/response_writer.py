@@ -22,7 +22,7 @@ _KEPT = ("instructions", "max_output_tokens", "top_logprobs", "user")
 
 
 class ResponseWriter:
-    """`Writer` of the response to a checked request: items of its output, a message or a call each, one at a time."""
+    """`Writer` of the response to a checked request: its output items, each a message or a call, one at a time."""
 
     def __init__(self, body: ResponsesBody, model: str, asked: CheckedRequest, calls: Calls | None) -> None:
         self._scored, self._asked = body.scores, asked

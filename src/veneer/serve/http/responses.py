@@ -1,4 +1,4 @@
-"""Route ``/v1/responses``: a response is a chat completion in other words, and nothing of it is stored."""
+"""Route ``/v1/responses``: a chat completion in the format of responses; nothing is stored."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 class Roots:
-    """Folders below which adapters may lie, and patterns of ids on the hub, as a shell has them (``me/*``).
+    """Folders that may contain adapters, and shell patterns (``me/*``) of allowed ids on the hub.
 
-    Links may lead from one folder to another, and nowhere else.
+    Links may lead into any of the folders, and nowhere else.
     """
 
     def __init__(self, folders: Sequence[Path] = (), hub: Sequence[str] = ()) -> None:
@@ -27,15 +27,15 @@ class Roots:
         self._hub = tuple(hub)
 
     def hub_id(self, given: str) -> str | None:
-        """Return ``given`` if it is an id on the hub that may be loaded."""
+        """Return ``given`` if it is an id on the hub that may be loaded; otherwise None."""
         allowed = any(fnmatch.fnmatchcase(given, pattern) for pattern in self._hub)
         return given if allowed and ".." not in given and _HUB_ID.fullmatch(given) else None
 
     def folder(self, given: str, hides: Callable[[Path], bool] = lambda folder: False) -> Path:
-        """Return the folder of an adapter, without links in its path. A relative path begins here, or in a root.
+        """Return the folder of an adapter, with links resolved.
 
-        A folder that the caller may not see (``hides``) is not there.
-        Raises RefusedError for a path that leads elsewhere, and ModelNotFoundError if no adapter is there.
+        A relative path starts at the working directory or at a root. Raises RefusedError for a path outside of the
+        roots. Raises ModelNotFoundError if it holds no adapter, or if the caller may not see it (``hides``).
         """
         self._require_path(given)
         starts = [Path(), *self._folders]

@@ -21,9 +21,9 @@ _TICKS = 10  # of 0.1 s, after which connections are looked at
 
 
 def run(app: FastAPI, host: str, port: int, drain_seconds: float, **how: Any) -> None:
-    """Serve until a signal ends it: SIGINT as KeyboardInterrupt, SIGTERM as it ends any process.
+    """Serve until a signal. SIGINT raises KeyboardInterrupt; SIGTERM ends the process.
 
-    Raises ConfigError if the port was taken in the meantime.
+    Raises ConfigError if the port is in use.
     """
     allow_files()
     for sandbox in app.state.sandboxes:
@@ -65,7 +65,7 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
-        """Stop once the server is drained, and close connections whose time is over."""
+        """Close connections that have timed out. Return True once the server is drained."""
         if counter % _TICKS == 0:
             self.connections.check()
         if self._lifecycle.is_draining and not self._has_told:
@@ -80,7 +80,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """End every request with an error that says why, and disconnect clients that do not read it."""
+        """End every request with an error that gives the reason, and disconnect clients that do not read it."""
         n_ended = self._engine.end_all()
         if n_ended:
             _LOG.warning("stopping: %d in flight ended with an error that says so", n_ended)

@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class Service:
-    """Requests checked, counted, and given to an engine. ``running`` steps on a thread of its own."""
+    """Checks and counts requests, and gives them to the engine ``running``, which steps on its own thread."""
 
     def __init__(self, engine: Engine, catalogue: Catalogue, limits: ServerLimits, keys: Keys | None = None) -> None:
         self.engine, self.catalogue, self.limits, self.running = engine, catalogue, limits, RecordedEngine(engine)
@@ -37,14 +37,14 @@ class Service:
         self._choices = InFlight()  # of requests from their admission until their answers end
 
     async def read(self, body: object, work: Callable[[], Result]) -> Result:
-        """Return the result of work that reads a body, on a thread of its lane. Raises as `Lane.run` does."""
+        """Run work that reads a body on a thread of the body's lane. Raises as `Lane.run` does."""
         return await self.lanes.of(body).run(work)
 
     @contextmanager
     def admitted(self, n: int) -> Iterator[None]:
-        """Count ``n`` choices as in flight within a block, of the server and of the caller's key.
+        """Count ``n`` choices of the server and of the caller's key as in flight within a block.
 
-        Raises RefusedError for more than one request may have, and TooManyRequestsError if too many are in flight.
+        Raises RefusedError if one request may never have so many, and TooManyRequestsError if too many are in flight.
         """
         most, taken = self.limits, self._choices.n
         if n > most.choices:
@@ -65,14 +65,14 @@ class Service:
             yield
 
     def tokens(self, asked: Sequence[CheckedRequest]) -> AbstractContextManager[None]:
-        """Return a block in which tokens count as in flight: those of prompts, and of answers as long as they may be.
+        """Return a context in which tokens count as in flight: of prompts, and of answers at their largest length.
 
         Raises as `admitted` does.
         """
         return self._quotas.tokens(self.catalogue.caller, sum(each.most_tokens for each in asked))
 
     def require_trusted(self, template: str | None) -> None:
-        """Raise RefusedError for a request's own chat template, unless the server runs those."""
+        """Raise RefusedError for a request's own chat template, unless the server trusts such templates."""
         if template is not None and not self.limits.trust_request_templates:
             raise RefusedError(
                 "chat_template is refused: it is a program, and this server runs none of its clients'. Leave it out, "
@@ -81,10 +81,10 @@ class Service:
             )
 
     def ask(self, body: CompletionBody | ChatBody) -> tuple[list[CheckedRequest], Calls | None]:
-        """Return the checked requests of a body, and the calls that answers may have; None if they may have none.
+        """Return the checked requests of a body, and the tool calls that answers may have; None if they may have none.
 
-        Call it off the event loop: templates, tokens and grammars take time. Raises VeneerError for any error that is
-        visible before a request runs.
+        Call it off the event loop: templates, tokens and grammars take time. Raises VeneerError for any error that can
+        be found before a request runs.
         """
         params = body.to_params(self.engine.settings.generation_defaults)
         adapter = self.adapter(body)
@@ -116,7 +116,7 @@ class Service:
         return found
 
     def reader(self, body: Named) -> PromptReader:
-        """Return the reader of the model that a body names, whose files are read: not on the loop.
+        """Return the reader of prompts for the model that a body names. It reads files: call it off the event loop.
 
         Raises as `adapter` does.
         """
@@ -125,7 +125,7 @@ class Service:
     def adapter(self, body: Named) -> LoRARequest | None:
         """Return the adapter that a body names; None for the base.
 
-        Raises ModelNotFoundError, and ConfigError for a mix on an adapter.
+        Raises ModelNotFoundError, and ConfigError if a mix is combined with an adapter's name.
         """
         named = self.catalogue.find(body.model)
         current_record().model = body.model or self.catalogue.base

@@ -21,8 +21,8 @@ _OF_CHAT = ("add_generation_prompt", "continue_final_message", "chat_template", 
 class TokenizeBody(Named):
     """Body of ``/tokenize``: a ``prompt``, or ``messages`` for the chat template.
 
-    ``add_special_tokens`` is true for a prompt and false for messages unless it is given, as chat templates write
-    special tokens themselves.
+    ``add_special_tokens`` defaults to true for a prompt, and to false for messages, since chat templates write special
+    tokens themselves.
     """
 
     prompt: str | None = None
@@ -55,7 +55,7 @@ class TokenizeBody(Named):
 
 
 class TokenizeAnswer(BaseModel):
-    """Answer of ``/tokenize``. ``count`` is the number of ``tokens``; ``token_strs`` are their texts if asked for."""
+    """Answer of ``/tokenize``. ``count`` is the number of ``tokens``; ``token_strs`` are their texts if requested."""
 
     count: int
     max_model_len: int
@@ -70,7 +70,7 @@ class DetokenizeBody(Named):
 
 
 class DetokenizeAnswer(BaseModel):
-    """Answer of ``/detokenize``: the text of the tokens, special ones too."""
+    """Answer of ``/detokenize``: the text of the tokens, including special tokens."""
 
     prompt: str
 

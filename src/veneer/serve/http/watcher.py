@@ -1,4 +1,4 @@
-"""Watcher of a folder: a thread that looks again when an entry comes or goes, and now and then besides."""
+"""Watcher of a folder: a thread that looks again when an entry is added or removed, and at intervals."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _GROUPED_MS, _STEP_MS = 300, 100  # changes in so short a time are one
 
 
 class Watcher:
-    """Thread that calls ``look`` after an entry of a folder has come or gone, and ``look(everything=True)`` regularly.
+    """Thread that calls ``look()`` if a folder's entries change, and ``look(everything=True)`` at intervals.
 
-    The system tells of entries (by inotify, for example). Changes within them are found by polling: once a second, or
-    rarely enough to take a hundredth of the time. If the system reports no changes, polling finds all of them. Looks
-    are made one after the other.
+    The system reports added and removed entries (for example by inotify). Polling finds changes within entries, and all
+    changes if the system reports none: once a second, or more rarely if it would take over 1% of the time. Calls never
+    overlap.
     """
 
     def __init__(self, folder: Path, look: Callable[[bool], None]) -> None:

@@ -1,4 +1,4 @@
-"""Answers that a writer puts into the words of an API, whole or as a stream of its events."""
+"""Answers in the format of an API, whole or as a stream of events."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Writer(Protocol):
 
 
 class AnswerPiece(Protocol):
-    """Body that asks for a chat completion in other words."""
+    """Body of another API that can be read as a chat completion."""
 
     stream: bool
 
@@ -54,9 +54,9 @@ async def written(
     body: AnswerPiece,
     writer: Callable[[CheckedRequest, Calls | None], Writer],
 ) -> Response:
-    """Return the answer to a chat completion as its writer writes it. If the client disconnects, its request ends.
+    """Return the answer to a chat completion in the format of ``writer``. If the client disconnects, the request ends.
 
-    Raises VeneerError for any error that is visible before it runs.
+    Raises VeneerError for any error that can be found before the request runs.
     """
     with ExitStack() as taken:  # left when the answer has ended, or when there is none
         taken.enter_context(service.admitted(1))

@@ -1,4 +1,4 @@
-"""Block of memory with all that a version changes at linear layers, in a layout that equal versions share.
+"""Block of memory with all changes of an adapter version at linear layers; equal versions share one layout.
 
 The C++ step receives a block's address and layout. Objects of single groups of layers are made only when torch needs
 them.
@@ -21,7 +21,7 @@ from veneer.serve.program.block_layout import BlockLayout, GroupChange, Laying, 
 
 @dataclass(slots=True, eq=False)
 class VersionBlock:
-    """Changes of one version at all groups of layers."""
+    """Changes of one adapter version at all groups of layers."""
 
     layout: BlockLayout
     memory: Tensor
@@ -44,13 +44,13 @@ class VersionBlock:
         return made
 
     def change(self, group: int) -> GroupChange | None:
-        """Return the changes at a group with those that the step takes; None if there are none."""
+        """Return the changes at a group, with their form for the C++ step; None if there are none."""
         return None if self.layout.changes[group] is None else self.layout.change(group, self.memory)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedEffects:
-    """Effects of a version, with their packed parts: the block of the linear layers, and each bottleneck."""
+    """Effects of an adapter version, packed: the block of the linear layers, and each bottleneck."""
 
     effects: Effects
     linears: VersionBlock
@@ -58,12 +58,12 @@ class PackedEffects:
 
     @property
     def is_block(self) -> bool:
-        """Return True if it is nothing but its block."""
+        """Return True if the version has no effects outside its block."""
         return not self.bottlenecks and self.effects == Effects()
 
 
 class Blocks:
-    """Maker of blocks. It keeps the layouts that were used last, so that equal ones are one. For any thread."""
+    """Maker of blocks. A cache of recent layouts makes equal layouts one object. Any thread may call it."""
 
     def __init__(self, most: int) -> None:
         self._layouts: LruCache[bytes, BlockLayout] = LruCache(most)
@@ -73,7 +73,7 @@ class Blocks:
         return self._layouts.get(key)
 
     def shared(self, layout: BlockLayout) -> BlockLayout:
-        """Return a layout, or the equal one that is known."""
+        """Return the equal layout in the cache if there is one, otherwise add this one."""
         if not layout.text:
             return layout
         known = self._layouts.get(layout.key) or layout
@@ -85,7 +85,7 @@ class Blocks:
     ) -> tuple[VersionBlock, list[Factor]]:
         """Return the block of a version, and the factors that were packed for it with their places in the block.
 
-        Factors on another device have none: they stay beside it.
+        Factors on other devices have no place in the block: they stay beside it.
         """
         laying = Laying(changes)
         layout = self.shared(laying.layout)

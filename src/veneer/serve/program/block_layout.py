@@ -1,7 +1,7 @@
-"""Layout of a block: the changes of a version at linear layers without their values, and the offset of each tensor.
+"""Layout of a block: the changes of an adapter version at linear layers without values, and each tensor's offset.
 
-Adapters that differ in values alone have equal layouts. A text says all of a layout, so that it may lie beside a block
-in a file.
+Adapters that differ only in values have equal layouts. A layout is serialized as text, to be stored beside a block in
+a file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ODD = (ValueError, TypeError, LookupError, AttributeError, StopIteration, Runti
 class GroupChange:
     """Changes of one version at a group of layers: the pairs, and each layer's other changes in the step's form.
 
-    ``step`` is empty if there are only pairs. It is None if the step does not support one of them.
+    ``step`` is empty if there are only pairs. It is None if the step does not support one of the other changes.
     """
 
     own: OwnChanges
@@ -49,9 +49,9 @@ class GroupChange:
 class BlockLayout:
     """Changes without values, and for each group the offsets of its tensors in the order of `mapped`, in bytes.
 
-    A tensor without an offset is the one in ``changes``. Such a layout belongs to one version. ``n_bytes`` are those of
-    a block, ``n_beside`` those of tensors without an offset. ``text`` is empty if it could not say all;
-    ``key`` is its SHA-256.
+    Tensors without an offset are kept in ``changes``; a layout with any belongs to one version. ``n_bytes``: size of a
+    block. ``n_beside``: size of the tensors without an offset. ``text``: the serialized layout, empty if there are
+    tensors without an offset. ``key`` is its SHA-256.
     """
 
     changes: tuple[GroupChange | None, ...]
@@ -66,7 +66,7 @@ class BlockLayout:
 
     @classmethod
     def parse(cls, text: bytes) -> BlockLayout:
-        """Return the layout that a text says. Raises ValueError if it says none."""
+        """Return the layout of a serialized text. Raises ValueError if the text is invalid."""
         try:
             layout = cls._parsed(text)
             memory = torch.empty(layout.n_bytes, dtype=torch.uint8, device="meta")
@@ -93,13 +93,13 @@ class BlockLayout:
         return layout
 
     def room(self) -> Tensor:
-        """Return zeros for a block, in pages of their own, which the system has back when nothing refers to them."""
+        """Return zeros for a block, in memory pages of their own, freed with the last reference."""
         if not self.n_bytes:
             return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(mmap.mmap(-1, self.n_bytes), dtype=torch.uint8)
 
     def change(self, group: int, memory: Tensor) -> GroupChange | None:
-        """Return the changes of a block at a group; None if there are none."""
+        """Return the changes at a group, given the ``memory`` of a block; None if there are none."""
         offsets = iter(self.offsets[group])
 
         def placed(x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class BlockLayout:
 
 
 class Laying:
-    """Tensors of a version that get places one behind the other; each memory gets one."""
+    """Offsets of a version's tensors, one after another; tensors that are the same memory get one offset."""
 
     def __init__(self, changes: Sequence[GroupChange | None]) -> None:
         self.placed: list[tuple[Tensor, int]] = []
@@ -127,7 +127,7 @@ class Laying:
         self.layout = BlockLayout(bare, offsets, n_bytes, n_beside, text)
 
     def offset_of(self, x: Tensor) -> int:
-        """Return the offset of a tensor that has a place, or is part of one that has."""
+        """Return the offset of a placed tensor, or of a part of one."""
         memory = x.new_empty(0).set_(x.untyped_storage())
         return self._seen[_place(memory)] + int(x.storage_offset()) * x.itemsize
 
@@ -149,7 +149,7 @@ class Laying:
 
 
 def part(memory: Tensor, offset: int, like: Tensor) -> Tensor:
-    """Return the tensor at an offset of a block that is ``like`` another. Raises ValueError if it is not within it."""
+    """Return the tensor at an offset of a block, in the form of ``like``. Raises ValueError if it is not within."""
     if offset % like.itemsize or not 0 < offset <= len(memory) - like.nbytes:
         raise ValueError(f"{like.nbytes} bytes at {offset} are not within a block of {len(memory)}")
     return memory[offset : offset + like.nbytes].view(like.dtype).view(like.shape)

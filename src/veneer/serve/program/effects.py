@@ -1,7 +1,7 @@
 """Effects of an adapter at the operations of a program, read from its folder; no model is modified.
 
-The general runner is the one that refuses invalid folders. If a part of an adapter has no place in the program,
-`UnsaidError` reports it, and the general runner serves the adapter.
+If a part of an adapter has no place in the program, `UnsaidError` reports it, and the general runner serves the
+adapter. The general runner also reports invalid folders.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Places:
 
 
 class Lookup:
-    """Places of adapters on a ``model``, looked up once for adapters of equal configs: most differ only in values.
+    """Places of adapters on a ``model``, cached by config: most adapters differ only in values.
 
     It is valid while no other adapter is attached to the model or detached from it.
     """
@@ -75,8 +75,8 @@ class Lookup:
 def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
     """Return the effects of a saved adapter.
 
-    Raises FormatError and TargetError as loading does, and `UnsaidError`. For an adapter that acts from its invocation
-    tokens on, the latter is a CompositionError: its tokens before are in pages of the program's layout.
+    Raises FormatError and TargetError as loading does, and `UnsaidError`. For an adapter with invocation tokens it
+    raises CompositionError instead of `UnsaidError`: the keys and values of earlier tokens have the program's layout.
     """
     return effects_of(lookup, program, folder, read_config(folder), once_each(read_tensors(folder)))
 
@@ -84,7 +84,7 @@ def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
 def effects_of(
     lookup: Lookup, program: Program, folder: Path, config: MethodConfig, tensors: Mapping[str, Tensor]
 ) -> Effects:
-    """Return `read_effects` of a config and of tensors by their keys on disk. ``folder`` is only used in errors."""
+    """Return the effects as `read_effects` does, from a config and tensors by keys on disk. ``folder``: for errors."""
     config = without_head(config)
     try:
         return _effects_of(lookup, program, folder, config, tensors)

@@ -1,4 +1,4 @@
-"""Heads of classes in adapters of decoders: read beside the adapter, and applied to a prompt's last hidden state."""
+"""Classification heads in adapters of decoders, applied to a prompt's last hidden state."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def read_head(folder: Path) -> ScoreHead:
 
 
 def once(keys: Collection[str]) -> list[str]:
-    """Return the keys without those that name another key's tensor by PEFT's wrapper."""
+    """Return the keys without duplicates: one tensor may have two keys, as PEFT's wrapper names it."""
     return [key for key in keys if not any(own in keys for own in copies_of(key))]
 
 
 def is_of_head(key: str) -> bool:
-    """Return True if a key belongs to a head of classes."""
+    """Return True if a key belongs to a classification head."""
     return place_of(key, ()).path.rpartition(".")[2] in CLASSIFIERS
 
 
 def without_head(config: MethodConfig) -> MethodConfig:
-    """Return the config without the head, for a decoder that has no such head."""
+    """Return the config without its classification head, for a decoder that has no such head."""
     if config.task_type != SERVED:
         return config
     saved = tuple(name for name in config.modules_to_save or () if name not in CLASSIFIERS)

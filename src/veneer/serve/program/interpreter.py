@@ -34,8 +34,8 @@ _KEPT = 512  # layouts of blocks
 class Interpreter:
     """Program on a model's weights, or on ``packed`` ones, with adapters by version.
 
-    ``native`` is the step in C++, which gives the same bits. It is None without kernels, or for rows in a dtype or on a
-    device that they do not support.
+    ``native`` is the step in C++, which gives the same bits. It is None if there are no kernels for the dtype or the
+    device of the rows.
     """
 
     def __init__(self, model: PreTrainedModel, program: Program, packed: Packed) -> None:
@@ -55,7 +55,7 @@ class Interpreter:
                 self.native.add(each)
 
     def packed(self, effects: Effects) -> PackedEffects:
-        """Return the packed effects of an adapter for `take`; on any thread, also during a pass."""
+        """Return the packed effects of an adapter for `take`. Any thread may call it, also during a pass."""
         return self.packed_of(effects)[0]
 
     def packed_of(self, effects: Effects) -> tuple[PackedEffects, list[Factor]]:
@@ -75,7 +75,7 @@ class Interpreter:
         return None if self.native is None else changes_of(own, self.dtype)
 
     def fits(self, block: VersionBlock) -> bool:
-        """Return True if a block has changes for the groups of layers of this program."""
+        """Return True if a block's changes fit the groups of layers of this program."""
         return len(block.layout.changes) == len(self._linears) and all(
             change is None or _fits(linears, change, block)
             for linears, change in zip(self._linears, block.layout.changes, strict=True)
@@ -88,7 +88,7 @@ class Interpreter:
         self.versions[version] = packed
 
     def drop(self, version: str) -> None:
-        """Drop an adapter version, also after an interrupted `take`; an unknown version is ignored."""
+        """Drop an adapter version, even after an interrupted `take`; an unknown version is ignored."""
         self.versions.pop(version, None)
         if self.native is None:
             return
@@ -99,13 +99,13 @@ class Interpreter:
     def run(self, step: PassRows, given: Tensor) -> Tensor:
         """Return the logits (kept, vocabulary) of the kept rows, from ids (n,) or embeddings (n, width).
 
-        ``step.tokens`` receives the likeliest tokens of the picked rows.
+        ``step.tokens`` receives the argmax of the logits of the picked rows.
         """
         return self.rows(step, given).logits()
 
     @torch.no_grad()
     def rows(self, step: PassRows, given: Tensor) -> LogitRows:
-        """Return the kept rows. Their logits must be read before the next pass."""
+        """Run the pass and return the kept rows. Read their logits before the next pass."""
         self._ready.clear()
         self._ready.update(step.segments)
         frame: Frame = {"given": given}

@@ -26,9 +26,9 @@ class KVCache(Pages, Protocol):
     """Pages of all layers."""
 
     def rows(self, stretches: Sequence[Stretch]) -> Any:
-        """Return the pages' positions of new tokens, and the keys that they attend to, for all layers of a step.
+        """Return the positions of new tokens in pages, and the keys that they attend to, for all layers of a step.
 
-        Their numbers are in host memory.
+        The index tensors are in host memory.
         """
 
     def slots(self) -> SlotStore:
@@ -113,13 +113,13 @@ class SlotsInPages(SlotStore):
 
 @dataclass(frozen=True, slots=True)
 class SlotRows:
-    """Rows of a pass by slots; ``seen`` are the keys that they attend to, by window, computed on first use."""
+    """Rows of a pass by slots. ``seen``: the keys that they attend to, by window, computed on first use."""
 
     step: PagedStep
     seen: dict[int | None, SeenKeys] = field(default_factory=dict)
 
     def within(self, window: int | None) -> SeenKeys:
-        """Return the keys that a token attends to: its own and earlier ones, of the last ``window`` positions."""
+        """Return the keys that each token attends to: the last ``window`` ones up to its own; None: all of them."""
         if window not in self.seen:
             self.seen[window] = SeenKeys(lambda _batch, _head, query, key: _near(query, key, window))
         return self.seen[window]
@@ -150,7 +150,7 @@ class SlotCache:
         return self.store
 
     def discard(self, pages: Sequence[int]) -> None:
-        """Do nothing: memory of plain tensors cannot be freed page by page."""
+        """Do nothing: plain tensors cannot be freed page by page."""
 
 
 def _near(query: Tensor, key: Tensor, window: int | None) -> Tensor:

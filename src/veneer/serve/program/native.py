@@ -28,19 +28,19 @@ Call = Callable[[PassRows, Frame], None]
 
 @dataclass(frozen=True, slots=True)
 class NativePart:
-    """Operation in C++: the place of its instructions there, and the versions that they do not support."""
+    """Operation in C++: the range of its instructions, and the adapter versions that they do not support."""
 
     bound: Bound
     place: range
     unknown: set[str] = field(default_factory=set)
 
     def change(self, block: VersionBlock) -> GroupChange | None:
-        """Return what a block changes at its layers; None if it changes nothing."""
+        """Return the changes of a block at the operation's layers; None if there are none."""
         group = self.bound.operation.group(self.bound.weights)
         return None if group is None else block.change(group.number)
 
     def take(self, name: str, version: PackedEffects, program: StepProgram, number: int) -> None:
-        """Add a version's changes that its block does not hold."""
+        """Add the changes of a version that are not in its block."""
         place = StepPlace(program, number, self.place.start)
         if not self.bound.operation.take(self.bound.weights, version, place):
             self.unknown.add(name)
@@ -72,7 +72,7 @@ class _Numbers:
 
 
 class NativeStep:
-    """Parts of a program in C++, one for each operation, or None if it is not supported."""
+    """Program in C++: a part for each operation, None for an unsupported operation."""
 
     def __init__(self, dtype: torch.dtype, turns: Mapping[Rotary, tuple[Tensor, Tensor]]) -> None:
         tables = {rotary: (cos.float().contiguous(), sin.float().contiguous()) for rotary, (cos, sin) in turns.items()}
@@ -152,7 +152,7 @@ class NativeStep:
             self._free_layouts.give_back(found.number)
 
     def rows_of(self, register: Register, n: int) -> list[Tensor]:
-        """Return memory for n rows of a register, its tensors as adjacent columns; the same memory in every pass."""
+        """Return memory for n rows of a register, reused in every pass; its tensors are adjacent columns."""
         held = self._memory.get(register)
         if held is None or len(held) < n:
             held = torch.empty(n, sum(register.widths), dtype=self.program.dtype)
@@ -161,7 +161,7 @@ class NativeStep:
         return list(torch.split(held[:n], list(register.widths), dim=1))
 
     def stretches(self, bound: Sequence[Bound], rows: PassRows, *, by_ids: bool) -> Iterator[Call]:
-        """Return the operations of a pass: supported ones joined, the others unchanged."""
+        """Yield the calls of a pass: consecutive supported operations as one call, other operations unchanged."""
         kind = PassKind(in_pages=isinstance(rows.cache, PageCache) and rows.written is None, by_ids=by_ids)
         found: list[NativePart] = []
         for part, each in zip(self.parts, bound, strict=True):

@@ -21,9 +21,9 @@ from veneer.serve.program.kv_cache import KVCache
 class Piece(NamedTuple):
     """New tokens of one sequence: their places in pages, and their adapter version; pieces of a version are adjacent.
 
-    ``version`` is None for the base. ``kept`` are the tokens, counted from the piece's first, whose logits are wanted.
-    ``n_picked``: after this many last tokens, only the likeliest next token is wanted, without logits. ``read`` are the
-    tokens whose hidden states are wanted.
+    ``version`` is None for the base. ``kept``: indices in the piece of the tokens whose logits are returned.
+    ``n_picked``: for this many last tokens, only the argmax of the logits is returned. ``read``: indices of the tokens
+    whose hidden states are returned.
     """
 
     stretch: Stretch
@@ -39,7 +39,7 @@ def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first
 
 
 def sent(step: PassRows, device: torch.device, beside: Held) -> tuple[PassRows, Held]:
-    """Send a step, and tensors ``beside`` it, to a device, with one copy of all their whole numbers."""
+    """Send a step, and tensors ``beside`` it, to a device. One copy transfers all integer tensors."""
     if device.type == "cpu":
         return step, beside
     own: dict[str, Any] = {name: getattr(step, name) for name in ("positions", "kept", "picked", "tokens", "read")}
@@ -51,7 +51,7 @@ def sent(step: PassRows, device: torch.device, beside: Held) -> tuple[PassRows, 
 
 
 def step_on_host(pieces: Sequence[Piece], cache: KVCache, first_position: int = 0) -> PassRows:
-    """Return the rows of these pieces as `step_of` does, with their numbers in host memory."""
+    """Return the rows of these pieces as `step_of` does, with index tensors in host memory."""
     positions, kept, picked, read, at = list[int](), list[int](), list[int](), list[int](), 0
     for (_, start, n), _, rows, n_picked, states in pieces:
         positions.extend(range(start + first_position, start + first_position + n))

@@ -1,1 +1,1 @@
-"""Tools in conversations: their format, read off the model's chat template, and calls out of the model's text."""
+"""Tools in conversations: the call format of a chat template, and parsing calls from the model's text."""

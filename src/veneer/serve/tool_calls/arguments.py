@@ -1,4 +1,4 @@
-"""Arguments of one call as JSON, as they come: a JSON object, or fields that are written one by one."""
+"""Arguments of one call, streamed as JSON: from a JSON object, or from fields written one by one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PYTHONS = {"True": True, "False": False, "None": None}  # as some templates pri
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """JSON that a text tells, the number of its characters that are read, and whether the arguments end there."""
+    """JSON read from a text, the number of characters consumed, and whether the arguments end there."""
 
     json: str
     n: int
@@ -29,7 +29,7 @@ class Read:
 
 
 class ObjectArguments:
-    """Arguments that are a JSON object. They come as the model writes them."""
+    """Arguments that are a JSON object, passed on as the model writes them."""
 
     def __init__(self) -> None:
         self._depth, self._in_string, self._escaped = 0, False, False
@@ -58,10 +58,10 @@ class ObjectArguments:
 
 
 class FieldArguments:
-    """Arguments that are fields, the first of which has the name ``key``. ``schema`` is that of all arguments.
+    """Arguments written as fields, the first named ``key``. ``schema`` is the JSON schema of all arguments.
 
-    A value is a string if its schema says so alone, and comes in pieces then. Any other comes whole: as the JSON that
-    it is, if its schema has such values, and else as a string.
+    If a value's schema allows only strings, the value is a string, streamed in pieces. Other values are passed on
+    whole: as JSON if the text is JSON of a kind that the schema allows, otherwise as a string.
     """
 
     def __init__(self, fields: Fields, schema: Mapping[str, Any], key: str) -> None:
@@ -142,7 +142,7 @@ class FieldArguments:
 
 
 def kinds_of(schema: Any, depth: int = 4) -> set[str]:
-    """Return the kinds of JSON values that a schema has; none if it does not say. It may be any JSON."""
+    """Return the kinds of JSON values that a schema allows; empty if it does not say. ``schema`` may be any JSON."""
     if not isinstance(schema, Mapping):
         return set()
     kind = schema.get("type")

@@ -25,8 +25,8 @@ TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_c
 
 
 class Rendering:
-    """Rendering of chat templates. With ``sandbox``, of those alone in this process that its model brings and that are
-    plain.
+    """Rendering of chat templates. With ``sandbox``, this process renders only plain templates of the model itself;
+    the sandbox renders all others.
     """
 
     def __init__(self, model_tokenizer: Any) -> None:
@@ -60,8 +60,8 @@ def chat_text(
 ) -> str:
     """Return the text that a chat template renders from messages; ``how`` are arguments of `apply_chat_template`.
 
-    Raises ConfigError if there is no template, if it refuses the messages or takes seconds, for an unknown role, and
-    for a content that is no text. SandboxError: a process was ended by the template.
+    Raises ConfigError if there is no template, if the template refuses the messages or takes too long, for an unknown
+    role, and for content that is no text. Raises SandboxError if the template ended the sandbox's process.
     """
     template = tokenizer.chat_template if how.get("chat_template") is None else how["chat_template"]
     if template is None:
@@ -102,7 +102,7 @@ def _turn(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_of(number: int, message: Mapping[str, Any]) -> str | None:
-    """Return the content of a message as one text; None if it has none. Raises ConfigError with its number."""
+    """Return a message's content as one text; None if it has none. Raises ConfigError with the message's number."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ConfigError(f"messages[{number}]={message!r:.100} is no message: give a role and a content")
     content = message.get("content")

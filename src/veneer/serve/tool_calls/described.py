@@ -1,4 +1,4 @@
-"""Tools for a chat template that shows none: functions are described in words, and calls and results are plain text."""
+"""Tools for a chat template without tool support: functions, calls and results become plain text."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def description_of(functions: Sequence[Function]) -> str:
 
 
 def as_text(messages: Conversation, description: str, place: Place) -> list[Turn]:
-    """Return messages in which calls and results are text, with a description in front.
+    """Return messages in which calls and results are text, with the description of the functions first.
 
-    It stands in the system's message or, at the place "user", in the user's first one. Results are turns of the user.
-    Neighbouring results, and a user's message behind them, are one turn. Raises ConfigError.
+    The description begins the system message or, if ``place`` is "user", the first user message. Results become user
+    turns. Consecutive results and a user message after them are joined to one turn. Raises ConfigError.
     """
     names: dict[str, str] = {}  # of functions, by call
     found: list[Turn] = []

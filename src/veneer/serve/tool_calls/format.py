@@ -10,7 +10,7 @@ from veneer.serve.tool_calls.match import Part, Parts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fields:
-    """Arguments that are written one by one, and not as a JSON object.
+    """Literals around arguments that are written one by one, not as a JSON object.
 
     ``first`` or ``next`` precede a name, ``middle`` precedes its value, and ``last`` follows the last value. A call
     without arguments has ``none`` instead.
@@ -32,12 +32,12 @@ class Fields:
 class CallFormat:
     """Calls of one answer: ``before`` ARGUMENTS (``between`` ARGUMENTS)* ``after``; names precede their arguments.
 
-    ``between`` is None if an answer has one call at most. ``fields`` is None if arguments are a JSON object, whose
-    ``separators`` of items and keys are those of `json.dumps`, or None if they are others.
-    ``added``: the ids of tokens that the tokenizer keeps whole, by their text, as far as literals contain them.
-    ``special`` are those of them that are special tokens, and so no part of an answer's text otherwise; ``hidden`` are
-    the other special tokens then. ``content`` and ``as_text`` tell how the template reads calls that were made: the
-    content beside them if there is none, and arguments as text instead of a mapping.
+    ``between`` is None if an answer has at most one call. ``fields`` is None if arguments are a JSON object; its
+    ``separators`` are those of `json.dumps`, or None if it uses others.
+    ``added``: ids by text of the added tokens of the tokenizer that literals contain. ``special``: the special tokens
+    among them, which an answer's text would otherwise omit. ``hidden``: all other special tokens, if there are any
+    ``special`` ones. For calls in the history, ``content`` replaces missing content beside them, and ``as_text`` is
+    True if the template takes arguments as text, not as a mapping.
     """
 
     before: Parts
@@ -65,7 +65,7 @@ class CallFormat:
 
 
 def joined(*parts: Part) -> Parts:
-    """Return parts with neighbouring literals in one."""
+    """Return parts with adjacent literals joined."""
     made: list[Part] = []
     for part in parts:
         if isinstance(part, str) and made and isinstance(made[-1], str):

@@ -1,4 +1,4 @@
-"""Functions that a model may call, and which of them it must."""
+"""Functions that a model may call, and the choice among them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Mode = Literal["none", "auto", "required"]
 
 @dataclass(frozen=True, kw_only=True)
 class Function:
-    """Function that a model may call. ``parameters`` is the JSON schema of its arguments; without one it has none.
+    """Function that a model may call. ``parameters`` is the JSON schema of its arguments; None: it has no arguments.
 
-    If it is ``strict``, arguments always fit the schema. Raises ConfigError for a name that is none, and for a schema
-    that is not of an object.
+    If it is ``strict``, arguments always fit the schema. Raises ConfigError for an invalid name, and for a schema that
+    does not describe an object.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Function:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """Return the schema of the arguments, which always is one of an object."""
+        """Return the schema of the arguments, which always describes an object."""
         given = {"properties": {}} if self.parameters is None else self.parameters
         return {"type": "object", **{key: value for key, value in given.items() if value is not None}}
 
@@ -66,10 +66,10 @@ class Function:
 
 @dataclass(frozen=True)
 class Tools:
-    """Functions and the choice among them: "none", "auto", "required", or one that is ``named``.
+    """Functions and the choice among them: "none", "auto", "required", or the ``named`` function.
 
     ``parallel``: an answer may have several calls. Raises ConfigError for a choice that the functions do not offer, for
-    functions of the same name, and for too many.
+    functions of the same name, and for too many functions.
     """
 
     functions: Sequence[Function]
@@ -100,7 +100,7 @@ class Tools:
 
     @property
     def strict(self) -> bool:
-        """Return True if the arguments of all calls fit their schemas, though an answer need not call."""
+        """Return True if an answer need not call, but the arguments of its calls must fit their schemas."""
         return not self.forced and any(function.strict for function in self.functions)
 
     @property

@@ -1,4 +1,4 @@
-"""Grammar of an answer that is calls, so that it cannot fail to parse."""
+"""Grammar of an answer that consists of calls, so that it always parses."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _ID = "/[a-zA-Z0-9]{9}/"
 
 
 def grammar_of(tools: Tools, format: CallFormat, otherwise: str | Mapping[str, Any] | None = None) -> str:
-    """Return the Lark grammar of one to 16 calls of functions that may be called, or of one if calls are not parallel.
+    """Return the Lark grammar of an answer of 1 to 16 calls, or of exactly one if calls are not parallel.
 
-    Arguments fit the function's schema. Properties that it does not name are left out, unless it says that there may be
-    some. An answer may be JSON of the schema ``otherwise`` instead. Raises ConfigError for a schema whose values a
-    format cannot hold.
+    Arguments fit the function's schema; additional properties occur only if the schema explicitly allows them. With
+    ``otherwise``, an answer may instead be JSON of that schema. Raises ConfigError for a schema whose values the format
+    cannot express.
     """
     grammar = _Grammar(format)
     calls = _calls(grammar, tools, format, grammar.front)
@@ -42,7 +42,7 @@ def grammar_of(tools: Tools, format: CallFormat, otherwise: str | Mapping[str, A
 def grammar_in_text(tools: Tools, format: CallFormat) -> str:
     """Return the Lark grammar of a text in which the arguments of every call fit the function's schema.
 
-    There may be no call. A call begins as a parser sees it. Raises as `grammar_of` does.
+    The text may have no calls. Calls are recognized as by `Parser`. Raises as `grammar_of` does.
     """
     grammar = _Grammar(format)
     calls = _calls(grammar, tools, format, grammar.front_in_text)

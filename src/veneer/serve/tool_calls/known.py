@@ -1,4 +1,4 @@
-"""Formats of templates that tell the model a format, and do not render calls that were made."""
+"""Call formats of templates that describe a format to the model but do not render past calls."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ _BY_MARK = (
 
 
 def known_format(prompt: str) -> CallFormat | None:
-    """Return the format that a rendered prompt with tools tells the model by a known mark; None if by none."""
+    """Return the format whose known marker a rendered prompt with tools contains; None if it contains no marker."""
     return next((known for mark, known in _BY_MARK if mark in prompt), None)

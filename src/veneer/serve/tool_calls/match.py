@@ -10,7 +10,7 @@ from functools import lru_cache
 
 
 class Slot(enum.Enum):
-    """Place in a format whose text differs from call to call."""
+    """Part of a format whose text differs from call to call."""
 
     NAME = "name"
     ID = "id"
@@ -27,7 +27,7 @@ _JOINTS = frozenset("{}[],:")  # white space beside them means nothing
 
 
 class Growing:
-    """Text that may match, once there is more of it."""
+    """Incomplete match: more text decides."""
 
 
 GROWING = Growing()
@@ -45,9 +45,9 @@ Match = Found | Growing | None
 
 
 def match(parts: Parts, text: str, at: int, names: Collection[str], *, final: bool) -> Match:
-    """Match parts at a place of a text. ``names`` are the names that a call may have. ``final``: no more text comes.
+    """Match parts at an offset of a text. ``names``: the functions that may be called. ``final``: no more text comes.
 
-    White space is free where the format has some, and beside brackets, commas and colons.
+    The amount of white space is free if the format has some there, and beside brackets, commas and colons.
     """
     values = dict[Slot, str]()
     loose = False
@@ -79,7 +79,7 @@ class Beginnings:
         self._longest = max(len(text) * (_BLANKS + 1) for text in (*texts, *literals))
 
     def next(self, text: str, at: int) -> int | None:
-        """Return the first place at or behind ``at`` where a match may begin; None if nowhere."""
+        """Return the first offset from ``at`` on at which a match may begin; None if there is none."""
         found = self._whole.search(text, at)
         end = max(at, len(text) - self._longest)  # from where on a first part may grow
         if found is None or found.start() >= end:
@@ -88,7 +88,7 @@ class Beginnings:
 
 
 def skip_blanks(text: str, at: int) -> int:
-    """Return the place of the first character at or behind ``at`` that is no white space."""
+    """Return the offset of the first character from ``at`` on that is no white space."""
     return _skip(text, at)
 
 
@@ -114,7 +114,7 @@ def _steps(literal: str) -> tuple[tuple[str, bool], ...]:
 
 
 def pattern_of(literal: str) -> str:
-    """Return the regular expression of a literal, with the white space that may be in it."""
+    """Return the regular expression of a literal, with flexible white space."""
     blanks = rf"\s{{0,{_BLANKS}}}"
     return "".join(blanks * blank_before + re.escape(each) for each, blank_before in _steps(literal))
 

@@ -12,10 +12,12 @@ from veneer.serve.tool_calls.format import CallFormat
 
 
 def with_calls(messages: Conversation, format: CallFormat | None) -> list[Mapping[str, Any]]:
-    """Return messages whose calls are as the template of a format reads them; without one as most templates do.
+    """Return messages with their calls in the form that a format's template reads; None: that of most templates.
 
-    Arguments are the text of a JSON object in OpenAI's form, and a mapping to most templates. Text that is no object
-    stays text. An answer without content has the content that the template expects. Raises ConfigError.
+    Arguments are the text of a JSON object in OpenAI's API, and a mapping in most templates. Text that is no JSON
+    object stays text. An assistant message without content gets the content that the template expects.
+
+    Raises ConfigError.
     """
     return [_with_calls(number, message, format) for number, message in enumerate(messages)]
 

@@ -1,4 +1,4 @@
-"""Text and calls out of a model's text, as it comes."""
+"""Streaming parser of text and calls in a model's text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """Begin of the call ``index`` of a function."""
+    """Start of call number ``index``, with the name of its function."""
 
     index: int
     id: str
@@ -47,7 +47,7 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """More of the arguments of a call, which are the text of a JSON object."""
+    """Next piece of a call's arguments, which are the text of a JSON object."""
 
     index: int
     text: str
@@ -72,12 +72,12 @@ class _Place(enum.Enum):
 
 
 class Parser:
-    """Parser of one answer in a format. ``functions``: schemas of arguments, by the names that may be called.
+    """Parser of one answer in a format. ``functions``: schema of the arguments by name of the function.
 
-    Events do not depend on how the text is cut, except for the cuts of texts and arguments. Text that may be the
-    beginning of a call is held back; text that turns out to be none comes as `Text`. A call begins with the name of a
-    known function and the beginning of its arguments. Only the format's own literals, white space beside calls and
-    special tokens do not come. ``most``: later calls are text.
+    The chunking of the input affects only how texts and arguments are divided into events. Text that may begin a call
+    is held back; if it begins none, it is returned as `Text`. A call begins with the name of a known function and
+    the start of its arguments. The format's literals, white space beside calls and special tokens are dropped. After
+    ``most`` calls, further calls are text.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Parser:
         return self._read(final=False)
 
     def finish(self) -> list[Event]:
-        """Return the text that was held back: no more comes."""
+        """Return the events of the text held back. Call it at the end of the answer."""
         events = self._read(final=True)
         if self._blank and not self._is_behind_call:
             events.append(Text(self._blank))

@@ -1,4 +1,4 @@
-"""Format of calls, read off a chat template: known calls are rendered, and the text around them is the format."""
+"""Call format of a chat template, found by rendering known calls: the text around them is the format."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _Mark = tuple[int, int, Slot | None]
 
 
 def format_of(tokenizer: Any, template: str | None = None, rendering: Rendering | None = None) -> CallFormat | None:
-    """Return the format of calls in a tokenizer's chat template, or in another; None if neither it nor a table tells.
+    """Return the call format of a tokenizer's chat template, or of ``template``; None if it cannot be found.
 
-    Renders the template a few times, which takes its time.
+    Renders the template several times, which is slow. If that shows no format, the table of known formats is used.
     """
     how: dict[str, Any] = {} if template is None else {"chat_template": template}
     rendered_by = (tokenizer, rendering or Rendering(tokenizer))
@@ -49,7 +49,7 @@ def format_of(tokenizer: Any, template: str | None = None, rendering: Rendering 
 
 
 def with_tokens(found: CallFormat, tokenizer: Any) -> CallFormat:
-    """Return a format with the tokens that a tokenizer keeps whole in its literals."""
+    """Return a format with the ids of the tokenizer's added tokens in its literals."""
     texts = found.literals
     added = {text: int(id) for text, id in tokenizer.get_added_vocab().items() if any(text in each for each in texts)}
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
