@@ -1,1 +1,1 @@
-"""Records that methods lower to, tensors only: applied, folded, composed, and the sites where they act."""
+"""Records of tensors that methods lower to: how they are applied, folded and composed, and the sites where they act."""

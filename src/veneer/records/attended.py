@@ -1,4 +1,4 @@
-"""Formula of `records.deltas.AttendedDelta`: attention to a prompt, apart from that to the sequence."""
+"""Formula of `records.deltas.AttendedDelta`: attention to a prompt, with a softmax of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def attended_change(
     values: Float[Tensor, "n kv_heads k"],
     gate: Float[Tensor, " 1"],
 ) -> Float[Tensor, "b t width"]:
-    """Return ``gate · softmax(q Kᵀ / √k) V`` of every head, in the order of the heads and in the queries' dtype.
+    """Return ``gate · softmax(q Kᵀ / √k) V`` of all heads, concatenated in order, in the queries' dtype.
 
     Consecutive query heads share a key head. The softmax is computed in at least float32. Source: Zhang et al. 2023,
     arXiv:2303.16199, eq. 4 to 6; the gate is their ``g_l`` without the tanh of their later code, as in PEFT.
@@ -29,6 +29,6 @@ def attended_change(
 def turned(
     x: Float[Tensor, "b t heads k"], cos: Float[Tensor, "b t k"], sin: Float[Tensor, "b t k"]
 ) -> Float[Tensor, "b t heads k"]:
-    """Return queries turned by their positions, halves of a head as pairs (Su et al. 2021, arXiv:2104.09864)."""
+    """Return queries with rotary embedding; feature j is paired with j + k/2 (Su et al. 2021, arXiv:2104.09864)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos[:, :, None] + torch.cat([-second, first], dim=-1) * sin[:, :, None]

@@ -1,6 +1,6 @@
-"""Block-diagonal matrices of convolutions in groups of channels, and their blocks alone.
+"""Block-diagonal matrices of grouped convolutions, and their stacked blocks.
 
-The blocks are stored one below the other.
+The blocks are stacked along the rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def block_diagonal(blocks: Float[Tensor, "o k"], groups: int) -> Float[Tensor, "o gk"]:
-    """Return the whole matrix (o, groups · k) from its blocks (o / groups, k)."""
+    """Return the block-diagonal matrix (o, groups · k) of blocks of shape (o / groups, k)."""
     if groups == 1:
         return blocks
     own = torch.eye(groups, dtype=blocks.dtype, device=blocks.device)
@@ -27,6 +27,6 @@ def diagonal_blocks(matrix: Float[Tensor, "o gk"], groups: int) -> Float[Tensor,
 
 
 def column_blocks(vector: Float[Tensor, " gk"], rows: int, groups: int) -> Float[Tensor, "o k"]:
-    """Return the blocks (o, k) of the matrix whose ``rows`` rows are all this vector."""
+    """Return the diagonal blocks (o, k), with o = ``rows``, of the matrix whose rows all equal ``vector``."""
     blocks = vector.view(groups, 1, -1)
     return blocks.expand(groups, rows // groups, -1).reshape(rows, -1)

@@ -1,4 +1,4 @@
-"""Records that every method lowers to, five in number. The rest of the program knows only these."""
+"""The five kinds of records that methods lower to. The rest of the program knows only these."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class LinearDelta:
 
     ``y = output((W + Σ adds) input(x)) + bias``
 
-    ``adds`` are changes of the weight: pairs, which are joined to one that comes first, and others. ``input`` and
-    ``output`` map features; None is the identity. ``bias`` *replaces* the layer's own; None leaves it. So IA3 scales
-    the bias, and ``lora_bias`` adds to it, before the record is made.
+    ``adds`` are changes of the weight: at most one low-rank pair, which comes first (several pairs are joined to one),
+    then other changes. ``input`` and ``output`` map features; None is the identity. ``bias`` *replaces* the layer's
+    own bias; None keeps it. So methods that scale the bias (IA3) or add to it (``lora_bias``) put the result here.
 
-    An embedding is the linear layer ``(d, n_tokens)`` applied to one-hot rows. A convolution is one applied to patches.
-    Experts stacked in one tensor have a stacked pair and nothing else.
+    An embedding is the linear layer ``(d, n_tokens)`` applied to one-hot rows. A convolution is a linear layer applied
+    to patches. Experts stacked in one tensor may have only a stacked pair.
     """
 
     adds: tuple[Pair | Change, ...] = ()
@@ -68,22 +68,22 @@ class LinearDelta:
 
     @property
     def only_adds(self) -> bool:
-        """Return True if terms are added to the weight, and inputs and outputs stay: such records have a sum."""
+        """Return True if the record adds to the weight and maps no inputs or outputs: such records can be summed."""
         return self.input is None and self.output is None
 
     @property
     def only_scales(self) -> bool:
-        """Return True if nothing is added to the weight, and inputs and outputs are at most scaled."""
+        """Return True if nothing is added to the weight, and inputs and outputs are scaled or unchanged."""
         return not self.adds and not any(isinstance(term, Rotation) for term in (self.input, self.output))
 
     @property
     def is_low_rank(self) -> bool:
-        """Return True if only a pair changes the weight."""
+        """Return True if a low-rank pair is the only change of the weight."""
         return self.only_adds and len(self.adds) == 1 and self.low_rank is not None
 
     @property
     def is_elementary(self) -> bool:
-        """Return True if there are no other terms than pairs, scales and a bias: kernels know those."""
+        """Return True if all terms are pairs, scales or a bias, which the kernels support."""
         return not self.changes and not any(isinstance(term, Rotation) for term in (self.input, self.output))
 
     @property
@@ -147,7 +147,7 @@ class LinearDelta:
 
     @property
     def told(self) -> str:
-        """Parts of the record in words, for messages."""
+        """Description of the record's parts, for messages."""
         parts = [
             "a low-rank pair" * (self.low_rank is not None),
             "a change of the whole weight" * bool(self.changes),
@@ -161,13 +161,13 @@ class LinearDelta:
         return " and ".join(filter(None, parts)) or "no term"
 
     def without_pair(self) -> LinearDelta:
-        """Return the record without its pair, which another record holds."""
+        """Return the record without its pair."""
         return self if self.low_rank is None else replace(self, adds=self.changes)
 
     def weighed(self, weight: float, own_bias: Float[Tensor, " o"] | None = None) -> LinearDelta:
         """Return the record whose change of the layer is ``weight`` times this one's; ``own_bias`` is the layer's bias.
 
-        Raises CompositionError if inputs or outputs are mapped: such an update is no sum.
+        Raises CompositionError if inputs or outputs are mapped: such a change cannot be multiplied.
         """
         if not self.only_adds:
             raise CompositionError(
@@ -180,11 +180,11 @@ class LinearDelta:
         return replace(self.with_adds_times(weight), bias=bias)
 
     def with_adds_times(self, weight: float) -> LinearDelta:
-        """Return the record with its changes of the weight multiplied by a number."""
+        """Return the record with its ``adds`` multiplied by ``weight``."""
         return replace(self, adds=tuple(term.weighed(weight) for term in self.adds))
 
     def transposed(self) -> LinearDelta:
-        """Return the record that changes the transposed weight (i, o) as this one changes (o, i). It has no bias."""
+        """Return the same change for the transposed weight (i, o), without bias."""
         return LinearDelta(
             adds=tuple(term.transposed() for term in self.adds),
             input=None if self.output is None else self.output.transposed(),
@@ -220,7 +220,7 @@ class ResidualDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixDelta:
-    """Virtual key/value pairs, n of them, in front of the sequence of one attention layer.
+    """Key/value pairs of n virtual tokens before the sequence, in one attention layer.
 
     The keys are already rotated.
     """
@@ -231,10 +231,10 @@ class PrefixDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttendedDelta:
-    """Embeddings, n of them, that one attention layer attends to apart from the sequence.
+    """n embeddings that one attention layer attends to, with a softmax apart from the sequence's.
 
-    ``gate`` times that attention is added to the layer's own. The embeddings have no positions. The layer's own
-    projections make their keys and values.
+    ``gate`` times the result is added to the layer's own attention. The layer's projections compute the embeddings'
+    keys and values, without positions.
     """
 
     prompt: Float[Tensor, "n d"]
@@ -243,6 +243,6 @@ class AttendedDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptDelta:
-    """Virtual token embeddings, n of them, in front of the input."""
+    """Embeddings of n virtual tokens before the input."""
 
     embeddings: Float[Tensor, "n d"]

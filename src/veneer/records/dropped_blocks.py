@@ -13,11 +13,11 @@ DROPPED = "dropped"
 
 
 def dropped_blocks(n: int, share: float, generator: torch.Generator | None = None) -> Bool[Tensor, " n"]:
-    """Return which of n blocks are dropped: this share of them, rounded down to a whole number."""
+    """Return a mask of n blocks, True if dropped: floor(``share`` · n) random ones."""
     return (torch.arange(n) < int(share * n))[torch.randperm(n, generator=generator)]
 
 
 def identity_at(dropped: Bool[Tensor, "*n"], blocks: Float[Tensor, "*n b b"]) -> Float[Tensor, "*n b b"]:
-    """Return the blocks with the identity in the place of the dropped ones."""
+    """Return the blocks, with the dropped ones replaced by the identity."""
     identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     return torch.where(dropped[..., None, None], identity, blocks)

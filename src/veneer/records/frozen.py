@@ -1,4 +1,4 @@
-"""Interfaces of a frozen weight, and of a stack of them. No method knows how the base is stored."""
+"""Interfaces of frozen weights and of stacks of them. Methods do not depend on how the base is stored."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class FrozenWeight(Protocol):
     def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         """Return ``W x`` on the last axis, differentiable in x.
 
-        The dtype is that of the plain layer's output. A dense weight gives its own dtype, and x is converted to it. A
-        quantized weight gives x's dtype. Under autocast it is autocast's.
+        A dense weight converts x to the weight's dtype and returns that dtype. A quantized weight returns x's dtype.
+        Under autocast both return autocast's dtype.
         """
         ...
 
     def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> Float[Tensor, "*batch i"]:
-        """Return ``Wᵀ dy`` on the last axis: the gradient of ``matmul`` in x, in ``matmul``'s dtype for dy."""
+        """Return ``Wᵀ dy`` on the last axis, the gradient of ``matmul`` in x; dtypes as in ``matmul``."""
         ...
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:

@@ -28,9 +28,9 @@ def apply_linear(
 ) -> Float[Tensor, "*batch o"]:
     """Return the adapted layer's output, in the dtype of the base product.
 
-    ``added_input`` replaces `entered` x as the input of the added terms: dropout acts there. The record's
-    terms are computed in the record's dtype (float32 on a 16-bit base, unless autocast says otherwise). They are
-    rounded once, at the end: a scale of 1.005, itself rounded to 16 bits, would act as 1.0078.
+    ``added_input`` replaces ``entered(delta, x)`` as the input of the added terms, for example after dropout. Terms are
+    computed in the record's dtype (usually float32 on a 16-bit base), unless autocast is on. They are rounded once, at
+    the end: a scale of 1.005 rounded to bfloat16 would be 1.0078.
     """
     return _apply(delta, [(delta, added_input)], x, weight, bias)
 
@@ -42,7 +42,7 @@ def apply_linear_sum(
     bias: Float[Tensor, " o"] | None,
     added_inputs: Sequence[Float[Tensor, "*batch i"] | None],
 ) -> Float[Tensor, "*batch o"]:
-    """Return `apply_linear` of the composed records (`compose_linear`), each with an input of its own.
+    """Return `apply_linear` of the composed records (`compose_linear`), each with its own input of the added terms.
 
     Raises CompositionError if they cannot act together.
     """
@@ -72,15 +72,15 @@ def apply_projected(
     base: Float[Tensor, "*batch o"],
     bias: Float[Tensor, " o"] | None = None,
 ) -> Float[Tensor, "*batch o"]:
-    """Return `apply_linear_sum`, given the ``products`` of the changes of the weight, and W x as ``base``.
+    """Return `apply_linear_sum`, given W x as ``base`` and ``products``, the added terms applied to their inputs.
 
-    ``whole`` is `compose_linear` of the records. Convolutions are applied so, without laying out their patches.
+    ``whole`` is `compose_linear` of the records. Convolutions use this, so that patches need not be laid out.
     """
     return _finished(whole, sum(products, base), bias).to(base.dtype)
 
 
 def entered(delta: LinearDelta, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch i"]:
-    """Return the input of the weight, in x's dtype. The term itself is never rounded to that dtype."""
+    """Return x after the record's input map, computed in the wider of both dtypes and rounded to x's."""
     if delta.input is None:
         return x
     with without_autocast(x.device):
@@ -105,11 +105,11 @@ def apply_embedding(
 ) -> Float[Tensor, "*batch o"]:
     """Return the adapted embedding's output, given the output of the frozen table.
 
-    It is `apply_linear` on one-hot rows, computed by look-up. A table that multiplies its output (Gemma's) needs a
-    record that is multiplied likewise (`LinearDelta.with_adds_times`). As in torch's embedding, the column of a change
-    at the token ``padding_idx`` gets no gradient. ``linear`` multiplies rows by a factor of a term.
+    Equals `apply_linear` on one-hot rows, but is computed by look-up. If a table multiplies its output (Gemma's), the
+    record must be multiplied by the same number (`LinearDelta.with_adds_times`). As in torch's embedding, the column of
+    a change at the token ``padding_idx`` gets no gradient. ``linear`` computes products with a factor of a term.
 
-    Raises CompositionError for a record that rotates its inputs: a row would be a mix of other rows.
+    Raises CompositionError if the record rotates its inputs, since each row would mix other rows.
     """
     if delta.input is not None and delta.input_scale is None:
         raise CompositionError(
@@ -133,8 +133,8 @@ def fold_linear(
 ) -> tuple[Float[Tensor, "*experts o i"], Float[Tensor, " o"] | None]:
     """Return ``output (W + Σ adds) input`` and the bias, in ``dtype`` (None: W's).
 
-    It is computed in at least float32, and outside of autograd a block of rows at a time. Pairs and scales need no
-    matrix as large as W but the result. A change is made whole, and a rotation of outputs needs all rows.
+    Computed in at least float32; without autograd, by blocks of rows. Pairs and scales then need no temporary matrix as
+    large as W. Other changes are materialized whole, and a rotation of outputs needs all rows at once.
     """
     dtype = dtype or weight.dtype
     if torch.is_grad_enabled() or weight.numel() <= BLOCK_VALUES:
@@ -151,9 +151,9 @@ def fold_linear(
 def fold_blocks(
     delta: LinearDelta, weight: Iterable[Float[Tensor, "k *rest"]], dtype: torch.dtype
 ) -> Iterator[Float[Tensor, "k *rest"]]:
-    """Yield the weight of `fold_linear` block by block, from blocks of rows (or experts) given in order.
+    """Yield the weight of `fold_linear` block by block, from consecutive blocks of rows (of stacked weights: experts).
 
-    No block is kept unless outputs are rotated.
+    Blocks are not kept, unless outputs are rotated.
     """
     if delta.output is not None and delta.output_scale is None:
         blocks = list(weight)
@@ -198,11 +198,11 @@ def _of_rows(delta: LinearDelta, rows: slice) -> LinearDelta:
 
 
 def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | None = None) -> LinearDelta:
-    """Return one record that acts as all of them together on one layer with the bias given.
+    """Return one record equivalent to all records together, on a layer with this bias.
 
-    Changes of the weight are summed. Pairs are concatenated along the rank, which is their exact sum. Records that only
-    scale and rotate act one after the other: each on the layer that those before it have made. So the last one's map of
-    inputs comes first. A record that adds to the weight has no sum with these.
+    Records that only add to the weight are summed; pairs are concatenated along the rank, which is exact. Records that
+    only scale and rotate are applied in order, each to the layer adapted by the records before it: the last record's
+    input map comes first. The two kinds cannot be combined.
 
     Raises CompositionError if the sum is not a LinearDelta.
     """
@@ -230,7 +230,7 @@ def row_norms(delta: LinearDelta, weight: FrozenWeight, weight_row_sq: Float[Ten
 
     ``|w + s b A|² = |w|² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ``
 
-    This takes a product of W with r rows and one of size (o, r, r).
+    The cost is one product of W with r rows, and one of size (o, r, r).
     """
     pair = delta.low_rank
     if pair is None:

@@ -1,4 +1,4 @@
-"""Orthogonal matrices made of skew-symmetric ones, for methods that rotate."""
+"""Orthogonal matrices from skew-symmetric ones, for methods that rotate."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 def skew_symmetric(upper: Float[Tensor, "n k"], size: int) -> Float[Tensor, "n b b"]:
-    """Return matrices with these numbers above the diagonal, row by row, and their negatives below it."""
+    """Return skew-symmetric matrices with the entries ``upper`` above the diagonal, row by row."""
     rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
     half = upper.new_zeros(len(upper), size * size).index_copy(1, rows * size + columns, upper).view(-1, size, size)
     return half - half.mT
 
 
 def cayley(q: Float[Tensor, "*n b b"]) -> Float[Tensor, "*n b b"]:
-    """Return ``(I - Q) (I + Q)⁻¹``, which is orthogonal, as ``2 (I + Q)⁻¹ - I``: an inverse's gradient is products."""
+    """Return ``(I - Q) (I + Q)⁻¹``, orthogonal for skew-symmetric Q. Computed as ``2 (I + Q)⁻¹ - I``."""
     wide = q.to(torch.promote_types(q.dtype, torch.float32))  # torch inverts nothing in 16 bits
     identity = torch.eye(q.shape[-1], dtype=wide.dtype, device=q.device)
     turned: Tensor = 2 * torch.linalg.inv(identity + wide) - identity

@@ -1,4 +1,4 @@
-"""Formula of PrefixDeltas, one for each attention layer, and their form on disk."""
+"""Conversion between PrefixDeltas, one for each attention layer, and their form on disk."""
 
 from __future__ import annotations
 

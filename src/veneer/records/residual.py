@@ -37,5 +37,5 @@ def residual_change(delta: ResidualDelta, x: Float[Tensor, "*batch d"]) -> Float
 
 
 def bottleneck_width(features: int, reduction_factor: float) -> int:
-    """Return the width r = d // reduction factor, at least 1."""
+    """Return the width r = ⌊d / reduction factor⌋, at least 1."""
     return max(1, math.floor(features / reduction_factor))

@@ -1,4 +1,4 @@
-"""Sequences of a pass: which tokens of its input belong together, for records that depend on a whole sequence."""
+"""Sequences of a pass: which tokens belong to which sequence, for records that depend on a whole sequence."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MEMBERS = "members"
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences in an input of ``shape`` (rows, n): ``members`` is 1 where a token belongs to a sequence, and else 0.
+    """Sequences in an input of ``shape`` (rows, n). ``members`` is 1 if a token belongs to a sequence, otherwise 0.
 
-    Padding belongs to none. A row holds several sequences if it is packed.
+    Padding belongs to no sequence. A packed row holds several sequences.
     """
 
     shape: tuple[int, int]
@@ -34,7 +34,8 @@ class Sequences:
     ) -> Sequences:
         """Return the sequences of rows, whose ``mask`` is 0 on padding.
 
-        A row is one sequence. With ``positions`` a new one begins where they do not ascend.
+        Each row is one sequence. With ``positions``, a new sequence begins at each token whose position does not
+        increase.
         """
         rows, n = mask.shape
         number = torch.zeros(rows, n, dtype=torch.long, device=mask.device)
@@ -47,9 +48,9 @@ class Sequences:
         return cls((rows, n), members.to(device or mask.device, torch.float32))
 
     def at(self, shape: Sequence[int]) -> Float[Tensor, "tokens sequences"] | None:
-        """Return the members of an input of shape (rows, n), or flattened; None if it holds other tokens in rows.
+        """Return the members for an input of shape (rows, n) or (rows · n); None for rows of other tokens.
 
-        Raises ShapeError if it holds other tokens without rows, as the input of an expert does.
+        Raises ShapeError for other tokens without rows, such as the input of an expert.
         """
         if tuple(shape) in (self.shape, (len(self.members),)):
             return self.members
@@ -74,6 +75,6 @@ def members_of_rows(shape: Sequence[int], device: torch.device) -> Float[Tensor,
 
 
 def means(values: Float[Tensor, "tokens k"], members: Float[Tensor, "tokens sequences"]) -> Float[Tensor, "tokens k"]:
-    """Return for each token the mean over its sequence; 0 for a token of none."""
+    """Return for each token the mean over its sequence; 0 for padding."""
     members = members.to(values.dtype)
     return members @ ((members.T @ values) / members.sum(dim=0).clamp_min(1)[:, None])

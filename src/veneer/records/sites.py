@@ -1,4 +1,4 @@
-"""Places in a frozen model that a method can change, described by shapes; no module is held."""
+"""Places in a frozen model that a method can change, described by shapes, without references to modules."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ class LinearSite:
     """Linear map ``y = W x + c``, ``W (out_features, in_features)``.
 
     ``kind`` is the form of the input: ``"linear"`` takes vectors, ``"embedding"`` token ids, ``"convolution"`` patches
-    of ``window`` positions. For an embedding in_features is the size of the vocabulary, for a convolution channels
-    times positions. In ``groups`` of channels, the outputs of a group depend on that group's inputs alone: W is zero
-    elsewhere.
-    ``weight`` and ``bias`` are None in planning, before anything is loaded; ``has_bias`` is known then too.
-    ``experts`` such maps may be stacked in one tensor (experts, o, i). The record then has that dimension as the first
-    of ``a`` and ``b``, and ``weight`` is None.
-    ``repeats``: how often a low-rank update is added (twice by PEFT at the output projection of torch's attention).
-    ``row_sq`` returns the squared norms of the rows of the weight. The holder of the site computes them once.
-    ``found`` caches values that methods derive from the weight, each by a key of its own. A method drops its entry when
-    it derives its factors. The holder of the site keeps the cache, and empties it if the weight changes.
+    of ``window`` positions. in_features is the vocabulary size for an embedding, and channels times positions for a
+    convolution. With ``groups`` of channels, W is block-diagonal: a group's outputs depend only on the group's inputs.
+    ``weight`` and ``bias`` are None in planning, since nothing is loaded; ``has_bias`` is set anyway. ``experts``:
+    number of maps stacked in one tensor (experts, o, i). Then ``a`` and ``b`` of the record have that first dimension
+    too, and ``weight`` is None. ``repeats``: number of times that a low-rank update is added (PEFT: 2 at the output
+    projection of torch's attention). ``row_sq`` returns the squared norms of the rows of the weight. The holder of the
+    site computes them once. ``found`` caches values that methods derive from the weight, each by a key of its own. A
+    method drops its entry when it derives its factors. The holder of the site keeps the cache, and empties it if the
+    weight changes.
     """
 
     name: str
@@ -62,7 +61,7 @@ class ResidualSite:
 class AttentionSite:
     """Key/value heads of one attention layer.
 
-    ``cross``: the layer has a cross-attention layer in its block, in the decoder of an encoder-decoder.
+    ``cross``: the layer's block also has cross-attention (decoders of encoder-decoder models).
     """
 
     name: str
@@ -83,10 +82,10 @@ class AttendingSite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputSite:
-    """Input embeddings of the model, width ``features``, for a vocabulary of that many tokens.
+    """Input embeddings of the model, of width ``features``, and the size of their vocabulary.
 
     ``embed`` looks token ids up (None in planning). ``text_ids`` are the tokens of the text that a method starts from.
-    ``layers`` and ``heads`` count those of the model, if it gives them.
+    ``layers`` and ``heads``: their numbers in the model, if known.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Single rows of an embedding table that are trained while the others stay: looked up, put in, and read by a head.
+"""Trained single rows of an otherwise frozen embedding table: look-up, merging into the table, and use in the head.
 
 ``rows (n, d)`` replace the rows ``index (n)`` of a table (n_tokens, d). They are not added to it, so that a table whose
 new rows start at random gives the same model wherever it is loaded.
@@ -16,7 +16,7 @@ from veneer.records.terms.term import RowsProduct
 def put_rows(
     table: Float[Tensor, "n_tokens d"], index: Int[Tensor, " n"], rows: Float[Tensor, "n d"]
 ) -> Float[Tensor, "n_tokens d"]:
-    """Return the table with the rows in their places, in its dtype. It is a new tensor: the whole table is copied."""
+    """Return a copy of the whole table with the rows replaced, in the table's dtype."""
     return table.index_copy(0, index, rows.to(table.dtype))
 
 
@@ -49,8 +49,7 @@ def project_rows(
 ) -> Float[Tensor, "*batch n_tokens"]:
     """Return the output of a head whose weight is `put_rows`, given the output with its own weight.
 
-    ``linear`` multiplies x by the rows, whose gradient is a product of their own size. The gradient of the whole table
-    is never formed.
+    ``linear`` multiplies x by the rows. Only the rows get a gradient; that of the whole table is never formed.
     """
     own = linear(x, rows.to(x.dtype), None if bias is None else bias[index])
     return y.index_copy(-1, index, own.to(y.dtype))

@@ -11,7 +11,7 @@ Filter = tuple[float, ...]
 
 
 def filters(name: str) -> tuple[Filter, Filter]:
-    """Return the filters that reconstruct from the low band and from the high one."""
+    """Return the low-pass and the high-pass reconstruction filter."""
     low = LOW[name]
     return low, tuple((-1) ** k * value for k, value in enumerate(reversed(low)))
 

@@ -1,4 +1,4 @@
-"""Frozen weight of a layer as a change of it reads it."""
+"""Reference to the frozen weight that a change depends on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from veneer.records.frozen import FrozenWeight
 
 
 class Base:
-    """Frozen weight of a layer as a record refers to it: not as a part, which would be counted, copied and packed."""
+    """Reference of a record to the frozen weight of its layer; it is not counted, copied or packed with the record."""
 
     def __init__(self, weight: FrozenWeight) -> None:
         self.weight = weight

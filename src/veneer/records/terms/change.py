@@ -1,4 +1,4 @@
-"""Change of the weight that is no small pair: an object with products, as a frozen weight has."""
+"""Change of the weight other than a low-rank pair: an object with products, like a frozen weight."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from veneer.records.terms.term import RowsProduct, Term
 class Change(Term, ABC):
     """Change ΔW (o, i), added to the weight.
 
-    A subclass declares its tensors as fields and gives `shape` and `dense`, which computes ΔW from them under autograd.
-    If it has no ``matmul`` of its own, ΔW is made for one product and again in the backward pass: no layer keeps o·i
-    numbers. One that has is made so too from some number of rows on, see `is_made_for`.
+    A subclass declares its tensors as fields and gives `shape` and `dense`, which computes ΔW from them under
+    autograd. Without a ``matmul`` of its own, ΔW is materialized for each product, and again in the backward pass, so
+    that no layer keeps o·i values. With one, ΔW is materialized only for products with many rows (`is_made_for`).
     """
 
     @property
@@ -43,7 +43,7 @@ class Change(Term, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the products: that of the first floating-point tensor."""
+        """Dtype of the products: the dtype of the first floating-point tensor."""
         return next(tensor.dtype for tensor in self.tensors if tensor.is_floating_point())
 
     def apply(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
@@ -51,22 +51,22 @@ class Change(Term, ABC):
         return self.matmul(x.to(self.dtype))
 
     def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
-        """Return True if a product with so many rows takes the matrix of `dense`, and not ``matmul``.
+        """Return True if a product with ``n_rows`` rows uses the matrix of `dense`, not ``matmul``.
 
-        ``dtype`` is that in which matrices are multiplied. From as many rows as the smaller width on, a matrix unit
-        multiplies faster than rows are transformed. A change without a ``matmul`` of its own always takes the matrix.
+        ``dtype``: dtype of the matrix product. If the rows are at least as many as the smaller of o and i, a dense
+        product is faster than transforming each row. A change without a ``matmul`` of its own always takes the matrix.
         """
         return type(self).matmul is Change.matmul or n_rows >= min(self.shape)
 
     def rounded(self, dtype: torch.dtype) -> Change:
-        """Return the change with its floating-point tensors in ``dtype``; itself if it would lose by that."""
+        """Return the change with floating-point tensors in ``dtype``; unchanged if it computes in float32 anyway."""
         narrow = self.with_tensors([x.to(dtype) if x.is_floating_point() else x for x in self.tensors])
         return narrow if narrow.dtype == dtype else self  # a transform stays in float32
 
     def on(self, rows: slice, n_before: int) -> Change:
-        """Return the change as it acts on some tokens of a pass: the same for all, unless it depends on them.
+        """Return the change for the tokens ``rows`` of a pass. Only changes that depend on their tokens differ.
 
-        ``n_before``: how many tokens before them have the change.
+        ``n_before``: number of tokens with this change before ``rows``.
         """
         return self
 
@@ -75,7 +75,7 @@ class Change(Term, ABC):
     ) -> Float[Tensor, "*batch o"]:
         """Return the columns of the change at token ids. The column at ``padding_idx`` gets no gradient.
 
-        ``linear`` multiplies rows by a factor of the change, if it is read by its factors.
+        ``linear`` computes products with the factors of the change, if it has any.
         """
         return torch.nn.functional.embedding(index, self.dense().T, padding_idx)
 

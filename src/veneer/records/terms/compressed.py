@@ -1,4 +1,4 @@
-"""Low-rank change whose A has the gradient of compressed inputs (VeLoRA, Miles et al. 2024, arXiv:2405.17991)."""
+"""Low-rank change with A's gradient computed from compressed inputs (VeLoRA, Miles et al. 2024, arXiv:2405.17991)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.records.terms.change import Change
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compressed(Change):
-    """Change ``times B A``, whose A has the gradient of inputs that were compressed in ``groups``."""
+    """Change ``times B A``. The gradient of A is computed from inputs compressed in ``groups``."""
 
     a: Float[Tensor, "r i"]
     b: Float[Tensor, "o r"]
@@ -45,7 +45,7 @@ class Compressed(Change):
 
     @torch.no_grad()
     def mean_of(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, " g"]:
-        """Return e of a pass: the direction of the mean of all groups of all tokens."""
+        """Return the projection vector of a pass: the mean of all groups of all tokens, normalized to length 1."""
         return unit(grouped(x, self.groups).mean(dim=(0, 1)))
 
 
@@ -71,13 +71,13 @@ class _ACompressed(torch.autograd.Function):
 
 
 def grouped(x: Float[Tensor, "*batch i"], groups: int) -> Float[Tensor, "n groups g"]:
-    """Return the features of each token in groups, the last one filled up with zeros."""
+    """Return the features of each token in groups; the last group is padded with zeros."""
     width = -(-x.shape[-1] // groups)
     return pad(x, (0, groups * width - x.shape[-1])).reshape(-1, groups, width)
 
 
 def unit(vector: Float[Tensor, " g"]) -> Float[Tensor, " g"]:
-    """Return the direction of a vector. A vector of zeros gets the direction of ones."""
+    """Return the vector normalized to length 1; for a zero vector, the normalized vector of ones."""
     vector = vector.float()
     vector = torch.where((vector == 0).all(), torch.ones_like(vector), vector)
     length: Tensor = torch.linalg.vector_norm(vector)

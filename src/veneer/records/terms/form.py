@@ -1,4 +1,4 @@
-"""Form of a term: its numbers in one of a few arrangements, for kernels that map rows."""
+"""Form of a term: its values in one of a few layouts that kernels support."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.records.terms.base import Base
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Linear map (o, i) of features, in an arrangement that kernels know.
+    """Linear map (o, i) of features, in a layout that kernels support.
 
     | kind | sizes | values |
     | --- | --- | --- |

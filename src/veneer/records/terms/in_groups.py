@@ -1,4 +1,4 @@
-"""Change of a convolution in groups of channels, whose weight is block-diagonal."""
+"""Change of a grouped convolution, whose weight matrix is block-diagonal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from veneer.records.terms.pair import Pair
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InGroups(Change):
-    """Change of the kernel of a convolution in groups: ``of`` changes the blocks (o, i / groups), one below the other.
+    """Change of the kernel of a grouped convolution: ``of`` changes the stacked blocks (o, i / groups).
 
     As a matrix (o, i) it is zero outside the blocks.
     """
@@ -49,5 +49,5 @@ class InGroups(Change):
 
 
 def in_groups(of: Pair | Change, groups: int) -> Pair | Change:
-    """Return a change of blocks as one of a convolution's weight: itself if there is one group."""
+    """Return a change of stacked blocks as a change of the weight; unchanged if there is one group."""
     return of if groups == 1 else InGroups(of=of, groups=groups)

@@ -1,4 +1,4 @@
-"""Maps of features one after the other, as several adapters on one layer have them."""
+"""Composition of the feature maps of several adapters on one layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.records.terms.scale import Scale
 
 @dataclass(frozen=True, slots=True)
 class InOrder(Rotation):
-    """Map by several maps, the first of them first."""
+    """Composition of several maps, applied in order."""
 
     maps: tuple[Scale | Rotation, ...]
 
@@ -44,7 +44,7 @@ class InOrder(Rotation):
 def in_order(maps: Sequence[Scale | Rotation]) -> Scale | Rotation | None:
     """Return one map that applies all of them in order; None if there is none.
 
-    Scales alone are multiplied to one.
+    If all are scales, the result is their product.
     """
     scales = [each for each in maps if isinstance(each, Scale)]
     if len(maps) < 2:

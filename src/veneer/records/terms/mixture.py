@@ -1,4 +1,4 @@
-"""Mixture: a change of the weight that depends on the input, so that no matrix has its effect."""
+"""Mixture: a change of the weight that depends on the input, so no fixed matrix equals it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from veneer.records.terms.change import Change
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture(Change, ABC):
-    """Change that weighs matrices by the tokens of its input: ``matmul`` alone says what it does.
+    """Change that weights matrices depending on the tokens of its input, defined by ``matmul`` alone.
 
-    It is added to the weight's product like any other, and has a gradient like any other. It cannot be folded, combined
-    or turned: `dense` and `matmul_t` raise CompositionError.
+    Its product is added like that of any change, and is differentiable. It cannot be folded, combined or transposed:
+    `dense` and `matmul_t` raise CompositionError.
     """
 
     @abstractmethod
@@ -30,7 +30,7 @@ class Mixture(Change, ABC):
         return False
 
     def rounded(self, dtype: torch.dtype) -> Self:
-        """Return the change itself, unless a subclass knows what chooses its matrices: that is not rounded."""
+        """Return the change unchanged. Subclasses may round all tensors but those that compute the mixture weights."""
         return self
 
     def dense(self, dtype: torch.dtype | None = None) -> NoReturn:
@@ -45,7 +45,7 @@ class Mixture(Change, ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRankMixture(Mixture):
-    """Mixture of pairs that share A: ``ΔW x = B v``, with v and B made of the ``A x`` of all tokens."""
+    """Mixture of pairs that share A: ``ΔW x = B v``, with v and B computed from the ``A x`` of all tokens."""
 
     a: Float[Tensor, "r i"]
 

@@ -53,7 +53,7 @@ class Pair(Term):
         return self if self.is_plain else Pair(a=self.a, b=self.plain_b, scale=self.scale)
 
     def apply(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        """Return the product with x, in the pair's dtype. Rank first: the matrix ``B A`` is never formed."""
+        """Return the product with x, in the pair's dtype. A is applied first: the matrix ``B A`` is never formed."""
         return self.behind_a(torch.nn.functional.linear(x.to(self.a.dtype), self.a))
 
     def behind_a(
@@ -88,7 +88,7 @@ class Pair(Term):
         return Pair(a=self.plain_b.mT, b=self.a.mT, scale=self.scale)
 
     def of_rows(self, rows: slice) -> Pair:
-        """Return the part that changes these rows of the weight, or these of its stacked experts."""
+        """Return the pair for some rows of the weight, or of stacked pairs for some experts."""
         return replace(
             self,
             a=self.a[rows] if self.is_stacked else self.a,

@@ -1,6 +1,6 @@
 """Rotation of inputs or outputs: an orthogonal map, or any other linear map of a layer's features.
 
-Liu et al. 2023 (arXiv:2306.07280) turn a layer's inputs by blocks. Other subclasses map pairs of features, permute
+Liu et al. 2023 (arXiv:2306.07280) rotate a layer's inputs in blocks. Other subclasses map pairs of features, permute
 them, or also scale them.
 """
 
@@ -31,8 +31,8 @@ class Rotation(Term, ABC):
         """Return ``M x`` on the last axis, differentiable in x and the tensors, in the wider dtype of the two."""
 
     def blocks_of_map(self) -> Float[Tensor, "k b b"] | None:
-        """Return the blocks on the diagonal of M if it has no other entries and they are small, differentiable in the
-        tensors; otherwise None.
+        """Return the diagonal blocks of M if M is block-diagonal with small blocks, otherwise None. Differentiable in the
+        tensors.
         """
         return None
 

@@ -23,7 +23,7 @@ class Scale(Term):
         return len(self.vector)
 
     def apply(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """Return ``vector * x`` in the wider dtype of the two: the scale is never rounded to x's."""
+        """Return ``vector * x`` in the wider dtype of the two: the scale is never rounded to x's dtype."""
         return x * self.vector
 
     def fold_input(self, weight: Float[Tensor, "*experts o n"]) -> Float[Tensor, "*experts o n"]:
@@ -35,7 +35,7 @@ class Scale(Term):
         return weight * self.vector.to(weight.dtype)[:, None]
 
     def of_rows(self, rows: slice) -> Scale:
-        """Return the scale of some features."""
+        """Return the scale of the features ``rows``."""
         return Scale(self.vector[rows])
 
     def transposed(self) -> Scale:

@@ -1,4 +1,4 @@
-"""Sparse change of the weight: numbers at some of its places."""
+"""Sparse change of the weight: values at some of its entries."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from veneer.records.terms.form import Form
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sparse(Change):
-    """Change S (o, i) with ``values`` at ``places``, counted row by row, and zero elsewhere. No place is named
-    twice.
-    """
+    """Change S (o, i) with ``values`` at the flat indices ``places`` (row-major, without duplicates), zero elsewhere."""
 
     values: Float[Tensor, " n"]
     places: Int[Tensor, " n"]
@@ -24,7 +22,7 @@ class Sparse(Change):
 
     @property
     def takes_dropout(self) -> bool:
-        """Return False: beside a pair it reads the whole input, as in PEFT."""
+        """Return False: dropout acts only on the input of a pair beside it, as in PEFT."""
         return False
 
     @property
@@ -41,9 +39,9 @@ class Sparse(Change):
 
 
 def place_problems(name: str, places: Int[Tensor, " n"], size: tuple[int, int], what: str) -> list[str]:
-    """Return the problems of places read from a file: they must lie in a weight of this size, each once.
+    """Return the problems of flat indices read from a file: they must lie in a weight of this size, without duplicates.
 
-    ``name`` is that of the layer, and ``what`` that of the tensor, in messages.
+    ``name``: the layer's name in messages. ``what``: the tensor's name.
     """
     o, i = size
     if int(places.min()) < 0 or int(places.max()) >= o * i:

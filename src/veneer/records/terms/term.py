@@ -19,8 +19,8 @@ RowsProduct = Callable[..., Tensor]
 class Term:
     """Part of a record: a frozen dataclass. Gradients flow to the fields that are tensors.
 
-    A ``lower`` computes small tensors (blocks, factors) under autograd and puts them into a term. Large ones (all o·i
-    numbers of a change) are made inside of the term's products, and again in the backward pass.
+    A method's ``lower`` computes small tensors (blocks, factors) under autograd and puts them into a term. Large
+    tensors (all o·i values of a change) are computed inside of the term's products, and again in the backward pass.
     """
 
     @property
@@ -35,12 +35,12 @@ class Term:
         return cast(Self, replace(cast(Any, self), **dict(zip(held, tensors, strict=True))))
 
     def form(self) -> Form | None:
-        """Return the term as kernels that map rows know it; None if they do not."""
+        """Return the term in a layout that kernels support; None if there is none."""
         return None
 
     @property
     def takes_dropout(self) -> bool:
-        """Return True if a dropout of the method acts on the input of the term."""
+        """Return True if the method's dropout acts on the input of the term."""
         return True
 
     @property
