@@ -31,8 +31,9 @@ class Rotation(Term, ABC):
         """Return ``M x`` on the last axis, differentiable in x and the tensors, in the wider dtype of the two."""
 
     def blocks_of_map(self) -> Float[Tensor, "k b b"] | None:
-        """Return the diagonal blocks of M if M is block-diagonal with small blocks, otherwise None. Differentiable in the
-        tensors.
+        """Return the diagonal blocks of M if M is block-diagonal with small blocks, otherwise None.
+
+        They are differentiable in the tensors.
         """
         return None
 

@@ -14,7 +14,7 @@ from veneer.records.terms.form import Form
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sparse(Change):
-    """Change S (o, i) with ``values`` at the flat indices ``places`` (row-major, without duplicates), zero elsewhere."""
+    """Change S (o, i): ``values`` at the flat indices ``places`` (row-major, without duplicates), zero elsewhere."""
 
     values: Float[Tensor, " n"]
     places: Int[Tensor, " n"]
