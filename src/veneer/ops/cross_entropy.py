@@ -218,8 +218,8 @@ def _check_classes(labels: Tensor, n_classes: int) -> None:
     low, high = (int(bound) for bound in torch.aminmax(labels))
     if low < 0 or high >= n_classes:
         raise ShapeError(
-            f"counted labels lie between {low} and {high}: the head has the classes 0 to {n_classes - 1}. Give labels "
-            "of its vocabulary, and the ignored index (-100) for all other positions."
+            f"labels reach from {low} to {high}, but the head has the classes 0 to {n_classes - 1}. Give labels in "
+            "this range, and the ignored index (-100) for positions without a label."
         )
 
 

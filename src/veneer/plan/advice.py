@@ -84,7 +84,7 @@ def _rank(task: str, n_tokens: int, parameters_a_rank: int) -> tuple[int, str, s
         ), _BIDERMAN, "high"  # fmt: skip
     rank = min(256, max(usual if n_tokens > 1_000_000 or task == "classification" else min(usual, 16), holds))
     reason = (
-        f"rank {holds} holds what {n_tokens:,} tokens teach (2 bits a parameter, 1 bit a token, pessimistic); "
+        f"rank {holds} has capacity for {n_tokens:,} tokens (2 bits a parameter, 1 bit a token, pessimistic); "
         f"{usual} is usual for {task}"
     )
     return rank, reason, f"Allen-Zhu, Li 2024, arXiv:2404.05405; {_BIDERMAN}", "medium" if holds <= usual else "low"
@@ -92,7 +92,7 @@ def _rank(task: str, n_tokens: int, parameters_a_rank: int) -> tuple[int, str, s
 
 def _rate(task: str) -> Advice:
     rate = {"pretraining": 1e-4, "rl": 1e-4, "classification": 3e-4}.get(task, 2e-4)
-    reason = f"ten times the rate of full fine-tuning, for which {rate / 10:g} is taken in {task}"
+    reason = f"ten times the usual rate of full fine-tuning in {task}, {rate / 10:g}"
     return Advice("training.learning_rate", rate, reason, f"{_REGRET}; the rate itself: {_NOBODY}", "medium")
 
 
@@ -102,7 +102,7 @@ def _epochs(task: str, n_rows: int) -> Advice:
     reason = (
         "text as in pretraining is read once"
         if once
-        else f"{n_rows:,} rows: 3 epochs up to {_TWICE:,}, 2 up to {_ONCE:,}, 1 above; more than 3 learn rows by heart"
+        else f"{n_rows:,} rows: 3 epochs up to {_TWICE:,}, 2 up to {_ONCE:,}, 1 above; more than 3 memorize the rows"
     )
     return Advice("training.num_train_epochs", epochs, reason, _NOBODY, "low")
 
@@ -110,10 +110,10 @@ def _epochs(task: str, n_rows: int) -> Advice:
 def _batch(n_rows: int) -> Advice:
     key, rows = "training.per_device_train_batch_size", min(MOST_ROWS, max(1, n_rows // LEAST_STEPS))
     if rows == MOST_ROWS:
-        reason = f"LoRA loses more than full fine-tuning as the batch grows, at any rank: {rows} rows or fewer a step"
+        reason = f"a large batch hurts LoRA more than full fine-tuning, at any rank: {rows} rows or fewer a step"
         return Advice(key, rows, reason, _REGRET, "medium")
     reason = (
-        f"of {n_rows:,} rows no more than a {LEAST_STEPS}th, so that an epoch has {LEAST_STEPS} steps or more; one row "
-        "at least"
+        f"at most 1/{LEAST_STEPS} of the {n_rows:,} rows, so that an epoch has at least {LEAST_STEPS} steps; at least "
+        "one row"
     )
     return Advice(key, rows, reason, _NOBODY, "low")

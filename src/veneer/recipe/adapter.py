@@ -84,7 +84,7 @@ def _advice(key: str, method: str, methods: Mapping[str, KnownMethod]) -> str:
 def _of_others(key: str, method: str, methods: Mapping[str, KnownMethod]) -> str:
     """Return the end of a message about a setting that only other methods have."""
     owners = sorted(name for name, each in methods.items() if each.is_own and key in each.keys.types)
-    return f"; method {method} has no such setting, it is one of {', '.join(owners)}: leave it out" if owners else ""
+    return f"; method {method} has no such setting (it belongs to {', '.join(owners)}): leave it out" if owners else ""
 
 
 def _problems_of_experts(adapter: Mapping[str, Any]) -> list[str]:

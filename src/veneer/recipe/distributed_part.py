@@ -128,16 +128,16 @@ def layout_problems(values: Mapping[str, Any]) -> list[str]:
         return []
     found = []
     if _part(values, "adapter").get("method") == "full":
-        found.append("adapter.method: full trains every weight, and only frozen ones are cut")
+        found.append("adapter.method: full trains every weight, and only frozen weights can be sharded")
     if values.get("task") in GENERATING:
-        found.append(f"task: {values['task']} generates, which would gather the base for every token")
+        found.append(f"task: {values['task']} generates text, and a sharded base would be gathered for every token")
     if _part(values, "metric").get("name") in GENERATING_METRICS:
-        found.append(f"metric.name: {values['metric']['name']} generates, and labels alone does not")
+        found.append(f"metric.name: {values['metric']['name']} generates text: only labels works on a sharded base")
     for name in OF_DDP:
         if training.get(name):
-            found.append(f"training.{name}: DDP does not read it for a base that is cut")
+            found.append(f"training.{name}: it is a setting of DDP, and has no effect on a sharded base")
     if training.get("activation_offloading"):
-        found.append("training.activation_offloading: it reads weights that are not there between passes")
+        found.append("training.activation_offloading: it reads weights between passes, when a sharded base has none")
     if any(_part(training, name).get("use_reentrant") for name in CHECKPOINTING):
         found.append("training.gradient_checkpointing_kwargs: reentrant checkpointing gathers blocks twice")
     return [f"{each}. Leave it out, or distributed.{key}." for each in found]

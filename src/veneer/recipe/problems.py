@@ -72,12 +72,12 @@ def _model_problems(values: Mapping[str, Any]) -> list[str]:
     quantization = model.get("quantization", "none")
     found = []
     if "float32_rest" in model and quantization == "none":
-        found = ["model.float32_rest: read for a quantized base alone, and model.quantization is none; drop it"]
+        found = ["model.float32_rest: it applies only to a quantized base, and model.quantization is none; drop it"]
     if "double_quantization" not in model or quantization in ("nf4", "fp4"):
         return found
     return [
         *found,
-        f"model.double_quantization: read for nf4 and fp4 alone, and model.quantization is {quantization}; drop it",
+        f"model.double_quantization: it applies only to nf4 and fp4, and model.quantization is {quantization}; drop it",
     ]
 
 

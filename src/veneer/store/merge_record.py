@@ -24,8 +24,8 @@ def require_not_merged(base: Path | str, adapter: Path) -> None:
     if held:
         raise CompositionError(
             f"{base} has {adapter} in it already (as {held[0]}, in its {FILE}), and a second merge would double its "
-            "change. Take the base that it was trained on; to double it on purpose, combine it with weight 2 (`veneer "
-            "combine`)"
+            "change. Use the base that the adapter was trained on. To double the change on purpose, give the adapter "
+            "weight 2 (`veneer combine`)"
         )
 
 

@@ -46,8 +46,8 @@ def folder_of(name: str) -> Path | None:
         return folder_of_file(here)
     raise ConfigError(
         f"the model is the GGUF file {file} with the SHA-256 {digest}, not yet read on this machine"
-        f"{f' (the {file} in this folder is another)' if here.is_file() else ''}: put that file into this folder, "
-        "or give its path as the model; once read it is found by its hash"
+        f"{f' (the {file} in this folder has another hash)' if here.is_file() else ''}: put that file into this "
+        "folder, or give its path as the model. After the first use it is found by its hash"
     )
 
 

@@ -293,7 +293,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         n_more = len(self._unquantized) - NAMES_TOLD
         names = ", ".join(self._unquantized[:NAMES_TOLD]) + (f" and {n_more} more" if n_more > 0 else "")
         return [
-            f"{names}: no quantized tensors in the checkpoint, of which each layer has "
+            f"{names}: the checkpoint has no quantized tensors for these layers; a quantized layer has "
             f"{' or '.join(sorted(self.quantization_config.marks))}. Correct the modules that quantization_config "
             "leaves out, or fetch both files again"
         ]

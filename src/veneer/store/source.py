@@ -170,9 +170,9 @@ def _told_memory(source: str | os.PathLike[str], place: Path | str, error: Excep
             "`veneer plan` tells how much a run takes"
         )
     return (
-        f"the weights of {source}{weights} do not fit into {size(limit)} of addresses (ulimit -v): files are mapped, "
-        "and mapped bytes count there. Raise the limit (ulimit -v unlimited), and bound memory by a control group "
-        "instead, such as systemd-run --user --scope -p MemoryMax=8G"
+        f"the weights of {source}{weights} do not fit into {size(limit)} of address space (ulimit -v): files are "
+        "mapped, and mapped bytes count towards this limit. Raise it (ulimit -v unlimited), and limit memory by a "
+        "control group instead, such as systemd-run --user --scope -p MemoryMax=8G"
     )
 
 

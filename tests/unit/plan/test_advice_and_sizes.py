@@ -36,9 +36,9 @@ def test_rank_follows_tokens_and_task() -> None:
 def test_the_reasons_name_the_numbers_that_they_lead_to(task: str, n_rows: int) -> None:
     found = {each.key.partition(".")[2]: each for each in advise(task, n_rows, 7, LLAMA_3_8B)}
     rate, batch, epochs = (found[key] for key in ("learning_rate", "per_device_train_batch_size", "num_train_epochs"))
-    assert f"ten times the rate of full fine-tuning, for which {rate.value / 10:g} is taken" in rate.reason
+    assert f"ten times the usual rate of full fine-tuning in {task}, {rate.value / 10:g}" in rate.reason
     assert {3: 1, 211: 10, 7_919: 32, 104_729: 32}[n_rows] == batch.value
-    assert ("32 rows or fewer" if batch.value == 32 else f"of {n_rows} rows no more than a 20th") in batch.reason
+    assert ("32 rows or fewer" if batch.value == 32 else f"at most 1/20 of the {n_rows} rows") in batch.reason
     assert epochs.value == (1 if task == "pretraining" else {3: 3, 211: 3, 7_919: 2, 104_729: 1}[n_rows])
     assert ("read once" if task == "pretraining" else "3 epochs up to 5,000, 2 up to 50,000, 1 above") in epochs.reason
 

@@ -80,7 +80,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_key():
         ({"adapter": {"rank_pattern": 3}}, r"adapter\.rank_pattern: 3 does not fit: it must be an object"),
         ({"model": {"source": "x", 1: 3}}, r"model\.1: 1 does not fit: it must be text"),
         ({"training": {"gradient_checkpointing": "maybe"}}, "does not fit: it must be true or false or 'selective'"),
-        ({"adapter": {"method": "ia3", "lora_alpha": 3}}, "method ia3 has no such setting, it is one of .*lora"),
+        ({"adapter": {"method": "ia3", "lora_alpha": 3}}, r"method ia3 has no such setting \(it belongs to .*lora"),
         ({"adapter": {"method": "full"}, "model": {"source": "x", "quantization": "nf4"}}, "weights are frozen"),
         ({"data": {"train": "a", "prompt": "{q}"}}, "belong together"),
         ({"data": {"train": "a", "eval": "b", "eval_fraction": 0.1}}, "not both"),
@@ -300,7 +300,7 @@ def test_a_recipe_that_is_not_there(tmp_path):
         ({"data": {"train": "x", "qqxx": 3}}, "data.qqxx: unknown key; known: train, more, chat_template, eval"),
         (
             {"model": {"source": "x", "quantization": "int8", "double_quantization": False}},
-            "model.double_quantization: read for nf4 and fp4 alone, and model.quantization is int8",
+            "model.double_quantization: it applies only to nf4 and fp4, and model.quantization is int8",
         ),
     ],
 )

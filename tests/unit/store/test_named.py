@@ -110,7 +110,7 @@ def test_a_missing_base_says_what_to_fetch(make_gguf: Make, tmp_path: Path, monk
     with pytest.raises(ConfigError, match=rf"GGUF file x\.gguf with the SHA-256 {digest}.* put that file"):
         resolve(f"x.gguf@sha256:{digest}")
     (tmp_path / "x.gguf").write_bytes(b"GGUF another")
-    with pytest.raises(ConfigError, match=r"the x\.gguf in this folder is another"):
+    with pytest.raises(ConfigError, match=r"the x\.gguf in this folder has another hash"):
         resolve(f"x.gguf@sha256:{digest}")
     with pytest.raises(ConfigError, match="run `veneer fetch smollm2-135m-instruct`"):
         resolve("/home/ann/.cache/veneer/models/smollm2-135m-instruct")

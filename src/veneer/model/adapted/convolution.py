@@ -79,8 +79,8 @@ class AdaptedConvolution(AdaptedSite):
         rotates = any(isinstance(term, Rotation) for term in (record.input, record.output))
         if rotates or not all(isinstance(term, InGroups) for term in record.adds):
             raise CompositionError(
-                f"adapter {present[0]!r} mixes the channels of {self.site_name}, a convolution in {site.groups} "
-                "groups: no kernel in groups can take that in. Keep the adapter beside the model."
+                f"adapter {present[0]!r} mixes channels of different groups of {self.site_name}: the kernel of a "
+                f"convolution in {site.groups} groups cannot hold such an update. Keep the adapter unmerged."
             )
         kernel = cast(Tensor, self.effective("weight", names)).flatten(1)
         wide = kernel.to(torch.promote_types(kernel.dtype, torch.float32))

@@ -157,7 +157,7 @@ def fit_experts(model: nn.Module) -> None:
     if widths:
         model.set_experts_implementation("eager")
         log.warning(
-            "%s: experts run one by one, which takes longer: grouped products take rows of a multiple of %d bytes, and "
-            "theirs hold %s numbers",
+            "%s: experts run one by one, which is slower: grouped products need rows whose size is a multiple of %d "
+            "bytes, and rows of these experts have %s values",
             config.model_type, ROW_BYTES, " and ".join(map(str, widths)),
         )  # fmt: skip

@@ -69,8 +69,8 @@ class Routing:
         times, left = divmod(n_rows, len(self.names))
         if left or not times:
             raise ShapeError(
-                f"{what} sees {n_rows} rows and adapter_names names {len(self.names)}: rows cannot take different "
-                "adapters there. Run the adapters one after another"
+                f"{what} receives {n_rows} rows, but adapter_names has {len(self.names)} entries: the rows cannot be "
+                "assigned to adapters. Run the adapters one after another"
             )
         return tuple(name for name in self.names for _ in range(times))
 
@@ -120,8 +120,8 @@ class TokenRouting(Routing):
         """
         if list(kept) != sorted(kept):
             raise ShapeError(
-                f"logits_to_keep={list(kept)} is not in ascending order: an output head whose adapter has invocation "
-                "tokens takes its tokens in that order. Sort them"
+                f"logits_to_keep={list(kept)} is not in ascending order: an adapter with invocation tokens on the "
+                "output head needs ascending positions. Sort them"
             )
         return replace(self, starts=tuple(bisect_left(kept, start) for start in self.starts), width=len(kept))
 
@@ -141,6 +141,6 @@ class TokenRouting(Routing):
     def index(self, n_rows: int, known: Sequence[str], what: str) -> Tensor:
         """Raise CompositionError: ``what`` sees whole rows."""
         raise CompositionError(
-            f"{what} takes whole rows, and adapters with invocation tokens act on a part of each: adapt linear layers "
-            "alone, and run other adapters in a batch of their own"
+            f"{what} is computed on whole rows, but adapters with invocation tokens act on a part of each row: adapt "
+            "linear layers alone, and run other adapters in a separate batch"
         )

@@ -120,8 +120,8 @@ class Adapted(InPlace, Holder):
                 parts.append(type(self).forward(self, cast(Tensor, x)[rows], *args[1:], **kwargs))
         if x is None or not all(isinstance(part, Tensor) for part in parts):
             raise CompositionError(
-                f"{self.site_name}, of which {list(names)} train copies, takes or gives more than one tensor: rows of "
-                "one batch cannot take different adapters there. Run the adapters one after another."
+                f"{self.site_name} has several inputs or outputs, and {list(names)} train copies of it: per-row "
+                "adapters are not supported for such a module. Run the adapters one after another."
             )
         order = torch.cat([rows for _, rows in groups])
         return torch.cat(parts)[order.argsort()]
@@ -137,8 +137,8 @@ class Adapted(InPlace, Holder):
         routing = self.adapter_state.routed() if names is None else None
         if routing is not None and any(self.has_own(n, parameter) for n in routing.adapters):
             raise CompositionError(
-                f"{self.site_name}.{parameter} is read for all rows at once while adapters among "
-                f"{list(routing.adapters)} have copies of their own of it: run the adapters one after another"
+                f"{self.site_name}.{parameter} is read for all rows at once, but one or more of the adapters "
+                f"{list(routing.adapters)} have their own copy of it: run the adapters one after another"
             )
         acting = self.adapter_state.acting() if names is None else names
         value = self.whole(parameter, acting)

@@ -104,7 +104,8 @@ def require_rows_agree(path: str, module: Adapted, names: Sequence[str]) -> None
     adapting = [name for name in names if name in module.adapters]
     if rows and adapting:
         raise CompositionError(
-            f"adapter {adapting[0]!r} adapts {path}, of which another trains single rows: activate one at a time"
+            f"adapter {adapting[0]!r} adapts {path}, and another adapter trains single rows of it: activate one at a "
+            "time"
         )
 
 

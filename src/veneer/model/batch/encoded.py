@@ -106,7 +106,7 @@ def proved_encoding(model: PreTrainedModel) -> Way:
         ) from error
     if not own.isfinite().all():
         raise TargetError(
-            f"{type(model).__name__} cannot be served: its logits are not finite. Load a model whose weights are"
+            f"{type(model).__name__} cannot be served: its logits are not finite. Load a model with finite weights"
         )
     apart = float((found[_PARTS[0] - 1 :].float() - own).norm() / own.norm().clamp_min(1e-30))
     return Way.AT_ONCE if held.cache is not None and apart <= TOLERANCE.get(model.dtype, 1e-4) else Way.ANEW

@@ -123,8 +123,8 @@ def checked(model: nn.Module, state: AdapterState, names: Sequence[str], inputs:
     for path, module in model.named_modules():
         if isinstance(module, Adapted) and _is_of_experts(path, module) and any(map(module.holds, routing.adapters)):
             raise CompositionError(
-                f"{path} belongs to one of several experts, which see single tokens of any row: adapters there cannot "
-                "differ by row. Run the adapters one after another."
+                f"{path} belongs to one of several experts, and an expert gets single tokens of any row: per-row "
+                "adapters are not supported for experts. Run the adapters one after another."
             )
     if virtual_tokens(model):
         require_mixable(cast(PreTrainedModel, model), routing)

@@ -140,7 +140,7 @@ def proved_way(model: PreTrainedModel) -> Way:
             "predicts the next token"
         ) from error
     if not own.isfinite().all():
-        raise TargetError(f"{kind} cannot be served: its logits are not finite. Load a model whose weights are")
+        raise TargetError(f"{kind} cannot be served: its logits are not finite. Load a model with finite weights")
     allowed = TOLERANCE.get(tried.dtype, TOLERANCE[torch.float32])
     at_once, one_by_one = (_error(tried, way, ids, own) for way in (Way.AT_ONCE, Way.ONE_BY_ONE))
     rounding = _ROUNDINGS * max(torch.finfo(tried.dtype).eps, min(one_by_one, allowed))

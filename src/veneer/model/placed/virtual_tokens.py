@@ -281,7 +281,7 @@ def require_mixable(model: PreTrainedModel, routing: Routing) -> None:
     if problems:
         counts = {name: n for front in fronts for name, n in front.counts.items()}
         raise CompositionError(
-            f"rows with different virtual tokens in front ({counts}) do not go together: " + "; ".join(problems) + ". "
+            f"rows with different numbers of virtual tokens ({counts}) cannot share a batch: {'; '.join(problems)}. "
             "Run them one after another."
         )
 

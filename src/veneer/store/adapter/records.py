@@ -123,8 +123,8 @@ def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> St
         raise NeedsBaseError(needs_base(folder))
     if not config.changes_weights:
         raise CompositionError(
-            f"the adapter {folder} ({config.peft_type}) is no update of linear layers: it has no spectrum, and no sum "
-            "with others in an adapter. Merge it into its base if it changes weights, or leave it out"
+            f"the adapter {folder} ({config.peft_type}) is no update of linear layers: it cannot be inspected, or "
+            "combined with other adapters. Merge it into its base if it changes weights, or leave it out"
         )
     stored = read_records(folder, places)
     if stored.others:
@@ -156,7 +156,8 @@ def _told_places(folder: Path, config: MethodConfig, tensors: Mapping[str, Tenso
     places = config.places_in({key: tuple(value.shape) for key, value in tensors.items()}, source)
     if places == {} and config.samples and config.changes_weights and getattr(config, "target_modules", None) != ():
         raise FormatError(
-            f"{source} holds no parameters of a {config.peft_type} adapter, which {CONFIG_FILE} tells of. Save it again"
+            f"{CONFIG_FILE} describes a {config.peft_type} adapter, but {source} holds none of its parameters. Save it "
+            "again"
         )
     if places is None:
         raise NeedsBaseError(

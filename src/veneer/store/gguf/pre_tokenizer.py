@@ -98,12 +98,12 @@ def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
     shown = "; ".join(" ".join(map(str, step)) for step in steps) or "nothing"
     if same := next((each.name for each in TABLE if each.steps == steps), None):
         raise FormatError(
-            f"the tokenizer cuts words as {same} does, with ignore_merges {whole}: the runtime takes "
-            f"{'no word' if whole else 'every word that is a token'} whole under that name, and would make other tokens"
+            f"the tokenizer splits words as {same} does, but with ignore_merges {whole}: for {same} the runtime keeps "
+            f"{'no word' if whole else 'every word that is a token'} whole, so the tokens would differ"
         )
     raise FormatError(
-        f"the tokenizer cuts words in a way that has no name in GGUF files: {shown}. Under another name the runtime "
-        "would cut them otherwise. Serve the model with `veneer serve`. Known: "
+        f"the tokenizer splits words in a way that has no name in GGUF files: {shown}. Under any other name the "
+        "runtime would split them differently. Serve the model with `veneer serve`. Known: "
         f"{', '.join(each.name for each in TABLE)}"
     )
 

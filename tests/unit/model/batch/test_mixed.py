@@ -421,7 +421,7 @@ def test_a_module_that_does_not_see_the_rows_is_refused():
     torch.manual_seed(5)
     model: Any = AutoModelForCausalLM.from_config(FAMILIES["gpt2"]).eval()
     model = get_peft_model(model, LoraConfig(target_modules=["wpe"]))
-    with pytest.raises(ShapeError, match=r"transformer\.wpe sees 1 rows and adapter_names names 2"):
+    with pytest.raises(ShapeError, match=r"transformer\.wpe receives 1 rows, but adapter_names has 2 entries"):
         model(input_ids=batch(2)["input_ids"], adapter_names=["default", "__base__"])
 
 
