@@ -20,9 +20,9 @@ def check(family: str, rehearsed: bool, tiny: bool) -> int:
     """Print the errors of each case in each dtype; return 1 if one does not hold."""
     wrong = 0
     for name, case in _cases(family, rehearsed, TINY if tiny else CHECKED):
-        holds, errors = _check(case)
-        wrong += not holds
-        figure(name, **errors, holds="yes" if holds else "NO")
+        is_right, errors = holds(case)
+        wrong += not is_right
+        figure(name, **errors, holds="yes" if is_right else "NO")
     return int(bool(wrong))
 
 
@@ -54,7 +54,7 @@ def _cases(family: str, rehearsed: bool, sizes: Sizes) -> Iterator[tuple[str, Ca
             yield f"{case.name}, {str(dtype).removeprefix('torch.')}", case
 
 
-def _check(case: Case) -> tuple[bool, dict[str, float | str]]:
+def holds(case: Case) -> tuple[bool, dict[str, float | str]]:
     """Return True if a case holds, and both sides' largest errors against float64, of the largest value."""
     if case.exact is not None:
         ours = _run(case.ours, case.inputs)
@@ -65,8 +65,8 @@ def _check(case: Case) -> tuple[bool, dict[str, float | str]]:
     truth = _run(case.truth or case.peer, wide)
     ours, peer = (_errors(_run(side, case.inputs), truth) for side in (case.ours, case.peer))
     floor = 4 * torch.finfo(case.inputs[0].dtype).eps
-    holds = all(a <= 2 * b + floor for a, b in zip(ours, peer, strict=True))
-    return holds, {"error": max(ours), "peer_error": max(peer)}
+    is_right = all(a <= 2 * b + floor for a, b in zip(ours, peer, strict=True))
+    return is_right, {"error": max(ours), "peer_error": max(peer)}
 
 
 def _errors(found: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:

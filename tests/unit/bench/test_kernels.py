@@ -95,13 +95,14 @@ def test_an_optimizer(name: str, script: Script, monkeypatch: pytest.MonkeyPatch
 
 
 def test_cases_of_a_gpu(script: Script) -> None:
-    """Each case of bench/kernels/gpu.py holds on the CPU, and does not where its values are a tenth too large."""
+    """Each kernel's case of `bench.gpu` holds on the CPU, and does not where its values are a tenth too large."""
     pytest.importorskip("triton")
-    module, cases = script("gpu"), script("gpu_cases")
-    for case in cases.cases(cases.Maker(torch.device("cpu"), torch.float32, None, cases.TINY)):
-        assert module.check(case)[0], case.name
+    holds, cases = script("measured_kernels").holds, script("kernel_cases")
+    make = cases.Maker(torch.device("cpu"), torch.float32, None, cases.TINY)
+    for case in (case for family in cases.FAMILIES.values() for case in family(make)):
+        assert holds(case)[0], case.name
         wrong = replace(case, ours=lambda *given, right=case.ours: stretched(right(*given)))
-        assert not module.check(wrong)[0], case.name
+        assert not holds(wrong)[0], case.name
 
 
 @pytest.mark.parametrize("name", ["NF4", "Q4_K"])

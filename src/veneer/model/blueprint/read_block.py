@@ -12,7 +12,7 @@ from veneer.model.blueprint.norms import read_norm
 from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Norm, State, Strange
 from veneer.model.blueprint.read_attention import FULL, SLIDING, layer_type_of, read_attention
 from veneer.model.blueprint.read_feed_forward import read_feed_forward
-from veneer.model.blueprint.read_forward import odd_in_forward, values_returned
+from veneer.model.blueprint.read_forward import odd_in_forward, takes_hidden_states, values_returned
 from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
 from veneer.model.inplace import plain_class
 
@@ -41,6 +41,8 @@ def read_block(source: BlockSource, block: nn.Module, layer: int) -> Block:
         return _unknown(path, "its norms are not RMSNorms or LayerNorms")
     holder = block if holder_name is None else cast(nn.Module, getattr(block, holder_name))
     attention = _state(source, attention_module) if keeps_state else read_attention(source, attention_module, layer)
+    if isinstance(attention, Strange) and not takes_hidden_states(attention_module):
+        return _unknown(path, f"its attention does not take hidden_states by that name, and {attention.reason}")
     feed_forward = read_feed_forward(source, holder, in_block=in_block)
     known = [attention_module, *(getattr(block, name) for name in norm_names.all)]
     known += [holder] if holder_name else [m for inner in names.inner for m in _children(block, inner.all)]

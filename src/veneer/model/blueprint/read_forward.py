@@ -30,6 +30,12 @@ def values_returned(block: nn.Module) -> int | None:
     return _n_returned(cast(Hashable, plain_class(type(block))))
 
 
+def takes_hidden_states(module: nn.Module) -> bool:
+    """Return True if the forward of a module can be called with ``hidden_states``, as attention at a border is."""
+    parameters = inspect.signature(inspect.unwrap(plain_class(type(module)).forward)).parameters.values()
+    return any(each.name == "hidden_states" or each.kind is each.VAR_KEYWORD for each in parameters)
+
+
 def named_activation(module: nn.Module) -> str | None:
     """Return the activation that the forward of a module calls by name, as in ``F.silu(x)``; None without one."""
     forward: Any = inspect.unwrap(plain_class(type(module)).forward)
