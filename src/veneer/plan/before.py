@@ -41,7 +41,9 @@ def planned_facts(
     try:
         machine = Machine.of_run(recipe.training_config(), timed=timed)
         config = config_of(recipe.model.source)
-        plan = plan_recipe(recipe, config=config, batch=filled(batch_of(recipe, config), recipe), isa=machine.isa)
+        full = batch_of(recipe, config)
+        batch = full if n_processes > 1 else filled(full, recipe)  # the batches of several processes are filled up
+        plan = plan_recipe(recipe, config=config, batch=batch, isa=machine.isa)
         note = machine.note(recipe.model, plan.config)
         if note is not None:
             tell(note)

@@ -184,6 +184,9 @@ def test_a_batch_is_planned_with_no_more_rows_than_there_are(
     facts, _ = before.planned_facts(recipe(per_device_train_batch_size=200_000), print)
     assert facts is not None
     assert facts["batch"]["rows"] == 5
+    facts, _ = before.planned_facts(recipe(per_device_train_batch_size=7), print, 2, [1])
+    assert facts is not None
+    assert facts["batch"]["rows"] == 7  # the batches of several processes are filled up
 
 
 def test_what_cannot_be_planned_is_told_and_trains_all_the_same(recipe: Make, tmp_path: Path) -> None:
