@@ -98,7 +98,9 @@ def test_dora_in_groups_is_pefts(n_dims: int, randomize: Any, tmp_path: Path) ->
     assert not torch.allclose(ours(x), Net(n_dims)(x), atol=1e-3)
     torch.testing.assert_close(ours(x), theirs(x))
     same_gradients(ours, theirs, x)
-    with pytest.raises(CompositionError, match=r"mixes the channels of grouped, a convolution in 3 groups"):
+    with pytest.raises(
+        CompositionError, match=r"mixes channels of different groups of grouped: .* a convolution in 3 groups"
+    ):
         ours.merge_adapter()
 
 
@@ -144,7 +146,9 @@ def test_merging_is_refused_and_leaves_the_model_as_it_was(randomize: Any) -> No
     randomize(model)
     before, weights = model(x), {name: p.clone() for name, p in model.named_parameters()}
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(CompositionError, match=r"mixes the channels of grouped, a convolution in 3 groups"):
+        with pytest.raises(
+            CompositionError, match=r"mixes channels of different groups of grouped: .* a convolution in 3 groups"
+        ):
             merge()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert torch.equal(model(x), before)
