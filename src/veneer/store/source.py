@@ -171,7 +171,7 @@ def _told_memory(source: str | os.PathLike[str], place: Path | str, error: Excep
         )
     return (
         f"the weights of {source}{weights} do not fit into {size(limit)} of address space (ulimit -v): files are "
-        "mapped, and mapped bytes count towards this limit. Raise it (ulimit -v unlimited), and limit memory by a "
+        "mapped, and mapped bytes count. Raise the limit (ulimit -v unlimited), and bound memory by a "
         "control group instead, such as systemd-run --user --scope -p MemoryMax=8G"
     )
 
