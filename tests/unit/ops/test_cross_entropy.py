@@ -138,9 +138,9 @@ def test_no_rows(backend, n_classes):
 def test_a_label_that_is_no_class(label):
     hidden, weight, _, labels = draw()
     labels[4] = label
-    with pytest.raises(ShapeError, match=rf"lie between .*{label}.*the classes 0 to 210"):
+    with pytest.raises(ShapeError, match=rf"labels reach from .*{label}.*the classes 0 to 210"):
         linear_cross_entropy(hidden, weight, labels)
-    with pytest.raises(ShapeError, match=rf"lie between .*{label}.*the classes 0 to 210"):
+    with pytest.raises(ShapeError, match=rf"labels reach from .*{label}.*the classes 0 to 210"):
         softmax_cross_entropy(hidden @ weight.T, labels.where(labels != -100, 3))
 
 

@@ -277,7 +277,8 @@ def test_a_layer_that_is_dense_in_a_quantized_checkpoint(dense_folders: dict[str
     config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        FormatError, match=r"layers.0.*up_proj.weight, .*layers.1.*up_proj.weight: no quantized.*SCB or weight.absmax"
+        FormatError,
+        match=r"layers.0.*up_proj.weight, .*layers.1.*up_proj.weight: .*has no quantized.*SCB or weight.absmax",
     ):
         load(tmp_path, NF4)
 
