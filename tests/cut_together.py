@@ -127,7 +127,7 @@ def _mixture(storage: str) -> Any:
 
     from quantized_folders import gpt_oss_config, qwen3_moe_config
     from veneer.model.adapted.experts import put_in_codes
-    from veneer.model.coded.stack import CodedStack, map_shape
+    from veneer.model.quantized.stack import CodedStack, map_shape
 
     is_gpt_oss = storage == "mxfp4 experts"
     model = AutoModelForCausalLM.from_config(gpt_oss_config(N_BLOCKS) if is_gpt_oss else qwen3_moe_config(N_BLOCKS, 5))
@@ -163,7 +163,7 @@ def _stack(storage: str, name: str, shape: tuple[int, int, int]) -> tuple[Any, d
 
 def _coded(storage: str, module: nn.Linear) -> nn.Module:
     from veneer import BitsAndBytesConfig
-    from veneer.model.coded.quant_linear import QuantLinear
+    from veneer.model.quantized.quant_linear import QuantLinear
 
     config, shape = BitsAndBytesConfig(**FORMATS[storage]), (module.out_features, module.in_features)
     return QuantLinear.from_dense(module, cast(Any, config.spec_of("", shape, module.weight.dtype)))
@@ -172,7 +172,7 @@ def _coded(storage: str, module: nn.Linear) -> nn.Module:
 def _packed(path: str, module: nn.Linear) -> nn.Module:
     """A layer of random codes as GPTQ's files hold them."""
     from quantized_folders import gptq
-    from veneer.model.coded.quant_linear import QuantLinear
+    from veneer.model.quantized.quant_linear import QuantLinear
     from veneer.store.stored_quantization import StoredQuantization
 
     stored, shape = gptq(4, 24, "gptq", shuffled=False), (module.out_features, module.in_features)
@@ -253,7 +253,7 @@ def _padding_bytes(model: Any, shard: int) -> int:
 
 def _stack_bytes(model: nn.Module) -> int:
     """Bytes of experts in codes that this process holds."""
-    from veneer.model.coded.stack import CodedStack
+    from veneer.model.quantized.stack import CodedStack
 
     return sum(
         _held(part) for each in model.modules() if isinstance(each, CodedStack) for part in each.parts().values()

@@ -31,7 +31,7 @@ import veneer
 from bench.same import SHARE, PartedError
 from bench.training.formats import GGML, of_spec
 from veneer.adapters.requantizing import merge_requantized, survival
-from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.ops.four_bit import FourBitLayout
 from veneer.quant.four_bit import FourBitSpec, FourBitWeight, quantize
 from veneer.quant.fp8 import Fp8Spec

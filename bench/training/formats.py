@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bench.lora_step import adapted, base_of, optimizer_of, require_fused, step
 from bench.same import course, require_same, stir
 from bench.turns import Goal, Timing, faster_dtype, in_turns, show, timed
-from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.ops.bits import pack
 from veneer.ops.four_bit import FourBitLayout
 from veneer.quant.four_bit import FourBitSpec

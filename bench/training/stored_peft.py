@@ -23,7 +23,7 @@ from bench.same import course, require_same, stir
 from bench.training.formats import GROUP, grouped
 from bench.training.train_sides import same_start
 from bench.turns import Goal, in_turns, show, timed
-from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.quant.gptq import GptqSpec
 from veneer.quant.hqq import HqqSpec
 from veneer.store.source import resolve

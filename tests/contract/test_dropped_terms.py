@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 import veneer
 from veneer.model.fused.decoder import fused
-from veneer.model.placed.places import placed_on
+from veneer.model.sites.places import placed_on
 from veneer.store.adapter.records import read_records
 
 HEAD = """

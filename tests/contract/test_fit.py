@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import veneer
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError, FormatError, NoStorageError, TargetError
-from veneer.model.placed.places import placed_on
+from veneer.model.sites.places import placed_on
 from veneer.records.sites import LinearSite
 from veneer.store.adapter.fit import require_fit, require_fit_on, require_one_base, require_undamaged
 from veneer.store.adapter.skeleton import without_storage

@@ -16,7 +16,7 @@ import veneer
 from models import gpt2_config, llama_config
 from veneer.errors import CompositionError
 from veneer.model.attach.attach import adapted_layers, live_parameters
-from veneer.model.placed.places import placed_on
+from veneer.model.sites.places import placed_on
 
 LLAMA = llama_config(hidden_size=28, num_attention_heads=7, attention_bias=True)
 GPT2 = gpt2_config(n_embd=28, n_head=7, n_positions=32)  # its layers store Wᵀ

@@ -29,8 +29,8 @@ from veneer.errors import TargetError
 from veneer.methods import all_methods
 from veneer.model.adapted import holder
 from veneer.model.attach.attach import adapted_places
-from veneer.model.placed import places
-from veneer.model.placed.places import placed_on
+from veneer.model.sites import places
+from veneer.model.sites.places import placed_on
 from veneer.records.deltas import LinearDelta
 from veneer.records.linear import apply_linear, fold_linear
 from veneer.records.sites import AttendingSite, InputSite, LinearSite, ResidualSite

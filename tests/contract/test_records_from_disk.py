@@ -18,11 +18,11 @@ from veneer.contract import LinearMethod, MethodConfig
 from veneer.errors import CompositionError, FormatError
 from veneer.model.adapted.parameters import AdaptedParameters
 from veneer.model.attach.attach import adapted_layers, adapted_places
-from veneer.model.placed.attended import AttendedPrompts
-from veneer.model.placed.places import placed_on
-from veneer.model.placed.prefix import PrefixAdapters
-from veneer.model.placed.prompt import PromptAdapters
-from veneer.model.placed.residual import ResidualAdapters
+from veneer.model.sites.attended import AttendedPrompts
+from veneer.model.sites.places import placed_on
+from veneer.model.sites.prefix import PrefixAdapters
+from veneer.model.sites.prompt import PromptAdapters
+from veneer.model.sites.residual import ResidualAdapters
 from veneer.records.deltas import LinearDelta
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.folder import NEEDS_BASE

@@ -35,7 +35,7 @@ from veneer import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
-from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.quantized.quant_linear import QuantLinear
 
 D, FF, LAYERS, KV, VOCAB = 64, 96, 2, 32, 55  # KV: 2 of 4 heads, 16 wide
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -16,7 +16,7 @@ from veneer.errors import CompositionError, ConfigError
 from veneer.methods.arrow import ArrowConfig, of_experts
 from veneer.model.adapted.site import factors_of
 from veneer.model.attach.attach import adapted_layers, module_index
-from veneer.model.snapshot.snapshot import shortest_names
+from veneer.model.modules.snapshot import shortest_names
 from veneer.records.terms.pair import Pair
 from veneer.store.adapter.records import read_updates
 from veneer.store.adapter.skeleton import places_in_base

@@ -31,7 +31,7 @@ from veneer.methods.lora import LoraConfig
 from veneer.model.adapted.allocation import Allocation
 from veneer.model.adapted.state import AdapterState
 from veneer.model.attach.attach import adapted_layers, detach, module_index
-from veneer.model.snapshot.snapshot import shortest_names
+from veneer.model.modules.snapshot import shortest_names
 from veneer.plain.progress import progress_bar
 from veneer.records.deltas import LinearDelta
 from veneer.records.sites import LinearSite

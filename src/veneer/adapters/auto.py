@@ -16,7 +16,7 @@ from veneer.contract import MethodConfig
 from veneer.contract.file import CONFIG_FILE
 from veneer.contract.source import adapter_folder, hub_options, of_hub
 from veneer.errors import ConfigError
-from veneer.model.coded.embedding import CodedEmbedding, table_shape
+from veneer.model.quantized.embedding import CodedEmbedding, table_shape
 from veneer.plain.tasks import TaskType
 from veneer.store.adapter.config import read_config
 from veneer.store.gguf.blocks import described_file

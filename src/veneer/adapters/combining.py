@@ -25,7 +25,7 @@ from veneer.model.adapted.holder import tensors_of
 from veneer.model.adapted.linear import AdaptedSite
 from veneer.model.adapted.state import AdapterState
 from veneer.model.attach.attach import adapted_layers, adapted_places, module_index
-from veneer.model.snapshot.snapshot import shortest_names
+from veneer.model.modules.snapshot import shortest_names
 from veneer.plain.field_types import fits, misfits
 from veneer.records.deltas import LinearDelta
 from veneer.records.sites import LinearSite

@@ -18,7 +18,7 @@ from veneer.inits.eva import Directions, EvaConfig, shared_ranks, updated
 from veneer.model.adapted.linear import AdaptedSite, device_of
 from veneer.model.adapted.site import restore
 from veneer.model.attach.attach import adapted_layers
-from veneer.model.placed.structure import evaluation
+from veneer.model.sites.structure import evaluation
 
 MAX_PASSES = 50
 Batch = Mapping[str, Any]

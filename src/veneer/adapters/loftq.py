@@ -17,7 +17,7 @@ from veneer.inits.loftq import lost
 from veneer.model.adapted.holder import tensors_of
 from veneer.model.adapted.linear import AdaptedSite
 from veneer.model.attach.attach import adapted_layers
-from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.records.frozen import FrozenWeight
 from veneer.records.sites import LinearSite
 from veneer.store.checkpoint import Checkpoint

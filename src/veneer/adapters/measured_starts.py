@@ -20,7 +20,7 @@ from veneer.inits.lora_ga import LoraGAConfig, of_gradient, rank_problems
 from veneer.model.adapted.holder import tensors_of
 from veneer.model.adapted.linear import AdaptedSite
 from veneer.model.attach.attach import adapted_layers
-from veneer.model.placed.structure import evaluation, modes_kept
+from veneer.model.sites.structure import evaluation, modes_kept
 from veneer.records.sites import LinearSite
 
 Settings = TypeVar("Settings")

@@ -18,8 +18,8 @@ from veneer.model.adapted.site import Adapted
 from veneer.model.adapted.state import AdapterState
 from veneer.model.adapted.token_rows import require_rows_agree
 from veneer.model.attach.attach import adapted_modules, adapted_places
-from veneer.model.coded.quant_linear import QuantLinear
-from veneer.model.coded.stack import CodedStack
+from veneer.model.quantized.quant_linear import QuantLinear
+from veneer.model.quantized.stack import CodedStack
 from veneer.model.sharded.made_dense import make_dense
 from veneer.model.sharded.sharding import require_whole
 

@@ -14,9 +14,9 @@ from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 from veneer.adapters.peft_model import PeftModel
 from veneer.contract import PrefixMethod
 from veneer.errors import ConfigError
-from veneer.model.placed.prefix import CHILD, PrefixAdapters
-from veneer.model.placed.structure import evaluation
-from veneer.model.placed.virtual_tokens import cache_name
+from veneer.model.sites.prefix import CHILD, PrefixAdapters
+from veneer.model.sites.structure import evaluation
+from veneer.model.sites.virtual_tokens import cache_name
 from veneer.records.deltas import PrefixDelta
 from veneer.records.prefix import flatten_prefix
 

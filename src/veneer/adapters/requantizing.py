@@ -18,9 +18,9 @@ from veneer.model.adapted.linear import AdaptedSite, wide
 from veneer.model.adapted.parameters import AdaptedParameters
 from veneer.model.adapted.state import AdapterState
 from veneer.model.attach.attach import adapted_layers, adapted_stacks
-from veneer.model.coded.module import CodedModule
-from veneer.model.coded.quant_linear import QuantLinear
-from veneer.model.coded.stack import coded_stacks
+from veneer.model.quantized.module import CodedModule
+from veneer.model.quantized.quant_linear import QuantLinear
+from veneer.model.quantized.stack import coded_stacks
 
 IN_16_BITS = "Without requantize=True the result is 16-bit and loses next to nothing"
 

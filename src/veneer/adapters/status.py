@@ -13,8 +13,8 @@ from veneer.errors import ConfigError
 from veneer.model.adapted.holder import Holder
 from veneer.model.adapted.state import AdapterState
 from veneer.model.attach.attach import adapted_places
-from veneer.model.coded.frozen_weight import frozen_weight
 from veneer.model.inplace import InPlace, base_of
+from veneer.model.quantized.frozen_weight import frozen_weight
 
 Mixed = bool | Literal["irregular"]
 

@@ -20,7 +20,7 @@ from veneer.answer.answerer import Answerer, Asked, Drawing, tokens_behind
 from veneer.answer.model import ModelAnswerer
 from veneer.errors import ConfigError, DescriptionError
 from veneer.evaluate.scoring import Answering, OnProgress, context_length, ignore_progress, require_room
-from veneer.model.coded.packed_linear import unpack
+from veneer.model.quantized.packed_linear import unpack
 from veneer.ops.dispatch import backends
 from veneer.ops.packed import ROWS
 from veneer.serve.engine import Engine

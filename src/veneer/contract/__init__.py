@@ -11,7 +11,7 @@ determines the kind of site:
 - `PromptMethod`: the input embeddings, `InputSite`;
 - `WholeMethod`: no site, since it trains modules of the base or rows of tables.
 
-`model.placed.places` has one row for each of the six: how a model's places are found, and how parameters get there. No
+`model.sites.places` has one row for each of the six: how a model's places are found, and how parameters get there. No
 other file asks of which kind a method is. Callers ask for facts, each with an answer for every method:
 ``changes_weights``, ``reads_weight``, ``virtual_tokens``, ``invocation_tokens``, ``input_dependent``, ``by_sequence``,
 ``draws_by_token``, ``counts_layers``, ``largest_rank``, ``has_network``, ``has_own_loss``.

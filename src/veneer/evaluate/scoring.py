@@ -13,8 +13,8 @@ from torch import Tensor
 
 from veneer.errors import CompositionError, ConfigError
 from veneer.model.adapted.routing import BASE
-from veneer.model.placed.structure import evaluation
-from veneer.model.placed.virtual_tokens import virtual_tokens
+from veneer.model.sites.structure import evaluation
+from veneer.model.sites.virtual_tokens import virtual_tokens
 
 OnProgress = Callable[[int, int], None]
 

@@ -14,7 +14,7 @@ from veneer.contract.places import Placed
 from veneer.export.base_weights import BaseWeights, WeightInFile, is_copy
 from veneer.export.folded import filled
 from veneer.model.adapted.linear import row_squares
-from veneer.model.snapshot.snapshot import look_at
+from veneer.model.modules.snapshot import look_at
 from veneer.records.frozen import FrozenWeight
 from veneer.records.linear import BLOCK_VALUES
 from veneer.records.sites import LinearSite

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from veneer.disk.safetensors import StoredTensor
 from veneer.errors import FormatError
-from veneer.model.coded.renamed import listed_experts, renamer
-from veneer.model.coded.stack import as_maps, map_shape
+from veneer.model.quantized.renamed import listed_experts, renamer
+from veneer.model.quantized.stack import as_maps, map_shape
 from veneer.records.frozen import FrozenWeight
 from veneer.records.linear import BLOCK_VALUES
 from veneer.store.checkpoint import Checkpoint

@@ -21,7 +21,7 @@ from veneer.learn.conversation import Conversation, Rollout, RolloutLimits, Roll
 from veneer.learn.environments import limited_environments
 from veneer.learn.rollout_function import Generation, checked_rollouts
 from veneer.learn.trainer import DrawingTrainer
-from veneer.model.placed.structure import evaluation
+from veneer.model.sites.structure import evaluation
 from veneer.train.config import RunSettings
 from veneer.train.library_errors import refusals_told
 

@@ -8,7 +8,7 @@ import trl
 
 from veneer.learn.config import RLOOConfig
 from veneer.learn.trainer import DrawingTrainer
-from veneer.model.placed.structure import evaluation
+from veneer.model.sites.structure import evaluation
 
 
 class RLOOTrainer(DrawingTrainer, trl.RLOOTrainer):  # type: ignore[misc]

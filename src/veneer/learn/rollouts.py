@@ -20,7 +20,7 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.errors import AdapterNameError, TrainingError
 from veneer.learn.live import LiveAdapter
 from veneer.model.adapted.state import base_alone
-from veneer.model.placed.structure import evaluation
+from veneer.model.sites.structure import evaluation
 from veneer.serve.engine import Engine
 from veneer.serve.requests.checked import READS, CheckedRequest
 from veneer.serve.runners.program_runner import ProgramRunner

@@ -32,7 +32,7 @@ from veneer.learn.policy import Policy, policy_of
 from veneer.learn.proof import beyond, require_same_policy, rounded_otherwise
 from veneer.learn.rewards import RewardLimits, checked_reward, reward_functions
 from veneer.learn.rollouts import DrawnAnswer
-from veneer.model.placed.structure import evaluation
+from veneer.model.sites.structure import evaluation
 from veneer.train.config import RunSettings
 from veneer.train.preference.reference import Reference
 from veneer.train.preference.scores import ScoredModel

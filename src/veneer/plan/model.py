@@ -15,7 +15,7 @@ from veneer.adapters.peft_model import get_peft_model
 from veneer.contract import MethodConfig
 from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError
-from veneer.model.coded.module import CodedModule
+from veneer.model.quantized.module import CodedModule
 from veneer.ops.traced import Traced
 from veneer.recipe.adapter import FROM
 from veneer.recipe.methods import adapter_config

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from veneer.errors import ConfigError
-from veneer.model.snapshot.experts import told_experts
-from veneer.model.snapshot.snapshot import look_at
+from veneer.model.modules.experts import told_experts
+from veneer.model.modules.snapshot import look_at
 from veneer.ops.traced import tracing
 from veneer.plan.architecture import config_of
 from veneer.plan.depth import Pattern, between, line, pattern_of, peaks_by_place

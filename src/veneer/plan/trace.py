@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.model.batch.invocation import acting_tokens
-from veneer.model.coded.module import CodedModule
 from veneer.model.fused.decoder import fuse, fuse_as_described
 from veneer.model.memory.checkpointing import checkpoint_fully, checkpoint_selectively
 from veneer.model.memory.offload import ActivationOffload
+from veneer.model.quantized.module import CodedModule
 from veneer.ops.traced import tracing
 from veneer.plan.live import LiveBytes, Peak, peaks
 from veneer.plan.losses import Loss, loss_of, reference_of, trained_tokens

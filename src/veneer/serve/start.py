@@ -21,8 +21,8 @@ from veneer.evaluate.scoring import context_length
 from veneer.model.adapted.state import base_alone
 from veneer.model.batch.own_cache import KeptBytes, Way
 from veneer.model.batch.paged import SlotStore
-from veneer.model.coded.quantized_head import quantize_head
 from veneer.model.memory.default_device import default_device
+from veneer.model.quantized.quantized_head import quantize_head
 from veneer.ops.dispatch import kernel_isa
 from veneer.ops.paged_attention import UNIT
 from veneer.plain.field_types import check

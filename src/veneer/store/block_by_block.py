@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from veneer.disk.safetensors import DTYPE_NAMES
 from veneer.model.blueprint.describe import blocks_of
-from veneer.model.coded.module import CodedModule
+from veneer.model.quantized.module import CodedModule
 from veneer.store.checkpoint import Checkpoint, Stored
 
 EachBlock = Callable[[PreTrainedModel, nn.Module], None]

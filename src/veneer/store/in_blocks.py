@@ -21,10 +21,10 @@ from transformers.quantizers import auto
 from veneer.disk.mapped import MappedFile
 from veneer.errors import ConfigError, FormatError
 from veneer.model.adapted.experts import put_in_codes
-from veneer.model.coded.embedding import CodedEmbedding
-from veneer.model.coded.module import CodedModule
-from veneer.model.coded.quant_linear import QuantLinear
-from veneer.model.coded.stack import CodedStack
+from veneer.model.quantized.embedding import CodedEmbedding
+from veneer.model.quantized.module import CodedModule
+from veneer.model.quantized.quant_linear import QuantLinear
+from veneer.model.quantized.stack import CodedStack
 from veneer.plain.progress import waiting_for
 from veneer.quant.ggml import GgmlSpec
 from veneer.quant.stack import StackSpec

@@ -24,10 +24,10 @@ from veneer.disk.safetensors import DTYPE_NAMES
 from veneer.errors import CompositionError, ConfigError, FormatError, NonFiniteError
 from veneer.model.adapted.experts import CodedExperts, put_in_codes
 from veneer.model.attach.attach import adapted_modules
-from veneer.model.coded.module import CodedModule
-from veneer.model.coded.quant_linear import QuantLinear
-from veneer.model.coded.renamed import converter, renamer
-from veneer.model.coded.stack import CodedStack, as_maps, coded_stacks
+from veneer.model.quantized.module import CodedModule
+from veneer.model.quantized.quant_linear import QuantLinear
+from veneer.model.quantized.renamed import converter, renamer
+from veneer.model.quantized.stack import CodedStack, as_maps, coded_stacks
 from veneer.model.sharded.made_dense import make_dense
 from veneer.store.block_by_block import Unread, load_in_turn, unread
 from veneer.store.checkpoint import Checkpoint, Stored, is_finite

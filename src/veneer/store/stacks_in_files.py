@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from veneer.model.adapted.experts import runs_by_convention, stacks_by_convention
-from veneer.model.coded.renamed import ListedExperts, listed_experts, renamer
-from veneer.model.coded.stack import map_shape, place_of
+from veneer.model.quantized.renamed import ListedExperts, listed_experts, renamer
+from veneer.model.quantized.stack import map_shape, place_of
 from veneer.quant.stack import StackSpec
 from veneer.store.checkpoint import Stored
 from veneer.store.quantization_config import QuantizationConfig

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from transformers import PreTrainedModel
 
-from veneer.model.coded.renamed import renamer
+from veneer.model.quantized.renamed import renamer
 from veneer.quant.spec import StorageSpec
 from veneer.quant.stack import StackSpec
 from veneer.store.checkpoint import Stored

@@ -24,7 +24,7 @@ from veneer.errors import ConfigError, TrainingError
 from veneer.evaluate.metric import LabelChoice
 from veneer.evaluate.questions import QuestionReader
 from veneer.evaluate.scoring import log_probabilities
-from veneer.model.placed.structure import modes_kept
+from veneer.model.sites.structure import modes_kept
 from veneer.plain.ticks import ticks_at
 from veneer.train.loss import token_loss
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from veneer.data.collating import Layout
 from veneer.errors import ConfigError
 from veneer.model.batch.invocation import PACKED, acting_tokens
-from veneer.model.coded.quant_linear import computing_dtypes
-from veneer.model.placed.structure import evaluation
+from veneer.model.quantized.quant_linear import computing_dtypes
+from veneer.model.sites.structure import evaluation
 
 log = logging.getLogger(__name__)
 

@@ -31,9 +31,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
 from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
 from veneer.contract import LinearMethod
 from veneer.contract.targets import matches_any
-from veneer.model.placed.places import plan_of
-from veneer.model.snapshot.plan import AttachPlan
-from veneer.model.snapshot.snapshot import look_at
+from veneer.model.modules.plan import AttachPlan
+from veneer.model.modules.snapshot import look_at
+from veneer.model.sites.places import plan_of
 
 from .conftest import close, logits
 

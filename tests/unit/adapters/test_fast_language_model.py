@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from models import llama_config
 from veneer import FastLanguageModel, LoraConfig
 from veneer.errors import ConfigError
-from veneer.model.coded.quant_linear import QuantLinear
 from veneer.model.fused.activation_memory import BlockActivations
 from veneer.model.fused.decoder import is_fused, unfuse
 from veneer.model.memory.checkpointing import is_selective
+from veneer.model.quantized.quant_linear import QuantLinear
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 

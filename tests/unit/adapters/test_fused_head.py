@@ -20,7 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from veneer import CPTConfig, LoraConfig, get_peft_model
 from veneer.errors import CompositionError
-from veneer.model.coded.quantized_head import quantize_head
+from veneer.model.quantized.quantized_head import quantize_head
 from veneer.ops import cross_entropy
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")

@@ -18,7 +18,7 @@ from veneer import (
     initialize_kv_prefix_from_text,
 )
 from veneer.errors import ConfigError
-from veneer.model.placed.virtual_tokens import cache_name
+from veneer.model.sites.virtual_tokens import cache_name
 
 N, TEXT = 5, "red green blue one two three four"
 DECODERS = ["llama", "qwen2", "gpt2", "gemma2"]

@@ -27,7 +27,7 @@ from veneer import (
 from veneer.adapters.requantizing import merge_requantized, survival
 from veneer.errors import CompositionError, ConfigError
 from veneer.model.attach.attach import live_parameters
-from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.quantized.quant_linear import QuantLinear
 
 VOCAB = 101
 # multiples of 64: elsewhere the CPU code of bitsandbytes is wrong

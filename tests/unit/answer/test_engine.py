@@ -28,7 +28,7 @@ from veneer.answer.answerer import Answerer, Drawing
 from veneer.answer.engine import EngineAnswerer
 from veneer.answer.model import ModelAnswerer
 from veneer.evaluate.scoring import Answering, ignore_progress
-from veneer.model.coded.packed_linear import is_packed
+from veneer.model.quantized.packed_linear import is_packed
 
 PROMPTS = [list(text.encode()) for text in ("a", "the cat sat on", "x" * 125, "why?", "12 + 31 =")]
 ADAPTERS = {

@@ -8,7 +8,7 @@ from veneer.data.collating import Collator
 from veneer.data.encoding import IGNORED
 from veneer.data.packing import best_fit, pack
 from veneer.errors import ConfigError, DataError
-from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.ops.four_bit import FourBitLayout
 from veneer.quant.four_bit import FourBitSpec
 from veneer.train.loss import token_loss

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from veneer import get_peft_model
 from veneer.errors import ConfigError
 from veneer.methods.ia3 import IA3Config
-from veneer.model.placed.places import placed_on
+from veneer.model.sites.places import placed_on
 from veneer.records.linear import fold_linear
 from veneer.records.sites import LinearSite
 from veneer.store.adapter.config import read_config

@@ -15,7 +15,7 @@ from methods_in_peft import TOKENS, base, near, neox
 from veneer import LNTuningConfig, get_peft_model
 from veneer.contract.places import modules_in
 from veneer.errors import TargetError
-from veneer.model.placed.places import placed_on
+from veneer.model.sites.places import placed_on
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.records import read_records
 

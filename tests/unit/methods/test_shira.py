@@ -12,7 +12,7 @@ from torch import nn
 from methods_in_peft import TARGETS, assert_equals_peft, base, every_base, site
 from veneer import PeftModel, ShiraConfig, get_peft_model
 from veneer.errors import ConfigError, FormatError, TargetError
-from veneer.model.placed.places import placed_on
+from veneer.model.sites.places import placed_on
 from veneer.records.linear import fold_linear
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.records import read_records

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from veneer.model.fused.block import FusedBlock, run_half
-from veneer.model.placed.structure import SublayerKind
+from veneer.model.sites.structure import SublayerKind
 
 SIZES: dict[str, Any] = {
     "hidden_size": 42, "intermediate_size": 58, "num_hidden_layers": 2, "num_attention_heads": 6,

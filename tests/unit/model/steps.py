@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from veneer import LoraConfig, get_peft_model
 from veneer.contract import MethodConfig
-from veneer.model.coded.quant_linear import QuantLinear
 from veneer.model.fused.decoder import fused, is_fused
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.ops.four_bit import FourBitLayout
 from veneer.quant.four_bit import FourBitSpec
 from veneer.quant.int8 import Int8Spec

@@ -32,7 +32,7 @@ from veneer.adapters.peft_model import get_peft_model
 from veneer.errors import CompositionError, ConfigError, FormatError, TargetError
 from veneer.export.merged import merge_checkpoint
 from veneer.methods.lora import LoraConfig
-from veneer.model.coded.stack import CodedStack
+from veneer.model.quantized.stack import CodedStack
 from veneer.ops.four_bit import FourBitLayout
 from veneer.plan.architecture import config_of
 from veneer.plan.model import meta_base

@@ -20,8 +20,8 @@ from veneer.adapters.auto import AutoPeftModelForCausalLM
 from veneer.errors import ConfigError, FormatError
 from veneer.export.merged import merge_checkpoint
 from veneer.model.attach.attach import adapted_layers
-from veneer.model.coded.packed_linear import PackedQuantLinear, unpack
-from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.quantized.packed_linear import PackedQuantLinear, unpack
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.plan.architecture import config_of
 from veneer.plan.model import meta_base
 from veneer.recipe.parts import ModelPart

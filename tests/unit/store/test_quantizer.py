@@ -27,7 +27,7 @@ from models import gpt2_config, llama_config
 from veneer.adapters.peft_model import get_peft_model
 from veneer.errors import CompositionError, ConfigError, FormatError
 from veneer.methods.lora import LoraConfig
-from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model
 

@@ -20,7 +20,7 @@ from veneer.export.gguf.mixes import adapter_mix_of
 from veneer.export.gguf.model import encoded
 from veneer.export.gguf.plan import family_of, laid_out_rows
 from veneer.export.model_folder import local_folder
-from veneer.model.placed.places import placed_on
+from veneer.model.sites.places import placed_on
 from veneer.records.deltas import LinearDelta
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers

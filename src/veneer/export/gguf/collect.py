@@ -20,7 +20,7 @@ from veneer.export.gguf.plan import family_of
 from veneer.model.adapted.experts import project
 from veneer.model.adapted.parameters import acting_record
 from veneer.model.blueprint.names import STACKS
-from veneer.model.coded.stack import CodedStack
+from veneer.model.quantized.stack import CodedStack
 from veneer.quant.stack import DenseStack
 from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.importance import write_importance

@@ -19,7 +19,7 @@ from veneer.disk.folder import new_folder
 from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import ConfigError, FormatError
 from veneer.export.model_folder import copy_companions
-from veneer.export.vllm.limits import config_of, is_plain, refusals
+from veneer.export.vllm.lora_config import config_of, is_plain, refusals
 from veneer.export.vllm.ranks import RANKS, holding, require_rank
 from veneer.export.vllm.source import AdapterSource, refused
 from veneer.methods.lora import LoraConfig

@@ -17,10 +17,10 @@ from veneer.contract.places import Placed
 from veneer.errors import CompositionError
 from veneer.export.adapter_on_base import changed_tensors, with_weights
 from veneer.export.model_folder import local_folder
-from veneer.export.vllm.limits import is_plain
+from veneer.export.vllm.lora_config import is_plain
 from veneer.inits import find_start
-from veneer.model.placed.places import placed_on
-from veneer.model.snapshot.snapshot import Snapshot, look_at, shortest_names
+from veneer.model.modules.snapshot import Snapshot, look_at, shortest_names
+from veneer.model.sites.places import placed_on
 from veneer.records.sites import LinearSite
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers

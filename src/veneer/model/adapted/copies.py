@@ -11,9 +11,9 @@ from veneer.contract import MethodConfig
 from veneer.errors import TargetError
 from veneer.model.adapted.site import Adapted, add_copy
 from veneer.model.blueprint.names import CLASSIFIERS
-from veneer.model.coded.packed_linear import PackedLinear
-from veneer.model.coded.stack import CodedStack
 from veneer.model.cut_weight import whole
+from veneer.model.quantized.packed_linear import PackedLinear
+from veneer.model.quantized.stack import CodedStack
 from veneer.plain.nearest import nearest
 
 

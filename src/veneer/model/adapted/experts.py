@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from veneer.errors import FormatError
 from veneer.model.blueprint.names import STACKS, UNGATED_STACKS
-from veneer.model.coded.stack import ORDER, CodedStack, as_maps, coded_stacks, stack_of
 from veneer.model.inplace import InPlace, change_class
+from veneer.model.quantized.stack import ORDER, CodedStack, as_maps, coded_stacks, stack_of
 from veneer.ops.traced import Traced
 from veneer.records.deltas import LinearDelta
 from veneer.records.frozen import FrozenStack

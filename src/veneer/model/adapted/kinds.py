@@ -28,7 +28,7 @@ from veneer.model.adapted.multihead import (
 from veneer.model.adapted.parameters import AdaptedParameters
 from veneer.model.adapted.site import Adapted, adapt
 from veneer.model.adapted.state import AdapterState
-from veneer.model.coded.frozen_weight import frozen_weight
+from veneer.model.quantized.frozen_weight import frozen_weight
 from veneer.records.frozen import FrozenWeight
 from veneer.records.sites import LinearSite
 

@@ -17,10 +17,10 @@ from veneer.model.adapted.allocation import Allocation
 from veneer.model.adapted.lowered import lowered
 from veneer.model.adapted.masks import masks_of
 from veneer.model.adapted.site import Adapted, TiedFactors, factors_of
-from veneer.model.coded.frozen_weight import frozen_weight
-from veneer.model.coded.module import CodedModule
 from veneer.model.cut_weight import read_whole, whole
 from veneer.model.inplace import plain_class
+from veneer.model.quantized.frozen_weight import frozen_weight
+from veneer.model.quantized.module import CodedModule
 from veneer.ops.dropout import Mask, dropout
 from veneer.ops.grouped_low_rank import AdapterRuns
 from veneer.ops.linear.layer import LinearLayer

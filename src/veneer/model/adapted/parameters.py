@@ -22,7 +22,7 @@ from veneer.model.adapted.experts import run_experts, runs_by_convention, stacks
 from veneer.model.adapted.holder import tensors_of
 from veneer.model.adapted.linear import is_linear
 from veneer.model.adapted.site import Adapted, swap_reading
-from veneer.model.coded.stack import as_maps, coded_stacks, map_shape, parameter_names, place_of
+from veneer.model.quantized.stack import as_maps, coded_stacks, map_shape, parameter_names, place_of
 from veneer.plain.autocast import without_autocast
 from veneer.plain.module_names import matches_any
 from veneer.plain.nearest import nearest

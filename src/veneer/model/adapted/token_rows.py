@@ -15,7 +15,7 @@ from veneer.contract.extras import Extras
 from veneer.errors import CompositionError, TargetError
 from veneer.model.adapted.copies import own_parameters
 from veneer.model.adapted.site import Adapted, TokenRows, swap_reading
-from veneer.model.coded.packed_linear import PackedLinear
+from veneer.model.quantized.packed_linear import PackedLinear
 from veneer.plain.nearest import nearest
 
 

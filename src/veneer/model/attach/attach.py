@@ -21,9 +21,9 @@ from veneer.model.adapted.parameters import AdaptedParameters
 from veneer.model.adapted.site import Adapted, TiedFactors
 from veneer.model.adapted.state import AdapterState
 from veneer.model.adapted.token_rows import add_rows
-from veneer.model.placed.places import plan_of, put_on
-from veneer.model.snapshot.plan import AttachPlan
-from veneer.model.snapshot.snapshot import Snapshot, look_at
+from veneer.model.modules.plan import AttachPlan
+from veneer.model.modules.snapshot import Snapshot, look_at
+from veneer.model.sites.places import plan_of, put_on
 
 
 def module_index(model: nn.Module, method: LinearMethod | None = None) -> ModuleIndex:

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from veneer.errors import TargetError
 from veneer.model.batch.own_cache import CachingModel, Extended, Held, KeptBytes, Way
 from veneer.model.batch.paged import TOLERANCE, UNFIT
-from veneer.model.placed.structure import evaluation
+from veneer.model.sites.structure import evaluation
 from veneer.plain.tensor_tree import told_bytes
 
 

@@ -19,7 +19,7 @@ from veneer.model.adapted.routing import BASE, TokenRouting
 from veneer.model.adapted.site import Adapted
 from veneer.model.adapted.state import AdapterState
 from veneer.model.batch.mixed import routed
-from veneer.model.placed.virtual_tokens import CACHE_NAMES
+from veneer.model.sites.virtual_tokens import CACHE_NAMES
 from veneer.plain.invocation import NEVER, acts_from
 
 PACKED = (

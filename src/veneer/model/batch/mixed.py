@@ -18,7 +18,7 @@ from veneer.model.adapted.parameters import AdaptedParameters
 from veneer.model.adapted.routing import BASE, Routing
 from veneer.model.adapted.site import Adapted
 from veneer.model.adapted.state import AdapterState
-from veneer.model.placed.virtual_tokens import require_mixable, virtual_tokens
+from veneer.model.sites.virtual_tokens import require_mixable, virtual_tokens
 from veneer.plain.field_types import fits, plain
 
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")

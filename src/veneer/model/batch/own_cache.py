@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from veneer.errors import TargetError
 from veneer.model.batch.paged import TOLERANCE, UNFIT
-from veneer.model.placed.structure import evaluation
-from veneer.model.placed.virtual_tokens import CACHE_NAMES, inner_model
+from veneer.model.sites.structure import evaluation
+from veneer.model.sites.virtual_tokens import CACHE_NAMES, inner_model
 from veneer.plain.tensor_tree import told_bytes
 
 _CACHES = (*CACHE_NAMES, "cache_params", "state")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from veneer.errors import TargetError
-from veneer.model.placed.structure import evaluation
+from veneer.model.sites.structure import evaluation
 
 NAME = "veneer_paged"
 KeysValues = tuple[Tensor, Tensor]

@@ -18,9 +18,9 @@ from veneer.model.blueprint.parts import Strange
 from veneer.model.blueprint.read_block import read_block
 from veneer.model.blueprint.source import BlockSource, first, undescribed
 from veneer.model.blueprint.tables import own_multiplier
-from veneer.model.coded.embedding import CodedEmbedding, table_shape
-from veneer.model.coded.module import CodedModule
 from veneer.model.inplace import plain_class
+from veneer.model.quantized.embedding import CodedEmbedding, table_shape
+from veneer.model.quantized.module import CodedModule
 
 UNMADE = (  # errors of transformers and torch for a config of which no model can be made
     ArithmeticError,

@@ -9,10 +9,10 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.model.blueprint.parts import Linear, Role
 from veneer.model.blueprint.source import BlockSource
-from veneer.model.coded.frozen_weight import frozen_weight
-from veneer.model.coded.packed_linear import PackedLinear, PackedQuantLinear
-from veneer.model.coded.quant_linear import QuantLinear
 from veneer.model.inplace import InPlace, base_of
+from veneer.model.quantized.frozen_weight import frozen_weight
+from veneer.model.quantized.packed_linear import PackedLinear, PackedQuantLinear
+from veneer.model.quantized.quant_linear import QuantLinear
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from veneer.model.blueprint.names import EXPERTS, SHARED, STACKS, InnerNames
 from veneer.model.blueprint.parts import Experts, FeedForward, Linear, Role, Stack, Strange
 from veneer.model.blueprint.read_forward import named_activation
 from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
-from veneer.model.coded.stack import map_shape, parameter_names
+from veneer.model.quantized.stack import map_shape, parameter_names
 from veneer.ops.activation import KINDS, activation_forward
 
 

@@ -15,11 +15,11 @@ from veneer.model.blueprint.read_attention import window_of
 from veneer.model.fused.layout import LayoutMask
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.memory.checkpointing import is_selective
-from veneer.model.placed.residual import ResidualAdapters
-from veneer.model.placed.structure import SublayerKind
 from veneer.model.program.acting import Acting, bottlenecks, computed_in, is_plain
 from veneer.model.program.halves import BlockProgram
 from veneer.model.program.stretch import ActingStretch, PackedPositions, TrainedStretch
+from veneer.model.sites.residual import ResidualAdapters
+from veneer.model.sites.structure import SublayerKind
 
 Halves = tuple[ActingStretch | None, ActingStretch | None]
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")

@@ -23,8 +23,8 @@ from veneer.model.fused.block import SPECIAL, FusedBlock, leave_out_unfit
 from veneer.model.fused.layout import LayoutMask, layout_mask
 from veneer.model.fused.proof import STRANGE, prove
 from veneer.model.inplace import InPlace, change_class, plain_class, restore_class
-from veneer.model.placed.structure import evaluation
 from veneer.model.program.halves import BlockProgram, block_program, reasons
+from veneer.model.sites.structure import evaluation
 from veneer.ops.dispatch import lacks
 
 log = logging.getLogger(__name__)

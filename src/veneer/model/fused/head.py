@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.model.coded.frozen_weight import frozen_weight
-from veneer.model.coded.quant_linear import QuantLinear
 from veneer.model.cut_weight import is_part
 from veneer.model.fused.deferred import DeferredLogits, FrozenHead, Pending
 from veneer.model.inplace import InPlace, base_of, change_class, restore_class
 from veneer.model.program.acting import is_plain
+from veneer.model.quantized.frozen_weight import frozen_weight
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.quant.dense import DenseWeight
 
 

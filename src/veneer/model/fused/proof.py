@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.model.blueprint.describe import blocks_of
-from veneer.model.coded.quant_linear import computing_dtypes
 from veneer.model.fused.block import CACHES, FusedBlock, keywords_of, leave_out_unfit, own_attention, stream_of
 from veneer.model.fused.layout import layout_mask
 from veneer.model.program.halves import BlockProgram, Tables
+from veneer.model.quantized.quant_linear import computing_dtypes
 from veneer.model.sharded.sharding import gathered
 
 # Relative error that rounding explains in what one block adds to the stream.

@@ -16,10 +16,10 @@ from veneer.contract.keys import SUBLAYER
 from veneer.model.adapted.linear import AdaptedLinear
 from veneer.model.blueprint.linears import is_linear
 from veneer.model.blueprint.parts import Norm
-from veneer.model.coded.frozen_weight import frozen_weight
 from veneer.model.inplace import InPlace
-from veneer.model.placed.residual import ResidualAdapters
-from veneer.model.placed.structure import SublayerKind
+from veneer.model.quantized.frozen_weight import frozen_weight
+from veneer.model.sites.residual import ResidualAdapters
+from veneer.model.sites.structure import SublayerKind
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.norm import layer_norm_backward, layer_norm_forward, rms_norm_backward, rms_norm_forward
 from veneer.quant.dense import DenseWeight

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from veneer.model.blueprint.decoder import Embedding
-from veneer.model.coded.embedding import CodedEmbedding
 from veneer.model.program.binding import Binding
 from veneer.model.program.linears import each_alone
 from veneer.model.program.norm import NormWeights
 from veneer.model.program.operation import Frame, Operation, PassKind, Register, StepPlace
 from veneer.model.program.rows import PassRows
 from veneer.model.program.version import Version, Versions
+from veneer.model.quantized.embedding import CodedEmbedding
 from veneer.ops.cpu.step import StepProgram
 from veneer.records.linear import apply_embedding
 from veneer.records.token_rows import look_up_rows

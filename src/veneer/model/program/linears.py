@@ -17,9 +17,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from veneer.model.blueprint.parts import Linear
-from veneer.model.coded.frozen_weight import frozen_weight
-from veneer.model.coded.packed_linear import PackedGroup
 from veneer.model.program.version import Effects, OwnChanges, Versions
+from veneer.model.quantized.frozen_weight import frozen_weight
+from veneer.model.quantized.packed_linear import PackedGroup
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
 from veneer.ops.linear.around import finished, mapped_input
 from veneer.ops.linear.change import add_changes

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from veneer.model.coded.module import CodedModule
+from veneer.model.quantized.module import CodedModule
 
 
 def mesh(device: str, n: int, shard: int) -> DeviceMesh:

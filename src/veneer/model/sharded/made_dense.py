@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.model.adapted.experts import fit_experts, put_dense
-from veneer.model.coded.embedding import CodedEmbedding
-from veneer.model.coded.module import CodedModule
-from veneer.model.coded.quant_linear import QuantLinear
-from veneer.model.coded.stack import CodedStack
+from veneer.model.quantized.embedding import CodedEmbedding
+from veneer.model.quantized.module import CodedModule
+from veneer.model.quantized.quant_linear import QuantLinear
+from veneer.model.quantized.stack import CodedStack
 from veneer.model.sharded.sharding import require_whole
 
 

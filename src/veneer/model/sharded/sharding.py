@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from veneer.errors import ConfigError, DescriptionError
 from veneer.model.blueprint.describe import blocks_of
-from veneer.model.coded.module import CodedModule
-from veneer.model.coded.packed_linear import is_packed
+from veneer.model.quantized.module import CodedModule
+from veneer.model.quantized.packed_linear import is_packed
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 FIRST_TORCH_WITH_CODES = (2, 12)  # whose FSDP2 takes frozen integers (pytorch#177844)

@@ -21,12 +21,12 @@ from veneer.contract.keys import copy_key, rows_key, weight_keys
 from veneer.contract.places import Placed
 from veneer.errors import CompositionError, VeneerError
 from veneer.model.adapted.copies import own_parameters
-from veneer.model.coded.packed_linear import PackedLinear
-from veneer.model.placed.places import places_of, plan_of
+from veneer.model.modules.plan import AttachPlan
+from veneer.model.modules.snapshot import look_at
 from veneer.model.program.program import Program
 from veneer.model.program.version import Effects
-from veneer.model.snapshot.plan import AttachPlan
-from veneer.model.snapshot.snapshot import look_at
+from veneer.model.quantized.packed_linear import PackedLinear
+from veneer.model.sites.places import places_of, plan_of
 from veneer.plain.lru import LruCache
 from veneer.plain.tensor_tree import in_own_memory
 from veneer.records.deltas import LinearDelta, PromptDelta, ResidualDelta

@@ -22,7 +22,7 @@ from veneer.errors import CompositionError, VeneerError
 from veneer.model.adapted.routing import BASE, Routing
 from veneer.model.batch.mixed import checked, routed
 from veneer.model.batch.paged import KeysValues, PagedModel, PagedStep, SlotStore, Stretch
-from veneer.model.placed.virtual_tokens import inner_model, virtual_tokens
+from veneer.model.sites.virtual_tokens import inner_model, virtual_tokens
 from veneer.serve.adapters.mix import Parts
 from veneer.serve.adapters.versions import stored_bytes
 from veneer.serve.runners.runner import Computed, DrawingRunner, by_request, read, wanted

@@ -26,13 +26,13 @@ from veneer.errors import DescriptionError, TargetError
 from veneer.model.adapted.state import base_alone
 from veneer.model.batch.paged import TOLERANCE, KeysValues, Stretch, require_pageable
 from veneer.model.blueprint.describe import describe
-from veneer.model.coded.packed_linear import PackedGroup, is_packed, pack_group, unpack
 from veneer.model.memory.give_back import give_back
-from veneer.model.placed.places import plan_of
-from veneer.model.placed.structure import evaluation
+from veneer.model.modules.snapshot import look_at
 from veneer.model.program.program import Program, compile_program
 from veneer.model.program.version import Effects
-from veneer.model.snapshot.snapshot import look_at
+from veneer.model.quantized.packed_linear import PackedGroup, is_packed, pack_group, unpack
+from veneer.model.sites.places import plan_of
+from veneer.model.sites.structure import evaluation
 from veneer.ops.memory import whole_numbers
 from veneer.ops.paged_attention import UNIT
 from veneer.ops.pairs import Factor

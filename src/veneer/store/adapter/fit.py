@@ -17,7 +17,7 @@ from veneer.contract.keys import copies_of, is_rows, is_shared, place_of, usual_
 from veneer.contract.known import Known
 from veneer.contract.places import Placed
 from veneer.errors import FormatError, NoStorageError, TargetError
-from veneer.model.placed.places import placed_on
+from veneer.model.sites.places import placed_on
 from veneer.records.sites import AttentionSite, LinearSite
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers

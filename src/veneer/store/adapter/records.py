@@ -62,7 +62,7 @@ def read_records(
     If the method reads the base's weights, which are on ``device``, so are the records; all others are in host memory.
 
     ``places`` are its places in the base; the sites hold weights if the method reads them (see
-    `model.placed.places.placed_on`). None: places from the file alone; a record's ``bias`` is then the difference to
+    `model.sites.places.placed_on`). None: places from the file alone; a record's ``bias`` is then the difference to
     the layer's own. ``lacking``: tensors by key that count if the file does not hold them.
 
     Raises CompositionError if a weight is needed, and NeedsBaseError if neither the caller nor the file gives the

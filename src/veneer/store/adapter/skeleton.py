@@ -17,7 +17,7 @@ from veneer.contract.keys import divided
 from veneer.contract.places import Placed
 from veneer.disk.safetensors import read_header
 from veneer.errors import ConfigError, FormatError
-from veneer.model.placed.places import placed_on
+from veneer.model.sites.places import placed_on
 from veneer.store.adapter.config import read_config
 from veneer.store.model_config import model_config
 from veneer.store.named import folder_of

@@ -27,11 +27,11 @@ from veneer.export.gguf.model import GgufOptions, export_gguf
 from veneer.export.merged import MergeOptions, merge_checkpoint
 from veneer.methods.lora import LoraConfig
 from veneer.model.attach.attach import adapted_layers
-from veneer.model.coded.embedding import CodedEmbedding
-from veneer.model.coded.module import CodedModule
-from veneer.model.coded.packed_linear import unpack
-from veneer.model.coded.stack import CodedStack
 from veneer.model.fused.decoder import fuse, unfuse
+from veneer.model.quantized.embedding import CodedEmbedding
+from veneer.model.quantized.module import CodedModule
+from veneer.model.quantized.packed_linear import unpack
+from veneer.model.quantized.stack import CodedStack
 from veneer.ops.ggml import quantize_ggml
 from veneer.ops.packed_codes import PackedCodes
 from veneer.store.checkpoint import Checkpoint

@@ -12,7 +12,7 @@ from models import llama_config
 from veneer.adapters.peft_model import get_peft_model
 from veneer.methods.lora import LoraConfig
 from veneer.model.attach.prepare import prepare_model_for_kbit_training
-from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.ops.four_bit import FourBitLayout
 from veneer.quant.four_bit import FourBitSpec
 

@@ -10,8 +10,8 @@ from tests.tiny_configs import tiny_config
 from tests.tiny_types import tiny_class
 
 from veneer.model.blueprint.describe import describe
-from veneer.model.placed.virtual_tokens import inner_model
-from veneer.model.snapshot.snapshot import look_at
+from veneer.model.modules.snapshot import look_at
+from veneer.model.sites.virtual_tokens import inner_model
 from veneer.plan.serving import kept_in_serving
 
 

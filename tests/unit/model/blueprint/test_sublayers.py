@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from veneer.model.placed.structure import described_sublayers, sublayers, watched_sublayers
+from veneer.model.sites.structure import described_sublayers, sublayers, watched_sublayers
 
 from .families import FAMILIES, model_of
 

@@ -17,9 +17,9 @@ from transformers import CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig, 
 from veneer import LoraConfig, get_peft_model
 from veneer.adapters.token_scores import PreferenceScoring, token_scores
 from veneer.errors import CompositionError
-from veneer.model.coded.quantized_head import quantize_head
 from veneer.model.fused.deferred import DeferredLogits
 from veneer.model.fused.head import deferred_logits
+from veneer.model.quantized.quantized_head import quantize_head
 from veneer.plan.live import LiveBytes
 from veneer.train.loss import token_loss
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTr
 
 from veneer import BitsAndBytesConfig, LoraConfig, get_peft_model
 from veneer.contract import MethodConfig
-from veneer.model.coded.quant_linear import QuantLinear
 from veneer.model.fused.decoder import fused
 from veneer.model.memory import checkpointing
 from veneer.model.memory.checkpointing import checkpoint_selectively, is_selective
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.ops import four_bit, int8
 
 WIDTH, INNER, RANK = 42, 58, 5

@@ -15,9 +15,9 @@ import launch
 from cut_together import N_BLOCKS, N_STEPS, compared
 from veneer import BitsAndBytesConfig, LoraConfig, get_peft_model, shard_base
 from veneer.errors import ConfigError
-from veneer.model.coded.packed_linear import pack_group
-from veneer.model.coded.quant_linear import QuantLinear
 from veneer.model.inplace import InPlace, base_of, change_class, mixin_of, restore_class
+from veneer.model.quantized.packed_linear import pack_group
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.model.sharded import sharding
 from veneer.model.sharded.made_dense import make_dense
 

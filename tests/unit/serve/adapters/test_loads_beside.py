@@ -19,7 +19,7 @@ from tests.unit.serve.conftest import make_model, save_adapter
 from patience import PATIENCE
 from veneer import LLM, IA3Config, LoraConfig, LoRARequest, SamplingParams
 from veneer.errors import ConfigError, FormatError, ServingError
-from veneer.model.placed.places import places_of
+from veneer.model.sites.places import places_of
 from veneer.ops.paged_attention import PagedStore, padded
 from veneer.plain.tensor_tree import _tensors, bytes_of
 from veneer.serve.adapters.loader import Finished, Loader

@@ -16,8 +16,8 @@ from tests.unit.serve.conftest import END, SHAPE, VOCAB, make_model, save_adapte
 from veneer import LLM, BottleneckConfig, LoraConfig, LoRARequest, PeftModel, SamplingParams, get_peft_model
 from veneer.errors import DescriptionError, FormatError
 from veneer.model.blueprint.describe import describe
-from veneer.model.coded.packed_linear import PackedLinear
 from veneer.model.program.program import compile_program
+from veneer.model.quantized.packed_linear import PackedLinear
 from veneer.serve.runners.general_runner import GeneralRunner
 from veneer.serve.runners.program_runner import ProgramRunner, proved
 

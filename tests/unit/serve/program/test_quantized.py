@@ -12,8 +12,8 @@ from tests.unit.serve.test_llm_exact import PROMPTS, answers, generated
 
 from veneer import LLM, BitsAndBytesConfig, LoRARequest, PeftModel
 from veneer.errors import ConfigError
-from veneer.model.coded.packed_linear import PackedQuantLinear, unpack
-from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.quantized.packed_linear import PackedQuantLinear, unpack
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.ops.packed_codes import PackedCodes
 from veneer.serve.program.effects import Lookup, read_effects
 from veneer.serve.program.interpreter import Interpreter

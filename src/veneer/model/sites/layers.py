@@ -17,8 +17,8 @@ from veneer.model.adapted.linear import AdaptedSite
 from veneer.model.adapted.parameters import AdaptedParameters, site_of
 from veneer.model.adapted.state import AdapterState
 from veneer.model.adapted.tying import follow
-from veneer.model.snapshot.plan import AttachPlan
-from veneer.model.snapshot.snapshot import Snapshot
+from veneer.model.modules.plan import AttachPlan
+from veneer.model.modules.snapshot import Snapshot
 
 
 def layer_places(snapshot: Snapshot, plan: AttachPlan) -> dict[str, Placed]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import FormatError
-from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.ops.four_bit import FourBitLayout
 from veneer.quant.four_bit import FourBitSpec
 from veneer.quant.int8 import Int8Spec

@@ -17,9 +17,11 @@ from veneer.errors import ConfigError, TargetError
 from veneer.model.adapted.allocation import Allocation
 from veneer.model.adapted.state import AdapterState
 from veneer.model.blueprint.describe import listed
-from veneer.model.placed.front import Front
-from veneer.model.placed.structure import evaluation, example_inputs
-from veneer.model.placed.virtual_tokens import (
+from veneer.model.modules.plan import AttachPlan
+from veneer.model.modules.snapshot import Snapshot
+from veneer.model.sites.front import Front
+from veneer.model.sites.structure import evaluation, example_inputs
+from veneer.model.sites.virtual_tokens import (
     MARK,
     Arguments,
     KeysAndValues,
@@ -29,8 +31,6 @@ from veneer.model.placed.virtual_tokens import (
     refuse_packing,
     shifted,
 )
-from veneer.model.snapshot.plan import AttachPlan
-from veneer.model.snapshot.snapshot import Snapshot
 from veneer.records.deltas import PrefixDelta
 from veneer.records.sites import AttentionSite
 

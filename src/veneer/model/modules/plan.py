@@ -20,8 +20,8 @@ from veneer.model.adapted.token_rows import RowPlace, row_places
 from veneer.model.adapted.tying import followers_of, unused_tie
 from veneer.model.blueprint.names import TASK_HEADS
 from veneer.model.blueprint.roles import names_for
-from veneer.model.snapshot.experts import told_experts, with_experts
-from veneer.model.snapshot.snapshot import Snapshot, shortest_names
+from veneer.model.modules.experts import told_experts, with_experts
+from veneer.model.modules.snapshot import Snapshot, shortest_names
 from veneer.plain.module_names import matches_any
 from veneer.records.sites import LinearSite
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from veneer.model.coded.module import CodedModule
+from veneer.model.quantized.module import CodedModule
 from veneer.quant.product import CodedWeight
 from veneer.quant.spec import StorageSpec
 from veneer.records.frozen import FrozenWeight

@@ -17,9 +17,11 @@ from veneer.contract.places import INPUT, Placed, placed
 from veneer.errors import ConfigError, TargetError
 from veneer.model.adapted.allocation import Allocation
 from veneer.model.adapted.state import AdapterState
-from veneer.model.coded.embedding import table_shape
-from veneer.model.placed.front import Front
-from veneer.model.placed.virtual_tokens import (
+from veneer.model.modules.plan import AttachPlan
+from veneer.model.modules.snapshot import Snapshot
+from veneer.model.quantized.embedding import table_shape
+from veneer.model.sites.front import Front
+from veneer.model.sites.virtual_tokens import (
     MARK,
     Arguments,
     KeysAndValues,
@@ -30,8 +32,6 @@ from veneer.model.placed.virtual_tokens import (
     takes_positions,
     with_positions,
 )
-from veneer.model.snapshot.plan import AttachPlan
-from veneer.model.snapshot.snapshot import Snapshot
 from veneer.records.deltas import PromptDelta
 from veneer.records.prompt import UNTRAINED, replace_leading, weighed_loss, with_leading
 from veneer.records.sites import InputSite

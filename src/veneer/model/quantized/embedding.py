@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from veneer.model.coded.module import CodedModule
+from veneer.model.quantized.module import CodedModule
 from veneer.quant.blocks import BlockWeight
 from veneer.quant.spec import StorageSpec
 

@@ -27,7 +27,7 @@ from transformers import (
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.errors import ConfigError, TargetError
 from veneer.methods.bottleneck import BottleneckConfig
-from veneer.model.placed.residual import ResidualAdapters
+from veneer.model.sites.residual import ResidualAdapters
 
 D, R, VOCAB, N_LAYERS = 24, 5, 67, 2
 SMALL = {

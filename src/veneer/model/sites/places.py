@@ -21,13 +21,13 @@ from veneer.contract.places import Placed
 from veneer.errors import TargetError
 from veneer.model.adapted.allocation import Allocation
 from veneer.model.adapted.state import AdapterState
-from veneer.model.placed.attended import attended_places, put_attended_on
-from veneer.model.placed.layers import layer_places, put_on_layers
-from veneer.model.placed.prefix import prefix_places, put_prefix_on
-from veneer.model.placed.prompt import prompt_places, put_prompt_on
-from veneer.model.placed.residual import put_bottlenecks_on, residual_places
-from veneer.model.snapshot.plan import AttachPlan, plan_beside, plan_layers, plan_whole
-from veneer.model.snapshot.snapshot import Snapshot, look_at
+from veneer.model.modules.plan import AttachPlan, plan_beside, plan_layers, plan_whole
+from veneer.model.modules.snapshot import Snapshot, look_at
+from veneer.model.sites.attended import attended_places, put_attended_on
+from veneer.model.sites.layers import layer_places, put_on_layers
+from veneer.model.sites.prefix import prefix_places, put_prefix_on
+from veneer.model.sites.prompt import prompt_places, put_prompt_on
+from veneer.model.sites.residual import put_bottlenecks_on, residual_places
 
 
 @dataclass(frozen=True)

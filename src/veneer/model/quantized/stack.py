@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from veneer.model.coded.module import CodedModule
 from veneer.model.cut_weight import is_part
+from veneer.model.quantized.module import CodedModule
 from veneer.quant.spec import StorageSpec
 from veneer.quant.stack import DenseStack, StackSpec
 from veneer.records.frozen import FrozenStack

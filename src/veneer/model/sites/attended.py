@@ -17,8 +17,8 @@ from veneer.model.adapted.holder import Holder
 from veneer.model.adapted.linear import device_of
 from veneer.model.adapted.routing import BASE
 from veneer.model.adapted.state import AdapterState
-from veneer.model.snapshot.plan import AttachPlan
-from veneer.model.snapshot.snapshot import Snapshot
+from veneer.model.modules.plan import AttachPlan
+from veneer.model.modules.snapshot import Snapshot
 from veneer.records.attended import attended_change, turned
 from veneer.records.deltas import AttendedDelta
 from veneer.records.sites import AttendingSite

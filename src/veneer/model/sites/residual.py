@@ -18,9 +18,9 @@ from veneer.model.adapted.holder import Holder
 from veneer.model.adapted.masks import masks_of
 from veneer.model.adapted.routing import BASE, Routing
 from veneer.model.adapted.state import AdapterState
-from veneer.model.placed.structure import ResidualSublayer, sublayers
-from veneer.model.snapshot.plan import AttachPlan
-from veneer.model.snapshot.snapshot import Snapshot
+from veneer.model.modules.plan import AttachPlan
+from veneer.model.modules.snapshot import Snapshot
+from veneer.model.sites.structure import ResidualSublayer, sublayers
 from veneer.ops.dropout import Mask, dropout
 from veneer.records.deltas import ResidualDelta
 from veneer.records.residual import residual_change

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from veneer.model.blueprint.names import CLASSIFIERS, MODEL_ENDS
-from veneer.model.snapshot.snapshot import Snapshot
+from veneer.model.modules.snapshot import Snapshot
 from veneer.records.deltas import LinearDelta
 from veneer.records.sites import LinearSite
 from veneer.store.adapter.records import StoredAdapter

@@ -13,8 +13,8 @@ from veneer.errors import TargetError
 from veneer.model.adapted.convolution import is_convolution
 from veneer.model.adapted.embedding import is_embedding
 from veneer.model.adapted.parameters import site_of
-from veneer.model.coded.stack import map_shape, parameter_names
-from veneer.model.snapshot.snapshot import Snapshot
+from veneer.model.modules.snapshot import Snapshot
+from veneer.model.quantized.stack import map_shape, parameter_names
 from veneer.plain.module_names import matches_any
 from veneer.plain.units import size
 

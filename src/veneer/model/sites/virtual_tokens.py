@@ -16,7 +16,7 @@ from veneer.errors import CompositionError, ConfigError
 from veneer.model.adapted.holder import Holder, tensors_of
 from veneer.model.adapted.routing import Routing
 from veneer.model.adapted.state import AdapterState
-from veneer.model.placed.front import Front
+from veneer.model.sites.front import Front
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value")
 MARK = "_virtual_tokens_of"  # on a cache: the adapter whose virtual tokens it starts with

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from veneer.errors import TargetError
-from veneer.model.placed.structure import sublayers
+from veneer.model.sites.structure import sublayers
 
 SMALL = {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 3}
 IMAGE = {"image_size": 16, "patch_size": 8, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2}

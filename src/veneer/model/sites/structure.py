@@ -22,7 +22,7 @@ from veneer.errors import NoStorageError, TargetError
 from veneer.model.blueprint.decoder import Block
 from veneer.model.blueprint.decoder import Sublayer as Place
 from veneer.model.blueprint.describe import listed
-from veneer.model.placed.trace import Addition, trace_additions
+from veneer.model.sites.trace import Addition, trace_additions
 
 SublayerKind = Literal["attention", "cross_attention", "mlp"]
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.errors import ConfigError
-from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.quant.int8 import Int8Spec
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from veneer.model.coded.frozen_weight import frozen_weight
-from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.quantized.frozen_weight import frozen_weight
+from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.ops.dispatch import backends
 from veneer.ops.packed import BLOCK, BLOCKS, ROWS, PackedWeight
 from veneer.ops.packed_codes import PackedCodes
