@@ -102,6 +102,16 @@ class StepProgram {
 
   void add_activation(int activation, int64_t d, int source, int target) { add<ActivationInstruction>(Activation(activation), d, source, target); }
 
+  // `router`: experts, how many are chosen, whether by sigmoids, whether normalized, groups and those kept. `at`: registers of
+  // scores, source, shared, its gate (-1: none) and target.
+  void add_experts(const Numbers& router, float scale, int64_t bias, const Numbers& inner, const Numbers& down, int activation,
+                   const Numbers& at) {
+    const auto number = [&](size_t i) { return static_cast<int>(at[i]); };
+    add<ExpertsInstruction>(Router{router[0], router[1], router[2] != 0, router[3] != 0, router[4], router[5], scale, pointer<float>(bias)},
+                            Mixture{router[0], router[1], stack_at(dtype_, inner), stack_at(dtype_, down), Activation(activation)},
+                            ExpertsInstruction::At{number(0), number(1), number(2), number(3), number(4)});
+  }
+
   // What versions change at products, as one of them does whose block is at `start`: of each change its instruction, pairs, and of
   // each layer the addresses of in_scale, out_scale and bias in float, bias, panels of a weight of its own, how many terms there
   // are, terms and pairs.
@@ -225,6 +235,7 @@ void bind_step(nb::module_& m) {
       .def("add_head", &StepProgram::add_head)
       .def("add_glu", &StepProgram::add_glu)
       .def("add_activation", &StepProgram::add_activation)
+      .def("add_experts", &StepProgram::add_experts)
       .def("add_change", &StepProgram::add<ChangeInstruction, int64_t, int, int>)
       .def("add_sum", &StepProgram::add<AddInstruction, int64_t, float, int, int>)
       .def("add_layout", &StepProgram::add_layout)

@@ -71,6 +71,16 @@ void ActivationInstruction::run(const Pass& pass) const {
   activation_kernels().forward({pass.n, d_, pass.dtype, activation_}, pass.registers[source_], pass.registers[target_]);
 }
 
+void ExpertsInstruction::run(const Pass& pass) const {
+  const auto at = [&](int number) { return number < 0 ? Rows{nullptr, 0} : pass.registers[number]; };
+  const int64_t chosen = pass.n * router_.k;
+  int64_t* ids = reinterpret_cast<int64_t*>(pass.rows.at_least(chosen * static_cast<int64_t>(sizeof(int64_t) + sizeof(float))));
+  float* weights = reinterpret_cast<float*>(ids + chosen);
+  experts_kernels().route(router_, {pass.n, pass.dtype, at(at_.scores), ids, weights});
+  const MixtureRows rows{pass.n, pass.dtype, at(at_.source), ids, weights, at(at_.shared), at(at_.shared_gate), at(at_.target)};
+  run_mixture(mixture_, rows, pass.scratch.at_least(mixture_bytes(mixture_, pass.n, pass.dtype)));
+}
+
 void AddInstruction::run(const Pass& pass) const {
   stream_kernels().add({pass.n, d_, pass.dtype}, multiplier_, pass.registers[source_], pass.registers[stream_]);
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/panels.h"
+#include "experts/mixture.h"
 #include "glu/glu.h"
 #include "step/pass.h"
 #include "step/versions.h"
@@ -183,6 +184,21 @@ class ActivationInstruction final : public Instruction {
   Activation activation_;
   int64_t d_;
   int source_, target_;
+};
+
+// Rows through the experts that their scores choose; `shared` and its gate are registers too, -1: there is none.
+class ExpertsInstruction final : public Instruction {
+ public:
+  struct At {
+    int scores, source, shared, shared_gate, target;
+  };
+  ExpertsInstruction(const Router& router, const Mixture& mixture, const At& at) : router_(router), mixture_(mixture), at_(at) {}
+  void run(const Pass& pass) const override;
+
+ private:
+  Router router_;
+  Mixture mixture_;
+  At at_;
 };
 
 // The likeliest tokens of the rows that are picked: the last norm, the head's product, its logits times a positive scale.

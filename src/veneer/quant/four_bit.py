@@ -19,10 +19,10 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, FormatError
 from veneer.ops.blockwise import dynamic_map
-from veneer.ops.double_quant import BLOCK_SIZE as NESTED_BLOCK_SIZE
-from veneer.ops.double_quant import CompressedAbsmax, compress_absmax, expand_absmax
 from veneer.ops.four_bit import FourBitLayout, dequantize_4bit, matmul_4bit, matmul_t_4bit, quantize_4bit
 from veneer.ops.four_bit_codes import code_table
+from veneer.quant.double_quant import BLOCK_SIZE as NESTED_BLOCK_SIZE
+from veneer.quant.double_quant import CompressedAbsmax, compress_absmax, expand_absmax
 from veneer.quant.product import CodedWeight
 from veneer.quant.spec import Parts, part_problems
 

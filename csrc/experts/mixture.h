@@ -1,0 +1,45 @@
+// Rows through the experts chosen for them. It calls the kernels of the families and is compiled once: nothing here computes.
+#pragma once
+
+#include <vector>
+
+#include "core/activations.h"
+#include "experts/experts.h"
+#include "packed/packed.h"
+
+namespace veneer {
+
+// A linear layer of every expert: panels of the first one, those of the next lie so many bytes behind.
+struct ExpertStack {
+  PanelMatrix first;
+  int64_t bytes;
+
+  PanelMatrix of(int64_t expert) const {
+    PanelMatrix m = first;
+    m.values = static_cast<char*>(m.values) + expert * bytes;
+    return m;
+  }
+};
+
+// `numbers`: o, i, depth, address of the first expert's panels, bytes to the next one's, coding and unit.
+ExpertStack stack_at(Dtype dtype, const std::vector<int64_t>& numbers);
+
+struct Mixture {
+  int64_t n_experts, k;
+  ExpertStack inner, down;  // inner: gate and up, one below the other
+  Activation activation;
+};
+
+struct MixtureRows {
+  int64_t n;
+  Dtype dtype;  // float32 or bfloat16
+  Rows x;
+  const int64_t* ids;    // (n, k)
+  const float* weights;  // (n, k)
+  Rows shared, shared_gate, y;  // as CombinedRows has them
+};
+
+int64_t mixture_bytes(const Mixture& mixture, int64_t n, Dtype dtype);  // of scratch
+void run_mixture(const Mixture& mixture, const MixtureRows& rows, char* scratch);
+
+}  // namespace veneer

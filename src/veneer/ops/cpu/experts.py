@@ -1,0 +1,67 @@
+"""Experts of a mixture by csrc/experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veneer.ops.cpu.module import DTYPES, kernels
+from veneer.ops.experts import PackedStack, Router
+from veneer.ops.glu import ACTIVATIONS
+from veneer.ops.memory import address
+from veneer.ops.packed_codes import PackedCodes
+
+
+def route(scores: Tensor, router: Router, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows = scores.contiguous()
+    ids = torch.empty(len(rows), router.top_k, dtype=torch.int64)
+    weights = torch.empty(len(rows), router.top_k)
+    kernels().experts_route(
+        *router_numbers(router),
+        router.scale,
+        0 if bias is None else address(bias.contiguous()),
+        len(rows),
+        DTYPES[rows.dtype],
+        address(rows),
+        rows.stride(0),
+        address(ids),
+        address(weights),
+    )
+    return ids, weights
+
+
+def mix(x: Tensor, ids: Tensor, weights: Tensor, stacks: tuple[PackedStack, PackedStack], activation: str) -> Tensor:
+    inner, down = stacks
+    x = x if x.stride(1) == 1 else x.contiguous()
+    ids, weights = ids.contiguous(), weights.contiguous()
+    y = torch.empty(len(x), down.shape[1], dtype=x.dtype)
+    kernels().experts_mix(
+        inner.n_experts,
+        ids.shape[1],
+        DTYPES[inner.dtype],
+        stack_numbers(inner, address(inner.panels)),
+        stack_numbers(down, address(down.panels)),
+        ACTIVATIONS.index(activation),
+        len(x),
+        DTYPES[x.dtype],
+        address(x),
+        x.stride(0),
+        address(ids),
+        address(weights),
+        address(y),
+        y.stride(0),
+    )
+    return y
+
+
+def router_numbers(router: Router) -> list[int]:
+    """Return what csrc/experts reads of a router: experts, those chosen, sigmoid, normalized, groups, those kept."""
+    by_sigmoid = router.values == "sigmoid"
+    return [router.n_experts, router.top_k, by_sigmoid, router.normalized, router.n_groups, router.kept_groups]
+
+
+def stack_numbers(stack: PackedStack, panels: int) -> list[int]:
+    """Return what csrc/experts reads of a stack, whose panels lie at an address."""
+    first = stack.first
+    coding = (first.coding_number, first.unit) if isinstance(first, PackedCodes) else (0, 0)
+    return [*first.shape, first.depth, panels, first.panels.nbytes, *coding]

@@ -1,0 +1,169 @@
+"""Experts of a mixture: which of them a row goes through, and the weighted sum of their outputs.
+
+A row's result does not depend on the other rows: its sums run in the order of its choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+from veneer.errors import ConfigError, ShapeError
+from veneer.ops.dispatch import implementation
+from veneer.ops.glu import ACTIVATIONS
+from veneer.ops.packed import ROWS, PackedWeight
+from veneer.ops.packed_codes import PackedCodes
+
+MOST_EXPERTS = 1024
+"""As csrc/experts/kernels.cpp has it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """Choice of ``top_k`` of ``n_experts`` by their scores, and the weights of the chosen.
+
+    The value of an expert is the softmax of all scores or the ``sigmoid`` of its own. The experts with the largest
+    values, plus a bias, are chosen, and only among the ``kept_groups`` best of ``n_groups`` groups. A group's rank is
+    the sum of its two largest values. The weights are the values without the bias. ``normalized``: they are divided by
+    their sum. They are multiplied by ``scale`` last.
+
+    Raises ConfigError for numbers that do not fit.
+    """
+
+    n_experts: int
+    top_k: int
+    values: Literal["softmax", "sigmoid"] = "softmax"
+    normalized: bool = True
+    n_groups: int = 1
+    kept_groups: int = 1
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_experts <= MOST_EXPERTS or not 1 <= self.kept_groups <= self.n_groups:
+            raise ConfigError(
+                f"a router has 1 to {MOST_EXPERTS} experts and keeps 1 to all of its groups; given {self.n_experts} "
+                f"experts, {self.kept_groups} of {self.n_groups} groups"
+            )
+        size, left = divmod(self.n_experts, self.n_groups)
+        if left or not 1 <= self.top_k <= size * self.kept_groups:
+            raise ConfigError(
+                f"{self.top_k} experts of {self.n_experts} cannot be chosen from {self.kept_groups} of {self.n_groups} "
+                "groups: groups are equally large, and those kept have at least top_k experts"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedStack:
+    """Weights ``W (experts, o, i)`` of one layer of all experts, each packed, in one tensor of panels.
+
+    ``first`` is the first expert's weight, whose panels the tensor ``panels`` begins with.
+    """
+
+    panels: Tensor
+    n_experts: int
+    first: PackedWeight | PackedCodes
+
+    @classmethod
+    def of(cls, weights: Iterable[PackedWeight] | Iterable[PackedCodes]) -> PackedStack:
+        """Return the packed weights of the experts as one stack, a copy.
+
+        Raises ShapeError if they differ in shape or kind.
+        """
+        each: list[PackedWeight | PackedCodes] = list(weights)
+        if len({_kind(weight) for weight in each}) != 1:
+            raise ShapeError("a stack is made of one or more packed weights of one shape and kind")
+        panels, first = torch.cat([weight.panels for weight in each]), each[0]
+        return cls(panels, len(each), replace(first, panels=panels[: len(first.panels)]))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (experts, o, i)."""
+        return self.n_experts, *self.first.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the values."""
+        return self.first.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the panels, with their padding."""
+        return self.panels.nbytes
+
+    def expert(self, number: int) -> PackedWeight | PackedCodes:
+        """Return the weight (o, i) of one expert, which shares memory with the stack."""
+        size = len(self.first.panels)
+        return replace(self.first, panels=self.panels[number * size : (number + 1) * size])
+
+
+def route(
+    scores: Float[Tensor, "n experts"],
+    router: Router,
+    bias: Float32[Tensor, " experts"] | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Int64[Tensor, "n top_k"], Float32[Tensor, "n top_k"]]:
+    """Return the experts of each row, the best first, and their weights. Of equal values the first are chosen.
+
+    ``bias`` is added to the values by which experts are chosen. Computed in float32. Raises ShapeError.
+    """
+    fits = scores.ndim == 2 and scores.shape[1] == router.n_experts and scores.dtype in ROWS
+    if not fits or (bias is not None and (bias.shape != (router.n_experts,) or bias.dtype != torch.float32)):
+        raise ShapeError(
+            f"a router of {router.n_experts} experts takes scores (n, {router.n_experts}) of float32 or bfloat16 and a "
+            f"bias of float32; given {tuple(scores.shape)} {scores.dtype} and "
+            f"{None if bias is None else (tuple(bias.shape), bias.dtype)}"
+        )
+    ids, weights = implementation("experts.route", scores.device, backend)(scores, router, bias)
+    return ids, weights
+
+
+def mix(
+    x: Float[Tensor, "n d"],
+    ids: Int64[Tensor, "n top_k"],
+    weights: Float32[Tensor, "n top_k"],
+    stacks: tuple[PackedStack, PackedStack],
+    activation: str,
+    *,
+    backend: str | None = None,
+) -> Float[Tensor, "n d"]:
+    """Return ``Σ weights · down(activation(gate x) · up x)`` over the experts ``ids`` of each row. For inference alone.
+
+    ``stacks`` are those of gate and up, one below the other (2 · width, d), and of down (d, width). Products, the
+    activation and the sum are float32, each rounded once to x's dtype. Raises ShapeError and ConfigError.
+    """
+    _check(x, ids, weights, stacks, activation)
+    y: Tensor = implementation("experts.mix", x.device, backend)(x, ids, weights, stacks, activation)
+    return y
+
+
+def _check(x: Tensor, ids: Tensor, weights: Tensor, stacks: tuple[PackedStack, PackedStack], activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"activation {activation!r} is unknown; there are {list(ACTIVATIONS)}")
+    inner, down = stacks
+    n_experts, d, width = down.shape
+    if inner.shape != (n_experts, 2 * width, d) or inner.dtype != down.dtype:
+        raise ShapeError(
+            f"stacks of a mixture are (experts, 2 width, d) and (experts, d, width) of one dtype; given {inner.shape} "
+            f"{inner.dtype} and {down.shape} {down.dtype}"
+        )
+    if x.ndim != 2 or x.shape[1] != d or x.dtype not in ROWS:
+        raise ShapeError(f"x must be (n, {d}) of float32 or bfloat16; given {tuple(x.shape)} {x.dtype}")
+    alike = ids.ndim == 2 and len(ids) == len(x) and ids.shape == weights.shape
+    if not alike or ids.dtype != torch.int64 or weights.dtype != torch.float32:
+        raise ShapeError(
+            f"experts are chosen by ids (n, top_k) of int64 and weights of float32; given {tuple(ids.shape)} "
+            f"{ids.dtype} and {tuple(weights.shape)} {weights.dtype} for {len(x)} rows"
+        )
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n_experts:
+        raise ShapeError(f"there are experts 0 to {n_experts - 1}; given ids from {int(ids.min())} to {int(ids.max())}")
+
+
+def _kind(weight: PackedWeight | PackedCodes) -> tuple[object, ...]:
+    coded = (weight.coding_number, weight.unit) if isinstance(weight, PackedCodes) else ()
+    return type(weight), weight.shape, weight.dtype, *coded

@@ -1,0 +1,40 @@
+"""Experts of a mixture in plain torch: the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veneer.ops.experts import PackedStack, Router
+from veneer.ops.glu import glu_forward
+
+
+def route(scores: Tensor, router: Router, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    values = scores.float().softmax(-1) if router.values == "softmax" else scores.float().sigmoid()
+    choice = values if bias is None else values + bias
+    if router.n_groups > 1:
+        groups = choice.view(len(choice), router.n_groups, -1)
+        ranks = groups.topk(min(2, groups.shape[2]), dim=-1).values.sum(-1)
+        kept = torch.zeros_like(ranks, dtype=torch.bool).scatter_(1, _largest(ranks, router.kept_groups), True)
+        choice = groups.masked_fill(~kept[:, :, None], -torch.inf).flatten(1)
+    ids = _largest(choice, router.top_k)
+    weights = values.gather(1, ids)
+    if router.normalized:
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+    return ids, weights * router.scale
+
+
+def mix(x: Tensor, ids: Tensor, weights: Tensor, stacks: tuple[PackedStack, PackedStack], activation: str) -> Tensor:
+    inner, down = stacks
+    out = x.new_zeros(*ids.shape, down.shape[1])
+    for number in torch.unique(ids).tolist():
+        row, place = torch.where(ids == number)
+        gate, up = inner.expert(number).matmul(x[row], backend="reference").chunk(2, dim=-1)
+        acted = glu_forward(gate, up, activation, backend="reference")
+        out[row, place] = down.expert(number).matmul(acted, backend="reference")
+    return (out.float() * weights[:, :, None]).sum(1).to(x.dtype)
+
+
+def _largest(values: Tensor, k: int) -> Tensor:
+    """Return the places of the k largest values, of equal ones the first."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
