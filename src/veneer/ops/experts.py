@@ -19,6 +19,8 @@ from veneer.ops.glu import ACTIVATIONS
 from veneer.ops.packed import ROWS, PackedWeight
 from veneer.ops.packed_codes import PackedCodes
 
+Shared = tuple[Tensor | None, Tensor | None]
+"""Output of a shared expert, and its gate."""
 MOST_EXPERTS = 1024
 """As csrc/experts/kernels.cpp has it."""
 
@@ -80,6 +82,16 @@ class PackedStack:
         panels, first = torch.cat([weight.panels for weight in each]), each[0]
         return cls(panels, len(each), replace(first, panels=panels[: len(first.panels)]))
 
+    @classmethod
+    def pack(cls, weights: Float[Tensor, "experts o i"]) -> PackedStack:
+        """Return dense weights packed, a copy: expert by expert, so that no other copy is made."""
+        first = PackedWeight.pack(weights[0])
+        panels = first.panels.new_empty(len(weights), len(first.panels))
+        for own, weight in zip(panels, weights, strict=True):
+            own.copy_(PackedWeight.pack(weight).panels)
+        flat = panels.flatten()
+        return cls(flat, len(weights), replace(first, panels=flat[: len(first.panels)]))
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape (experts, o, i)."""
@@ -112,11 +124,11 @@ def route(
 
     ``bias`` is added to the values by which experts are chosen. Computed in float32. Raises ShapeError.
     """
-    fits = scores.ndim == 2 and scores.shape[1] == router.n_experts and scores.dtype in ROWS
+    fits = scores.ndim == 2 and scores.shape[1] == router.n_experts and scores.is_floating_point()
     if not fits or (bias is not None and (bias.shape != (router.n_experts,) or bias.dtype != torch.float32)):
         raise ShapeError(
-            f"a router of {router.n_experts} experts takes scores (n, {router.n_experts}) of float32 or bfloat16 and a "
-            f"bias of float32; given {tuple(scores.shape)} {scores.dtype} and "
+            f"a router of {router.n_experts} experts takes scores (n, {router.n_experts}) of floating-point numbers "
+            f"and a bias of float32; given {tuple(scores.shape)} {scores.dtype} and "
             f"{None if bias is None else (tuple(bias.shape), bias.dtype)}"
         )
     ids, weights = implementation("experts.route", scores.device, backend)(scores, router, bias)
@@ -130,15 +142,26 @@ def mix(
     stacks: tuple[PackedStack, PackedStack],
     activation: str,
     *,
+    shared: Float[Tensor, "n d"] | None = None,
+    shared_gate: Float[Tensor, "n 1"] | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "n d"]:
     """Return ``Σ weights · down(activation(gate x) · up x)`` over the experts ``ids`` of each row. For inference alone.
+
+    ``shared`` is added to the sum, times the sigmoid of ``shared_gate`` if that is given.
 
     ``stacks`` are those of gate and up, one below the other (2 · width, d), and of down (d, width). Products, the
     activation and the sum are float32, each rounded once to x's dtype. Raises ShapeError and ConfigError.
     """
     _check(x, ids, weights, stacks, activation)
-    y: Tensor = implementation("experts.mix", x.device, backend)(x, ids, weights, stacks, activation)
+    for name, given, wide in (("shared", shared, x.shape[1]), ("shared_gate", shared_gate, 1)):
+        if given is not None and (given.shape != (len(x), wide) or given.dtype != x.dtype or shared is None):
+            raise ShapeError(
+                f"{name} must be ({len(x)}, {wide}) of {x.dtype}, and a gate needs what it is of; given "
+                f"{tuple(given.shape)} {given.dtype}"
+            )
+    kernel = implementation("experts.mix", x.device, backend)
+    y: Tensor = kernel(x, ids, weights, stacks, activation, (shared, shared_gate))
     return y
 
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veneer.ops.experts import PackedStack
 from veneer.ops.packed import ROWS, PackedWeight
 from veneer.ops.packed_codes import PackedCodes
 from veneer.ops.product import recorded_product
@@ -48,6 +49,28 @@ class PackedDense:
         else:
             y = self.packed.matmul(rows if rows.stride(-1) == 1 else rows.contiguous())
         return y.reshape(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """``W (experts, o, i)`` of the experts of a layer, packed in panels."""
+
+    packed: PackedStack
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.packed.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
+
+    def expert(self, number: int) -> PackedDense | PackedCoded:
+        packed = self.packed.expert(number)
+        return PackedDense(packed) if isinstance(packed, PackedWeight) else PackedCoded(packed)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "experts o i"]:
+        return torch.stack([self.expert(number).dense(dtype) for number in range(self.shape[0])])
 
 
 @dataclass(frozen=True, slots=True)

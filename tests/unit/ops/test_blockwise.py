@@ -6,8 +6,8 @@ import torch
 
 from stand_in import OnDevice, stand_in
 from veneer.errors import ConfigError, NonFiniteError, ShapeError
-from veneer.ops import double_quant
 from veneer.ops.blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
+from veneer.quant import double_quant
 from veneer.quant.double_quant import compress_absmax, expand_absmax
 
 OP = "blockwise.quantize_blockwise"

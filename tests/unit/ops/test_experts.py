@@ -60,6 +60,18 @@ def test_the_sum_over_experts(dtype, n, activation, backend):
     assert (y.double() - right).abs().max() <= 8 * UNIT[dtype] * right.abs().max()
 
 
+@pytest.mark.looped("gated", [True, False])
+@pytest.mark.looped("dtype", [torch.float32, torch.bfloat16])
+def test_a_shared_expert_is_added_before_the_rounding(dtype, gated, backend):
+    x, ids, weights, gate_up, down = draw_mixture(dtype, 23)
+    shared, gate = draw(23, 2 * D, dtype=dtype)[:, D:], draw(23, 1, dtype=dtype) if gated else None
+    packed = stacks(gate_up, down, backend=backend)
+    y = mix(x, ids, weights, packed, "silu", shared=shared, shared_gate=gate, backend=backend)
+    factor = gate.double().sigmoid() if gated else 1.0
+    right = expected(x, ids, weights, gate_up, down) + factor * shared.double()
+    assert (y.double() - right).abs().max() <= 8 * UNIT[dtype] * right.abs().max()
+
+
 @pytest.mark.looped("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_is_the_same_alone_and_among_others(dtype, backend):
     if backend == "reference":
@@ -132,6 +144,13 @@ def test_softmax_and_the_best_as_transformers_has_them(dtype, normalized, backen
     torch.testing.assert_close(own, weights.detach().float(), rtol=16 * UNIT[dtype], atol=0)
 
 
+def test_scores_of_other_floating_point_numbers(backend):
+    scores = draw(9, 24).half()
+    found, right = (route(each, route_by("softmax"), backend=backend) for each in (scores, scores.float()))
+    assert torch.equal(found[0], right[0])
+    assert torch.equal(found[1], right[1])
+
+
 def test_mixtral_chooses_as_it_does(backend):
     module = MixtralTopKRouter(MixtralConfig(hidden_size=D, num_local_experts=11, num_experts_per_tok=2))
     module.weight.data = draw(11, D)
@@ -199,7 +218,7 @@ def test_a_router_whose_numbers_do_not_fit(numbers):
 
 
 def test_scores_that_do_not_fit(own_checks):
-    for scores, bias in ((draw(3, 23), None), (draw(3, 24).double(), None), (draw(3, 24), torch.zeros(23))):
+    for scores, bias in ((draw(3, 23), None), (draw(3, 24).long(), None), (draw(3, 24), torch.zeros(23))):
         with pytest.raises(ShapeError, match="a router of 24 experts takes scores"):
             route(scores, route_by("softmax"), bias)
 
@@ -219,8 +238,20 @@ def test_rows_that_do_not_fit(own_checks):
     for given, message in wrong:
         with pytest.raises(ShapeError, match=message):
             mix(*given)
+    for beside in ({"shared": x[1:]}, {"shared": x, "shared_gate": x}, {"shared_gate": x[:, :1]}):
+        with pytest.raises(ShapeError, match="must be \\(5, "):
+            mix(x, ids, weights, packed, "silu", **beside)
     with pytest.raises(ConfigError, match="activation 'relu' is unknown"):
         mix(x, ids, weights, packed, "relu")
+
+
+@pytest.mark.looped("dtype", [torch.float32, torch.bfloat16])
+def test_a_stack_is_packed_expert_by_expert(dtype):
+    weights = draw(5, 37, 19, dtype=dtype)
+    stack = PackedStack.pack(weights)
+    assert torch.equal(stack.panels, PackedStack.of(PackedWeight.pack(each) for each in weights).panels)
+    assert torch.equal(torch.stack([stack.expert(number).dense() for number in range(5)]), weights)
+    assert (stack.shape, stack.dtype, stack.nbytes) == ((5, 37, 19), dtype, stack.panels.nbytes)
 
 
 def test_a_stack_of_unlike_weights():

@@ -13,7 +13,16 @@ from transformers import PreTrainedModel
 from veneer.errors import FormatError
 from veneer.model.blueprint.names import STACKS, UNGATED_STACKS
 from veneer.model.inplace import InPlace, change_class
-from veneer.model.quantized.stack import ORDER, CodedStack, as_maps, coded_stacks, stack_of
+from veneer.model.quantized.stack import (
+    ORDER,
+    CodedStack,
+    PackedExpertStack,
+    as_maps,
+    coded_stacks,
+    give_parameter,
+    holds_stacks,
+    stack_of,
+)
 from veneer.ops.traced import Traced
 from veneer.records.deltas import LinearDelta
 from veneer.records.frozen import FrozenStack
@@ -27,13 +36,13 @@ STACK_NAMES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class CodedExperts(InPlace):
-    """Mixin in front of experts that follow transformers' convention and whose stacks are in codes."""
+    """Mixin in front of experts that follow transformers' convention and whose stacks are no parameters."""
 
     name_prefix = "Coded"
 
     def forward(self, *args: Any) -> Any:
         module = cast(nn.Module, self)
-        if not coded_stacks(module):  # made dense again
+        if not holds_stacks(module):  # made dense again
             return cast(Any, super()).forward(*args)
         return run_experts(module, *args)
 
@@ -122,18 +131,22 @@ def _sent(chosen: Tensor, n_experts: int) -> Iterator[tuple[int, Tensor, Tensor]
 
 def put_in_codes(experts: nn.Module, name: str, stack: CodedStack) -> None:
     """Put a stack in codes in place of one of the experts' parameters."""
+    hold_stack(experts, name, stack)
+    cast(Any, experts)._is_hf_initialized = True  # transformers would draw values for a parameter of this name
+
+
+def hold_stack(experts: nn.Module, name: str, stack: CodedStack | PackedExpertStack) -> None:
+    """Put a module that holds a stack in place of one of the experts' parameters."""
     vars(experts).setdefault(ORDER, tuple(experts._parameters))
     del experts._parameters[name]
     experts._modules[name] = stack
-    cast(Any, experts)._is_hf_initialized = True  # transformers would draw values for a parameter of this name
     if not isinstance(experts, CodedExperts):
         change_class(experts, CodedExperts)
 
 
 def put_dense(experts: nn.Module, name: str, weights: Tensor) -> None:
     """Put dense weights (experts, o, i) in place of one of the experts' stacks in codes."""
-    del experts._modules[name]
-    experts._parameters[name] = nn.Parameter(as_maps(experts, weights).contiguous(), requires_grad=False)
+    give_parameter(experts, name, nn.Parameter(as_maps(experts, weights).contiguous(), requires_grad=False))
 
 
 def fit_experts(model: nn.Module) -> None:

@@ -22,7 +22,15 @@ from veneer.model.adapted.experts import run_experts, runs_by_convention, stacks
 from veneer.model.adapted.holder import tensors_of
 from veneer.model.adapted.linear import is_linear
 from veneer.model.adapted.site import Adapted, swap_reading
-from veneer.model.quantized.stack import as_maps, coded_stacks, map_shape, parameter_names, place_of
+from veneer.model.quantized.stack import (
+    CodedStack,
+    PackedExpertStack,
+    as_maps,
+    coded_stacks,
+    map_shape,
+    parameter_names,
+    place_of,
+)
 from veneer.plain.autocast import without_autocast
 from veneer.plain.module_names import matches_any
 from veneer.plain.nearest import nearest
@@ -190,7 +198,7 @@ def _refusal(name: str, module: nn.Module, key: str, taken: bool) -> str | None:
         or (is_linear(module) and (not isinstance(module, nn.Linear) or key != "weight"))
     ):
         return f"target_parameters names {name!r} of a {type(module).__name__}: name the module in target_modules"
-    if key in coded_stacks(module):
+    if isinstance(module._modules.get(key), CodedStack | PackedExpertStack):
         return None
     if value is None or value.ndim not in (2, 3) or not value.is_floating_point():
         shape = None if value is None else tuple(value.shape)

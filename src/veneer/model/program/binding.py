@@ -12,11 +12,15 @@ from veneer.model.blueprint.parts import Linear
 from veneer.model.blueprint.rotary import Rotary
 from veneer.model.program.linears import Linears, Packed, Ready
 from veneer.model.program.version import Versions
+from veneer.ops.experts import PackedStack
+
+Stacks = tuple[PackedStack, PackedStack]
+"""Packed layers of the experts of a mixture: gate and up, and down."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Binding:
-    """Model, its ``packed`` weights, and the cosines and sines of each rotation by position.
+    """Model, its ``packed`` weights and ``stacks`` of experts, and the cosines and sines of each rotation by position.
 
     ``versions`` may change after operations are bound. ``groups`` are the groups of linear layers bound so far, in
     order;
@@ -29,6 +33,7 @@ class Binding:
     turns: Mapping[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)
     ready: Ready = field(default_factory=dict)
     groups: list[Linears] = field(default_factory=list)
+    stacks: Mapping[tuple[str, ...], Stacks] = field(default_factory=dict)
 
     def linears(self, linears: tuple[Linear, ...]) -> Linears:
         """Return linear layers that read the same input; equal ones are one group."""

@@ -8,11 +8,12 @@ from typing import Any
 
 from veneer.contract.keys import SUBLAYER
 from veneer.model.blueprint.decoder import Block
-from veneer.model.blueprint.parts import Attention, Experts, Linear, Norm, Strange
+from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Linear, Norm, Strange
 from veneer.model.blueprint.rotary import Rotary
 from veneer.model.program.activate import Activate
 from veneer.model.program.add import Add
 from veneer.model.program.attend import Attend
+from veneer.model.program.experts import MixExperts, is_known
 from veneer.model.program.into_stream import IntoStream
 from veneer.model.program.norm import Normalize
 from veneer.model.program.operation import STREAM, Operation, Register
@@ -160,13 +161,34 @@ def _feed_forward(block: Block, fed: Register, stream: Register) -> Iterator[Ope
     assert not isinstance(part, Strange)
     half = _Half(f"{block.path}.{SUBLAYER}mlp", fed, stream, block.residual_multiplier)
     if isinstance(part, Experts):
-        yield OwnModule(path=part.path, source=fed, target=half.register)
+        if is_known(part):
+            yield from _mixture(part, fed, half.register)
+        else:
+            yield OwnModule(path=part.path, source=fed, target=half.register)
         yield from half.added(post)
         return
+    acted = yield from _acted(part, fed)
+    yield from half.joined(part.down, acted, post)
+
+
+def _acted(part: FeedForward, fed: Register) -> Generator[Operation, None, Register]:
+    """Add a feed-forward part up to its last layer. Return the register that this reads."""
     inner, acted = _outputs("inner", part.inner), Register("acted", (part.width,))
     yield Product(linears=part.inner, source=fed, target=inner)
     yield Activate(path=part.act, activation=part.activation, gated=part.gated, source=inner, target=acted)
-    yield from half.joined(part.down, acted, post)
+    return acted
+
+
+def _mixture(part: Experts, fed: Register, target: Register) -> Iterator[Operation]:
+    scores, shared, gate = _outputs("scores", (part.router,)), None, None
+    yield Product(linears=(part.router,), source=fed, target=scores)
+    if part.shared is not None:
+        acted, shared = (yield from _acted(part.shared, fed)), _outputs("shared", (part.shared.down,))
+        yield Product(linears=(part.shared.down,), source=acted, target=shared)
+    if part.shared_gate is not None:
+        gate = _outputs("shared_gate", (part.shared_gate,))
+        yield Product(linears=(part.shared_gate,), source=fed, target=gate)
+    yield MixExperts(experts=part, scores=scores, source=fed, shared=shared, shared_gate=gate, target=target)
 
 
 def _outputs(name: str, linears: tuple[Linear, ...]) -> Register:

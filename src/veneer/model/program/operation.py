@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from veneer.model.blueprint.parts import Linear, Norm
+from veneer.model.blueprint.parts import Linear, Norm, Stack
 from veneer.model.program.binding import Binding
 from veneer.model.program.linears import Linears
 from veneer.model.program.rows import PassRows
@@ -92,6 +92,11 @@ class Operation(ABC):
     @property
     def layers(self) -> tuple[Linear, ...]:
         """Linear layers that it computes, which share their input, by role."""
+        return ()
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Layers of all experts that it computes, packed together."""
         return ()
 
     @property

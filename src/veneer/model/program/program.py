@@ -12,7 +12,7 @@ from functools import cached_property
 
 from veneer.errors import DescriptionError
 from veneer.model.blueprint.decoder import Decoder, Embedding, Head
-from veneer.model.blueprint.parts import Attention, Linear, Norm
+from veneer.model.blueprint.parts import Attention, Linear, Norm, Stack
 from veneer.model.blueprint.rotary import DynamicScaling, LongRopeScaling, Rotary
 from veneer.model.program.embed import Embed
 from veneer.model.program.halves import block_operations
@@ -49,6 +49,11 @@ class Program:
     def groups(self) -> tuple[tuple[Linear, ...], ...]:
         """Linear layers that read the same input, in the order in which they run."""
         return tuple(dict.fromkeys(each.layers for each in self.operations if each.layers))
+
+    @property
+    def stacks(self) -> tuple[tuple[Stack, ...], ...]:
+        """Layers of all experts of a mixture, by mixture."""
+        return tuple(each.stacks for each in self.operations if each.stacks)
 
     @cached_property
     def linears(self) -> dict[str, Linear]:

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.model.quantized.frozen_weight import frozen_weight
 from veneer.model.quantized.quant_linear import QuantLinear
+from veneer.model.quantized.stack import PackedExpertStack, give_parameter
 from veneer.ops.dispatch import backends
 from veneer.ops.packed import BLOCK, BLOCKS, ROWS, PackedWeight
 from veneer.ops.packed_codes import PackedCodes
@@ -161,7 +162,7 @@ def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -
 
     On another device they stay as they are, and the group is None if that device has no kernel for pairs.
     ``give_up``: the layers become `PackedLinear` or `PackedQuantLinear`, and their own storage is freed, except for a
-    weight that is also a table of embeddings.
+    weight that is also a table of embeddings, and for a router.
     """
     modules = [model.get_submodule(path) for path in paths]
     if model.device.type != "cpu":
@@ -177,6 +178,8 @@ def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -
         if isinstance(module, QuantLinear):
             if isinstance(part, PackedCodes):
                 model.set_submodule(path, PackedQuantLinear(module, part))
+        elif not isinstance(module, nn.Linear | Conv1D):
+            continue  # a router, whose own code reads its weight
         elif isinstance(part, PackedWeight) and module._parameters["weight"] is not table:
             model.set_submodule(path, PackedLinear(module, part))
     return group
@@ -199,10 +202,13 @@ def _packed(weight: FrozenWeight, dtype: torch.dtype) -> Packed | None:
 
 
 def unpack(model: PreTrainedModel) -> None:
-    """Restore the weights of a model's layers that were replaced by packed ones, bit for bit."""
+    """Restore the weights of a model's layers and experts that were replaced by packed ones, bit for bit."""
     for path, module in list(model.named_modules()):
         if isinstance(module, _Packed):
             model.set_submodule(path, module.original())
+        elif isinstance(module, PackedExpertStack):
+            experts, _, name = path.rpartition(".")
+            give_parameter(model.get_submodule(experts), name, module.original())
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from veneer.model.cut_weight import is_part
 from veneer.model.quantized.module import CodedModule
+from veneer.ops.experts import PackedStack
+from veneer.quant.packed import PackedExperts
 from veneer.quant.spec import StorageSpec
 from veneer.quant.stack import DenseStack, StackSpec
 from veneer.records.frozen import FrozenStack
@@ -80,6 +82,37 @@ class CodedStack(CodedModule):
         """Load nothing: the keys lie below the experts' path, and the experts pass them to `take`."""
 
 
+class PackedExpertStack(nn.Module):
+    """Weights W (experts, o, i), packed; a child of the experts in place of their parameter.
+
+    ``like`` is the parameter without values. Serving puts it into models that it owns.
+    """
+
+    def __init__(self, parameter: nn.Parameter, packed: PackedStack) -> None:
+        super().__init__()
+        self.packed_stack = packed
+        self.like, self._learns = torch.empty_like(parameter, device="meta"), parameter.requires_grad
+
+    def stack(self) -> FrozenStack:
+        """Return the weights."""
+        return PackedExperts(self.packed_stack)
+
+    def original(self) -> nn.Parameter:
+        """Return the parameter, with its values."""
+        return nn.Parameter(self.stack().dense(), requires_grad=self._learns)
+
+
+def holds_stacks(module: nn.Module) -> bool:
+    """Return True if a module has stacks that are no parameters."""
+    return any(isinstance(child, CodedStack | PackedExpertStack) for child in module._modules.values())
+
+
+def give_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in place of the child that holds its values."""
+    del module._modules[name]
+    module._parameters[name] = parameter
+
+
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
     """Return the names of a module's own parameters in its order, stacks in codes among them."""
     return tuple(vars(module).get(ORDER, module._parameters))
@@ -93,7 +126,7 @@ def coded_stacks(module: nn.Module) -> dict[str, CodedStack]:
 def stack_of(module: nn.Module, name: str) -> FrozenStack:
     """Return the weights (experts, o, i) of one of the module's stacks, dense or in codes."""
     child = module._modules.get(name)
-    if isinstance(child, CodedStack):
+    if isinstance(child, CodedStack | PackedExpertStack):
         return child.stack()
     return DenseStack(as_maps(module, cast(Tensor, module._parameters[name])))
 
@@ -108,6 +141,8 @@ def map_shape(module: nn.Module, name: str) -> tuple[int, ...]:
     child = module._modules.get(name)
     if isinstance(child, CodedStack):
         return child.stack_spec.shape
+    if isinstance(child, PackedExpertStack):
+        return child.packed_stack.shape
     return tuple(as_maps(module, cast(Tensor, module._parameters[name])).shape)
 
 
@@ -116,5 +151,7 @@ def place_of(module: nn.Module, name: str) -> tuple[torch.device, torch.dtype]:
     child = module._modules.get(name)
     if isinstance(child, CodedStack):
         return child.weight.device, child.stack_spec.dtype
+    if isinstance(child, PackedExpertStack):
+        return child.packed_stack.panels.device, child.packed_stack.dtype
     value = cast(Tensor, module._parameters[name])
     return value.device, value.dtype

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
-from veneer.ops.experts import PackedStack, Router
+from veneer.ops.experts import PackedStack, Router, Shared
 from veneer.ops.glu import ACTIVATIONS
 from veneer.ops.memory import address
+from veneer.ops.packed import ROWS
 from veneer.ops.packed_codes import PackedCodes
 
 
 def route(scores: Tensor, router: Router, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    rows = scores.contiguous()
+    rows = (scores if scores.dtype in ROWS else scores.float()).contiguous()
     ids = torch.empty(len(rows), router.top_k, dtype=torch.int64)
     weights = torch.empty(len(rows), router.top_k)
     kernels().experts_route(
@@ -30,10 +31,13 @@ def route(scores: Tensor, router: Router, bias: Tensor | None) -> tuple[Tensor, 
     return ids, weights
 
 
-def mix(x: Tensor, ids: Tensor, weights: Tensor, stacks: tuple[PackedStack, PackedStack], activation: str) -> Tensor:
+def mix(
+    x: Tensor, ids: Tensor, weights: Tensor, stacks: tuple[PackedStack, PackedStack], activation: str, shared: Shared
+) -> Tensor:
     inner, down = stacks
     x = x if x.stride(1) == 1 else x.contiguous()
     ids, weights = ids.contiguous(), weights.contiguous()
+    beside, gate = (each if each is None or each.stride(1) == 1 else each.contiguous() for each in shared)
     y = torch.empty(len(x), down.shape[1], dtype=x.dtype)
     kernels().experts_mix(
         inner.n_experts,
@@ -48,10 +52,16 @@ def mix(x: Tensor, ids: Tensor, weights: Tensor, stacks: tuple[PackedStack, Pack
         x.stride(0),
         address(ids),
         address(weights),
-        address(y),
-        y.stride(0),
+        *_rows(beside),
+        *_rows(gate),
+        *_rows(y),
     )
     return y
+
+
+def _rows(x: Tensor | None) -> tuple[int, int]:
+    """Return the address of rows, whose last axis is contiguous, and their stride; 0 if there are none."""
+    return (0, 0) if x is None else (address(x), x.stride(0))
 
 
 def router_numbers(router: Router) -> list[int]:

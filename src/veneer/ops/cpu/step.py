@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from veneer.ops.cpu.experts import router_numbers, stack_numbers
 from veneer.ops.cpu.module import DTYPES, kernels
+from veneer.ops.experts import PackedStack, Router
+from veneer.ops.glu import ACTIVATIONS as GATED
 from veneer.ops.memory import address
 from veneer.ops.packed import PackedWeight
 from veneer.ops.packed_codes import PackedCodes
@@ -115,6 +118,14 @@ class StepProgram:
         """
         getattr(self._program, f"add_{kind}")(*map(self._sent, parts))
         self.n_instructions += 1
+
+    def add_experts(
+        self, router: Router, stacks: tuple[PackedStack, PackedStack], activation: str, at: list[int]
+    ) -> None:
+        """Add the experts of a mixture; ``at``: tensors of scores, source, shared, its gate (-1: none) and target."""
+        panels = [stack_numbers(stack, address(stack.panels)) for stack in stacks]
+        self._kept.append(stacks)
+        self.add("experts", router_numbers(router), router.scale, 0, *panels, GATED.index(activation), at)
 
     def _sent(self, part: Part) -> Any:
         if isinstance(part, Tensor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.ops.experts import PackedStack, Router
+from veneer.ops.experts import PackedStack, Router, Shared
 from veneer.ops.glu import glu_forward
 
 
@@ -24,15 +24,21 @@ def route(scores: Tensor, router: Router, bias: Tensor | None) -> tuple[Tensor, 
     return ids, weights * router.scale
 
 
-def mix(x: Tensor, ids: Tensor, weights: Tensor, stacks: tuple[PackedStack, PackedStack], activation: str) -> Tensor:
+def mix(
+    x: Tensor, ids: Tensor, weights: Tensor, stacks: tuple[PackedStack, PackedStack], activation: str, shared: Shared
+) -> Tensor:
     inner, down = stacks
     out = x.new_zeros(*ids.shape, down.shape[1])
     for number in torch.unique(ids).tolist():
         row, place = torch.where(ids == number)
-        gate, up = inner.expert(number).matmul(x[row], backend="reference").chunk(2, dim=-1)
-        acted = glu_forward(gate, up, activation, backend="reference")
+        gated, up = inner.expert(number).matmul(x[row], backend="reference").chunk(2, dim=-1)
+        acted = glu_forward(gated, up, activation, backend="reference")
         out[row, place] = down.expert(number).matmul(acted, backend="reference")
-    return (out.float() * weights[:, :, None]).sum(1).to(x.dtype)
+    beside, gate = shared
+    total = (out.float() * weights[:, :, None]).sum(1)
+    if beside is not None:
+        total += beside.float() if gate is None else gate.float().sigmoid() * beside.float()
+    return total.to(x.dtype)
 
 
 def _largest(values: Tensor, k: int) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from veneer.model.program.binding import Binding
+from veneer.model.program.binding import Binding, Stacks
 from veneer.model.program.bottleneck import Bottleneck
 from veneer.model.program.linears import Linears, Packed, VersionPacking
 from veneer.model.program.logits import LogitRows
@@ -32,20 +34,26 @@ _KEPT = 512  # layouts of blocks
 
 
 class Interpreter:
-    """Program on a model's weights, or on ``packed`` ones, with adapters by version.
+    """Program on a model's weights, or on ``packed`` ones and ``stacks`` of experts, with adapters by version.
 
     ``native`` is the step in C++, which gives the same bits. It is None if there are no kernels for the dtype or the
     device of the rows.
     """
 
-    def __init__(self, model: PreTrainedModel, program: Program, packed: Packed) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        program: Program,
+        packed: Packed,
+        stacks: Mapping[tuple[str, ...], Stacks] = MappingProxyType({}),
+    ) -> None:
         self.program, self.dtype, self.device = program, model.dtype, model.device
         self.versions: dict[str, PackedEffects] = {}
         self._packed, self._linears = packed, list[Linears]()
         self._ready = dict[tuple[int, AdapterRuns], Segments]()
         self.maker = Blocks(_KEPT)
         turns = {r: r.tables(torch.arange(program.n_positions).to(model.device)) for r in program.rotaries}
-        binding = Binding(model, packed, self.versions, turns, self._ready, self._linears)
+        binding = Binding(model, packed, self.versions, turns, self._ready, self._linears, stacks)
         self._bound = [Bound(operation, operation.bind(binding)) for operation in program.operations]
         self._plans: dict[Any, list[Call]] = {}
         self.native: NativeStep | None = None

@@ -23,11 +23,13 @@ from transformers import PreTrainedModel
 from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
 from veneer.errors import DescriptionError, TargetError
+from veneer.model.adapted.packed_experts import pack_experts
 from veneer.model.adapted.state import base_alone
 from veneer.model.batch.paged import TOLERANCE, KeysValues, Stretch, require_pageable
 from veneer.model.blueprint.describe import describe
 from veneer.model.memory.give_back import give_back
 from veneer.model.modules.snapshot import look_at
+from veneer.model.program.binding import Stacks
 from veneer.model.program.program import Program, compile_program
 from veneer.model.program.version import Effects
 from veneer.model.quantized.packed_linear import PackedGroup, is_packed, pack_group, unpack
@@ -358,7 +360,8 @@ def proved(model: PreTrainedModel, n_positions: int, *, give_up: bool = False) -
     if decoder.listed and model.dtype.itemsize == 2:
         allowed *= _LISTED  # their descriptions are tested by values; this looks for what is far off
     # Weights are given up before the proof, so that no second model is in memory.
-    interpreter = Interpreter(model, program, _packed(model, program, give_up=give_up))
+    packed = _packed(model, program, give_up=give_up)
+    interpreter = Interpreter(model, program, packed, _stacks(model, program, give_up=give_up))
     waiting_for("comparing the program with the model's own code")
     problem = next(
         (p for first in starts if (p := _problem(interpreter, ids[first], first, own[first], allowed))), None
@@ -400,6 +403,18 @@ def _packed(model: PreTrainedModel, program: Program, *, give_up: bool) -> dict[
         group = pack_group(model, paths, give_up=give_up)
         if group is not None:
             found[paths] = group
+    return found
+
+
+def _stacks(model: PreTrainedModel, program: Program, *, give_up: bool) -> dict[tuple[str, ...], Stacks]:
+    """Pack the experts of each mixture that can be packed, as `_packed` does."""
+    found = {}
+    for number, stacks in enumerate(program.stacks, start=1):
+        waiting_for(f"packing the experts: {number} of {len(program.stacks)} mixtures")
+        paths = tuple(stack.path for stack in stacks)
+        packed = pack_experts(model, paths, give_up=give_up)
+        if packed is not None:
+            found[paths] = packed
     return found
 
 

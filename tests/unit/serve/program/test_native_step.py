@@ -125,7 +125,23 @@ def test_many_sequences_are_shared_out_among_threads(family, threads, dtype):
         assert torch.equal(fast.step(*chunks), slow.step(*chunks))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["qwen3 experts", "qwen2 experts"])  # with a shared expert and its gate
+@pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
+def test_a_row_through_experts_is_the_same_alone_and_in_a_crowd(family, threads, dtype, isa):
+    """Threads share out experts if there are many of them, and products otherwise."""
+    interpreter = proved(model_of(family, dtype), 40)
+    fast, slow = pair_of(interpreter)
+    crowd = [(s, 0, 7 + s % 3, None) for s in range(12)]
+    together = fast.step(*crowd)
+    assert torch.equal(together, slow.step(*crowd))
+    at = 0
+    for s, _, n, _ in crowd:
+        assert torch.equal(Run(interpreter, native=True).step((s, 0, n, None)), together[at : at + n])
+        at += n
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "mixtral"])
 def test_a_decoder_is_one_call(family):
     interpreter = proved(make_model(family), 100)
     assert kinds(interpreter, step_with(interpreter, None)) == ["NativeStretch", "Logits"]

@@ -18,6 +18,7 @@ from veneer.errors import DescriptionError, FormatError
 from veneer.model.blueprint.describe import describe
 from veneer.model.program.program import compile_program
 from veneer.model.quantized.packed_linear import PackedLinear
+from veneer.model.quantized.stack import PackedExpertStack
 from veneer.serve.runners.general_runner import GeneralRunner
 from veneer.serve.runners.program_runner import ProgramRunner, proved
 
@@ -252,10 +253,11 @@ def test_a_model_that_has_no_program_after_all_keeps_its_weights(base_folder, ad
     assert answers(llm, PROMPTS, adapters["saved"]) == expected
 
 
-def experts_model() -> Any:
+def experts_model(activation: str = "silu") -> Any:
+    """Experts gated by relu run the model's own code."""
     torch.manual_seed(3)
     sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 28}
-    config = transformers.Qwen2MoeConfig(**SHAPE, **sizes, shared_expert_intermediate_size=20)
+    config = transformers.Qwen2MoeConfig(**SHAPE, **sizes, shared_expert_intermediate_size=20, hidden_act=activation)
     model = transformers.Qwen2MoeForCausalLM(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -264,7 +266,7 @@ def experts_model() -> Any:
 
 
 def test_an_adapter_of_a_shared_expert_changes_its_own_rows_alone(tokenizer, tmp_path):
-    """The program runs experts by their module, which has that adapter now."""
+    """The program has it as it has any other layer."""
     requests, alone = [], []
     for number, names in enumerate((["q_proj"], ["shared_expert.down_proj", "shared_expert.up_proj"]), start=1):
         folder = _saved(tmp_path / str(number), experts_model(), LoraConfig(r=3, target_modules=names), number)
@@ -277,7 +279,7 @@ def test_an_adapter_of_a_shared_expert_changes_its_own_rows_alone(tokenizer, tmp
     assert llm.engine.runner.general is None
     everyone = [*[None] * 4, *[requests[0]] * 4, *[requests[1]] * 4]
     assert answers(llm, PROMPTS * 3, everyone) == [*base, *alone[0], *alone[1]]
-    assert llm.engine.runner.general is not None
+    assert llm.engine.runner.general is None
     assert len({str(each) for each in (base, *alone)}) == 3
 
 
@@ -295,17 +297,19 @@ def test_adapters_of_experts_are_served_beside_others(tokenizer, tmp_path):
     assert len({str(each) for each in own}) == 4
 
 
-def test_an_adapter_of_a_shared_expert_where_weights_were_given_up(tokenizer, tmp_path):
-    """The general runner adapts layers that are packed alone."""
+def test_an_adapter_of_experts_where_weights_were_given_up(tokenizer, tmp_path):
+    """The general runner adapts layers and experts that are packed alone."""
     experts_model().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     llm = LLM(tmp_path / "base")
     base = answers(llm, PROMPTS)
     layer = llm.engine.runner.model.model.layers[0].self_attn.q_proj
     assert isinstance(layer, PackedLinear)
-    folder = _saved(
-        tmp_path / "a", experts_model(), LoraConfig(r=3, target_modules=["shared_expert.down_proj", "q_proj"]), 1
-    )
+    experts = llm.engine.runner.model.model.layers[0].mlp.experts
+    assert isinstance(experts.down_proj, PackedExpertStack)
+    assert not list(experts.parameters())
+    config = LoraConfig(r=3, target_modules=["shared_expert.down_proj", "q_proj"], target_parameters=["all-experts"])
+    folder = _saved(tmp_path / "a", experts_model(), config, 1)
     adapted = PeftModel.from_pretrained(experts_model(), str(folder))
     expected = [generated(adapted, prompt) for prompt in PROMPTS]
     assert answers(llm, PROMPTS, LoRARequest("a", 1, str(folder))) == expected
@@ -329,16 +333,17 @@ def test_a_file_with_a_tensor_too_many_is_one_error_where_weights_were_given_up(
 
 def test_a_mix_with_a_part_that_the_program_has_no_place_for(tokenizer, tmp_path):
     """The model itself adds up, while a mix without such a part goes by the program."""
-    adapted: Any = experts_model()
+    adapted: Any = experts_model("relu")
     requests = []
     for number, names in enumerate((["q_proj"], ["shared_expert.down_proj", "v_proj"]), start=1):
-        folder = _saved(tmp_path / str(number), experts_model(), LoraConfig(r=3, target_modules=names), number)
+        config = LoraConfig(r=3, target_modules=names)
+        folder = _saved(tmp_path / str(number), experts_model("relu"), config, number)
         requests.append(LoRARequest(str(number), number, str(folder)))
         adapted = PeftModel.from_pretrained(adapted, str(folder), adapter_name=str(number))
     adapted.add_weighted_adapter(["1", "2"], [0.7, 0.3], "both", "cat")
     adapted.set_adapter("both")
     expected = [generated(adapted, prompt) for prompt in PROMPTS]
-    llm = LLM(experts_model(), tokenizer=tokenizer)
+    llm = LLM(experts_model("relu"), tokenizer=tokenizer)
     small = LoRARequest.mix("small", 3, [(requests[0], 0.4)])
     before = answers(llm, PROMPTS, small)
     assert llm.engine.runner.general is None
