@@ -31,13 +31,12 @@ class RowRewards:
     weights: Sequence[float]
 
     @classmethod
-    def of(cls, entries: Sequence[Mapping[str, Any]]) -> RowRewards:
-        """Return those of a recipe's entries. Raises ConfigError for one that cannot be found."""
+    def of(cls, entries: Sequence[Mapping[str, Any]], limits: RewardLimits) -> RowRewards:
+        """Return those of a recipe's entries, within limits. Raises ConfigError for one that cannot be found."""
         named = [dict(each) for each in entries]
         weights = [float(each.pop("weight", 1.0)) for each in named]
         functions = [
-            checked_reward(reward_function(each.pop("function"), each), RewardLimits(), alone=len(named) == 1)
-            for each in named
+            checked_reward(reward_function(each.pop("function"), each), limits, alone=len(named) == 1) for each in named
         ]
         return cls(functions, [each.__name__ for each in functions], weights)
 
@@ -65,32 +64,39 @@ def draw_rows(
     n: int,
     max_new_tokens: int,
     seed: int,
-    rewards: RowRewards,
     on_progress: OnProgress = ignore_progress,
 ) -> list[list[Line]]:
     """Return ``n`` answers to each row: the row's columns, ``prompt``, ``completion``, and a journal's keys.
 
     Columns with names of those keys are left out, as in rows that were drawn before: they are facts of other answers.
     Answers depend on the model, the prompt, ``seed`` and the row's number alone. Raises ConfigError for a prompt that
-    leaves no room, and RewardError.
+    leaves no room.
     """
     seeds = [seed_of(seed, number) for number in range(len(asked))]
     drawn = answerer.drawn([(each.ids, each.adapter) for each in asked], n, max_new_tokens, seeds, on_progress)
     groups = []
     for each, outputs in zip(asked, drawn, strict=True):
         prompt = _prompt_of(each.row, reader)
-        ids = [list(output.token_ids) for output in outputs]
-        texts = [answerer.tokenizer.decode(own, skip_special_tokens=True) for own in ids]
+        texts = [answerer.tokenizer.decode(list(own.token_ids), skip_special_tokens=True) for own in outputs]
         completions = [[{"role": "assistant", "content": text}] if isinstance(prompt, list) else text for text in texts]
-        rewarded = rewards.lines(each.row, prompt, completions, ids)
         columns = {key: value for key, value in each.row.items() if key not in _OWN | _OF_ANSWERS}
         groups.append(
             [
-                {**columns, "prompt": prompt, "completion": completion, **_numbers(output), **own}
-                for completion, output, own in zip(completions, outputs, rewarded, strict=True)
+                {**columns, "prompt": prompt, "completion": completion, **_numbers(output)}
+                for completion, output in zip(completions, outputs, strict=True)
             ]
         )
     return groups
+
+
+def rewarded(asked: Sequence[PromptRow], groups: Sequence[Sequence[Line]], rewards: RowRewards) -> list[list[Line]]:
+    """Return the answers to each row with ``functions``, ``rewards`` and ``reward``. Raises RewardError."""
+    found = []
+    for each, lines in zip(asked, groups, strict=True):
+        completions, ids = [line["completion"] for line in lines], [line["ids"] for line in lines]
+        told = rewards.lines(each.row, lines[0]["prompt"], completions, ids)
+        found.append([{**line, **own} for line, own in zip(lines, told, strict=True)])
+    return found
 
 
 def kept_rows(groups: Sequence[Sequence[Line]], *, best: bool, above: float | None) -> list[Line]:
@@ -115,12 +121,17 @@ def _returned(found: Any) -> Any:
 
 
 def _prompt_of(row: Mapping[str, Any], reader: PromptRows) -> Any:
-    """Return a row's prompt as text or messages, without an answer that the row holds."""
-    if reader.prompt is not None:
-        return fill_template(reader.prompt, row)
-    turns = row.get("messages") or row["prompt"]
-    is_answered = isinstance(turns, list) and turns[-1].get("role") == "assistant"
-    return turns[:-1] if is_answered else turns
+    """Return a row's prompt as text or messages, without an answer that the row holds.
+
+    With a system message it is messages, which begin with that message or with one of the row's own.
+    """
+    turns = fill_template(reader.prompt, row) if reader.prompt is not None else row.get("messages") or row["prompt"]
+    if isinstance(turns, list) and turns[-1].get("role") == "assistant":
+        turns = turns[:-1]
+    if reader.system is None or (isinstance(turns, list) and turns[0].get("role") == "system"):
+        return turns
+    asked = turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
+    return [{"role": "system", "content": reader.system}, *asked]
 
 
 def _numbers(output: Any) -> Line:

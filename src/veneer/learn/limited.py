@@ -63,8 +63,8 @@ def result_within(told: Future[Any], seconds: float, name: str) -> Any:
 def hangs(name: str, seconds: float, key: str) -> str:
     """Return the message for a function that does not return; ``key`` is the setting of its limit."""
     return (
-        f"{name} did not return within {seconds:g} seconds, and its thread is left. Give it a limit of its own, or "
-        f"set {key} higher"
+        f"{name} did not return within {seconds:g} seconds, and is no longer waited for. Give it a limit of its own, "
+        f"or set {key} higher"
     )
 
 

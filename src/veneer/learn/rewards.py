@@ -9,15 +9,17 @@ import math
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 
 from veneer.errors import ConfigError, TrainingError, VeneerError
 from veneer.learn.limited import EndedError, awaited, begun, hangs, left
+from veneer.plain.units import count
 
 Opinion = float | None
 _WINDOW = 10  # calls over which failures are counted
@@ -136,8 +138,8 @@ class _Judge:
         """What the function returns. Raises RewardError if it raises, or does not return in time."""
         try:
             if seconds is None:
-                return self.function(**row)
-            told = begun(self.function, row)
+                return _listed(self.function(**row), _n_answers(row))
+            told = begun(lambda **given: _listed(self.function(**given), _n_answers(row)), row)
             if not wait([told], timeout=seconds).done:
                 raise RewardError(hangs(self._told, seconds, "reward_timeout"))
             error = told.exception()
@@ -154,7 +156,7 @@ class _Judge:
         ends = asyncio.timeout(self.limits.seconds)
         try:
             async with ends:
-                return await awaited(self.function, row)
+                return await awaited(self._listed_later, row)
         except VeneerError:
             raise
         except EndedError as error:
@@ -163,6 +165,13 @@ class _Judge:
             if ends.expired():
                 raise RewardError(hangs(self._told, self.limits.seconds or 0, "reward_timeout")) from error
             raise RewardError(f"{self._told} raised {_raised(error)}") from error
+
+    async def _listed_later(self, **row: Any) -> Any:
+        """Return what an asynchronous function returns; a generator's code runs on a thread, not on the loop."""
+        found = await self.function(**row)
+        if not isinstance(found, Iterator):
+            return found
+        return await asyncio.wrap_future(begun(_listed, {"found": found, "n": _n_answers(row)}))
 
     def _checked(self, found: Any, places: Sequence[int]) -> list[Opinion | RewardError]:
         """A value for each answer, or the error of it. Raises RewardError if they are no list of as many."""
@@ -205,11 +214,12 @@ class _Judge:
         self.shares.append(share)
         if "log_metric" in row:
             row["log_metric"](f"rewards/{self.name}/failed", share)
-        mean = sum(self.shares) / _WINDOW
-        if errors and mean > self.limits.most_failed:
+        if errors and sum(self.shares) > self.limits.most_failed * _WINDOW:
+            n, mean = len(self.shares), sum(self.shares) / len(self.shares)
             raise RewardError(
-                f"{self._told} failed on {mean:.0%} of the answers of its last {_WINDOW} calls, and at most "
-                f"{self.limits.most_failed:.0%} may (reward_most_failed). The last failure: {errors[-1]}"
+                f"{self._told} failed on {mean:.0%} of the answers of its last {count(n, 'call')}: of those of "
+                f"{_WINDOW} calls, at most {self.limits.most_failed:.0%} may fail (reward_most_failed). "
+                f"The last failure: {errors[-1]}"
             ) from errors[-1]
 
 
@@ -222,6 +232,15 @@ def _chosen(row: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
         key: [value[place] for place in places] if isinstance(value, list) and len(value) == n else value
         for key, value in row.items()
     }
+
+
+def _n_answers(row: Mapping[str, Any]) -> int:
+    return len(row["completions"])
+
+
+def _listed(found: Any, n: int) -> Any:
+    """Return a generator's values as a list, at most one more than ``n``; others as they are."""
+    return [*islice(found, n + 1)] if isinstance(found, Iterator) else found
 
 
 def _raised(error: Exception) -> str:

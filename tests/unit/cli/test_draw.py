@@ -14,6 +14,7 @@ from typer.testing import Result
 
 from veneer import AutoPeftModelForCausalLM
 from veneer.answer.prompts import PromptRows
+from veneer.data.reader import RowReader
 from veneer.learn.drawn_rows import kept_rows
 from veneer.learn.journal import unpacked
 
@@ -121,6 +122,7 @@ def test_wrong_settings_are_refused_before_torch_is_imported(model_folder: Path,
         ((*given, "--temperature", "0"), "--temperature 0.0 must be above 0"),
         ((*given, "--keep", "most"), "--keep 'most' must be all or best"),
         ((*given, "--keep", "best"), "--keep best and --above compare rewards: add --reward ENTRY"),
+        ((*given, "--reward-on-error", "skip"), "--reward-on-error 'skip' must be stop or none"),
         ((*given, "-r", "{function: [}"), "is no entry of a recipe"),
         ((*given, "-r", "{weight: 2}"), "names no function"),
         ((*given, "-r", "{function: regex, weight: a}"), "weight 'a' must be a number"),
@@ -133,11 +135,51 @@ def test_wrong_settings_are_refused_before_torch_is_imported(model_folder: Path,
         assert told in found, command
 
 
-def test_a_reward_that_is_wrong_leaves_no_file(veneer: Veneer, adapter_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "rewards.py").write_text("def nan(completions, **row):\n    return [float('nan')] * len(completions)\n")
-    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
-    given = ("draw", adapter_folder, "-i", tmp_path / "rows.jsonl", "-o", tmp_path / "out.jsonl", "--n", 2)
-    found = veneer(*given, "--max-new-tokens", 3, "-r", f"{tmp_path}/rewards.py:nan")
+def test_answers_stay_on_disk_whatever_a_reward_does(veneer: Veneer, adapter_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text(
+        "import time\n\n"
+        "def nan(completions, **row):\n    return [float('nan'), *[1.0] * (len(completions) - 1)]\n\n"
+        "def hangs(completions, **row):\n    yield time.sleep(600)\n"
+    )
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    output, kept = tmp_path / "out.jsonl", tmp_path / "out.drawn.jsonl"
+    given = ("draw", adapter_folder, "-i", tmp_path / "rows.jsonl", "-o", output, "--n", 2, "--max-new-tokens", 3)
+    given = (*given, "--seed", 5)
+    wrong = (*given, "-r", f"{tmp_path}/rewards.py:nan")
+    found = veneer(*wrong)
     assert "the reward function nan returned nan for completion 1" in found.output
-    assert not (tmp_path / "out.jsonl").exists()
-    assert "no reward function" in veneer(*given, "-r", "exact").output
+    assert str(kept) in found.output.replace("\n", "")
+    assert not output.exists()
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["one", "one", "two two", "two two", "three", "three"]
+    assert "is there already" in veneer(*wrong).output  # they are not replaced
+    assert (
+        "within 0.2 seconds"
+        in veneer(*given, "--force", "-r", f"{tmp_path}/rewards.py:hangs", "--reward-timeout", 0.2).output
+    )
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == lines
+    failing = ("--force", "--reward-on-error", "none", "--reward-most-failed")
+    assert "reward_most_failed" in veneer(*wrong, *failing, 0.1).output
+    assert veneer(*wrong, *failing, 0.5).exit_code == 0
+    assert [json.loads(line)["reward"] for line in output.read_text().splitlines()] == [None, 1.0] * 3
+    assert not kept.exists()
+    assert "no reward function" in veneer(*given, "--force", "-r", "exact").output
+
+
+def test_the_best_have_the_system_message_that_drew_them(model_folder: Path, veneer: Veneer, tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "two"}]
+    own = [{"role": "system", "content": "own"}, *asked]
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(map(json.dumps, [{"prompt": "one"}, {"messages": asked}, {"prompt": own}]))
+    )
+    output = tmp_path / "best.jsonl"
+    given = ("-i", tmp_path / "rows.jsonl", "-o", output, "--n", 2, "--max-new-tokens", 3, "--system", "be kind")
+    reward = "{function: length, target: 3}"
+    found = veneer("draw", model_folder, *given, "-r", reward, "--keep", "best")
+    assert found.exit_code == 0, found.output
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    kind = {"role": "system", "content": "be kind"}
+    assert [row["prompt"] for row in rows] == [[kind, {"role": "user", "content": "one"}], [kind, *asked], own]
+    assert all(row["completion"][0]["role"] == "assistant" for row in rows)
+    trained = RowReader().read(rows[0], "prompt-completion")
+    assert [turn["role"] for turn in trained["messages"]] == ["system", "user", "assistant"]

@@ -69,6 +69,7 @@ def trainer_of(make_model, tokenizer, settings):
         }
         forced = {"use_vllm": True, "vllm_structured_outputs_regex": CALL, "max_tool_calling_iterations": 2}
         small = {"num_generations": 2, "max_completion_length": 250, "max_steps": 2, "rollout_engine": "engine"}
+        small |= {"tool_timeout": PATIENCE, "reward_timeout": PATIENCE}
         args = GRPOConfig(**{**settings, **small, **forced, **changes})
         model = make_model(max_position_embeddings=701)
         return GRPOTrainer(

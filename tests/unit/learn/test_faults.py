@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
+import sys
 import threading
 from dataclasses import replace
 from typing import Any
@@ -51,9 +53,17 @@ def test_a_reward_that_hangs(stop):
     async def waits(completions, **row):
         await asyncio.sleep(HANGING)
 
-    for function in (hangs, waits):
+    def yields(completions, **row):
+        yield 1.0
+        stop.wait(HANGING)
+
+    async def yields_later(completions, **row):
+        return yields(completions)
+
+    for function in (hangs, waits, yields, yields_later):
         told = (
-            rf"the reward function {function.__name__} did not return within 0.2 seconds.*or set reward_timeout higher"
+            rf"the reward function {function.__name__} did not return within 0.2 seconds, and is no longer waited for"
+            ".*or set reward_timeout higher"
         )
         with pytest.raises(RewardError, match=told):
             asked(function, RewardLimits(0.2))
@@ -92,6 +102,32 @@ def test_a_reward_that_fails_on_some_answers_has_no_opinion_on_them():
 
 
 @pytest.mark.parametrize("limits", [RewardLimits(PATIENCE), RewardLimits(None)])
+def test_a_generator_is_read_within_the_limit(limits):
+    def endless(completions, **row):
+        return itertools.repeat(1.0)
+
+    def raises(completions, **row):
+        yield 1.0
+        raise OSError("no judge")
+
+    async def raises_later(completions, **row):
+        return raises(completions)
+
+    assert asked(lambda completions, **row: (float(text) for text in completions), limits)[0] == [0.0, 1.0, 2.0, 3.0]
+    with pytest.raises(RewardError, match="endless returned 5 rewards for 4 completions"):
+        asked(endless, limits)
+
+    async def leaves_later(completions, **row):
+        return (sys.exit(3) for _ in completions)
+
+    with pytest.raises(RewardError, match="leaves_later raised SystemExit, which ends a program"):
+        asked(leaves_later, limits)
+    for function in (raises, raises_later):
+        with pytest.raises(RewardError, match=f"the reward function {function.__name__} raised OSError: no judge"):
+            asked(function, limits)
+
+
+@pytest.mark.parametrize("limits", [RewardLimits(PATIENCE), RewardLimits(None)])
 def test_an_asynchronous_reward_that_ends_its_loop_or_times_out_itself_is_told(limits):
     async def refused(completions, **row):
         raise TimeoutError("the judge does not answer")
@@ -121,6 +157,10 @@ def test_too_many_failures_end_the_run():
     with pytest.raises(
         RewardError, match=r"worse failed on 12% of the answers of its last 10 calls.*reward_most_failed"
     ):
+        wrapped(completions=["x"] * 4, n=1)
+    wrapped = checked_reward(worse, RewardLimits(PATIENCE, "none", 0.1), alone=True)
+    wrapped(completions=["x"] * 4, n=4)
+    with pytest.raises(RewardError, match=r"worse failed on 62% of the answers of its last 2 calls: of those of 10"):
         wrapped(completions=["x"] * 4, n=1)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from patience import PATIENCE
 from veneer import GRPOConfig, GRPOTrainer, LoraConfig, RLOOConfig, RLOOTrainer
 from veneer.errors import FormatError, TrainingError
 from veneer.learn.journal import Journal, journal_path, mask_of, packed, read_journal, runs_of, unpacked
@@ -81,11 +82,12 @@ def judged(completions: list[Any], log_metric: Any, **row: Any) -> list[float]:
 def test_a_run_goes_on_to_the_bit_with_tools_and_rewards_of_chance(make_model, tokenizer, settings, tmp_path, kind):
     def run(resume: str | None, **changes: Any) -> Any:
         small = {"num_generations": 2, "max_completion_length": 9, "max_steps": 5, "rollout_engine": "engine"}
-        saves = {"save_strategy": "steps", "save_steps": 2, "seed": 3}
+        saves = {"save_strategy": "steps", "save_steps": 2, "seed": 3, "reward_timeout": PATIENCE}
         given: dict[str, Any] = {}
         if kind == "environment":
             forced = {"use_vllm": True, "vllm_structured_outputs_regex": CALL, "max_tool_calling_iterations": 1}
             small |= {**forced, "max_completion_length": 200}
+            small["tool_timeout"] = PATIENCE
             given["environment_factory"] = Dice
         trainer, config = (RLOOTrainer, RLOOConfig) if kind == "rloo" else (GRPOTrainer, GRPOConfig)
         args = config(**{**settings, **small, **saves, **changes})

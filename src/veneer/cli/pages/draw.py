@@ -47,6 +47,15 @@ class DrawArguments:
     n: Annotated[int, typer.Option("--n", metavar="N", min=1, help="Answers to each prompt.")] = 8
     adapter: options.Adapter = None
     reward: _Reward = None
+    reward_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="Of one call of a reward function; 0: no limit.")
+    ] = 60.0
+    reward_on_error: Annotated[
+        str, typer.Option(metavar="WHICH", help="If a reward fails: stop, or none (no opinion on that answer).")
+    ] = "stop"
+    reward_most_failed: Annotated[
+        float, typer.Option(metavar="X", min=0, max=1, help="With none: share of failed answers that ends the command.")
+    ] = 0.1
     keep: Annotated[
         str, typer.Option(metavar="WHICH", help="all, or best: a row of prompt and completion for each prompt.")
     ] = "all"
@@ -72,16 +81,24 @@ class DrawArguments:
             raise ConfigError(f"--temperature {self.temperature} must be above 0: answers are drawn")
         if self.keep not in ("all", "best"):
             raise ConfigError(f"--keep {self.keep!r} must be all or best")
+        if self.reward_on_error not in ("stop", "none"):
+            raise ConfigError(f"--reward-on-error {self.reward_on_error!r} must be stop or none")
         if not self.reward and (self.keep == "best" or self.above is not None):
             raise ConfigError("--keep best and --above compare rewards: add --reward ENTRY")
         self.rewards()
-        require_file("--output", self.output, ".jsonl", replaces=self.force)
-        if self.output.exists() and self.input_.exists() and self.output.samefile(self.input_):
-            raise ConfigError(f"--output {self.output} is the input: choose another file")
+        for path in (self.output, self.unrewarded) if self.reward else (self.output,):
+            require_file("--output", path, ".jsonl", replaces=self.force)
+            if path.exists() and self.input_.exists() and path.samefile(self.input_):
+                raise ConfigError(f"--output {self.output} writes {path}, which is the input: choose another file")
         require_adapter(self.adapter)
         require_rows(self.input_)
         require_model(self.model)
         require_whole(self.adapter)
+
+    @property
+    def unrewarded(self) -> Path:
+        """Return the file that holds the answers until they are rewarded."""
+        return self.output.with_suffix(".drawn.jsonl")
 
     def rewards(self) -> list[dict[str, Any]]:
         """Return the entries of ``--reward``, as those of a recipe. Raises ConfigError."""
