@@ -51,25 +51,25 @@ STATES = ("present", "departs", "absent")
 HUB = (*adapter_source.HubOptions.__dataclass_fields__, *adapter_source.AS_IT_IS)
 UPLOAD = (*saving.Upload.__dataclass_fields__, *saving.AS_IT_IS, "repo_id")
 BY_KEYWORD = {"from_pretrained": HUB, "load_adapter": HUB, "save_pretrained": UPLOAD, "push_to_hub": UPLOAD}
-INTRODUCTION = """Made by `bench/training/peft_surface.py`. *Departs* names what PEFT has there and veneer has not.
-Numbers and files are compared in the tests, not here; how many of PEFT's own tests pass is on
-[a page of its own](peft_tests.md).
+INTRODUCTION = """Made by `bench/training/peft_surface.py`. *Departs* marks a name for which veneer
+refuses some of PEFT's arguments or values, which are listed. Numbers and files are compared in the tests. Another page
+counts [how many of PEFT's own tests pass](peft_tests.md).
 
-Unknown arguments and fields are errors. A few arguments are taken and change nothing, whatever their value, because
-what they ask for is so anyway, or has no meaning for an adapter's one file of safetensors:
+Unknown arguments and fields are errors. A few arguments are accepted but have no effect: veneer always does what they
+ask for, or they do not apply to an adapter's single safetensors file:
 """
-NOTES = """Spelled in another way, because the model stays the object that it was:
+NOTES = """Some names differ, because veneer changes the model in place and does not wrap it:
 
-- `named_parameters` says `….q_proj.adapters.default.lora_A`, PEFT `base_model.model.….q_proj.lora_A.default.weight`.
-  `lora_A` is in both; files have PEFT's keys.
-- `model.base_model` is transformers' (the part without the head; in other modules the model itself), and
-  `model.get_base_model()` the model itself. A layer of the base stays where it is: `model.model.layers[0]`, with no
-  `base_model.model` in front and no `base_layer` inside.
-- Configs are frozen. Setting a field says how to make another: `dataclasses.replace(config, r=4)`.
-- `set_adapter` freezes the other adapters, as PEFT does; one that was loaded frozen stays so unless `inference_mode` is
-  False, PEFT's default.
-- `PeftModelForCausalLM` and its siblings are for `isinstance`, loading and attaching; no model has them as its class.
-- LoftQ starts with `replace_lora_weights_loftq` on a quantized model; `loftq_config`, which changes the base, is
+- `named_parameters` gives `….q_proj.adapters.default.lora_A`; PEFT gives
+  `base_model.model.….q_proj.lora_A.default.weight`. Both contain `lora_A`, and files have PEFT's keys.
+- `model.base_model` is that of transformers: the part without the head (for other modules, the model itself).
+  `model.get_base_model()` returns the model itself. A layer of the base keeps its path: `model.model.layers[0]`, with
+  no `base_model.model` in front and no `base_layer` inside.
+- Configs are frozen. To change a field, make a new config: `dataclasses.replace(config, r=4)`.
+- `set_adapter` freezes the other adapters, as PEFT does. An adapter that was loaded frozen stays frozen, unless
+  `inference_mode` is False, PEFT's default.
+- `PeftModelForCausalLM` and its siblings serve `isinstance`, loading and attaching; no model's class is one of them.
+- LoftQ initializes by `replace_lora_weights_loftq` on a quantized model. `loftq_config`, which changes the base, is
   absent.
 """
 Row = tuple[str, str, str]
