@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.errors import CompositionError, ConfigError, DescriptionError
+from veneer.evaluate.scoring import context_length
 from veneer.learn.conversation import Conversation, Turn, converse
 from veneer.learn.rollouts import DrawnAnswer, Rollouts, answer_of, is_of_adapter, require_drawn_by, seed_of
 from veneer.model.sharded.sharding import is_cut
@@ -133,7 +134,7 @@ def policy_of(trainer: Any) -> Policy | None:
         params = _params(trainer)
         given = {"max_model_len": args.vllm_max_model_length} if args.use_vllm else {}
         rollouts = Rollouts(trainer.model, trainer.processing_class, **given)
-        rollouts.hand_over(adapter)
+        _require_room(rollouts, rollouts.hand_over(adapter), trainer.max_completion_length)
     except (ConfigError, DescriptionError, UnsaidError, CompositionError) as reason:
         if args.rollout_engine == "engine":
             raise ConfigError(
@@ -167,6 +168,19 @@ def _adapter(trainer: Any) -> str:
     if strange is not None:
         raise ConfigError(f"{strange} is trained besides the adapter")
     return str(active[0])
+
+
+def _require_room(rollouts: Rollouts, adapter: LoRARequest, n_tokens: int) -> None:
+    """Raise ConfigError if memory has fewer pages than a prompt and an answer of ``n_tokens`` need, beside the
+    adapter.
+    """
+    engine, context = rollouts.engine, context_length(rollouts.model)
+    room = engine.scheduler.pages.capacity(engine.versions.of(adapter).n_bytes)
+    if room <= n_tokens and (context is None or room < context):
+        raise ConfigError(
+            f"max_completion_length={n_tokens} and a prompt have no room: memory has room for {room} tokens of keys "
+            "and values, beside the adapter. Lower max_completion_length, or free memory"
+        )
 
 
 def _params(trainer: Any) -> SamplingParams:

@@ -14,7 +14,8 @@ _LISTS = ("prompt_ids", "completion_ids", "logprobs")
 def checked_rollouts(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a rollout function with a check of its output: lists of one length, with an entry for each token.
 
-    The wrapper raises TrainingError.
+    An answer of no token becomes the end of an answer, which is masked: TRL reads each answer's last token. The
+    wrapper raises TrainingError.
     """
 
     @functools.wraps(function)
@@ -23,7 +24,7 @@ def checked_rollouts(function: Callable[..., Any]) -> Callable[..., Any]:
         problem = _problem(found, len(prompts))
         if problem is not None:
             raise TrainingError(f"rollout_func {getattr(function, '__name__', function)!s}: {problem}")
-        return found
+        return _with_ends(found, trainer.eos_token_ids[0]) if not all(map(len, found["completion_ids"])) else found
 
     return checked
 
@@ -40,12 +41,23 @@ def _problem(found: Any, n: int) -> str | None:
         if not hasattr(values, "__len__") or len(values) != n:
             return f"{name} must be a list with an entry for each of the {n} prompts"
     for row, ids in enumerate(found["completion_ids"]):
-        if not len(ids):
-            return f"completion_ids, row {row}, is empty; give at least one token, such as the end of the answer"
         for name in ("logprobs", "env_mask"):
             if (values := found.get(name)) is not None and len(values[row]) != len(ids):
                 return f"{name}, row {row}, has {len(values[row])} entries for {len(ids)} tokens"
     return None
+
+
+def _with_ends(found: Mapping[str, Any], end: int) -> dict[str, Any]:
+    """Return the output with the token ``end``, masked, for each answer of no token."""
+    answers, logprobs = found["completion_ids"], found["logprobs"]
+    masks = found.get("env_mask") or [[1] * len(ids) for ids in answers]
+    filled = {"completion_ids": (answers, [end]), "logprobs": (logprobs, [0.0]), "env_mask": (masks, [0])}
+    own = {
+        name: [value if len(ids) else instead for value, ids in zip(values, answers, strict=True)]
+        for name, (values, instead) in filled.items()
+        if values is not None
+    }
+    return {**found, **own}
 
 
 class Generation:

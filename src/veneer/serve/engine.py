@@ -125,6 +125,8 @@ class Engine:
         self.backlog.require_possible(params.n, len(prompt_ids))
         version = None if lora_request is None else self.versions.of(lora_request)
         n_front, n_bytes = (version.n_front, version.n_bytes) if version else (0, 0)
+        if version and self.pool.is_pinned(version.id):
+            n_bytes = 0  # counted among the pinned ones
         room = self.scheduler.require_room(len(prompt_ids), n_front, n_bytes)
         reader = self.readers.of(lora_request)
         constraints = self._rules.constraints(prompt_ids, params, cache_salt, reader)

@@ -323,11 +323,40 @@ def test_rollout_functions(trainer_of, tokenizer):
         (changed(completion_ids=[[]]), "completion_ids must be a list with an entry for each of the 4 prompts"),
         (
             changed(completion_ids=[[3], [], [3], [3]], logprobs=None, env_mask=[[1]] * 4),
-            "completion_ids, row 1, is empty",
+            "env_mask, row 1, has 1 entries for 0 tokens",
         ),
         (changed(env_mask=[[1]] * 4), r"env_mask, row 0, has 1 entries for \d+ tokens"),
     ):
         ends(trainer_of(rollout_func=wrong), told)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_answer_of_no_token_is_rewarded_and_adds_nothing_to_the_loss(trainer_of, tokenizer, masked):
+    seen: list[list[str]] = []
+
+    def judge(completions: list[Any], **row: Any) -> list[float]:
+        seen.append([each[0]["content"] for each in completions])
+        return [0.25 if not text else 0.5 + 0.125 * i for i, text in enumerate(seen[-1])]
+
+    def run(empty: tuple[int, ...], given: list[int]) -> Any:
+        def rollouts(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+            ids = [[] if row in empty else given[: 3 + row] for row in range(4)]
+            asked = tokenizer.apply_chat_template(prompts[0], add_generation_prompt=True, return_dict=False)
+            told = {"prompt_ids": [asked] * 4, "completion_ids": ids, "logprobs": None}
+            return told | ({"env_mask": [[1] * len(each) for each in ids]} if masked else {})
+
+        trainer = trainer_of(judge, rollout_func=rollouts, tools=None, max_steps=1, logging_steps=1)
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    told = run((1,), [65, 66, 67, 68, 69, 70])
+    assert [not text for text in seen[0]] == [False, True, False, False]
+    assert told["completions/min_length"] == 0
+    assert told["completions/mean_length"] == (3 + 0 + 5 + 6) / 4
+    assert told["reward"] == (0.5 + 0.25 + 0.75 + 0.875) / 4
+    assert told["grad_norm"] > 0
+    told = run((0, 1, 2, 3), [])
+    assert (told["completions/max_length"], told["loss"], told["grad_norm"]) == (0, 0, 0)
 
 
 def test_wrong_settings_of_conversations_are_refused(trainer_of, tokenizer):

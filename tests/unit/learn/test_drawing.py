@@ -11,7 +11,7 @@ from datasets import Dataset
 from veneer import GRPOConfig, GRPOTrainer, IA3Config, LoraConfig, PromptTuningConfig, RLOOConfig, RLOOTrainer
 from veneer.errors import ConfigError
 from veneer.learn.proof import PolicyMismatchError
-from veneer.learn.rollouts import StaleAnswerError
+from veneer.learn.rollouts import Rollouts, StaleAnswerError
 
 from .conftest import LORA
 
@@ -102,6 +102,22 @@ def test_a_wrong_engine_ends_the_run(trainer_of, monkeypatch):
     )
     with pytest.raises(StaleAnswerError, match="was drawn by the base, and the adapter in training is live-"):
         trainer.train()
+
+
+def test_answers_longer_than_the_cache_are_refused_before_the_first_step(trainer_of, monkeypatch, caplog):
+    large = trainer_of().policy
+    n_bytes = large.version().n_bytes + 4 * large.rollouts.engine.scheduler.pages.page_bytes  # 64 tokens
+
+    def small(model: Any, tokenizer: Any, **options: Any) -> Any:
+        return Rollouts(model, tokenizer, **options, kv_cache_memory_bytes=n_bytes)
+
+    monkeypatch.setattr("veneer.learn.policy.Rollouts", small)
+    assert trainer_of(rollout_engine="engine", max_completion_length=30).policy is not None
+    told = r"max_completion_length=90 and a prompt have no room: memory has room for 64 tokens of keys and values"
+    with pytest.raises(ConfigError, match=told):
+        trainer_of(rollout_engine="engine", max_completion_length=90)
+    assert trainer_of(max_completion_length=90).policy is None
+    assert "memory has room" in caplog.text
 
 
 def test_who_draws(trainer_of, make_model, settings, tokenizer, caplog):

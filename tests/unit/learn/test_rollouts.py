@@ -83,6 +83,17 @@ def test_a_rollout_depends_on_its_key_and_on_no_other(model):
     assert told(own.draw(PROMPTS, DRAWS, adapter="lora", key=(8,))) != told(crowd[:4])
 
 
+def test_an_engine_out_of_pages_preempts_and_draws_the_same(model):
+    params, own = replace(DRAWS, n=1, max_tokens=23), Rollouts(model, byte_tokenizer())
+    pages, adapter = own.engine.scheduler.pages, own.engine.versions.of(own.hand_over("lora")).n_bytes
+    room = adapter + 4 * pages.page_bytes  # little more than one sequence
+    small = Rollouts(model, byte_tokenizer(), kv_cache_memory_bytes=room, max_model_len=48)
+    wanted = told(own.draw(PROMPTS * 2, params, adapter="lora", key=(7,)))
+    assert told(small.draw(PROMPTS * 2, params, adapter="lora", key=(7,))) == wanted
+    assert own.engine.scheduler.n_preemptions == 0
+    assert small.engine.scheduler.n_preemptions > 0
+
+
 def test_log_probabilities_are_those_of_a_training_pass_on_every_storage(tmp_path, make_gguf):
     file, dense = make_gguf("llama", "Q8_0")
     dense.save_pretrained(tmp_path / "dense")

@@ -238,8 +238,8 @@ class AdapterPool:
         return self._entries[id].running > 0
 
     def is_pinned(self, id: str) -> bool:
-        """Return True if a version is pinned, so that it is never evicted."""
-        return self._entries[id].pinned
+        """Return True if a version is known and pinned, so that it is never evicted."""
+        return id in self._entries and self._entries[id].pinned
 
     @property
     def is_full(self) -> bool:
