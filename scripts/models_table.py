@@ -19,23 +19,23 @@ from tests.tiny_types import row_of, rows_in, table_of  # noqa: E402
 
 TOP = """# Models
 
-What becomes of transformers' own types, each tried on a tiny random model in float32. `scripts/models_table.py` writes
-the rows; a test tries a sample of them in each run, and all in CI.
+The support for each model type of transformers, tried on a tiny random model in float32.
+`scripts/models_table.py` writes the rows; a test tries a sample of them in each run, and all in CI.
 
 - **attach**: LoRA on `all-linear`, and the same logits as before.
-- **train**: the adapter's gradients against those that follow from transformers' own, of the weights with the adapter
-  merged. Rows of text reach only some layers: vision towers and cross-attention without an encoder have no gradient.
-- **fused**: all halves of all blocks, parts of them, or none. "planned …" follows where `veneer plan` says otherwise.
+- **train**: the adapter's gradients, compared with those derived from transformers' gradients of the merged weights.
+  Rows of text do not reach all layers: vision towers and cross-attention without an encoder have no gradient.
+- **fused**: all halves of all blocks, parts of them, or none. "planned …" follows if `veneer plan` expects another.
 - **serve**: by the [program](serving.md#which-models), by transformers' code over pages, or by transformers' own
-  caches, with the way in which a sequence goes on.
-- **greedy**: tokens of one prompt alone and of three together, two with an adapter, against `generate` of the base and
-  of the merged model. **plan**: the bytes of a sequence in `veneer plan --serve` against the engine's; "more" if the
-  engine finds, by values, that the cache of transformers' code is wrong, and keeps tokens alone.
+  caches, with the way in which a sequence is continued.
+- **greedy**: tokens of one prompt alone and of three together, two with an adapter, compared with `generate` of the
+  base and of the merged model. **plan**: bytes of a sequence in `veneer plan --serve`, compared with the engine's.
+  "more": the engine finds, by values, that the cache of transformers' code is wrong, and keeps only tokens.
 - **GGUF**: a merged model can be written as a GGUF file ([gguf.md](gguf.md)).
 
-`seq2seq/…` is an encoder with a decoder, whose name alone stands for its decoder. `classes/…` is an encoder with a
-head of classes. A type that was "not made here" has rules for its sizes that the test's tiny config does not keep, or
-needs a package or pictures: nothing is known of it. "transformers: …" is what its own code raises.
+`seq2seq/…` is an encoder with a decoder; the name without this prefix is its decoder alone. `classes/…` is an encoder
+with a classification head. "not made here": the type was not tried, because the test's tiny config breaks its rules for
+sizes, or because it needs a package or images. "transformers: …" is the error of transformers' own code.
 
 """
 
