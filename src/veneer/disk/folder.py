@@ -93,7 +93,7 @@ def _refusal(error: BaseException) -> str | None:
 
 
 def drop_leftovers(parent: Path, name: str) -> None:
-    """Remove dead processes' leftovers for a folder of this name (a pattern) in ``parent``."""
+    """Remove the unfinished folders that killed processes left in ``parent``. ``name`` is a pattern of target names."""
     for leftover in parent.glob(f".{name}{_PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

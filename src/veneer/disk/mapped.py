@@ -1,4 +1,4 @@
-"""File mapped into memory whose change is noticed: reading pages of a file that was truncated would end the process."""
+"""Memory-mapped file that notices if the file changes: reading pages of a truncated file would end the process."""
 
 from __future__ import annotations
 

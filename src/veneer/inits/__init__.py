@@ -62,7 +62,7 @@ def dense_weight(site: LinearSite, r: int, who: str) -> Float[Tensor, "o i"]:
 
 
 def weight_problems(site: LinearSite, r: int, who: str) -> list[str]:
-    """Return a sentence if the frozen weight is not one matrix, is not loaded or has fewer than r directions."""
+    """Return a problem if the frozen weight is not one matrix, is not loaded, or has fewer than r rows or columns."""
     if site.experts > 1:
         return [
             f"{who} at {site.name} starts from one matrix; these are {site.experts} experts' in one tensor: "

@@ -12,7 +12,7 @@ Matrices = tuple[Float[Tensor, "r d"], Float[Tensor, "d r"]]
 
 
 def bert(r: int, d: int, generator: torch.Generator | None = None) -> Matrices:
-    """Return both normal with standard deviation 0.02, like BERT's own layers (Devlin et al. 2019): near
+    """Return down and up, both normal with standard deviation 0.02, like BERT's own layers (Devlin et al. 2019): near
     the identity.
     """
     return 0.02 * torch.randn(r, d, generator=generator), 0.02 * torch.randn(d, r, generator=generator)
@@ -27,7 +27,7 @@ def mam(r: int, d: int, generator: torch.Generator | None = None) -> Matrices:
 
 
 def houlsby(r: int, d: int, generator: torch.Generator | None = None) -> Matrices:
-    """Return both normal with deviation 0.01, truncated at two deviations (Houlsby et al. 2019,
+    """Return down and up, both normal with deviation 0.01, truncated at two deviations (Houlsby et al. 2019,
     arXiv:1902.00751, section 3.1).
     """
     matrices = torch.empty(r, d), torch.empty(d, r)

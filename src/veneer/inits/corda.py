@@ -67,7 +67,7 @@ def of_covariance(
     site: LinearSite, inputs: Float[Tensor, "i i"], shape: tuple[int, float], settings: CordaConfig
 ) -> Factors:
     """Return A (r, i) and B (o, r) in float32 on the CPU, from the mean covariance of a layer's inputs; ``shape`` is r
-    and the scale of B A. Raises ConfigError without a weight.
+    and the scale of B A. Raises ConfigError if the frozen weight is not loaded.
     """
     r, scale = shape
     weight = dense_weight(site, r, "CorDA")

@@ -20,6 +20,6 @@ def find(name: bool | str) -> Start | None:
 
 
 def minor_components(site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None) -> Factors:
-    """Return zeros and the last r left singular vectors. Raises ConfigError without a weight."""
+    """Return zeros and the last r left singular vectors. Raises ConfigError if W is not loaded."""
     u = torch.linalg.svd(dense_weight(site, r, "MiCA"), full_matrices=False).U
     return torch.zeros(r, site.in_features), u[:, -r:].cpu().contiguous()

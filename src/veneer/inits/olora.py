@@ -20,6 +20,6 @@ def find(name: bool | str) -> Start | None:
 
 
 def orthonormal(site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None) -> Factors:
-    """Return ``B = Q[:, :r]``, ``A = R[:r]`` of ``W = Q R``. Raises ConfigError without a weight."""
+    """Return ``B = Q[:, :r]``, ``A = R[:r]`` of ``W = Q R``. Raises ConfigError if W is not loaded."""
     q, upper = torch.linalg.qr(dense_weight(site, r, "OLoRA"))
     return upper[:r].cpu().contiguous(), q[:, :r].cpu().contiguous()

@@ -34,7 +34,7 @@ def find(name: bool | str) -> Start | None:
 def principal(
     site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None, n_iterations: int | None = None
 ) -> Factors:
-    """Return A and B with ``scale · B A`` the best rank-r approximation of W. Raises ConfigError without a weight."""
+    """Return A and B with ``scale · B A`` the best rank-r approximation of W. Raises ConfigError if W is not loaded."""
     u, s, vt = leading_triplets(dense_weight(site, r, "PiSSA"), r, n_iterations, generator)
     return best_factors(u, s, vt, scale)
 

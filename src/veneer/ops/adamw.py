@@ -69,9 +69,9 @@ def adamw_8bit_(
 
 
 def require_finite(flags: Sequence[tuple[Int32[Tensor, "1"], Tensor]]) -> None:
-    """Raise NonFiniteError if a flag of `adamw_8bit_` is set, for the first such parameter; flags come with theirs.
+    """Raise NonFiniteError for the first parameter whose flag is set.
 
-    The host waits once for all flags of a device.
+    ``flags``: each flag that `adamw_8bit_` returned, with its parameter. The host waits once for all flags of a device.
     """
     for device in dict.fromkeys(flag.device for flag, _ in flags):
         here = [(flag, param) for flag, param in flags if flag.device == device]

@@ -25,8 +25,8 @@ class AttentionOptions:
     """Options of attention: scale, window and soft cap of the scores.
 
     ``scale`` multiplies q·k (None: 1/√head_dim). A query attends to itself and ``window - 1`` tokens before it, or to
-    all. ``softcap`` is c of ``c * tanh(score / c)`` (Gemma 2, arXiv 2408.00118). ``slopes`` are those of a bias
-    ``-slope · distance`` of the scores, one for each query head (ALiBi); none beside a cap.
+    all if ``window`` is None. ``softcap`` is c of ``c * tanh(score / c)`` (Gemma 2, arXiv 2408.00118). ``slopes``, one
+    for each query head, add ``-slope · distance`` to the scores (ALiBi). They exclude ``softcap``.
     """
 
     scale: float | None = None
@@ -45,9 +45,9 @@ class AttentionOptions:
 
 
 def alibi_slopes(n_heads: int) -> tuple[float, ...]:
-    """Return one slope a head: 2^(-8 i / n) for the n heads of a power of two, and those between for the rest.
+    """Return ALiBi's slope for each head (arXiv 2108.12409): 2^(-8 i / n) for i = 1 to n.
 
-    ALiBi, arXiv 2108.12409.
+    n is the largest power of two up to ``n_heads``. Further heads take the slopes between: 2^(-4 i / n) for odd i.
     """
     n = 2 ** math.floor(math.log2(n_heads))
     between = (2.0 ** (-4 * i / n) for i in range(1, 2 * (n_heads - n), 2))
@@ -67,7 +67,7 @@ def attention_forward(
     Sequence i holds the tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``; a batch (b, t) of whole rows is
     ``arange(0, b * t + 1, t)``. Query head h reads key head ``h // (q_heads // kv_heads)``. Softmax is in float32. The
     backward needs q, k, v and these two outputs (Dao 2023, arXiv 2307.08691). Only the last axis must be contiguous.
-    Sequences among the branches of ``forks`` see the stems that they continue.
+    A sequence within the ``branches`` of a `Fork` also attends to that fork's ``stem``.
 
     Raises ShapeError if shapes or cu_seqlens do not fit.
     """

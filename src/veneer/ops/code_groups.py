@@ -64,7 +64,7 @@ class CodeGroups:
 
     @property
     def unit(self) -> int:
-        """Inputs of a group; of a single one, filled up to a multiple of 16."""
+        """Number of inputs in a group. If the row is one group, it is padded to a multiple of 16."""
         i, groups = self.codes.shape[1], self.scales.shape[1]
         return i // groups if groups > 1 else i + -i % UNIT
 
@@ -88,12 +88,15 @@ class CodeGroups:
         return bool((reach <= _LARGEST_HALF).all() and (self.formula == "apart" or (sizes <= _LARGEST_HALF).all()))
 
     def heads(self) -> list[Float32[Tensor, "o groups"]]:
-        """Return the scales, and the values beside them if there are any, in float32."""
+        """Return ``scales``, and ``beside`` if it is given, in float32."""
         return [powers(self.scales)] if self.beside is None else [powers(self.scales), self.beside.float()]
 
 
 def even_groups(scales: Tensor, i: int, group: int) -> Tensor | None:
-    """Return scales ``(o, ceil(i / group))`` for equal groups of a multiple of 16 inputs; None if there are no such."""
+    """Return scales for equal groups, each a multiple of 16 inputs or a row; None if no such groups divide the row.
+
+    ``scales`` is (o, ceil(i / group)), and the last of its groups may be shorter.
+    """
     if scales.shape[1] == 1:
         return scales
     even = math.gcd(i, group)

@@ -25,7 +25,7 @@ Rows = int | Int64[Tensor, "*batch"]
 class Mask:
     """Mask that drops values of x (n, i) with probability ``p``, as a function of ``key``, row id and column alone.
 
-    ``ids`` are those of all n rows, also of rows that are not masked.
+    ``ids`` holds the id of each of the n rows, even of rows to which the mask is not applied.
     """
 
     p: float

@@ -1,7 +1,7 @@
-"""Attention of branches to the stem that they continue: a prompt is computed once for all of its answers.
+"""Attention of branches (answers) to their stem (the prompt that they share), which is computed once for all.
 
-Attention within sequences knows nothing of it. Here the keys of the stem are added to the softmax of each query, by the
-log of its sum so far. The backward pass within sequences then reads the joined outputs and sums, and is exact as it is
+Attention within sequences leaves the stem out. Here the stem's keys are added to each query's softmax, by the log of
+its sum so far. The backward pass within sequences then reads the joined outputs and sums, and is exact as it is
 (Dao 2023, arXiv 2307.08691: probabilities are exp(score - log sum)).
 """
 
@@ -19,7 +19,7 @@ SCORES = 1 << 18  # of all heads, that are made at once: they stay in a cache
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Place where sequences part: those among the tokens ``branches`` continue the tokens ``stem``, and see them."""
+    """Shared beginning of several sequences: those in the tokens ``branches`` also attend to the tokens ``stem``."""
 
     stem: slice
     branches: slice
@@ -27,7 +27,7 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class ScoreForm:
-    """Scale, window and cap of scores, as kernels take them: 0 means no window or no cap."""
+    """Scale, window and soft cap of attention scores in the kernels' form: 0 means no window or no cap."""
 
     scale: float
     window: int
@@ -40,9 +40,9 @@ Heads = tuple[Tensor, Tensor, Tensor]
 def join_stems(
     qkv: Heads, out: Tensor, lse: Tensor, forks: Sequence[Fork], bounds: Sequence[int], scoring: ScoreForm
 ) -> None:
-    """Change the outputs (n, q_heads, d) and log sums (q_heads, n) of attention within sequences, in place.
+    """Let queries of branches attend to their stems too, given the results of attention within sequences.
 
-    Queries of branches then see the keys of their stems too. ``bounds`` are those of the sequences.
+    Its outputs (n, q_heads, d) and log sums (q_heads, n) are changed in place. ``bounds`` are the sequences' bounds.
     """
     n_kv_heads = qkv[1].shape[1]
     for fork in forks:
@@ -69,7 +69,7 @@ def add_stem_gradients(
     bounds: Sequence[int],
     scoring: ScoreForm,
 ) -> None:
-    """Add to (dq, dk, dv) of attention within sequences, in place, those that flow between branches and their stems.
+    """Add the gradients that flow between branches and stems to (dq, dk, dv) of attention within sequences, in place.
 
     ``forward`` are the outputs and log sums of `join_stems`.
     """

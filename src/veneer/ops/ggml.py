@@ -24,7 +24,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def row_bytes(kind: str, columns: int) -> int:
-    """Return the bytes of a row of so many values in ``kind``, for example "Q4_K".
+    """Return the number of bytes of a row of ``columns`` values in ggml's type ``kind``, for example "Q4_K".
 
     Raises ConfigError (unknown type), ShapeError (the type's blocks do not divide a row).
     """
@@ -74,7 +74,7 @@ def dequantize_ggml(
 ) -> Float32[Tensor, "k c"]:
     """Return the values of rows in ggml's type ``kind``: all of them, or those that ``order`` lists.
 
-    Raises ConfigError (unknown type), ShapeError (bytes that are no whole row), IndexError (a row that is not there).
+    Raises ConfigError (unknown type), ShapeError (bytes that are no whole row), IndexError (a row number out of range).
     """
     columns = _columns(packed, kind)
     order = None if order is None else listed_rows(order, len(packed))
@@ -93,9 +93,9 @@ def matmul_ggml(
     *,
     backend: str | None = None,
 ) -> Float[Tensor, "n o"]:
-    """Return ``x Wᵀ`` in x's dtype, for a W in ggml's type ``kind`` whose row r is that at ``order[r]``.
+    """Return ``x Wᵀ`` in x's dtype, for a W in ggml's type ``kind``. Its row r is row ``order[r]`` of ``packed``.
 
-    Made for few rows: W is decoded anew for every 16 of them. Sums and decoded values are float32.
+    Use it for few rows of x: W is decoded again for every 16 of them. Sums and decoded values are float32.
 
     Raises ConfigError (unknown type), ShapeError (bytes that are no whole row, or do not fit x), IndexError (a row that
     is not there).
@@ -113,11 +113,11 @@ def groups_ggml(
     kind: str,
     order: Int[Tensor, " k"] | None = None,
 ) -> CodeGroups:
-    """Return the levels and scales of rows, of the values that `dequantize_ggml` gives; ``kind`` has blocks.
+    """Return rows as levels and scales, whose values equal those of `dequantize_ggml`. F32, F16 and BF16 have none.
 
     Levels of 2 and 3 bits become codes of 4, levels of 5 and 6 bits codes of 8.
 
-    Raises ConfigError (unknown type), ShapeError (bytes that are no whole row), IndexError (a row that is not there).
+    Raises ConfigError (unknown type), ShapeError (bytes that are no whole row), IndexError (a row number out of range).
     """
     _columns(packed, kind)
     order = None if order is None else listed_rows(order, len(packed))
@@ -126,7 +126,7 @@ def groups_ggml(
 
 
 def has_product(x: Tensor, kind: str) -> bool:
-    """Return True if a kernel multiplies x by rows in ``kind``: elsewhere `matmul_ggml` decodes all of W at once."""
+    """Return True if a kernel multiplies x by rows in ``kind``. If not, `matmul_ggml` decodes all of W at once."""
     in_blocks = GGML_TYPES[kind].block > 1
     return in_blocks and x.device.type == "cpu" and x.dtype in FLOATS and "cpu" in backends("ggml.matmul")
 

@@ -19,7 +19,7 @@ from veneer.ops.dropout import Mask, require_fit
 
 
 class Run(NamedTuple):
-    """Rows from ``start`` to ``stop`` that take the pairs of one adapter."""
+    """Rows from ``start`` up to ``stop`` of a batch, to which one adapter applies."""
 
     adapter: int
     start: int
@@ -28,7 +28,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AdapterRuns:
-    """Runs of a batch of ``n_rows`` rows, one adapter each, without overlap; other rows have none."""
+    """Runs of a batch of ``n_rows`` rows. Each run has one adapter, without overlap. Rows in no run have none."""
 
     runs: tuple[Run, ...]
     n_rows: int
@@ -40,14 +40,14 @@ class AdapterRuns:
         return AdapterRuns(tuple(Run(k, start * n, stop * n) for k, start, stop in self.runs), self.n_rows * n)
 
     def part(self, first: int, last: int) -> AdapterRuns:
-        """Return the runs of the rows from ``first`` up to ``last``, counted from the first of them."""
+        """Return the runs within the rows from ``first`` up to ``last``, renumbered so that ``first`` is row 0."""
         if (first, last) == (0, self.n_rows):
             return self
         cut = (Run(k, max(start, first) - first, min(stop, last) - first) for k, start, stop in self.runs)
         return AdapterRuns(tuple(run for run in cut if run.start < run.stop), last - first)
 
     def with_gaps(self) -> Iterator[Run]:
-        """Iterate over the runs in order, and between them, as adapter -1, over the rows that have none."""
+        """Iterate over the runs in order. Rows without an adapter are runs of adapter -1."""
         reached = 0
         for run in sorted(self.runs, key=lambda run: run.start):
             if run.start > reached:
@@ -67,7 +67,7 @@ class AdapterRuns:
 
 @dataclass(frozen=True, slots=True)
 class LowRankGroup:
-    """Pairs of all adapters on one layer: ``a[k] (r_k, i)``, ``b[k] (o, r_k)`` and their scales.
+    """Low-rank pairs of all adapters on one layer: ``a[k] (r_k, i)``, ``b[k] (o, r_k)`` and their scales.
 
     ``a[k]`` and ``b[k]`` are None if adapter k has no pair there. ``masks[k]`` drops values of the x that a[k] reads;
     without masks nothing is dropped.

@@ -1,4 +1,4 @@
-"""Ops on the meta device: the outputs of a call that was made before are made without running it.
+"""Cache of ops on the meta device: a call that was made before gets new outputs without running the op.
 
 torch runs many ops there in Python, in up to half a millisecond. A step makes the same calls in each block.
 """
@@ -28,7 +28,7 @@ _KNOWN: dict[Hashable, Any] = {}  # a layout, several, None where there is no te
 
 @functools.cache
 def repeats(func: Any) -> bool:
-    """Return True if an op makes new tensors, or writes one and returns it; views are made anew each time."""
+    """Return True if an op can be cached: it returns new tensors, or one that it writes to, but no views."""
     schema, made = func._schema, func._schema.returns
     if func.namespace != "aten" or torch.Tag.inplace_view in func.tags:
         return False
@@ -38,7 +38,7 @@ def repeats(func: Any) -> bool:
 
 
 def call_of(func: Any, args: Any, kwargs: Any) -> Hashable:
-    """Return all that the layout of an op's outputs depends on."""
+    """Return the cache key of a call: everything that the layout of its outputs depends on."""
     named = tuple((name, _signed(x)) for name, x in kwargs.items()) if kwargs else ()
     return func, torch.get_default_dtype(), tuple(map(_signed, args)), named
 
@@ -52,7 +52,7 @@ def _signed(x: Any) -> Hashable:
 
 
 def outputs_of(call: Hashable) -> Any:
-    """Return new outputs of a call, or `WRITTEN`; None if they are not known."""
+    """Return new outputs of a cached call, or `WRITTEN` if it returns the tensor that it writes to; else None."""
     known = _KNOWN.get(call)
     if known is WRITTEN:
         return WRITTEN
@@ -75,7 +75,7 @@ def remember(call: Hashable, out: Any, given: Iterable[Tensor]) -> None:
 
 
 def remember_written(call: Hashable) -> None:
-    """Remember that a call returns the tensor that it writes, whose layout stays."""
+    """Remember that a call returns the tensor that it writes to, without a change of layout."""
     _keep(call, WRITTEN)
 
 

@@ -110,5 +110,5 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def over_rows(bias: Tensor | None, n: int) -> Tensor | None:
-    """Return a bias expanded to the (n, o) that a product is added onto: a view."""
+    """Return a bias (o,) expanded to (n, o), as a view; None without a bias."""
     return None if bias is None else bias.expand(n, -1)

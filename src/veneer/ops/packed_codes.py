@@ -52,7 +52,7 @@ class PackedCodes:
         *,
         backend: str | None = None,
     ) -> PackedCodes:
-        """Return the packed form of a matrix from `quantize_4bit`. Raises ShapeError if `fits_4bit` does not hold."""
+        """Return the packed form of a matrix from `quantize_4bit`. Raises ShapeError if `fits_4bit` is False."""
         if not fits_4bit(absmax, layout, dtype):
             raise ShapeError(
                 f"4-bit codes are packed of matrices whose width is a multiple of {GROUP}, for float32 or bfloat16 and "
@@ -74,7 +74,7 @@ class PackedCodes:
         *,
         backend: str | None = None,
     ) -> PackedCodes:
-        """Return the packed form of a matrix from `quantize_int8`. Raises ShapeError if `fits_int8` does not hold."""
+        """Return the packed form of a matrix from `quantize_int8`. Raises ShapeError if `fits_int8` is False."""
         o, i = codes.shape
         if not fits_int8(codes, absmax, dtype):
             raise ShapeError(
@@ -90,7 +90,7 @@ class PackedCodes:
         """Return the packed form of a matrix given in parts of its rows. All parts except the last have a multiple of
         64 rows.
 
-        Raises ShapeError for a part that `fits_groups` does not hold of.
+        Raises ShapeError if `fits_groups` is False for a part.
         """
         panels, rows, first = [], 0, None
         for groups in parts:

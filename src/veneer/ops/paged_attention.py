@@ -50,7 +50,7 @@ class PagedStore:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> PagedStore:
-        """Return empty pages for ``heads = (n_layers, kv_heads, head_dim)``; memory is taken when a page is first
+        """Return empty pages for ``heads = (n_layers, kv_heads, head_dim)``; memory is allocated when a page is first
         written.
 
         Raises ConfigError on invalid sizes or an unsupported dtype.
@@ -80,7 +80,7 @@ class PagedStore:
         return self.data.shape[1] * self.data.element_size()
 
     def discard(self, pages: Iterable[int]) -> None:
-        """Return the memory of pages to the system, if it accepts it; afterwards they are zeros or unchanged."""
+        """Give the memory of pages back to the system, if it supports this. The pages are then zeros or unchanged."""
         if self.memory is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
         for run in _runs(pages):
@@ -114,7 +114,7 @@ class PageTables:
         self._before = self._now
 
     def begin(self) -> None:
-        """Begin a step."""
+        """Begin a step. From now on, arrays of the step before the last one are forgotten."""
         self._before, self._now = self._now, {}
 
     def of(self, pages: Sequence[int]) -> tuple[Sequence[int], int]:

@@ -108,7 +108,7 @@ class PackedPairs:
         return packed
 
     def with_vectors(self, pairs: Sequence[FactorPair | None]) -> PackedPairs:
-        """Return pairs with the same factors and other vectors; the factors are stored once."""
+        """Return a copy with the vectors of ``pairs``. The factors are shared, not copied."""
         return replace(self, middle=_middle(pairs, self.out_features, self.dtype) or self.middle)
 
     @property
@@ -192,7 +192,7 @@ def pack_factors(factors: Sequence[Factor], *, backend: str | None = None) -> No
 
 
 class Segment(NamedTuple):
-    """Rows from ``start`` to ``stop`` that take the pairs of one version."""
+    """Rows from ``start`` up to ``stop`` of a step, to which one adapter version applies."""
 
     pairs: PackedPairs
     start: int
@@ -203,8 +203,8 @@ class Segment(NamedTuple):
 class Segments:
     """Segments of a step at layers that share their input, checked once for all steps with these rows.
 
-    ``table (n_segments, 9 + n_layers)`` holds the address of each one's factors, start, stop, `PackedPairs.numbers`,
-    ranks.
+    ``table (n_segments, 9 + n_layers)`` holds for each segment: address of the factors, start, stop,
+    `PackedPairs.numbers`, ranks.
     """
 
     parts: tuple[Segment, ...]

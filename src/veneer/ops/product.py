@@ -20,11 +20,11 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyp
 
 
 def visible(schema: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """Register a product as an op of torch, called if torch's dispatcher is watched; its first argument is the operand.
+    """Register a product as an op of torch. A call uses the op only if a mode watches torch's dispatcher.
 
-    Selective checkpointing can then keep the result: it does not see kernels, and cannot keep what is written in place.
-    If nothing watches, the function is called directly. The dispatcher takes time, and transforms without a rule would
-    pass through it without an error.
+    Selective checkpointing, such a mode, can then keep the result. It does not see kernels, and cannot keep results
+    that are written in place. The first argument is the operand. If nothing watches, the function is called directly:
+    the dispatcher takes time, and transforms without a rule would pass through it without an error.
     """
 
     def register(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

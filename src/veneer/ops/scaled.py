@@ -34,7 +34,7 @@ class ScaledCodes:
     """Matrix ``(o, columns)`` in ``codes (o, bytes)``, of one byte an element.
 
     ``scales`` and ``zeros`` hold ``ceil(o / height) * ceil(columns / group)`` values, in any shape. ``zeros`` None:
-    whole numbers are less ``2 ** (bits - 1)``, floats are as they are. ``overall`` multiplies all scales, or
+    ``2 ** (bits - 1)`` is subtracted from whole numbers, nothing from floats. ``overall`` multiplies all scales, or
     ``divides`` them. Raises ShapeError if they do not fit.
     """
 
@@ -82,7 +82,7 @@ def decode_scaled(
 ) -> Float32[Tensor, "k columns"]:
     """Return the values of rows: of a slice without a step, or those listed.
 
-    Raises IndexError (a row that is not there).
+    Raises IndexError for a row number out of range.
     """
     n = len(w.codes)
     index = slice(*index.indices(n)) if isinstance(index, slice) else listed_rows(index, n)
@@ -107,7 +107,7 @@ def matmul_scaled(x: Float[Tensor, "n i"], w: ScaledCodes, *, backend: str | Non
 
 
 def has_product(x: Tensor) -> bool:
-    """Return True if a kernel multiplies x: elsewhere `matmul_scaled` decodes all of W at once."""
+    """Return True if a kernel multiplies x. If not, `matmul_scaled` decodes all of W at once."""
     return x.device.type == "cpu" and x.dtype in FLOATS and "cpu" in backends("scaled.matmul")
 
 

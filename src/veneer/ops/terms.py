@@ -1,4 +1,4 @@
-"""Terms of a record other than pairs and scales for rows that are served: linear maps of each row by itself.
+"""Terms of an adapter's record other than pairs and scales, for serving: linear maps of each row by itself.
 
 A row's result does not depend on the other rows. Products and sums are in float32, and a result is rounded once to the
 rows' dtype.
@@ -29,7 +29,7 @@ PADDING = 16
 
 @dataclass(frozen=True, slots=True)
 class PackedTerm:
-    """A `Form` as the kernels read it: float32 values padded as csrc/terms/terms.h says, and int32 places."""
+    """A `Form` as the kernels read it: float32 values padded as csrc/terms/terms.h documents, and int32 places."""
 
     kind: str
     sizes: tuple[int, ...]
@@ -56,7 +56,7 @@ class PackedTerm:
 
     @property
     def is_sound(self) -> bool:
-        """Return True if kernels stay within the memory of the values and places: of a file that may be damaged too."""
+        """Return True if kernels read this term within its memory. It may come from a damaged file."""
         if self.kind not in _N_SIZES or len(self.sizes) != _N_SIZES[self.kind] or min(self.sizes) < 1:
             return False
         if self.values.dtype != torch.float32 or not self.values.is_contiguous():
@@ -86,9 +86,9 @@ class LayerTerms:
 
     @classmethod
     def taken(cls, record: LinearDelta, *, reads_weight: bool) -> tuple[LayerTerms | None, LinearDelta]:
-        """Return the packed terms of a record, None if there are none, and the record without them.
+        """Split a record: return its packed terms (None if there are none), and the record without them.
 
-        ``reads_weight``: True also takes those that read the layer's weight.
+        ``reads_weight``: also pack terms that read the layer's weight.
         """
         input_term, output_term = _map_of(record.input), _map_of(record.output)
         found = ((term, term.form()) for term in record.changes)

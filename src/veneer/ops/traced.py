@@ -1,4 +1,4 @@
-"""Tensors without values: a step on them allocates what a real one would, and computes nothing.
+"""Tensors without values: a step on them allocates as much as a real step, and computes nothing.
 
 A `Traced` tensor is on the meta device but reports another one. Autocast, dispatch and the kernels' own Python code
 thus take the same paths as on real tensors. Calls of the kernels themselves do nothing (`silent_kernels`). Integer and
@@ -46,7 +46,7 @@ _ISA: ContextVar[str | None] = ContextVar("_ISA", default=None)
 
 
 class Traced(Tensor):
-    """Tensor without values that counts as being on a device; ``bare`` is the one on the meta device.
+    """Tensor without values that reports a real device. ``bare`` is the same tensor on the meta device.
 
     The bytes of its storage are those of the storage of ``bare``.
     """
@@ -121,9 +121,9 @@ def tensors_in(given: Any) -> Iterator[Tensor]:
 
 
 class SilentMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Mode that changes nothing that a step computes, and sees each op: `is_watched` does not count it.
+    """Dispatch mode that passes each op to `see` and changes no result. `is_watched` ignores it.
 
-    Nothing compiles it, so that it goes without torch's guard against that, a quarter of its time.
+    The mode is never compiled. torch's guard against that, a quarter of its time, is therefore off.
     """
 
     @classmethod
@@ -140,10 +140,10 @@ class SilentMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Tracing(SilentMode):  # type: ignore[no-untyped-call]
-    """Mode that runs the ops of a traced step without values, and reports each of them to all of ``seen``.
+    """Mode that runs the ops of a traced step without values, and calls each function in ``seen`` with every op.
 
-    One mode does all: each mode more costs as much as the op. Tensors that a step makes from nothing are traced, except
-    whole numbers, booleans and single numbers.
+    One mode serves all functions, since each further mode costs as much as the op. Tensors that a step creates are
+    traced, except scalars, booleans and integers of more than 8 bits.
     """
 
     def __init__(self) -> None:
@@ -213,8 +213,8 @@ def not_done(name: str, *arguments: Any) -> None:
 def row_slices(n: int, size: int) -> Iterator[slice]:
     """Yield slices of ``n`` rows, ``size`` at a time.
 
-    While a step is traced, the slices between the second and the last are left out, and the second is told to count for
-    them: the time of a trace does not grow with the rows.
+    While a step is traced, the slices between the second and the last are left out. The tracer is told to count the
+    second once for each, so that the time of a trace does not grow with the rows.
     """
     starts = range(0, n, size)
     left_out = starts[2:-1] if is_tracing() else starts[:0]

@@ -43,7 +43,10 @@ class LayerwiseGaLoreAdamW(GaLoreAdamW):
 
     @torch.no_grad()
     def take_gradient(self, param: Tensor, index: int) -> None:
-        """Update a parameter of the group at ``index`` by its gradient, and free the gradient. Raises TrainingError."""
+        """Update a parameter of the group at ``index`` by its gradient, and free the gradient.
+
+        Raises TrainingError if the gradient is not finite.
+        """
         if not torch.isfinite(cast(Tensor, param.grad)).all():
             raise TrainingError(
                 "a gradient is NaN or infinite: training stops before it reaches its weight, and earlier checkpoints "

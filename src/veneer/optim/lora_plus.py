@@ -27,7 +27,7 @@ def lora_plus_groups(
     """Return optimizer groups over the trainable parameters: A and everything else at ``lr``, B at ``lr * ratio``.
 
     ``outward``: the parameters that are B, by their full names or last name parts. `outward_parameters` gives them for
-    a model's adapters. None means those that any method names so. ``embeddings``: the full names of factors of
+    a model's adapters. None: those that any of veneer's methods names B. ``embeddings``: the full names of factors of
     embeddings, which learn at ``embedding_lr``. `embedding_parameters` gives them. None means all with "embed" or "wte"
     in their module's path.
 

@@ -19,7 +19,7 @@ from veneer.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """Factors A (r, i) and B (o, r) of one layer. ``scale`` is the one of their product that B's gradient is freed of.
+    """Factors A (r, i) and B (o, r) of one layer. B's gradient is divided by ``scale²``.
 
     A factor without a gradient stays as it is.
     """
@@ -32,8 +32,8 @@ class Factors:
 def precondition(optimizer: Optimizer, layers: Sequence[Factors], damping: float) -> RemovableHandle:
     """Make the steps of an optimizer use ``(Bᵀ B + δ)⁻¹ g`` for A, and ``g (A Aᵀ + δ)⁻¹ / scale²`` for B.
 
-    ``damping`` is δ. Returns the handle that undoes it. A step with a closure, which computes gradients of its own,
-    raises ConfigError.
+    ``damping`` is δ. Return the handle that restores the optimizer's own steps. A step with a closure, which computes
+    gradients of its own, raises ConfigError.
     """
 
     def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # args: itself first

@@ -22,7 +22,7 @@ FEW_ROWS = 16
 
 
 class BlockWeight(CodedWeight):
-    """Frozen weight ``W (o, i)`` whose rows can be decoded one by one. A format gives ``shape`` and `rows`.
+    """Base of frozen weights ``W (o, i)`` whose rows can be decoded one by one. A format defines ``shape`` and `rows`.
 
     ``dtype`` is that of ``dense()``. Values are rounded to the dtype in which their product is computed, which may be
     float32 for narrower rows.
@@ -43,7 +43,7 @@ class BlockWeight(CodedWeight):
 
     @abstractmethod
     def rows(self, index: slice | Int[Tensor, " k"]) -> Float32[Tensor, "k i"]:
-        """Return the rows at an index, with the values of the format's own library, to the bit."""
+        """Return the decoded rows at an index, bit-equal to those of the format's own library."""
 
     def few_rows(self, x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"] | None:
         """Return ``x Wᵀ`` for at most `FEW_ROWS` rows by the format's own kernel; None if there is none for x."""
@@ -64,7 +64,7 @@ class BlockWeight(CodedWeight):
         return torch.empty(self.shape, dtype=dtype or self.dtype) if out is None else out
 
     def tiles(self, n_values: int | None = None) -> Iterator[tuple[slice, Float32[Tensor, "k i"]]]:
-        """Yield the decoded rows in order, with their places, about ``n_values`` (None: `TILE_VALUES`) at a time."""
+        """Yield (slice of rows, decoded rows) in order, about ``n_values`` values (None: `TILE_VALUES`) at a time."""
         o, i = self.shape
         step = max(1, (n_values or TILE_VALUES) // max(1, i))
         for start in range(0, o, step):
@@ -92,14 +92,14 @@ def tile_values(device: torch.device) -> int:
 
 
 class ScaledWeight(BlockWeight):
-    """Frozen weight of small numbers with scales. A format gives ``shape`` and ``scaled``."""
+    """Base of frozen weights stored as small numbers with scales. A format defines ``shape`` and `scaled`."""
 
     __slots__ = ()
 
     @property
     @abstractmethod
     def scaled(self) -> ScaledCodes:
-        """The codes and scales, as the kernels read them."""
+        """Codes and scales in the kernels' form."""
 
     def rows(self, index: slice | Int[Tensor, " k"]) -> Float32[Tensor, "k i"]:
         return decode_scaled(self.scaled, index)

@@ -80,7 +80,7 @@ class GgmlWeight(BlockWeight):
 
 @dataclass(frozen=True, slots=True)
 class GgmlSpec:
-    """Specification of a matrix in ggml's type ``kind``. ``reordered``: its rows have an order of their own."""
+    """Specification of a matrix in ggml's type ``kind``. ``reordered``: rows are stored in another order."""
 
     shape: tuple[int, int]
     kind: str
@@ -95,7 +95,7 @@ class GgmlSpec:
         return {"weight": (torch.uint8, (o, row_bytes(self.kind, i))), **order}
 
     def quantize(self, weight: Float[Tensor, "o i"]) -> dict[str, Tensor]:
-        """Return codes by ggml's own search. Raises ConfigError if the weight lies in a file, which keeps its own."""
+        """Return the weight quantized by ggml's own search. Raises ConfigError if there is a ``source`` file."""
         if self.source is not None:
             raise ConfigError(
                 f"a weight in the blocks of {self.source.path} cannot be quantized again in place: merge into 16 "
@@ -132,7 +132,7 @@ class GgmlSpec:
 def quantize(
     weight: Float[Tensor, "o i"], kind: str = "Q8_0", *, compute_dtype: torch.dtype | None = None
 ) -> GgmlWeight:
-    """Return a weight in ggml's type ``kind``; in F16, as llama-quantize, if its blocks do not divide a row.
+    """Return a weight in ggml's type ``kind``, or in F16 (as llama-quantize does) if its blocks do not divide a row.
 
     Raises ConfigError (unknown type), ShapeError, NonFiniteError.
     """

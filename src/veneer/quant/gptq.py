@@ -22,8 +22,8 @@ PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqSpec(GroupedSpec):
-    """Specification of a matrix stored by GPTQ. ``less_one``: zeros are stored less one. ``symmetric``: all are in the
-    middle.
+    """Specification of a matrix stored by GPTQ. ``less_one``: zeros are stored less one. ``symmetric``: every zero
+    is the middle code.
     """
 
     less_one: bool = True

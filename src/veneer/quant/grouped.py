@@ -25,7 +25,7 @@ class GroupedWeight(ScaledWeight):
     """``W[o, i] = (codes[o, i] - zero) * scale``, computed in the scales' dtype.
 
     ``zeros`` None: all are ``2 ** (bits - 1)``. ``order``: the columns of W in the order of the codes, in which each
-    group lies together; inputs are put into it once a product.
+    group lies together; inputs are reordered once for each product.
     """
 
     codes: UInt8[Tensor, "o bytes"]
@@ -80,12 +80,12 @@ class GroupedSpec:
 
     @property
     def group_width(self) -> int:
-        """Inputs of a group."""
+        """Number of inputs in a group."""
         return self.group or self.shape[1]
 
     @property
     def n_groups(self) -> int:
-        """Groups of a row."""
+        """Number of groups in a row."""
         return -(-self.shape[1] // self.group_width)
 
     def part_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -101,7 +101,7 @@ class GroupedSpec:
         return layout
 
     def quantize(self, weight: Float[Tensor, "o i"]) -> NoReturn:
-        """Raise ConfigError: a weight is quantized in this format by its own library, from examples."""
+        """Raise ConfigError: only the format's own library quantizes a weight in it, from example inputs."""
         raise ConfigError(
             "a weight of this format cannot be quantized again here: merge into 16 bits, and quantize the result by "
             "the format's own library"
@@ -121,7 +121,7 @@ class GroupedSpec:
 
 
 def group_problems(spec: GroupedSpec) -> list[str]:
-    """Return the problem of a width that the groups do not divide."""
+    """Return a problem if groups of this width do not divide a row."""
     _, i = spec.shape
     if spec.group is None or i % spec.group == 0:
         return []
@@ -137,7 +137,7 @@ def scales_problems(tensors: Parts, shape: tuple[int, int]) -> list[str]:
 
 
 def order_of(g_idx: Tensor, group: int, n_groups: int) -> tuple[Int32[Tensor, " i"] | None, list[str]]:
-    """Return the columns sorted by group (None if they are), and the problems of ``g_idx``."""
+    """Return the order that sorts columns by group (None if they are sorted), and the problems found in ``g_idx``."""
     index = g_idx.long()
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < n_groups:
         return None, [f"g_idx holds groups {int(index.min())} to {int(index.max())}, allowed: 0 to {n_groups - 1}"]

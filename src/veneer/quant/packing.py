@@ -52,7 +52,7 @@ def _packed_groups(weight: BlockWeight, dtype: torch.dtype) -> PackedCodes | Non
 
 
 def unpacked_codes(weight: CodedWeight, packed: PackedCodes) -> Tensor | None:
-    """Return the codes of a weight from their packed form, as the weight has them; None for codes that hold scales too.
+    """Return packed codes in the weight's own layout; None if that layout mixes codes with scales.
 
     ``weight`` may have its codes on the meta device.
     """

@@ -43,7 +43,7 @@ class StorageSpec(Protocol):
         ...
 
     def bind(self, parts: Parts) -> FrozenWeight:
-        """Return the weight made of these tensors."""
+        """Return the frozen weight that these stored tensors make up."""
         ...
 
     def owns(self, key: str) -> bool:
@@ -55,7 +55,7 @@ class StorageSpec(Protocol):
         ...
 
     def from_disk(self, tensors: Parts) -> tuple[StorageSpec, dict[str, Tensor]]:
-        """Return the inverse of `to_disk` for a weight of this shape. Raises FormatError that lists every misfit."""
+        """Return spec and stored tensors: the inverse of `to_disk`. Raises FormatError that lists every misfit."""
         ...
 
 

@@ -143,7 +143,7 @@ class StackSpec:
         return {_numbered(name, k): part for k, parts in enumerate(pieces) for name, part in parts.items()}
 
     def bind(self, parts: Parts) -> CodedWeights:
-        """Return the weights made of these tensors."""
+        """Return the frozen weights that these stored tensors make up."""
         return CodedWeights(self, parts)
 
     def owns(self, key: str) -> bool:
@@ -164,7 +164,7 @@ class StackSpec:
         }
 
     def from_disk(self, tensors: Parts) -> tuple[StackSpec, dict[str, Tensor]]:
-        """Return the inverse of `to_disk` for weights of this shape. Raises FormatError that lists every misfit."""
+        """Return spec and stored tensors: the inverse of `to_disk`. Raises FormatError that lists every misfit."""
         held = _by_expert(tensors)
         problems: list[str] = []
         specs: list[tuple[StorageSpec, ...]] = []

@@ -1,4 +1,4 @@
-"""Blocks of a model handed on while it is loaded, each once its weights are there."""
+"""Loading of a model block by block: each block is passed to a function as soon as its weights are loaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _AT_ONCE = "HF_DEACTIVATE_ASYNC_LOAD"
 
 @contextmanager
 def blocks_handed_on(take: EachBlock | None) -> Iterator[None]:
-    """Give the blocks of models that are loaded in this context to ``take``, one by one."""
+    """Call ``take`` with each block of the models that are loaded in this context."""
     token = _EACH_BLOCK.set(take)
     try:
         yield
@@ -59,9 +59,9 @@ class Unread:
 
 
 def unread(files: Sequence[str] | None) -> dict[str, Unread] | None:
-    """Return the tensors of a dense model whose blocks are handed on.
+    """Return the tensors of a dense model's files, unread, if a function takes its blocks (`blocks_handed_on`).
 
-    None if nobody takes them, or for pickles, which are read as a whole.
+    Return None if no function does, and for pickles, which are read as a whole.
     """
     if _EACH_BLOCK.get() is None or not files or not all(str(file).endswith(".safetensors") for file in files):
         return None

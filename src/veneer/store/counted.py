@@ -1,4 +1,4 @@
-"""Facts about a model folder that its headers tell, and plain configs; torch is not imported."""
+"""Facts about a model folder, from file headers and a plain config; torch is not imported."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Counted(Protocol):
 
 
 def plain_facts(folder: Path) -> ModelFacts | None:
-    """Return the facts of a dense model folder of a plain config; None if only transformers tells them.
+    """Return the facts of a dense model folder with a plain config; None if transformers must read its config.
 
     ``config`` holds the fields of the file alone. Raises FormatError if weights are missing or damaged.
     """

@@ -11,7 +11,7 @@ from veneer.store.known import KNOWN, is_fetched, model_folder
 
 
 def require_found(model: str) -> None:
-    """Raise ConfigError for a model that is no folder, no file, no fetched model, and neither on the hub nor cached."""
+    """Raise ConfigError if a model is not a path, a fetched model, or an id on the hub or in the hub's cache."""
     name = known_name(model)
     if Path(model).expanduser().exists() or "@sha256:" in name:
         return
@@ -25,7 +25,7 @@ def require_found(model: str) -> None:
 
 
 def folder_here(source: str) -> Path | None:
-    """Return the folder of a model that is named by its path, or fetched; None for any other."""
+    """Return the folder of a model, given by its path or by the name of a fetched model; None for any other."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -33,7 +33,7 @@ def folder_here(source: str) -> Path | None:
 
 
 def require_model(path: Path) -> None:
-    """Raise FormatError for a folder or a file that holds no model, with what lies there."""
+    """Raise FormatError if a folder or file holds no model. The error says what it holds instead."""
     if path.is_file() and path.suffix != ".gguf":
         raise FormatError(f"{path} is a file; a model is a folder with config.json, or a .gguf file")
     if not path.is_dir() or (path / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub, in its cache, or nowhere. Asked without torch."""
+"""Look-up of models on the Hugging Face hub and in its cache, without torch."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _CLOSE = 0.75
 
 @functools.cache
 def on_hub(name: str) -> Path | str:
-    """Return the id of a model if the hub has it, else the folder of it in the hub's cache.
+    """Return a model's id if the hub answers for it. If the hub does not answer, return its folder in the hub's cache.
 
-    The hub's own client would ask for a minute before it fails. A model that was found is not asked for again in this
-    process. With HF_HUB_OFFLINE the hub is not asked. Raises ConfigError, with the nearest names, for a name that
-    cannot be an id, and for an id that is unknown or cannot be asked for.
+    The request fails after five seconds; the hub's own client tries for a minute. Results are kept in this process.
+    With HF_HUB_OFFLINE the hub is not asked. Raises ConfigError, with similar names, for a name that cannot be an id
+    and for an id that is unknown. Raises it too if the hub does not answer and its cache lacks the model.
     """
     if "/" not in name and difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=_CLOSE):
         raise ConfigError(_no_model(name))

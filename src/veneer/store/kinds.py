@@ -25,7 +25,7 @@ _ENCODES = "an encoder with a decoder"
 def auto_class(source: str | os.PathLike[str], facts: Mapping[str, Any], *, encodes: bool = False) -> Any:
     """Return transformers' auto class for a model that predicts the next token, by the fields of its config.
 
-    ``encodes``: an encoder with a decoder will do too.
+    ``encodes``: an encoder with a decoder is accepted too.
 
     A model of images and text is loaded whole; text runs through its text half. Raises ConfigError for another kind of
     model: a classifier, an encoder, an encoder with a decoder.

@@ -1,4 +1,4 @@
-"""Base that is given for an adapter, compared with the base that the adapter names. No torch."""
+"""Comparison of the base given for an adapter with the base that the adapter names; torch is not imported."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _LONGEST = 256  # characters of a name that is compared
 class GivenBase:
     """Base given by the caller: ``root`` is its name in the request, ``names`` its other names, ``folder`` its folder.
 
-    Names differ clearly only if both are names of models. Of a folder nobody knows which model it holds, unless the
-    adapter names another folder of this machine, or a fetched model.
+    Two names differ only if both are names of models, not paths: a folder may hold any model. Two folders on this
+    machine are compared by their files. A fetched model has such a folder too.
     """
 
     def __init__(self, root: str = "", names: Collection[str] = (), folder: Path | None = None) -> None:
@@ -50,7 +50,7 @@ class GivenBase:
 
 
 def is_one_model(one: str, other: str) -> bool:
-    """Return True if two names mean the same model, as far as names tell and the files of two folders."""
+    """Return True if two names mean the same model, judged by the names, or by the files of two folders."""
     here, there, is_one_name = _folder_of(one), _folder_of(other), _model(known_name(one)) == _model(known_name(other))
     if here is None or there is None or (is_one_name and here.name != there.name):  # one model in two formats
         return is_one_name

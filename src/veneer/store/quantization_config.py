@@ -1,4 +1,4 @@
-"""Face of a quantization config for the loader of quantized models."""
+"""Interface of quantization configs for the loader of quantized models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Note on the checkpoint for its user, said once when it is loaded."""
 
     def merged_with(self, stored: Mapping[str, Any]) -> Self:
-        """Return the config of a quantized checkpoint for which this one is asked. Raises ConfigError."""
+        """Return this config completed by the ``stored`` one of a quantized checkpoint. Raises ConfigError."""
         raise NotImplementedError
 
     def left_out(self, model: PreTrainedModel, *, stored: bool) -> list[str]:
@@ -51,7 +51,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return None
 
     def grouped(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
-        """Return the tensors of each layer or stack that is stored quantized: their names by part."""
+        """Group tensor names by quantized layer or stack: ``{layer: {part: name}}``."""
         raise NotImplementedError
 
     def stored_shape(self, layer: str, parts: Mapping[str, Stored]) -> tuple[int, ...] | None:
@@ -99,7 +99,7 @@ def _read(name: str, spec: _Spec, parts: Mapping[str, Stored]) -> tuple[_Spec, d
 
 
 def held_quantized(layer: str, parts: Mapping[str, Stored]) -> FormatError:
-    """Return the error for a layer that ``config.json`` leaves dense."""
+    """Return the error for a layer that is dense by ``config.json`` but quantized in the files."""
     return FormatError(
         f"{parts[min(parts)].path}: {layer}: config.json leaves it dense, and the file holds it quantized "
         f"({', '.join(parts)}). Correct the modules that quantization_config leaves out, or fetch both files again"

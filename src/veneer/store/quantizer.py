@@ -146,13 +146,13 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ConfigError("device_map puts modules on disk, which quantized models cannot be: leave out 'disk'")
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Return the current GPU, if there is one and no device map is given, as bitsandbytes does."""
+        """Return the given device map. Without one, return the current GPU, if any, as bitsandbytes does."""
         if device_map is None and torch.cuda.is_available():
             return {"": torch.cuda.current_device()}
         return device_map
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of the model: ``dtype``, or bfloat16 if that is the codes' own, of one byte."""
+        """Return the dtype of the model: ``dtype``, or bfloat16 if ``dtype`` is a one-byte type of codes."""
         return dtype if dtype.itemsize > 1 else torch.bfloat16
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -193,7 +193,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         return deferred
 
     def plan_stacks(self, model: PreTrainedModel) -> None:
-        """Put the stacks of a model without files in place, as `open` does with them."""
+        """Replace experts by empty stacks in codes, in a model planned without files. `open` does so with files."""
         plan = planned_stacks if self.is_stored else new_stacks
         for name, spec in plan(model, self.quantization_config, self._skip).items():
             _put_stack(model, name, CodedStack(spec))

@@ -1,4 +1,4 @@
-"""Large files written piece by piece: their room is taken before any work is done, and errors of the disk are told."""
+"""Large files written piece by piece: disk space is reserved before any work, and disk errors become DiskError."""
 
 from __future__ import annotations
 

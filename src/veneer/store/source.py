@@ -81,11 +81,11 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the causal language model at ``source``, for evaluation. With ``scores`` its head scores each sequence.
 
-    A score is one number; the head is new if the files hold none. ``encodes``: an encoder with a decoder will do too.
+    A score is one number; the head is new if the files hold none. ``encodes``: an encoder-decoder is accepted too.
     ``dtype`` ``"auto"`` keeps the checkpoint's. ``quantization`` is a `BitsAndBytesConfig`, not needed for a model that
     was saved quantized. The matrices of a GGUF file stay in their blocks, mapped; ``gguf="dense"`` or a
-    ``quantization`` makes a dense copy in the cache first. ``each_block`` takes the blocks while the model is loaded,
-    each once its weights are there. With a CUDA ``device`` each weight goes there as it is read (blocks of a GGUF file:
+    ``quantization`` makes a dense copy in the cache first. ``each_block`` is called with each block as soon as its
+    weights are loaded. With a CUDA ``device`` each weight goes there as it is read (blocks of a GGUF file:
     at the end), so that host memory never holds the model.
 
     Raises the errors of `resolve` and `auto_class`, FormatError if weights are damaged or missing, and ConfigError for

@@ -69,7 +69,7 @@ def stacks_in_files(
 
 
 def leaves_dense(model: PreTrainedModel, skip: Sequence[str], layer: str) -> bool:
-    """Return True if a stack of the files is among the modules that the config leaves dense."""
+    """Return True if the config leaves a stack dense. ``layer`` is the stack's name in the files."""
     return not all(_quantizes(name, skip) for name in _spellings(model, renamer(model)(layer)))
 
 

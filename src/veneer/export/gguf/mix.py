@@ -86,7 +86,7 @@ def chosen_types(
 
 
 def fitting(kind: str, columns: int) -> str:
-    """Return the type, or its fallback if its blocks do not divide a row."""
+    """Return ggml's type ``kind``, or its fallback type if its blocks do not divide a row of ``columns`` values."""
     if columns % GGML_TYPES[kind].block == 0:
         return kind
     other = _FALLBACK.get(kind)

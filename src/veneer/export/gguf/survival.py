@@ -45,5 +45,5 @@ class FileSurvival:
         self._sums[spec.name] = sums
 
     def found(self) -> tuple[Survival, ...]:
-        """Return the surviving shares, tensor by tensor."""
+        """Return for each tensor the share of the adapter's update that survives in the file."""
         return tuple(sums.survival(name) for name, sums in self._sums.items())

@@ -1,4 +1,4 @@
-"""Ranks of vLLM: an adapter takes as much room as the smallest of these ranks that is not below its own."""
+"""Ranks of vLLM, which rounds an adapter's rank up to the next of these when it allocates memory."""
 
 from __future__ import annotations
 

@@ -65,13 +65,13 @@ def _rows(x: Tensor | None) -> tuple[int, int]:
 
 
 def router_numbers(router: Router) -> list[int]:
-    """Return what csrc/experts reads of a router: experts, those chosen, sigmoid, normalized, groups, those kept."""
+    """Return a router's numbers for csrc/experts: experts, top_k, sigmoid, normalized, groups, kept groups."""
     by_sigmoid = router.values == "sigmoid"
     return [router.n_experts, router.top_k, by_sigmoid, router.normalized, router.n_groups, router.kept_groups]
 
 
 def stack_numbers(stack: PackedStack, panels: int) -> list[int]:
-    """Return what csrc/experts reads of a stack, whose panels lie at an address."""
+    """Return a stack's numbers for csrc/experts. ``panels`` is the address of its panels."""
     first = stack.first
     coding = (first.coding_number, first.unit) if isinstance(first, PackedCodes) else (0, 0)
     return [*first.shape, first.depth, panels, first.panels.nbytes, *coding]

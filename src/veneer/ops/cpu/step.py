@@ -44,7 +44,7 @@ class StepNorm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChange:
-    """Change that a version makes to one layer: scales and bias in float32, a replaced weight, a pair, terms.
+    """Change that an adapter version makes to one layer: scales and bias in float32, a replaced weight, a pair, terms.
 
     ``whole`` replaces the weight. The pair reads the mapped input. ``own_bias`` is the bias in the rows' dtype.
     """
@@ -59,7 +59,7 @@ class LayerChange:
 
 
 class ProductChange(NamedTuple):
-    """Change that a version makes to a product: low-rank pairs of all layers, and changes of each layer, or none."""
+    """Change that an adapter version makes to a product: pairs of all layers, and each layer's own change, or none."""
 
     instruction: int
     pairs: PackedPairs | None
@@ -79,7 +79,7 @@ class StepRows(NamedTuple):
 
 
 class StepProgram:
-    """Instructions in order; numbered adapter versions are added to its products and dropped again.
+    """Program of a decoder: instructions in order, and the changes that numbered adapter versions make to them.
 
     ``turns`` are cosines and sines (n_positions, half) of each rotation, in float32. Registers hold tensors of rows;
     each tensor has a number. The program is freed when the interpreter exits, even if a thread that is still running
@@ -112,9 +112,9 @@ class StepProgram:
         return -1 if rotation is None else self._rotations.index(rotation)
 
     def add(self, kind: str, *parts: Part) -> None:
-        """Add an instruction by the function ``add_<kind>`` of csrc/step, which says its parts.
+        """Add an instruction by the function ``add_<kind>`` of csrc/step, which documents its ``parts``.
 
-        Tensors among the parts are sent by their addresses, 0 for None, and kept.
+        Tensors among them are kept alive, and passed as addresses. None is passed as 0.
         """
         getattr(self._program, f"add_{kind}")(*map(self._sent, parts))
         self.n_instructions += 1
@@ -136,9 +136,9 @@ class StepProgram:
         return 0 if part is None else part
 
     def add_layout(self, layout: int, changes: Sequence[ProductChange], block: Tensor) -> None:
-        """Add a numbered layout: the changes of all versions whose blocks hold tensors at the offsets in ``changes``.
+        """Add a numbered layout, which adapter versions share if their tensors lie at equal offsets in their blocks.
 
-        ``block`` is the memory that these are parts of.
+        The tensors of ``changes`` are views of ``block``, and show these offsets.
         """
         numbers = [
             (each.instruction, _pairs(each.pairs), [_change(layer) for layer in each.layers]) for each in changes
@@ -146,21 +146,21 @@ class StepProgram:
         self._program.add_layout(layout, address(block), numbers)
 
     def drop_layout(self, layout: int) -> None:
-        """Drop a layout that no version has."""
+        """Drop a layout that no adapter version uses any more."""
         self._program.drop_layout(layout)
 
     def take(self, version: int, layout: int, block: Tensor) -> None:
-        """Add a version with a layout and a block, which is kept."""
+        """Add an adapter version whose tensors lie in ``block`` as the layout says. The block is kept alive."""
         self._program.take(version, layout, address(block))
         self._of_versions[version].append(block)
 
     def take_bottleneck(self, version: int, instruction: int, pairs: PackedPairs, *, reads_output: bool) -> None:
-        """Add a version's bottleneck to a product that is added to the stream, or to `add_change`."""
+        """Add an adapter version's bottleneck to an instruction: a product added to the stream, or ``change``."""
         self._program.take_bottleneck(instruction, version, _pairs(pairs), reads_output)
         self._of_versions[version].append(pairs)
 
     def take_norm(self, version: int, instruction: int, norm: StepNorm) -> None:
-        """Add a version's own norm to a norm or the head."""
+        """Make an adapter version use its own norm in a norm or head instruction."""
         self._program.take_norm(instruction, version, norm_parts(norm))
 
     def seconds(self) -> list[float]:
@@ -168,7 +168,7 @@ class StepProgram:
         return list(self._program.seconds())
 
     def drop(self, version: int) -> None:
-        """Drop a version."""
+        """Drop an adapter version, and release its blocks."""
         self._program.drop(version)
         self._of_versions.pop(version, None)
 
@@ -180,10 +180,10 @@ class StepProgram:
         rows: StepRows,
         runs: Sequence[tuple[int, int, int]],
     ) -> None:
-        """Run some instructions.
+        """Run the instructions whose numbers are in ``part``.
 
-        ``registers`` are the `places` of tensors (n, width). ``runs`` are versions with their first row and the row
-        after their last. Raises IndexError for an id outside a table of embeddings, or a position outside the rotation
+        ``registers`` are the `places` of tensors (n, width). ``runs`` are (adapter version, first row, row after
+        the last). Raises IndexError for an id outside a table of embeddings, or a position outside the rotation
         tables.
         """
         store, batch = _pages(*pages) if pages else ([0] * 5, [0] * 5)
@@ -200,7 +200,7 @@ class StepProgram:
 
 
 def places(registers: Sequence[Tensor]) -> list[int]:
-    """Return the address and row stride of each register, in turn."""
+    """Return a flat list: the address and the row stride of the first register, of the second, and so on."""
     return [number for register in registers for number in (address(register), register.stride(0))]
 
 
@@ -223,13 +223,13 @@ def layer_parts(
 ) -> list[Part]:
     """Return the parts of a layer: its weight, its bias in the rows' dtype, and its output tensor.
 
-    ``wide_bias`` is the bias in float32, of which the step takes a copy.
+    ``wide_bias`` is the bias in float32, which the step copies.
     """
     return [*weight.shape, weight.depth, weight.panels, bias, _at(wide_bias), target, *_coding(weight)]
 
 
 def norm_parts(norm: StepNorm | None) -> tuple[bool, float, int, int, int]:
-    """Return the parts of a norm, of whose values the step takes a copy; without a weight it is none."""
+    """Return the parts of a norm, whose values the step copies; zeros for None."""
     if norm is None:
         return False, 0.0, 0, 0, 0
     return norm.subtracts_mean, norm.eps, norm.weight.numel(), address(norm.weight), _at(norm.bias)

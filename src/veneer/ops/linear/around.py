@@ -1,8 +1,8 @@
 """Terms before and after the products: a map of the input, a map of the output, and a bias.
 
 Scales and biases are never rounded to the dtype of the tensor that they act on (`ops.scale`), and neither is a rotation
-in blocks that kernels map rows by (`ops.linear.forms`). Of another one in blocks the difference from the identity is
-(`ops.linear.blocks`).
+in blocks that kernels map rows by (`ops.linear.forms`). Of other rotations in blocks, the
+difference from the identity is rounded (`ops.linear.blocks`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Linear maps in a `Form` for the many rows of a training step, with gradients in the form's numbers.
+"""Linear maps of many rows, as in a training step, each given as a `Form`; with gradients in the form's numbers.
 
-A form that multiplies a frozen weight entry by entry is made as a matrix (`entries`).
+If a form multiplies a frozen weight entry by entry, `entries` computes the product as a matrix.
 
 Kernels read the form as it is. Products and sums are in float32, and a result is rounded once to the rows' dtype.
 """
@@ -47,7 +47,7 @@ def shape_of(form: Form) -> tuple[int, int]:
 def has_kernel(form: Form, x: Tensor, isa: str) -> bool:
     """Return True if a kernel maps rows such as x by this form, in little memory, and nothing else does so faster.
 
-    ``isa`` is the instruction set of the kernels. Numbers in float64 are not rounded: they have no kernel.
+    ``isa`` is the instruction set of the kernels. Forms in float64 have no kernel, since it would round them.
     """
     if form.kind not in KINDS or not x.is_cpu or "cpu" not in backends("terms.map_rows"):
         return False
@@ -105,7 +105,7 @@ def form_gradients(
 
 
 def has_entries(form: Form | None, dtype: torch.dtype) -> bool:
-    """Return True if a kernel makes the matrix of this form in a dtype."""
+    """Return True if a kernel computes the matrix of this form in a dtype."""
     if form is None or form.base is None or "cpu" not in backends("terms.entries"):
         return False
     return form.values.is_cpu and torch.promote_types(form.values.dtype, dtype) != torch.float64

@@ -28,12 +28,12 @@ class LinearLayer:
     Without ``runs`` there is at most one record, which acts on all rows. With ``runs`` a row takes the record that its
     run names, or none. A row may be many tokens. ``masks`` are the dropout masks on the input of what each record
     adds to the weight; without any nothing is dropped. With ``rows_alone`` a row is computed as it is alone, however
-    many there are: serving promises that.
+    many there are, as serving requires.
 
     A record's tensors may be wider than x (float32 with bf16). Pairs are rounded for the products, which accumulate in
     float32. Kernels map many rows by a form in float32 (`forms`). If there is no such kernel, changes of many rows
-    are rounded unless they would lose by it, and of a rotation in blocks the difference from the identity is. Of other
-    terms nothing is rounded. Gradients are in the tensors' own dtype.
+    are rounded unless they would lose accuracy. Of a rotation in blocks, the difference from the identity is rounded.
+    Other terms are not rounded. Gradients are in the tensors' own dtype.
     """
 
     weight: Weight
@@ -55,12 +55,12 @@ class LinearLayer:
 
     @property
     def adds_to_mapped(self) -> bool:
-        """Return True if a record adds to the weight that reads an input which it maps. Others read x itself."""
+        """Return True if a record maps the input and adds to the weight: what it adds reads the mapped input, not x."""
         return any(record.input is not None and record.adds for record in self.records)
 
     @property
     def goes_by_rows(self) -> bool:
-        """Return True if rows have their own records or masks: their low-rank part is `ops.grouped_low_rank`."""
+        """Return True if rows have their own records or masks: `ops.grouped_low_rank` computes the low-rank part."""
         return self.runs is not None or bool(self.masks)
 
     @property
@@ -70,7 +70,7 @@ class LinearLayer:
 
     @property
     def has_changes(self) -> bool:
-        """Return True if a record changes the weight by more than a pair."""
+        """Return True if a record changes the weight other than by a low-rank pair."""
         return any(record.changes for record in self.records)
 
     def mask_of(self, record: int) -> Mask | None:
@@ -78,11 +78,11 @@ class LinearLayer:
         return self.masks[record] if self.masks else None
 
     def is_batch(self, n_rows: int) -> bool:
-        """Return True if a term of ``n_rows`` rows may be multiplied by other means than its own product."""
+        """Return True if ``n_rows`` rows are enough to apply a term by a kernel or as a matrix."""
         return n_rows >= MANY_ROWS and not self.rows_alone
 
     def runs_of(self, n_rows: int) -> AdapterRuns:
-        """Return the runs of ``n_rows`` rows, for example tokens, by the record that they take."""
+        """Return the runs of ``n_rows`` rows (for example tokens), each with the index of its record."""
         if self.runs is None:
             return AdapterRuns((Run(0, 0, n_rows),) if self.records else (), n_rows)
         return self.runs.times(n_rows // self.runs.n_rows)

@@ -41,7 +41,7 @@ def add_low_rank(
     """Add ``scale * b_scale * B (core * A x)`` to the outputs of layers, in place; return ``A x`` for
     `low_rank_backward`.
 
-    ``read`` is x as `ops.matmul.operand` gives it. All layers go by rows, or none does.
+    ``read`` is x as `ops.matmul.operand` gives it. `LinearLayer.goes_by_rows` is True for all layers, or for none.
     """
     if layers[0].goes_by_rows:
         return add_grouped_low_rank(x, [_group(layer) for layer in layers], layers[0].runs_of(len(x)), zs)

@@ -1,4 +1,4 @@
-"""Formula of a record on frozen layers, forward and backward.
+"""Frozen linear layers with the records of adapters on them, forward and backward.
 
 ``y = output(W x' + scale * b_scale * B (core * A drop(x')) + Σ ΔW drop(x')) + bias`` with ``x' = input(x)``.
 
@@ -65,7 +65,7 @@ class SavedForBackward:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None], layers: Sequence[LinearLayer]) -> SavedForBackward:
-        """Return the inverse of `tensors`, for these layers."""
+        """Rebuild the object from its `tensors`, for the same layers."""
         n_us = len(tensors) - len(layers)
         return cls(tuple(cast("Sequence[Tensor]", tensors[:n_us])), tuple(tensors[n_us:]))
 

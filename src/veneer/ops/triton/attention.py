@@ -140,7 +140,7 @@ def _store(x, tokens, token_stride, length, d, values, FEATURES: tl.constexpr):
 
 @triton.jit
 def scored(product, ahead, scale, window, softcap, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Scores in units of log 2, -inf where a query does not see a key, and the slope of the cap that made them.
+    """Return scores in units of log 2 (-inf if the query does not see the key), and the slope of the soft cap.
 
     ahead: the query's place minus the key's. No query sees keys beyond the end; queries there are not stored.
     """

@@ -27,7 +27,7 @@ def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
 
 
 def read_headers(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTensor]:
-    """Return the tensors listed in the same file's header, by name; no value is read.
+    """Return the tensors that an adapter file's header lists, by name; no value is read.
 
     Raises FormatError as `entries_in` does.
     """

@@ -50,7 +50,8 @@ def require_fit(adapter: Path, base: Path, n_tokens: int = 0, called: str | None
 def require_fit_on(adapter: Path, model: PreTrainedModel) -> None:
     """Raise FormatError if an adapter's tensors do not fit a model without adapters, TargetError if it lacks a module.
 
-    The model may be on the meta device. An adapter whose places only a forward pass would show is then assumed to fit.
+    The model may be on the meta device. If only a forward pass can show which modules
+    the adapter changes, it is then assumed to fit.
     """
     config = read_config(adapter)
     stored = {usual_key(key): tensor for key, tensor in read_headers(adapter).items()}
@@ -113,7 +114,7 @@ def _whole_parameters(model: nn.Module, given: Mapping[str, Shaped]) -> dict[str
 
 
 def require_one_base(adapters: Sequence[Path]) -> list[str]:
-    """Return the bases that adapters name, if these may be different models, as "FOLDER was trained on NAME".
+    """Return "FOLDER was trained on NAME" for each base that adapters name, if these may be different models; else [].
 
     Raises ConfigError and FormatError if a folder is not an adapter. Raises FormatError if the layers of two adapters
     differ in size. Sizes that a file does not hold are not compared.
@@ -176,7 +177,7 @@ def base_warnings(adapters: Sequence[Path], base: str, place: Path | str) -> lis
 
 @contextmanager
 def fitting(adapter: Path, base: str) -> Iterator[None]:
-    """Turn the problems of a sound adapter into one FormatError: it does not fit the base."""
+    """Turn an error within the context into a FormatError that says: the (undamaged) adapter does not fit the base."""
     try:
         yield
     except (FormatError, TargetError) as error:

@@ -48,7 +48,7 @@ def require_whole(*adapters: Path | None) -> None:
 
 
 def is_alone(folder: Path) -> bool:
-    """Return True for the folder of an adapter, without a model in it."""
+    """Return True if a folder holds an adapter and no model."""
     return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
 
 

@@ -34,9 +34,9 @@ class NeedsBaseError(CompositionError):
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """Adapter's config, and its places and records by module path.
+    """Saved adapter: its config, and by module path its places (modules it acts on) and records (its effect on them).
 
-    ``others`` are the keys of its other tensors: whole parameters and rows.
+    ``others`` are the keys of its other tensors: whole parameters, and trained rows of embeddings.
     """
 
     config: MethodConfig
@@ -57,13 +57,13 @@ def read_records(
     *,
     device: torch.device | None = None,
 ) -> StoredAdapter:
-    """Return the records of a saved adapter, equal to those on its model.
+    """Return the records of a saved adapter, equal to those of the adapter loaded on its model.
 
     If the method reads the base's weights, which are on ``device``, so are the records; all others are in host memory.
 
     ``places`` are its places in the base; the sites hold weights if the method reads them (see
     `model.sites.places.placed_on`). None: places from the file alone; a record's ``bias`` is then the difference to
-    the layer's own. ``lacking``: tensors by key that count if the file does not hold them.
+    the layer's own. ``lacking``: tensors to use for keys that the file lacks.
 
     Raises CompositionError if a weight is needed, and NeedsBaseError if neither the caller nor the file gives the
     places. Raises FormatError for a damaged folder.
@@ -80,7 +80,7 @@ def records_of(
     *,
     device: torch.device | None = None,
 ) -> StoredAdapter:
-    """Return `read_records` of a config and of tensors by their keys on disk. ``folder`` is named in errors alone."""
+    """Return records as `read_records` does, from a config and tensors by key on disk. Only errors use ``folder``."""
     in_base = places is not None
     if places is None:
         places = _told_places(folder, config, tensors)

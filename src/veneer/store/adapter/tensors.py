@@ -164,17 +164,17 @@ def _is_written_again(key: str, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def save_network(model: nn.Module, state: AdapterState, name: str, folder: Path) -> None:
-    """Write the network's weights for resuming training, if a network makes the tensors of a plain save."""
+    """Write the weights of the network that generates an adapter's tensors, if there is one, for resuming training."""
     write_atomically(folder / NETWORK_FILE, tensors_to_bytes(live_parameters(model, state, name)))
 
 
 def has_network(state: AdapterState, name: str) -> bool:
-    """Return True if a network makes the tensors of a plain save of this adapter."""
+    """Return True if a trained network generates this adapter's tensors. A plain save holds only these tensors."""
     return state.configs[name].has_network
 
 
 def holds_network(folder: Path) -> bool:
-    """Return True if an adapter's folder holds that network, as in a training checkpoint."""
+    """Return True if an adapter's folder holds the network that generates its tensors, as in a training checkpoint."""
     return (folder / NETWORK_FILE).is_file()
 
 

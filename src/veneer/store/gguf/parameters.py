@@ -61,7 +61,7 @@ class GgufParameter:
 
     @cached_property
     def order(self) -> Tensor | None:
-        """Place in the file of each row of a matrix; None if all are where they are in the model."""
+        """Index in the file of each row of a matrix; None if the rows are in the model's order."""
         [tensor, *_] = self.tensors
         places = places_of_rows(self.family, leaf_of(tensor.name), tensor.shape[0], self.config)
         return None if torch.equal(places, torch.arange(len(places), device="cpu")) else places
@@ -142,7 +142,7 @@ def _undivided(tensor: GgufTensor) -> str:
 
 
 def places_in(model: Any, family: GgufFamily, config: Any, held: Mapping[str, GgufTensor], path: Path) -> Places:
-    """Return the places of a model's parameters; tied ones have that of the one that the file holds.
+    """Return the names of the file's tensors for each parameter of a model. Tied parameters have the same tensors.
 
     Raises FormatError for parameters that the file lacks.
     """

@@ -41,7 +41,7 @@ _IN_A_BLOCK = re.compile(r"\.\d+\.")
 class GptqLayers(StoredLayers):
     """Layers of the blocks in GPTQ. ``dynamic``: settings of the modules that match a pattern; None leaves them out.
 
-    ``within``: the ends of the paths of all quantized layers, each from a dot on; None: all are.
+    ``within``: only layers whose path ends with one of these suffixes are quantized; None: all are.
     """
 
     parts: ClassVar[frozenset[str]] = PARTS

@@ -41,7 +41,7 @@ class StoredLayers(ABC):
 
     @property
     def quantizes_activations(self) -> bool:
-        """Return True if the checkpoint is meant for quantized activations, which are left as they are."""
+        """Return True if the checkpoint is meant for quantized activations, which veneer does not quantize."""
         return False
 
     @abstractmethod
@@ -63,7 +63,7 @@ class StoredLayers(ABC):
         """Return the shape (o, i) or (experts, o, i) of the weight of a layer or stack, as its tensors tell it."""
 
     def grouped(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
-        """Return the tensors of each quantized layer: their names by part."""
+        """Group tensor names by quantized layer: ``{layer: {part: name}}``."""
         found: dict[str, dict[str, str]] = {}
         for name in names:
             layer, _, part = name.rpartition(".")
@@ -73,9 +73,9 @@ class StoredLayers(ABC):
 
 
 def require_known(method: str, settings: Settings, known: Collection[str], problems: Collection[str] = ()) -> None:
-    """Raise ConfigError for settings that nobody reads here, and for the problems of those that are read.
+    """Raise one ConfigError for settings outside ``known`` and for the ``problems`` of known ones.
 
-    A setting that is off (null, false, empty) says nothing.
+    Unknown settings that are null, false or empty are ignored.
     """
     unknown = sorted(name for name in settings.keys() - set(known) - _SAID if settings[name])
     said = [f"{name}={settings[name]!r:.80} is unknown" for name in unknown] + list(problems)
@@ -110,7 +110,7 @@ def choice_problems(settings: Settings, **allowed: Collection[object]) -> list[s
 
 
 def group_problems(settings: Settings, key: str = "group_size") -> list[str]:
-    """Return the problem of a size of groups, which is a whole number, or -1 for a row."""
+    """Return a problem if a group size is neither a whole number above zero nor -1 (a row)."""
     size = settings.get(key)
     if size is None or size == -1 or is_count(size):
         return []
@@ -118,7 +118,7 @@ def group_problems(settings: Settings, key: str = "group_size") -> list[str]:
 
 
 def pattern_problems(pattern: str) -> list[str]:
-    """Return the problem of a text that must be a regular expression."""
+    """Return a problem if a text is not a regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:
