@@ -55,8 +55,8 @@ class PackedCodes:
         """Return the packed form of a matrix from `quantize_4bit`. Raises ShapeError if `fits_4bit` is False."""
         if not fits_4bit(absmax, layout, dtype):
             raise ShapeError(
-                f"4-bit codes are packed of matrices whose width is a multiple of {GROUP}, for float32 or bfloat16 and "
-                f"with absmax from {SMALLEST} to {LARGEST}; given {layout.shape} for {dtype}"
+                f"packed 4-bit codes need a width that is a multiple of {GROUP}, the dtype float32 or bfloat16, and "
+                f"absmax from {SMALLEST} to {LARGEST}; given {layout.shape} and {dtype}"
             )
         o, i = layout.shape
         made = cls(
@@ -78,8 +78,8 @@ class PackedCodes:
         o, i = codes.shape
         if not fits_int8(codes, absmax, dtype):
             raise ShapeError(
-                f"int8 codes are packed for float32 or bfloat16 and with absmax from {SMALLEST} to {LARGEST}; given "
-                f"{(o, i)} for {dtype}"
+                f"packed int8 codes need the dtype float32 or bfloat16, and absmax from {SMALLEST} to {LARGEST}; given "
+                f"{(o, i)} and {dtype}"
             )
         made = cls(absmax.new_empty(0, dtype=torch.uint8), (o, i), "int8", i + -i % GROUP, dtype)
         pack = implementation("packed_codes.pack_int8", codes.device, backend)

@@ -211,8 +211,8 @@ def paged_attention(
     _check(store, layer, {"q": (q, (rows.n_rows, q.shape[1] if q.ndim == 3 else 0, store.head_dim))})
     if q.shape[1] == 0 or q.shape[1] % store.kv_heads:
         raise ShapeError(
-            f"{q.shape[1]} query heads cannot be shared out among {store.kv_heads} key heads: their number must be a "
-            "multiple of these"
+            f"{q.shape[1]} query heads do not fit {store.kv_heads} key heads: the number of query heads must be a "
+            "multiple of that of key heads"
         )
     scale = store.head_dim**-0.5 if options.scale is None else options.scale
     numbers = (scale, options.window or 0, options.softcap or 0.0)

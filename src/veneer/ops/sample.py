@@ -90,7 +90,9 @@ def draw(logits: Float[Tensor, "n vocabulary"], rules: Sequence[RowRule], *, bac
         raise ShapeError(f"{len(rules)} rules are given for {n} rows of logits: give one for each row")
     short = next((mask for rule in rules for mask in rule.allowed if mask.numel() * WORD < d), None)
     if short is not None:
-        raise ShapeError(f"a mask holds {short.numel() * WORD} ids, and the vocabulary {d}: make it by bit_mask")
+        raise ShapeError(
+            f"a mask holds {short.numel() * WORD} ids but the vocabulary {d}: make it with bit_mask(ids, {d})"
+        )
     found: Draws = implementation("sample.draw", logits.device, backend)(logits, rules)
     return found
 

@@ -68,9 +68,9 @@ def scale_columns_backward(
 def _check(z: Tensor, y: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
     if y.shape != z.shape or y.dtype != z.dtype:
         raise ShapeError(
-            f"columns are scaled into a tensor of one shape and dtype with them; given {tuple(z.shape)} {z.dtype} and "
+            f"the result must have the shape and dtype of the scaled tensor; given {tuple(z.shape)} {z.dtype} and "
             f"{tuple(y.shape)} {y.dtype}"
         )
     for name, vector in (("scale", scale), ("bias", bias)):
         if vector is not None and vector.shape != z.shape[1:]:
-            raise ShapeError(f"the {name} of {z.shape[1]} columns has as many values; given {tuple(vector.shape)}")
+            raise ShapeError(f"the {name} must be ({z.shape[1]},), one value a column; given {tuple(vector.shape)}")

@@ -154,7 +154,7 @@ def _blocks(form: Form) -> tuple[Tensor, None]:
 def _sparse(form: Form) -> tuple[Tensor, Tensor]:
     o, i = form.sizes
     if form.places is None:
-        raise ShapeError("a sparse matrix has a place for each value; given none")
+        raise ShapeError("a sparse form needs places, an index for each value; given none")
     places, order = form.places.detach().sort()
     starts = torch.searchsorted(places, torch.arange(0, (o + 1) * i, i, device=places.device))
     return form.values.detach()[order].float(), torch.cat([starts, places % i]).to(torch.int32)

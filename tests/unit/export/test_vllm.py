@@ -281,6 +281,6 @@ def test_a_rank_that_vllm_has_not_and_two_of_one_name_are_refused(base: Path, tm
     given = [str(tmp_path / parent / "a") for parent in ("x", "y")]
     output = ["-o", str(tmp_path / "out")]
     done = CliRunner().invoke(app, ["export", "vllm", given[0], *output, "--rank", "10"])
-    assert (done.exit_code, "--rank 10 is none that vLLM has: give one of 8, 16" in done.stderr) == (2, True)
+    assert (done.exit_code, "--rank 10 is not a rank of vLLM: give one of 8, 16" in done.stderr) == (2, True)
     done = CliRunner().invoke(app, ["export", "vllm", *given, *output])
     assert (done.exit_code, "would both be written to" in done.stderr) == (2, True)

@@ -126,7 +126,7 @@ def test_no_rows(backend):
 @pytest.mark.usefixtures("own_checks")
 def test_what_does_not_fit_is_refused():
     packed, absmax = quantize_4bit(draw(3, 24), "nf4", 64)
-    with pytest.raises(ShapeError, match=r"width is a multiple of 16.*given \(3, 24\)"):
+    with pytest.raises(ShapeError, match=r"width that is a multiple of 16.*given \(3, 24\)"):
         PackedCodes.pack_4bit(packed, absmax, FourBitLayout((3, 24)), torch.bfloat16)
     packed, absmax = quantize_4bit(draw(4, 32) * 1e-35, "nf4", 64)
     with pytest.raises(ShapeError, match="absmax from 1e-30 to 1e"):

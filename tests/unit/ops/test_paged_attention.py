@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_refused():
         append(store, 0, k, k[:1], rows)
     with pytest.raises(ShapeError, match=r"q must be.*bfloat16"):
         paged_attention(store, 0, q.bfloat16(), rows)
-    with pytest.raises(ShapeError, match="3 query heads cannot"):
+    with pytest.raises(ShapeError, match="3 query heads do not fit"):
         paged_attention(store, 0, q[:, :3], rows)
 
 

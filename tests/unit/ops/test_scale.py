@@ -112,7 +112,7 @@ def test_any_number_of_threads(backend):
 @pytest.mark.usefixtures("own_checks")
 def test_errors():
     z = torch.zeros(3, 5)
-    with pytest.raises(ShapeError, match=r"scale of 5 columns.*\(4,\)"):
+    with pytest.raises(ShapeError, match=r"scale must be \(5,\).*\(4,\)"):
         scale_columns(z, torch.ones(4), None)
     with pytest.raises(ShapeError, match=r"\(3, 5\).*\(5, 3\)"):
         scale_columns(z, None, None, torch.zeros(5, 3))

@@ -15,4 +15,4 @@ def holding(rank: int) -> int:
 def require_rank(rank: int | None) -> None:
     """Raise ConfigError for a rank that is not one of `RANKS`."""
     if rank is not None and rank not in RANKS:
-        raise ConfigError(f"--rank {rank} is none that vLLM has: give one of {', '.join(map(str, RANKS))}")
+        raise ConfigError(f"--rank {rank} is not a rank of vLLM: give one of {', '.join(map(str, RANKS))}")

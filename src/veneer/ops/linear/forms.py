@@ -96,7 +96,7 @@ def form_gradients(
     o, i = shape_of(form)
     if dy.shape != (len(x), o) or x.shape[1] != i or x.dtype != dy.dtype:
         raise ShapeError(
-            f"gradients in a map of shape {(o, i)} follow from rows of {o} and {i} values in the same dtype; given "
+            f"gradients of a map of shape {(o, i)} need dy (n, {o}) and x (n, {i}) of one dtype; given "
             f"{tuple(dy.shape)} {dy.dtype} and {tuple(x.shape)} {x.dtype}"
         )
     kernel = implementation("terms.gradients", x.device, backend)

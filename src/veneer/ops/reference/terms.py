@@ -36,7 +36,7 @@ def dense(term: PackedTerm) -> Tensor:
         second = values[o1 * i1 + -(o1 * i1) % PADDING :].view(i2, -1)[:, :o2].T
         return torch.kron(first, second.contiguous())
     if term.kind != "circulant":
-        raise ShapeError(f"a {term.kind} term is no matrix by itself: `times_weight` makes one of it")
+        raise ShapeError(f"a {term.kind} term has no matrix without the frozen weight: call `times_weight`")
     m, n, b = sizes
     places = (torch.arange(b)[:, None] - torch.arange(b)) % b  # row p, column j: at p - j, counted backwards
     return values[..., :b][..., places.to(values.device)].transpose(1, 2).reshape(m * b, n * b)

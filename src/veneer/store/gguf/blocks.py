@@ -150,8 +150,8 @@ def _family(path: Path, header: GgufHeader) -> GgufFamily:
     family = laid_out_family(architecture, own_pairs(header.values, architecture))
     if family is None:
         raise FormatError(
-            f"{path} is a file of the architecture {architecture!r}, which has no table here. Take the model's own "
-            "folder of safetensors instead"
+            f"{path} is a file of the architecture {architecture!r}, which veneer has no table of keys for. Take the "
+            "model's own folder of safetensors instead"
         )
     return family
 
