@@ -54,6 +54,8 @@ class Names:
     final_norm: tuple[str, ...] = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
     attention: tuple[str, ...] = ("self_attn", "attention", "attn", "self_attention")
     mixers: tuple[str, ...] = ("mamba", "linear_attn", "conv")
+    single: tuple[str, ...] = ("mixer",)  # the only part of a block, whose norm is ``single_norm``
+    single_norm: str = "norm"
     q_k_v: tuple[tuple[str, str, str], ...] = (("q_proj", "k_proj", "v_proj"),)
     joined: tuple[tuple[str, HeadOrder], ...] = (
         ("qkv_proj", "joined"),
@@ -86,11 +88,17 @@ class Names:
         NormNames(attention="ln_1", feed_forward="ln_2"),
         NormNames(attention="self_attn_layer_norm", feed_forward="final_layer_norm"),
         NormNames(attention="input_layernorm", feed_forward="pre_ff_layernorm"),
+        NormNames(
+            attention="operator_norm",
+            feed_forward="ffn_norm",
+            attention_post="post_operator_norm",
+            feed_forward_post="post_ffn_norm",
+        ),
         NormNames(attention="operator_norm", feed_forward="ffn_norm"),
         NormNames(attention="input_layernorm", feed_forward="input_layernorm"),
         NormNames(attention="ln_1", feed_forward="ln_1"),
     )
-    feed_forward: tuple[str, ...] = ("mlp", "feed_forward", "shared_mlp")
+    feed_forward: tuple[str, ...] = ("mlp", "feed_forward", "shared_mlp", "block_sparse_moe")
     inner: tuple[InnerNames, ...] = (
         InnerNames(inner=(("gate", "gate_proj"), ("up", "up_proj")), down="down_proj"),
         InnerNames(inner=(("gate_up", "gate_up_proj"),), down="down_proj"),

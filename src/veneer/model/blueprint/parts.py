@@ -24,11 +24,23 @@ class Strange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class State(Strange):
-    """Part in attention's place that keeps a state or the last tokens (Mamba, linear attention, short convolution).
+class Mixer(Strange):
+    """Part in attention's place that mixes tokens in another way: Mamba, linear attention, a short convolution.
 
-    Its mask is that of padding alone, (b, t).
+    ``layer_type`` is one of `veneer.model.blueprint.masks.MAKERS`, which makes its mask.
     """
+
+    layer_type: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Several(Strange):
+    """Half of a block that is a sum of several parts; the block's own forward computes it. The path is the block's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Absent(Strange):
+    """Half that a block does not have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,13 +9,13 @@ from torch import nn
 
 from veneer.model.blueprint.heads import HeadLayout, HeadOrder
 from veneer.model.blueprint.linears import is_linear, read_linear
+from veneer.model.blueprint.masks import FULL, types_in
 from veneer.model.blueprint.norms import read_norm
 from veneer.model.blueprint.parts import Attention, Linear, Norm, Role, Strange
 from veneer.model.blueprint.read_rotary import read_rotary, read_temperature, rotates, turns_neighbours
 from veneer.model.blueprint.rotary import Rotary
 from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
 
-FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names in `config.layer_types`
 Q_K_V: tuple[Role, ...] = ("q", "k", "v")
 
 
@@ -30,9 +30,8 @@ def window_of(attention: nn.Module) -> int | None:
 
 def layer_type_of(attention: nn.Module) -> str | None:
     """Return the type of an attention layer in the config; None if all layers are of one type."""
-    types = getattr(getattr(attention, "config", None), "layer_types", None)
-    index = getattr(attention, "layer_idx", None)
-    return None if types is None or index is None else cast(str, types[index])
+    types, index = types_in(getattr(attention, "config", None)), getattr(attention, "layer_idx", None)
+    return types[index] if types and index is not None else None
 
 
 # Fields of attention modules by their usual values, and what another value means.
@@ -151,8 +150,9 @@ def _scale(module: Any) -> float:
 
 
 def _clip(source: BlockSource, module: Any) -> float | None:
-    """Return the bound of q, k and v. MPT's attention holds it, OLMo's config does."""
-    return getattr(module, "clip_qkv", getattr(source.config, "clip_qkv", None))
+    """Return the bound of q, k and v. MPT's attention holds it, 0 for none; OLMo's config does."""
+    held = getattr(module, "clip_qkv", None)
+    return (held or None) if hasattr(module, "clip_qkv") else getattr(source.config, "clip_qkv", None)
 
 
 def _require_usual(module: nn.Module) -> None:

@@ -7,13 +7,14 @@ from typing import Any, cast
 from torch import nn
 
 from veneer.model.blueprint.decoder import Block, BlockNorms, Sublayer
+from veneer.model.blueprint.masks import FULL, MAKERS, RECURRENT, SLIDING, is_recurrent, types_in
 from veneer.model.blueprint.names import NormNames
 from veneer.model.blueprint.norms import read_norm
-from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Norm, State, Strange
-from veneer.model.blueprint.read_attention import FULL, SLIDING, layer_type_of, read_attention
+from veneer.model.blueprint.parts import Absent, Attention, Experts, FeedForward, Mixer, Norm, Several, Strange
+from veneer.model.blueprint.read_attention import layer_type_of, read_attention
 from veneer.model.blueprint.read_feed_forward import read_feed_forward
 from veneer.model.blueprint.read_forward import odd_in_forward, takes_hidden_states, values_returned
-from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
+from veneer.model.blueprint.source import BlockSource, all_of, first, has_all, undescribed
 from veneer.model.inplace import plain_class
 
 PARALLEL = ("use_parallel_residual", "parallel_attn")  # config keys
@@ -23,29 +24,27 @@ UNKNOWN = BlockNorms(attention=None, feed_forward=None)
 def read_block(source: BlockSource, block: nn.Module, layer: int) -> Block:
     """Return the description of block number ``layer``. Its ``strange`` names the parts that do not fit."""
     path, names = source.path(block), source.names
-    attention_name, holder_name = first(block, (*names.attention, *names.mixers)), first(block, names.feed_forward)
-    in_block = holder_name is None and any(has_all(block, inner.all) for inner in names.inner)
-    if attention_name is None or not (holder_name or in_block):
+    single = first(block, names.single)
+    mixing, feeding = (all_of(block, each) for each in ((*names.attention, *names.mixers), names.feed_forward))
+    if single is not None and not mixing and not feeding:
+        return _single_part(source, block, cast(nn.Module, getattr(block, single)), layer)
+    in_block = not feeding and any(has_all(block, inner.all) for inner in names.inner)
+    if not mixing or not (feeding or in_block):
         tried = f"no {', '.join(names.feed_forward)} and one of {', '.join((*names.attention, *names.mixers))} in it"
         return _unknown(path, tried)
-    attention_module = cast(nn.Module, getattr(block, attention_name))
-    layer_type = layer_type_of(attention_module) or _listed_type(source.config, layer)
-    keeps_state = attention_name in names.mixers
-    if not keeps_state and layer_type not in (None, FULL, SLIDING):
-        return _unknown(path, f"it is of type {layer_type}, where {FULL} and {SLIDING} are known")
     norm_names = next((each for each in names.norms if _fits(block, each)), None)
     if norm_names is None:
         return _unknown(path, f"no {', or '.join(' and '.join(each.all) for each in names.norms)} in it")
     norms = _norms(source, block, norm_names)
     if norms is None:
         return _unknown(path, "its norms are not RMSNorms or LayerNorms")
-    holder = block if holder_name is None else cast(nn.Module, getattr(block, holder_name))
-    attention = _state(source, attention_module) if keeps_state else read_attention(source, attention_module, layer)
-    if isinstance(attention, Strange) and not takes_hidden_states(attention_module):
-        return _unknown(path, f"its attention does not take hidden_states by that name, and {attention.reason}")
-    feed_forward = read_feed_forward(source, holder, in_block=in_block)
-    known = [attention_module, *(getattr(block, name) for name in norm_names.all)]
-    known += [holder] if holder_name else [m for inner in names.inner for m in _children(block, inner.all)]
+    attention = _several(source, mixing) or _mixing(source, mixing[0], layer)
+    if isinstance(attention, str):
+        return _unknown(path, attention)
+    holder = feeding[0] if feeding else block
+    feed_forward = _several(source, feeding) or read_feed_forward(source, holder, in_block=in_block)
+    known = [*mixing, *feeding, *(getattr(block, name) for name in norm_names.all)]
+    known += [] if feeding else [m for inner in names.inner for m in _children(block, inner.all)]
     return Block(
         path=path,
         attention=attention,
@@ -60,15 +59,61 @@ def read_block(source: BlockSource, block: nn.Module, layer: int) -> Block:
     )
 
 
-def _state(source: BlockSource, module: nn.Module) -> State:
-    kind = plain_class(type(module)).__name__
-    return State(path=source.path(module), reason=f"it keeps a state, which {kind} computes by its own code")
+def _single_part(source: BlockSource, block: nn.Module, part: nn.Module, layer: int) -> Block:
+    """Return the description of a block with one half (Nemotron-H): one that mixes tokens, or a feed-forward part."""
+    path, norm_name = source.path(block), source.names.single_norm
+    norm = read_norm(source, getattr(block, norm_name, None))
+    if norm is None:
+        return _unknown(path, f"{norm_name} is no norm of it")
+    absent = Absent(path=source.path(part), reason="the block has one half")
+    types = types_in(source.config)
+    mixes = layer >= len(types) or types[layer] in MAKERS
+    attention = _mixing(source, part, layer) if mixes else absent
+    if isinstance(attention, str):
+        return _unknown(path, attention)
+    feed_forward = absent if mixes else read_feed_forward(source, part)
+    norms = BlockNorms(attention=norm if mixes else None, feed_forward=None if mixes else norm)
+    return Block(
+        path=path,
+        attention=attention,
+        feed_forward=feed_forward,
+        norms=norms,
+        parallel=False,
+        residual_multiplier=_multiplier(source, block),
+        attention_sublayer=_attention_sublayer(source, block, attention, norms),
+        feed_forward_sublayer=_feed_forward_sublayer(source, block, feed_forward, norms, False),
+        other=(*undescribed(source, block, [part, getattr(block, norm_name)]), *_beside_parts(source, block)),
+        returns=values_returned(block),
+    )
 
 
-def _listed_type(config: Any, layer: int) -> str | None:
-    """Return a layer's type from the config, for attention modules that do not know it."""
-    types = getattr(config, "layer_types", None) or ()
-    return types[layer] if layer < len(types) else None
+def _several(source: BlockSource, parts: list[nn.Module]) -> Several | None:
+    """Return the half of a block that has several parts (Falcon-H1, Granite's experts); None if it has one or none."""
+    if len(parts) < 2:
+        return None
+    names = " and ".join(source.path(part).rpartition(".")[2] for part in parts)
+    return Several(path=source.path(parts[0]), reason=f"it adds the outputs of {names}")
+
+
+def _mixing(source: BlockSource, module: nn.Module, layer: int) -> Attention | Strange | str:
+    """Return the part in attention's place; the reason if the block cannot be described for it."""
+    types = types_in(source.config)
+    layer_type = layer_type_of(module) or (types[layer] if layer < len(types) else None)
+    name, kind = source.path(module).rpartition(".")[2], plain_class(type(module)).__name__
+    found: Attention | Strange
+    if name in source.names.mixers or (layer_type is not None and is_recurrent(layer_type)):
+        reason = f"it keeps a state, which {kind} computes by its own code"
+        found = Mixer(path=source.path(module), reason=reason, layer_type=RECURRENT)
+    elif layer_type in (None, FULL, SLIDING):
+        found = read_attention(source, module, layer)
+    elif layer_type in MAKERS:
+        reason = f"it is of type {layer_type}, which {kind} computes by its own code"
+        found = Mixer(path=source.path(module), reason=reason, layer_type=layer_type)
+    else:
+        return f"it is of type {layer_type}, where {', '.join(MAKERS)} are known"
+    if isinstance(found, Strange) and not takes_hidden_states(module):
+        return f"its attention does not take hidden_states by that name, and {found.reason}"
+    return found
 
 
 def _multiplier(source: BlockSource, block: nn.Module) -> float:
@@ -78,18 +123,20 @@ def _multiplier(source: BlockSource, block: nn.Module) -> float:
 
 
 def _beside_parts(source: BlockSource, block: nn.Module) -> list[Strange]:
-    """Return what the description cannot express: a block's buffers (Gemma 4 multiplies by one), or more of its own
-    code.
+    """Return what the description cannot express: a block's buffers (Gemma 4 multiplies by one), factors of the
+    stream (MiniMax), or more of its own code.
     """
     names = [name for name, _ in block.named_buffers(recurse=False)]
+    names += [name for name in vars(block) if name.endswith("_alpha_factor")]
     told = f"it holds {', '.join(names)}, which the description has no words for" if names else None
     odd = told or (None if source.listed else odd_in_forward(block))
     return [] if odd is None else [Strange(path=source.path(block), reason=odd)]
 
 
 def _fits(block: nn.Module, names: NormNames) -> bool:
-    """Return True if a block has these norms."""
-    return bool(names.all) and has_all(block, names.all)
+    """Return True if a block has these norms; one that is an identity is none (LFM3)."""
+    found = [getattr(block, name, None) for name in names.all]
+    return bool(found) and all(isinstance(m, nn.Module) and not isinstance(m, nn.Identity) for m in found)
 
 
 def _norms(source: BlockSource, block: Any, names: NormNames) -> BlockNorms | None:

@@ -15,6 +15,8 @@ from veneer.model.blueprint.source import BlockSource, first, has_all, undescrib
 from veneer.model.quantized.stack import map_shape, parameter_names
 from veneer.ops.activation import KINDS, activation_forward
 
+MULTIPLIERS = ("gate_multiplier", "down_multiplier")  # Falcon-H1's, of gate and of the output
+
 
 def read_feed_forward(
     source: BlockSource, module: nn.Module, *, in_block: bool = False
@@ -41,6 +43,8 @@ def _plain(source: BlockSource, module: nn.Module, names: InnerNames) -> FeedFor
     act = first(module, source.names.activation)
     if not all(is_linear(getattr(module, name)) for name in names.all):
         return "its layers are no plain linear layers"
+    if any(getattr(module, name, 1.0) != 1.0 for name in MULTIPLIERS):
+        return f"it multiplies by {' and '.join(MULTIPLIERS)}"
     inner = tuple(read_linear(source, getattr(module, name), role) for role, name in names.inner)
     down = read_linear(source, getattr(module, names.down), "down")
     widths = 1 if inner[0].role == "up" else 2

@@ -7,7 +7,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Hashable
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, cast
 
 from torch import nn
@@ -28,6 +28,21 @@ def odd_in_forward(block: nn.Module) -> str | None:
 def values_returned(block: nn.Module) -> int | None:
     """Return the number of values in the tuple that the forward of a block returns; None if it returns no tuple."""
     return _n_returned(cast(Hashable, plain_class(type(block))))
+
+
+def hands_on(holder: nn.Module) -> str | None:
+    """Return the name of what a block returns beside the stream and the next block is given; None if there is nothing.
+
+    The forward of the ``holder`` calls the blocks: ``h, kept = layer(h, kept=kept)``.
+    """
+    return _handed_on(cast(Hashable, plain_class(type(holder))))
+
+
+def globals_named(module: nn.Module) -> set[str]:
+    """Return the names that the forward of a module reads, those of functions within it included."""
+    forward: Any = inspect.unwrap(plain_class(type(module)).forward)
+    inner = [const for const in forward.__code__.co_consts if isinstance(const, CodeType)]
+    return {name for code in (forward.__code__, *inner) for name in code.co_names}
 
 
 def takes_hidden_states(module: nn.Module) -> bool:
@@ -53,11 +68,7 @@ def _odd(kind: Hashable) -> str | None:
 @functools.cache
 def _n_returned(kind: Hashable) -> int | None:
     """Return the length of the last tuple that a forward returns, or of the one that a name of it holds."""
-    try:
-        source = inspect.getsource(inspect.unwrap(cast(Any, kind).forward))
-        nodes = list(ast.walk(ast.parse(textwrap.dedent(source))))
-    except (OSError, SyntaxError):
-        return None
+    nodes = _nodes(kind)
     returned = max((n for n in nodes if isinstance(n, ast.Return)), key=lambda n: n.lineno, default=None)
     value = None if returned is None else returned.value
     if isinstance(value, ast.Name):
@@ -68,3 +79,24 @@ def _n_returned(kind: Hashable) -> int | None:
 
 def _is_named(targets: list[ast.expr], name: str) -> bool:
     return any(isinstance(target, ast.Name) and target.id == name for target in targets)
+
+
+@functools.cache
+def _handed_on(kind: Hashable) -> str | None:
+    for node in _nodes(kind):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Call):
+            beside = [each.id for each in node.targets[0].elts[1:] if isinstance(each, ast.Name)]
+            given = (*node.value.args, *(keyword.value for keyword in node.value.keywords))
+            found = next((each.id for each in given if isinstance(each, ast.Name) and each.id in beside), None)
+            if found is not None:
+                return found
+    return None
+
+
+def _nodes(kind: Hashable) -> list[ast.AST]:
+    """Return the syntax of a class's forward; empty if its source is not at hand."""
+    try:
+        source = inspect.getsource(inspect.unwrap(cast(Any, kind).forward))
+        return list(ast.walk(ast.parse(textwrap.dedent(source))))
+    except (OSError, SyntaxError):
+        return []

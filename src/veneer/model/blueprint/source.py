@@ -55,6 +55,12 @@ def first(module: nn.Module, names: Collection[str]) -> str | None:
     return next((name for name in names if getattr(module, name, None) is not None), None)
 
 
+def all_of(module: nn.Module, names: Collection[str]) -> list[nn.Module]:
+    """Return the children that a module has under these names."""
+    found = (getattr(module, name, None) for name in names)
+    return [child for child in found if isinstance(child, nn.Module)]
+
+
 def has_all(module: nn.Module, names: Collection[str]) -> bool:
     """Return True if a module has children of all these names."""
     return all(isinstance(getattr(module, name, None), nn.Module) for name in names)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.model.blueprint import parts as blueprint
+from veneer.model.blueprint.masks import RECURRENT
 from veneer.model.blueprint.read_attention import window_of
+from veneer.model.blueprint.read_forward import values_returned
 from veneer.model.fused.layout import LayoutMask
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.memory.checkpointing import is_selective
@@ -54,7 +56,8 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
     attention, mlp = halves_now(block, x, kwargs)
     positions = _positions(kwargs.get("position_embeddings"), mask, program)
     if attention is None:
-        kwargs = {**kwargs, "attention_mask": _own_mask(block, mask, x)}
+        masks = {name: each for name, each in kwargs.items() if isinstance(each, LayoutMask)}
+        kwargs = {**kwargs, **{name: _own_mask(block, name, each, x) for name, each in masks.items()}}
         if mlp is None:
             return _again(block, functools.partial(super(FusedBlock, block).forward, **kwargs), x)
         h = _again(block, functools.partial(own_attention, block, kwargs), x)
@@ -64,7 +67,7 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
     if mlp is not None:
         h = run_half(block, "mlp", mlp, fed, h, positions)
     else:
-        h = _again(block, functools.partial(_own_mlp, block), fed, h)
+        h = _again(block, functools.partial(_own_mlp, block, kwargs), fed, h)
     n = program.block.returns
     return h if n is None else (h, *[None] * (n - 1))  # attention weights, which nobody asked for
 
@@ -93,21 +96,52 @@ def _changed(block: FusedBlock, kind: SublayerKind, change: Tensor, x: Tensor) -
 def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tensor:
     """Return the stream after the attention half, computed by the model's own code."""
     part = block.fused_program.block
+    if isinstance(part.attention, blueprint.Absent):
+        return x
+    if isinstance(part.attention, blueprint.Several):
+        return _without(block, part.feed_forward.path, kwargs, x)
     module = getattr(block, part.attention.path)
-    if isinstance(part.attention, blueprint.State):
+    if isinstance(part.attention, blueprint.Mixer):
         kwargs = _passed_on(block, module, kwargs)
     change = module(hidden_states=_through(block, part.norms.attention, x), **kwargs)
     change = change[0] if isinstance(change, tuple) else change
     return x + _weighed(block, _through(block, part.norms.attention_post, change))
 
 
-def _own_mask(block: FusedBlock, mask: LayoutMask, x: Tensor) -> Tensor | None:
-    """Return the mask that transformers gives to a block whose attention half runs its own code."""
+def _own_mask(block: FusedBlock, name: str, mask: LayoutMask, x: Tensor) -> Tensor | None:
+    """Return the mask that transformers gives to a block whose attention half runs its own code.
+
+    ``name`` is that of the argument. Beside attention's there may be one of parts that keep a state (Falcon-H1).
+    """
     attention = block.fused_program.block.attention
-    if isinstance(attention, blueprint.State):
-        return mask.padding_for(x)
+    if isinstance(attention, blueprint.Mixer):
+        return mask.of_type(attention.layer_type, x)
+    if name != "attention_mask":
+        return mask.of_type(RECURRENT, x)
     module = getattr(block, attention.path)
     return mask.dense_for(module, x, window_of(module))
+
+
+def _without(block: FusedBlock, path: str, kwargs: dict[str, Any], x: Tensor) -> Tensor:
+    """Return the stream after the block's own forward, without what the part at a path adds to it."""
+    part = cast(nn.Module, getattr(block, path))
+    block._modules[path] = _Silent(values_returned(part))
+    try:
+        return stream_of(super(FusedBlock, block).forward(x, **kwargs))
+    finally:
+        block._modules[path] = part
+
+
+class _Silent(nn.Module):
+    """Part that adds nothing: zeros, and None for the other values that the part in its place returns."""
+
+    def __init__(self, n_values: int | None) -> None:
+        super().__init__()
+        self.n_values = n_values
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        zeros = torch.zeros_like(hidden_states)
+        return zeros if self.n_values is None else (zeros, *[None] * (self.n_values - 1))
 
 
 def _passed_on(block: FusedBlock, module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -121,9 +155,13 @@ def _passed_on(block: FusedBlock, module: nn.Module, kwargs: dict[str, Any]) -> 
     return {name: value for name, value in kwargs.items() if name in taken or (takes_any and name not in own)}
 
 
-def _own_mlp(block: FusedBlock, x: Tensor, stream: Tensor) -> Tensor:
+def _own_mlp(block: FusedBlock, kwargs: dict[str, Any], x: Tensor, stream: Tensor) -> Tensor:
     """Return the stream after the feed-forward half, computed by the model's own code."""
     part = block.fused_program.block
+    if isinstance(part.feed_forward, blueprint.Absent):
+        return stream
+    if isinstance(part.feed_forward, blueprint.Several):
+        return _without(block, part.attention.path, kwargs, stream)
     change = getattr(block, part.feed_forward.path)(_through(block, part.norms.feed_forward, x))
     change = change[0] if isinstance(change, tuple) else change  # with a router's scores
     return stream + _weighed(block, _through(block, part.norms.feed_forward_post, change))

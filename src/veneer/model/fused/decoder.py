@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,17 +11,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING as LAYER_TYPES
 
 from veneer.errors import DescriptionError
 from veneer.model.adapted.holder import Holder
 from veneer.model.blueprint import decoder as blueprint
 from veneer.model.blueprint.describe import blocks_of, describe
-from veneer.model.blueprint.parts import State
+from veneer.model.blueprint.masks import MAKERS, is_recurrent, types_in
+from veneer.model.blueprint.parts import Mixer, Several
+from veneer.model.blueprint.read_forward import globals_named, hands_on
 from veneer.model.fused.block import SPECIAL, FusedBlock, leave_out_unfit
 from veneer.model.fused.layout import LayoutMask, layout_mask
 from veneer.model.fused.proof import STRANGE, prove
-from veneer.model.inplace import InPlace, change_class, plain_class, restore_class
+from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.program.halves import BlockProgram, block_program, reasons
 from veneer.model.sites.structure import evaluation
 from veneer.ops.dispatch import lacks
@@ -88,7 +88,8 @@ def _with_layout(plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: FusedDecoder, *args: Any, **kwargs: Any) -> Any:
         mask, given = self.layout(args, kwargs), kwargs.get("attention_mask")
         if mask is not None:
-            types = given if isinstance(given, dict) else LAYER_TYPES if self.keeps_state else ()
+            known = (*MAKERS, *types_in(cast(Any, self).config)) if self.keeps_state else ()
+            types = given if isinstance(given, dict) else known
             masks = dict.fromkeys(types, mask) if types else mask  # one for each type of layer
             kwargs = {**kwargs, "attention_mask": masks, "use_cache": False}
             if counts_positions(self) and kwargs.get("position_ids") is None:
@@ -269,9 +270,12 @@ def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str 
     borders = "; ".join(dict.fromkeys(reason for block in described.blocks for reason in reasons(block, width)))
     if problem is None and all(cast(BlockProgram, program).is_own for program in programs):
         problem = borders
-    keeps_state = any(isinstance(block.attention, State) for block in described.blocks)
+    keeps_state = any(_keeps_state(block) for block in described.blocks)
     if keeps_state and not _takes_masks_by_type(holder):
         problem = "parts of it keep a state, and its forward takes no mask for each type of layer"
+    handed = hands_on(holder)
+    if handed is not None:
+        problem = f"it hands on {handed} to the next one"
     if problem is not None:
         return f"a block does not fit: {problem}"
     if borders:
@@ -289,8 +293,13 @@ def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str 
 
 def _takes_masks_by_type(holder: nn.Module) -> bool:
     """Return True if a decoder's forward makes masks of padding only for layer types that have been given none."""
-    names = inspect.unwrap(cast(Any, plain_class(type(holder))).forward).__code__.co_names
-    return {"create_recurrent_attention_mask", "isinstance", "dict"} <= set(names)
+    return {"create_recurrent_attention_mask", "isinstance", "dict"} <= globals_named(holder)
+
+
+def _keeps_state(block: blueprint.Block) -> bool:
+    """Return True if a part of a block may keep a state."""
+    part = block.attention
+    return isinstance(part, Several) or (isinstance(part, Mixer) and is_recurrent(part.layer_type))
 
 
 @contextmanager

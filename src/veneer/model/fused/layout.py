@@ -8,7 +8,7 @@ positional arguments. A block that needs the real mask asks for it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,11 +17,11 @@ from transformers.masking_utils import (
     create_bidirectional_mask,
     create_bidirectional_sliding_window_mask,
     create_causal_mask,
-    create_recurrent_attention_mask,
     create_sliding_window_causal_mask,
 )
 
 from veneer.errors import CompositionError
+from veneer.model.blueprint.masks import MAKERS
 from veneer.ops.forks import Fork
 
 
@@ -37,7 +37,7 @@ class LayoutMask(Tensor):
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"]
     size_of_batch: tuple[int, int]
     given: Mapping[str, Any]
-    dense: dict[int | None, Tensor | None]
+    dense: dict[int | str | None, Tensor | None]
 
     def detach(self) -> LayoutMask:
         """Return the layout itself, which has no gradient: a copy would lack its bounds."""
@@ -55,28 +55,35 @@ class LayoutMask(Tensor):
         """
         self._require_rows()
         if window not in self.dense:
-            config = getattr(module, "config", self.given["config"])
-            given = {"config": config, "inputs_embeds": hidden, "attention_mask": self.given["attention_mask"]}
-            positions = self.given["position_ids"]
-            if positions is None:
-                positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            given = self._arguments(getattr(module, "config", self.given["config"]), hidden)
             if getattr(module, "is_causal", True):
                 make = create_causal_mask if window is None else create_sliding_window_causal_mask
-                given |= {"cache": None, "position_ids": positions}
             else:
                 make = create_bidirectional_mask if window is None else create_bidirectional_sliding_window_mask
+                del given["cache"], given["position_ids"]
             mask = make(**given)
             self.dense[window] = mask if mask is None or self.wanted is None else mask.to(self.wanted)
         return self.dense[window]
 
-    def padding_for(self, hidden: Tensor) -> Tensor | None:
-        """Return the mask of padding (b, t) that transformers gives to a part that keeps a state; None without padding.
+    def of_type(self, layer_type: str, hidden: Tensor) -> Tensor | None:
+        """Return the mask that transformers makes for layers of a type; None if it makes none.
 
         Raises CompositionError if sequences continue others.
         """
         self._require_rows()
-        given = self.given["attention_mask"]
-        return cast("Tensor | None", create_recurrent_attention_mask(cast(Any, None), hidden, given))
+        if layer_type not in self.dense:
+            self.dense[layer_type] = MAKERS[layer_type](**self._arguments(self.given["config"], hidden))
+        return self.dense[layer_type]
+
+    def _arguments(self, config: Any, hidden: Tensor) -> dict[str, Any]:
+        """Return the arguments of transformers' functions that make masks."""
+        positions = self.given["position_ids"]
+        if positions is None:
+            positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        mask = self.given["attention_mask"]
+        return {
+            "config": config, "inputs_embeds": hidden, "attention_mask": mask, "cache": None, "position_ids": positions
+        }  # fmt: skip
 
     def _require_rows(self) -> None:
         if self.forks:

@@ -8,7 +8,7 @@ from typing import Any
 
 from veneer.contract.keys import SUBLAYER
 from veneer.model.blueprint.decoder import Block
-from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Linear, Norm, Strange
+from veneer.model.blueprint.parts import Absent, Attention, Experts, FeedForward, Linear, Norm, Strange
 from veneer.model.blueprint.rotary import Rotary
 from veneer.model.program.activate import Activate
 from veneer.model.program.add import Add
@@ -80,7 +80,7 @@ def block_program(block: Block, width: int) -> BlockProgram | str:
 
     If its attention is unknown, return the reason in words.
     """
-    if block.attention.path == block.path:
+    if block.attention.path == block.path:  # nothing of it is known
         return "; ".join(reasons(block, width))
     block = _within(block, len(block.path) + 1)
     attention, mlp = (_stretch(half) for half in _training(block, width))
@@ -91,7 +91,7 @@ def block_program(block: Block, width: int) -> BlockProgram | str:
 
 def reasons(block: Block, width: int) -> list[str]:
     """Return in words why halves of a block are not trained as stretches; empty if both are."""
-    parts = [part.reason for part in block.strange]
+    parts = [part.reason for part in block.strange if not isinstance(part, Absent)]
     parts += [op.untrained for half in _training(block, width) for op in half if op.untrained is not None]
     return list(dict.fromkeys(parts))
 

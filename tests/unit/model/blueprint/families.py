@@ -124,6 +124,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "mistral": MistralConfig(sliding_window=5, **SIZES, **rope(YARN, 17)),
     "mixtral": MixtralConfig(num_local_experts=5, num_experts_per_tok=2, sliding_window=5, **WIDE),
     "mpt": MptConfig(attn_config={"softmax_scale": 0.3}, **MPT),
+    "mpt, clipped by 0, which is not at all": MptConfig(attn_config={"clip_qkv": 0.0}, **MPT),
     "mpt, clipped": MptConfig(attn_config={"clip_qkv": 0.02}, **MPT),
     "nemotron": NemotronConfig(**WIDE, **rope(PARTIAL)),
     "neox": GPTNeoXConfig(**SQUARE, **rope(PARTIAL)),
