@@ -119,7 +119,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 def places_of(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the place of each source of a recipe, whatever the working directory; a name of the hub stays as it is."""
-    named = {f"{part}.{key}": values[part].get(key) for part, key in PLACES}
+    named = {f"{part}.{key}": (values[part] or {}).get(key) for part, key in PLACES}
     return {key: str(Path(name).resolve()) if Path(name).exists() else name for key, name in named.items() if name}
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from veneer.recipe.tasks import OF_ANSWERS
+
 
 class MetricPart(BaseModel):
     """Metric by its name in `veneer eval`, over the first ``limit`` held-out rows."""
@@ -36,8 +38,8 @@ def metric_problems(values: Mapping[str, Any]) -> list[str]:
     if not isinstance(metric, dict):
         return []
     task = values.get("task", "sft")
-    if task != "sft":
-        return [f"metric: is measured with task sft, and this is {task}; drop it"]
+    if task not in OF_ANSWERS:
+        return [f"metric: is measured with task {', '.join(OF_ANSWERS)}, and this is {task}; drop it"]
     name, pattern, found = metric.get("name"), metric.get("pattern"), list[str]()
     if name == "regex" and pattern is None:
         found.append("metric.pattern: is missing; regex compares what it matches in answers")

@@ -80,6 +80,15 @@ class RolloutsPart(_Part):
     )
 
 
+class DistillPart(_Part):
+    """Teacher of distillation: the base, with a prompt that the student does not read."""
+
+    teacher_prompt: str = Field(
+        description="file with the text that the teacher reads before each prompt, such as examples; in a "
+        "conversation it begins the system message ([answers.md](answers.md#distillation))"
+    )
+
+
 class Written(_Part):
     """Recipe as written. `recipe.Recipe` adds the configs of its parts."""
 
@@ -100,6 +109,7 @@ class Written(_Part):
         "`rewards` may be missing",
     )
     rollouts: RolloutsPart = RolloutsPart()
+    distill: DistillPart | None = None
     metric: MetricPart | None = None
     distributed: DistributedPart = DistributedPart()
     output: str

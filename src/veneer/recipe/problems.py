@@ -10,14 +10,15 @@ from pydantic import BaseModel, ValidationError
 from veneer.plain.refusals import allowed, unfit
 from veneer.recipe.adapter import FULL, adapter_problems, method_of
 from veneer.recipe.advice import belongs, meant_quantization
+from veneer.recipe.distill_checks import distill_problems
 from veneer.recipe.distributed_part import DistributedPart, layout_problems
 from veneer.recipe.key_checks import perhaps, typed
 from veneer.recipe.known import KnownKeys
 from veneer.recipe.metric_part import MetricPart, metric_problems
-from veneer.recipe.parts import DataPart, ModelPart, RolloutsPart, Written
+from veneer.recipe.parts import DataPart, DistillPart, ModelPart, RolloutsPart, Written
 from veneer.recipe.ranges import out_of_range
 from veneer.recipe.source_part import SourcePart, source_problems, streaming_problems
-from veneer.recipe.tasks import task_of, task_problems, training_problems
+from veneer.recipe.tasks import OF_ANSWERS, task_of, task_problems, training_problems
 from veneer.recipe.values import section
 
 ELSEWHERE = {
@@ -27,6 +28,7 @@ ELSEWHERE = {
     "assistant_only_loss": "as data.train_on (answers or everything)",
     "completion_only_loss": "as data.train_on (answers or everything)",
     "reward_weights": "in rewards, as weight of each function",
+    "teacher_prompt": "in distill, as teacher_prompt (a file)",
     "rollout_engine": "in rollouts, as engine",
     "rollout_journal": "in rollouts, as journal",
 }
@@ -63,6 +65,7 @@ def _shape_problems(values: Mapping[str, Any]) -> list[str]:
         *_reward_problems(values),
         *task_problems(values),
         *metric_problems(values),
+        *distill_problems(values),
         *layout_problems(values),
     ]
 
@@ -120,7 +123,7 @@ def _reward_problems(values: Mapping[str, Any]) -> list[str]:
 def _data_problems(values: Mapping[str, Any]) -> list[str]:
     data = section(values, "data")
     found = []
-    if task_of(values) == "sft" and (data.get("prompt") is None) != (data.get("completion") is None):
+    if task_of(values) in OF_ANSWERS and (data.get("prompt") is None) != (data.get("completion") is None):
         found.append("data: prompt and completion are templates that belong together; give both or neither")
     if data.get("eval") is not None and data.get("eval_fraction"):
         found.append("data: give eval (a file) or eval_fraction (a part of train), not both")
@@ -138,6 +141,7 @@ def _told(error: dict[str, Any]) -> str:
             "metric": MetricPart,
             "distributed": DistributedPart,
             "rollouts": RolloutsPart,
+            "distill": DistillPart,
         }
         known = Written.model_fields if len(error["loc"]) == 1 else parts[str(error["loc"][0])].model_fields
         known = SourcePart.model_fields if "more" in error["loc"] else known

@@ -12,7 +12,7 @@ from veneer.data.reader import RowReader, require_readable
 from veneer.errors import ConfigError
 from veneer.recipe.parts import DataPart
 from veneer.recipe.sweep_part import PART, members_of
-from veneer.recipe.tasks import Task, task_of
+from veneer.recipe.tasks import OF_ANSWERS, Task, task_of
 from veneer.recipe.values import section
 
 
@@ -33,7 +33,7 @@ def readers_of(part: DataPart) -> list[RowReader]:
 
 
 def preference_reader(part: DataPart, task: Task) -> PreferenceReader:
-    """Return the reader of the rows of a task that is not supervised fine-tuning."""
+    """Return the reader of the rows of a task whose rows hold no answers, or several."""
     return PreferenceReader(task=cast(Any, task), prompt=part.prompt, chat=part.chat, system=part.system)
 
 
@@ -54,7 +54,9 @@ def require_first_rows(part: DataPart, task: Task = "sft") -> None:
     Raises ConfigError for a template that does not fit the columns.
     """
     own, *more = readers_of(part)
-    readers: list[RowReader | PreferenceReader] = [own, *more] if task == "sft" else [preference_reader(part, task)]
+    readers: list[RowReader | PreferenceReader] = (
+        [own, *more] if task in OF_ANSWERS else [preference_reader(part, task)]
+    )
     named = [part.train, *(each.source for each in part.more)]
     files = [(name, reader, part.limit) for name, reader in zip(named, readers, strict=False)]
     files += [] if part.eval is None else [(part.eval, readers[0], part.eval_limit)]

@@ -13,6 +13,7 @@ from veneer.errors import ConfigError, listed
 from veneer.plain.group import group_size
 from veneer.recipe.adapter import FROM, method_of
 from veneer.recipe.advice import in_recipe_words, value_problems
+from veneer.recipe.distill_checks import teacher_prompt
 from veneer.recipe.distributed_part import ROWS_OF_A_PROCESS, dealing_problems
 from veneer.recipe.key_checks import keys_of, typed
 from veneer.recipe.methods import adapter_config, imported, name_of, usual_learning_rate
@@ -20,7 +21,7 @@ from veneer.recipe.optimizers import steps_in_backward
 from veneer.recipe.parts import RolloutsPart, Written
 from veneer.recipe.problems import problems_of
 from veneer.recipe.rewards import named_function, reward_function
-from veneer.recipe.tasks import KEYS, settings_of
+from veneer.recipe.tasks import KEYS, OF_ANSWERS, settings_of
 from veneer.recipe.values import put, read_values
 
 # What transformers, TRL and torch raise for settings that they do not take.
@@ -145,9 +146,10 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
         "save_total_limit": 2,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": 200 if evaluates else None,
-        "eval_on_start": evaluates and recipe.task == "sft",
+        "eval_on_start": evaluates and recipe.task in OF_ANSWERS,
         "gradient_checkpointing": False,
         "report_to": ["tensorboard"],
+        **({"teacher_prompt": teacher_prompt(recipe.distill.teacher_prompt)} if recipe.distill else {}),
         **({"reward_weights": recipe.reward_functions()[1]} if recipe.rewards else {}),
         **(_of_rollouts(recipe.rollouts) if KEYS[recipe.task].rewards else {}),
     }

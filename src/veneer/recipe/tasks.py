@@ -9,8 +9,10 @@ from typing import Any, Literal, get_args
 import veneer
 from veneer.recipe.key_checks import AllowedKeys
 
-Task = Literal["sft", "dpo", "kto", "reward", "grpo", "rloo"]
+Task = Literal["sft", "dpo", "kto", "reward", "grpo", "rloo", "distill"]
 TASKS: tuple[Task, ...] = get_args(Task)
+OF_ANSWERS: tuple[Task, ...] = ("sft", "distill")
+"""Tasks whose rows hold answers, and are read alike."""
 
 _ALL = frozenset({"prompt", "chat", "system"})
 
@@ -38,6 +40,7 @@ KEYS: Mapping[Task, TaskKeys] = {
     "reward": TaskKeys("RewardTrainer", "RewardConfig", _ALL),
     "grpo": TaskKeys("GRPOTrainer", "GRPOConfig", _ALL, rewards=True, rate=0.1),
     "rloo": TaskKeys("RLOOTrainer", "RLOOConfig", _ALL, rewards=True, rate=0.1),
+    "distill": TaskKeys("DistillTrainer", "DistillConfig", _ALL | {"completion"}),
 }
 
 

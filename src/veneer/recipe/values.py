@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from veneer.errors import ConfigError
-from veneer.recipe.parts import DataPart, ModelPart, Written
+from veneer.recipe.parts import DataPart, DistillPart, ModelPart, Written
 
 PLACES = (
     ("data", "train"),
@@ -19,6 +19,7 @@ PLACES = (
     ("data", "chat_template"),
     ("model", "source"),
     ("adapter", "from"),
+    ("distill", "teacher_prompt"),
 )  # keys that may name a file
 _MEANT = {
     "mapping values": "': ' has no place here. Quote the value, or correct the indentation",
@@ -148,7 +149,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 def _is_text(key: str, text: str) -> bool:
     """Return True if a value is taken literally: its key is a text, and the value is neither quoted nor null."""
     part, _, name = key.rpartition(".")
-    parts: dict[str, type[BaseModel]] = {"": Written, "model": ModelPart, "data": DataPart}
+    parts: dict[str, type[BaseModel]] = {"": Written, "model": ModelPart, "data": DataPart, "distill": DistillPart}
     field = parts[part].model_fields.get(name) if part in parts else None
     is_yaml = re.match(r"\s*(['\"]|(null|~)?\s*$)", text)
     return field is not None and field.annotation in (str, str | None) and not is_yaml

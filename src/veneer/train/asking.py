@@ -15,7 +15,7 @@ from veneer.data.reader import RowReader
 from veneer.errors import VeneerError
 from veneer.recipe.parts import DataPart
 from veneer.recipe.readers import preference_reader, readers_of
-from veneer.recipe.tasks import Task
+from veneer.recipe.tasks import OF_ANSWERS, Task
 
 _MOST_READ = 1000  # rows from the front of the file
 _MOST_SHOWN = 160  # characters of a system message in a command
@@ -67,7 +67,7 @@ def _asked(data: DataPart, task: Task) -> Iterator[Any]:
     if not Path(data.train).is_file():
         return
     most = min(data.limit or _MOST_READ, _MOST_READ)
-    reader: RowReader | PreferenceReader = readers_of(data)[0] if task == "sft" else preference_reader(data, task)
+    reader: RowReader | PreferenceReader = readers_of(data)[0] if task in OF_ANSWERS else preference_reader(data, task)
     with suppress(VeneerError, OSError):
         for _, row in itertools.islice(numbered_rows(Path(data.train), []), most):
             read = reader.read(row, reader.form(row))

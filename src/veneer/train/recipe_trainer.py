@@ -36,7 +36,7 @@ from veneer.recipe.distributed_part import DistributedPart
 from veneer.recipe.methods import adapter_config, usual_learning_rate
 from veneer.recipe.readers import preference_reader
 from veneer.recipe.recipe import Recipe
-from veneer.recipe.tasks import trainer_of
+from veneer.recipe.tasks import OF_ANSWERS, trainer_of
 from veneer.store.merge_record import require_not_merged
 from veneer.store.source import load_tokenizer, resolve
 from veneer.train.base_model import device_of, load_base
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 
 def make_trainer(
-    recipe: Recipe, model: PreTrainedModel | None = None, kind: type[SFTTrainer] = SFTTrainer
+    recipe: Recipe, model: PreTrainedModel | None = None, kind: type[SFTTrainer] | None = None
 ) -> RunTrainer:
     """Return the trainer of a recipe, before any training. Data is encoded, and the model loaded if none is given.
 
@@ -61,7 +61,7 @@ def make_trainer(
     """
     require_not_in_base(recipe.adapter, recipe.model.source)
     tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
-    if recipe.task != "sft":
+    if recipe.task not in OF_ANSWERS:
         return _make_task_trainer(recipe, tokenizer)
     rows = read_data(recipe.data, recipe.seed)
     only = answers_only(recipe.data, kind_of(columns_of(rows.train), "text"))
@@ -74,7 +74,7 @@ def make_trainer(
     base = load_base(recipe.model, frozen=frozen, cutter=cutter, device=device) if model is None else model
     given = _with_adapter(recipe, base)
     with refusals_told(), _encoding_told(rows):
-        trainer = kind(
+        trainer: SFTTrainer = (kind or trainer_of(recipe.task))(
             given.model,
             args,
             train_dataset=rows.train,
@@ -88,7 +88,7 @@ def make_trainer(
 
 
 def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunTrainer:
-    """Return the trainer of a recipe whose task is not supervised fine-tuning."""
+    """Return the trainer of a recipe whose rows are not read as answers."""
     rows = read_data(recipe.data, recipe.seed, preference_reader(recipe.data, recipe.task))
     args = recipe.training_config()
     rewards = {"reward_funcs": recipe.reward_functions()[0]} if recipe.rewards else {}

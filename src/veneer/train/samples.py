@@ -17,7 +17,7 @@ from veneer.errors import DataError
 from veneer.recipe.parts import DataPart
 from veneer.recipe.readers import preference_reader
 from veneer.recipe.recipe import Recipe
-from veneer.recipe.tasks import KEYS, Task
+from veneer.recipe.tasks import KEYS, OF_ANSWERS, Task
 from veneer.store.source import load_tokenizer
 from veneer.train.rows import answers_only, read_data
 
@@ -28,7 +28,7 @@ _READING = {"prompt", "completion", "chat", "system"}
 def samples_of(recipe: Recipe) -> tuple[dict[str, Sample], PreTrainedTokenizerBase]:
     """Return the first training row of every source, or its parts, by name, and the tokenizer that reads them."""
     tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
-    if recipe.task != "sft":
+    if recipe.task not in OF_ANSWERS:
         return _by_part(recipe, tokenizer), tokenizer
     longest = recipe.training_config().max_length
     parts = _alone(recipe.data)

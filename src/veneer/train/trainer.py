@@ -206,6 +206,10 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
             "blake2b": self.data_digest if rows is self.train_dataset and self.data_digest else digest(rows),
         }
 
+    def encoder(self, args: SFTConfig, **settings: Any) -> Encoder:
+        """Return the encoder of rows, with the settings of `Encoder`."""
+        return Encoder(**settings)
+
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: SFTConfig, packing: bool, formatting_func: Any, name: str
     ) -> Any:
@@ -216,7 +220,8 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
         kind = kind_of(columns, args.dataset_text_field)
         require_answers(kind, dataset, name, assistant=self._assistant_only, completion=bool(args.completion_only_loss))
         split = packing and args.packing_strategy == "bfd_split"
-        encoder = Encoder(
+        encoder = self.encoder(
+            args,
             tokenizer=self._tokenizer,
             kind=kind,
             text_field=args.dataset_text_field,

@@ -29,6 +29,7 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "chat": lambda i: {"messages": turns(f"hello {i}", "hi", f"and {i + 1}?", "yes")},
     "classification": lambda i: {"text": f"text {i}", "label_text": ["World", "Sports"][i % 2]},
     "continued": lambda i: {"text": f"Once there were {i} mice."},
+    "distill": lambda i: ROWS["classification"](i),
     "extraction": lambda i: {"messages": turns("as JSON", f"lunch at {i}", json.dumps({"start": i}))},
     "ia3": lambda i: ROWS["extraction"](i),
     "miss": lambda i: ROWS["extraction"](i),

@@ -16,6 +16,15 @@ from veneer.recipe.tasks import TASKS, settings_of, trainer_of
 from veneer.train.recipe_trainer import with_saved_adapter
 from veneer.train.sweep.recipe import parse_sweep
 
+
+@pytest.fixture(autouse=True)
+def shots(tmp_path, monkeypatch):
+    """Run in a folder with a prompt of the teacher."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shots.txt").write_text("1: one\n")
+
+
+DISTILL = {"task": "distill", "distill": {"teacher_prompt": "shots.txt"}}
 GRPO = {"task": "grpo", "rewards": ["exact-match"]}
 REWARDS = [{"function": "exact-match", "column": "answer", "weight": 0.7}, "regex"]
 
@@ -24,6 +33,7 @@ def values(task="dpo", **changes):
     base = {
         "task": task, "model": {"source": "base"}, "data": {"train": "rows.jsonl"}, "output": "runs/x",
         **({"rewards": ["exact-match"]} if task in ("grpo", "rloo") else {}),
+        **(DISTILL if task == "distill" else {}),
     }  # fmt: skip
     return {**base, **changes}
 
@@ -33,7 +43,7 @@ def test_every_task_has_a_trainer_and_settings_of_its_own(task):
     recipe = parse_recipe(values(task))
     args = recipe.training_config()
     assert isinstance(args, settings_of(task))
-    assert args.learning_rate == pytest.approx(2e-4 if task in ("sft", "reward") else 2e-5)
+    assert args.learning_rate == pytest.approx(2e-4 if task in ("sft", "reward", "distill") else 2e-5)
     assert trainer_of(task).__name__ in veneer.__all__
 
 
@@ -41,12 +51,21 @@ def test_every_task_has_a_trainer_and_settings_of_its_own(task):
     ("changes", "message"),
     [
         ({"task": "dop"}, r"task: 'dop' does not fit: it must be 'sft', 'dpo', 'kto', 'reward', "),
-        ({"task": "sft", "training": {"beta": 0.2}}, "beta: belongs to task dpo, kto, grpo, rloo, and the task here"),
+        ({"task": "sft", "training": {"beta": 0.2}}, "beta: belongs to task dpo, kto, grpo, rloo, distill, and"),
         ({"training": {"num_generations": 4}}, "num_generations: belongs to task grpo, rloo, and the task"),
         ({"training": {"bta": 0.2}}, "training.bta: unknown key; the nearest is 'beta'"),
         ({"training": {"packing": True}}, "training.packing: belongs to task sft"),
         ({"data": {"train": "r", "train_on": "answers"}}, "data.train_on: belongs to task sft, and the task"),
         ({"data": {"train": "r", "completion": "{a}"}}, "data.completion: belongs to task sft"),
+        ({"distill": {"teacher_prompt": "shots.txt"}}, "distill: belongs to task distill, and the task here is dpo"),
+        ({"task": "distill"}, "distill: is missing; say what the teacher reads"),
+        ({**DISTILL, "distill": {"teacher_prompt": "no.txt"}}, r"distill.teacher_prompt: no.txt cannot be read"),
+        ({**DISTILL, "distill": {"teacher": "base"}}, "distill.teacher: unknown key; the nearest is 'teacher_prompt'"),
+        ({**DISTILL, "training": {"beta": 1.5}}, "training.beta: 1.5 must be between 0 and 1"),
+        ({**DISTILL, "training": {"lmbda": -0.5}}, "training.lmbda: -0.5 must be between 0 and 1"),
+        ({**DISTILL, "training": {"teacher_prompt": "x"}}, "training.teacher_prompt: say it in distill"),
+        ({**DISTILL, "adapter": {"method": "full"}}, "adapter.method: full changes the base, which is the teacher"),
+        ({**DISTILL, "rewards": ["regex"]}, "rewards: belongs to task grpo, rloo, and the task here is distill"),
         ({"rewards": ["regex"]}, "rewards: belongs to task grpo, rloo, and the task here is dpo"),
         ({"task": "grpo"}, "rewards: is missing; grpo learns from rewards"),
         ({"rollouts": {"engine": "engine"}}, "rollouts: belongs to task grpo, rloo, and the task here is dpo"),
@@ -200,3 +219,17 @@ def test_experts_are_named_by_one_key() -> None:
     assert adapter(experts=False) == adapter()
     with pytest.raises(ConfigError, match=r"adapter.experts: 'all' must be true \(stacks of experts"):
         adapter(experts="all")
+
+
+@pytest.mark.parametrize(("content", "message"), [(b" \n", "is empty"), (b"\xff", "is not text in UTF-8")])
+def test_a_teachers_prompt_without_text_is_told(content, message, tmp_path):
+    (tmp_path / "shots.txt").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"distill.teacher_prompt: shots.txt {message}"):
+        parse_recipe(values("distill"))
+
+
+def test_a_teachers_prompt_is_read_from_the_recipes_folder(tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values("distill")))
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert load_recipe(tmp_path / "recipe.yaml").training_config().teacher_prompt == "1: one\n"

@@ -1,0 +1,120 @@
+"""Distillation: a student with an adapter learns the next-token distributions of a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.adapters.token_scores import has_own_loss, kept_logits, model_of, unmade_logits
+from veneer.data.encoding import IGNORED, Encoder
+from veneer.errors import ConfigError
+from veneer.learn.distill_config import DistillConfig
+from veneer.learn.divergence import summed_divergence
+from veneer.learn.rollouts import Rollouts, seed_of
+from veneer.learn.taught_rows import COLUMNS, TEACHER, TaughtCollator, TaughtEncoder, answered, prompts_in
+from veneer.model.sites.structure import evaluation
+from veneer.serve.schedule.sampling_params import SamplingParams
+from veneer.train.config import as_settings
+from veneer.train.loss import TokenLoss
+from veneer.train.trainer import SFTTrainer
+
+_DRAWS, _ANSWERS = 3, 4  # first numbers of keys, other than those of `DrawingTrainer`
+
+
+class DistillTrainer(SFTTrainer):
+    """`SFTTrainer` whose loss is the divergence from a teacher: the base with another prompt (prompt distillation).
+
+    The teacher is the model with its adapter off. It reads `DistillConfig.teacher_prompt` before each row's prompt, and
+    the student does not. In a share ``lmbda`` of the steps the engine draws the answers, by the adapter of that step.
+
+    Agarwal et al. 2024, arXiv:2306.13649; of prompts, Snell et al. 2022, arXiv:2209.15189. Raises ConfigError,
+    DataError or TrainingError if the run could not do as asked.
+    """
+
+    def __init__(self, model: Any, args: DistillConfig | None = None, *given: Any, **options: Any) -> None:
+        super().__init__(model, as_settings(args, DistillConfig, "trainer_output"), *given, **options)
+        if not isinstance(self.model, PeftModel) or has_own_loss(self.model):
+            raise ConfigError(
+                "distillation from the base needs an adapter without a loss of its own: give peft_config, such as "
+                "LoraConfig()"
+            )
+        self._rollouts: Rollouts | None = None
+        if self.args.lmbda > 0:
+            self._adapter = self.model.adapter_state.active[0]
+            self._rollouts = Rollouts(self.model, self._tokenizer)
+            self._rollouts.hand_over(self._adapter)
+
+    def encoder(self, args: Any, **settings: Any) -> Encoder:
+        """Return the encoder of rows for student and teacher."""
+        return TaughtEncoder(**settings, teacher_prompt=args.teacher_prompt)
+
+    def _collator(self) -> Any:
+        return TaughtCollator(super()._collator())
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns or []
+        self._signature_columns = [*columns, *(name for name in COLUMNS if name not in columns)]
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Return the micro-batches of a step, with answers that the student draws if it is one of ``lmbda``."""
+        batches, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        key = (_DRAWS, self.args.seed, self.state.global_step)
+        if self._rollouts is None or not batches or seed_of(*key) >= self.args.lmbda * 2**64:
+            return batches, n_items
+        drawn = self._drawn(self._rollouts, batches)
+        return drawn, self._get_num_items_in_batch(drawn, device)
+
+    def _drawn(self, rollouts: Rollouts, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Return micro-batches with the same prompts and new answers, all drawn at once."""
+        prompts = [prompts_in(each["input_ids"], each["labels"]) for each in batches]
+        asked = [ids for each in prompts for ids in each]
+        params = SamplingParams(temperature=self.args.temperature, max_tokens=self.args.max_completion_length)
+        key = (_ANSWERS, self.args.seed, self.state.global_step)
+        rows = range(self.args.process_index * len(asked), (self.args.process_index + 1) * len(asked))
+        drawn = rollouts.draw(asked, params, adapter=self._adapter, key=key, rows=rows)
+        answers, found = iter(drawn), []
+        for batch, own in zip(batches, prompts, strict=True):
+            taught = prompts_in(batch["teacher_input_ids"], batch["teacher_labels"])
+            examples = [
+                answered(ids, other, next(answers).answers[0].token_ids) for ids, other in zip(own, taught, strict=True)
+            ]
+            device = batch["input_ids"].device
+            found.append({name: value.to(device) for name, value in self.data_collator(examples).items()})
+        return found
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the summed divergence of a micro-batch over the step's tokens, without outputs of the model."""
+        loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+    def token_loss(self, model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
+        """Return the divergence over the tokens of the answers, before it is normalized."""
+        taught = {name.removeprefix(TEACHER): value for name, value in inputs.items() if name.startswith(TEACHER)}
+        own = {name: value for name, value in inputs.items() if not name.startswith(TEACHER)}
+        inner = cast(Any, model_of(model))
+        with torch.no_grad(), evaluation(inner), inner.disable_adapter():
+            teacher, _ = _logits_of_answers(inner, taught)
+        student, labels = _logits_of_answers(model, own)
+        total, hits = summed_divergence(
+            student, teacher, labels, beta=self.args.beta, temperature=self.args.temperature
+        )
+        return TokenLoss(total, torch.tensor(len(labels), device=labels.device), hits, None)
+
+
+def _logits_of_answers(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the logits (n, v) that predict the trained tokens of a batch, deferred if the head allows, and those."""
+    labels = inputs["labels"][:, 1:]
+    given = {name: value for name, value in inputs.items() if name != "labels"}
+    every = torch.arange(labels.shape[1], device=labels.device)
+    found = unmade_logits(model, given)
+    logits = kept_logits(model, given, every)[0] if found is None else found[0][:, :-1]
+    trained = labels != IGNORED
+    at = trained.flatten().nonzero().flatten().to(logits.device)
+    return logits.flatten(0, 1)[at], labels[trained]

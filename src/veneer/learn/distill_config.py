@@ -1,0 +1,47 @@
+"""Settings of distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from veneer.train.config import SFTConfig
+
+
+@dataclass
+class DistillConfig(SFTConfig):
+    """`SFTConfig` with the settings of distillation, in TRL's names. Raises ConfigError with all problems at once.
+
+    ``teacher_prompt`` is the text that the teacher reads before each row's prompt. ``beta`` is 0 for the forward
+    divergence, 1 for the reverse one, between them for Jensen and Shannon's. ``lmbda`` is the share of optimizer steps
+    on answers that the student draws: 0 takes the rows' own answers, 1 none of them. ``temperature`` divides the logits
+    of both, and is that of the draws. ``max_completion_length`` is the longest drawn answer, in tokens.
+    """
+
+    teacher_prompt: str = ""
+    beta: float = 0.5
+    lmbda: float = 0.0
+    temperature: float = 1.0
+    max_completion_length: int = 128
+
+    def problems(self) -> list[str]:
+        """Return all problems of the teacher, the loss and the draws."""
+        found = super().problems()
+        if not self.teacher_prompt:
+            found.append("teacher_prompt is empty, so the teacher would be the student: give the text that it reads")
+        found += [
+            f"{name}={value!r} must be between 0 and 1"
+            for name, value in (("beta", self.beta), ("lmbda", self.lmbda))
+            if not 0 <= value <= 1
+        ]
+        if not 0 < self.temperature < float("inf"):
+            found.append(f"temperature={self.temperature!r} must be a finite number above 0")
+        if self.max_completion_length < 1:
+            found.append(f"max_completion_length={self.max_completion_length!r} must be at least 1")
+        plain = {"packing": False, "padding_free": False, "eval_packing": False, "truncation_mode": "keep_start",
+                 "label_smoothing_factor": 0, "loss_type": "nll"}  # fmt: skip
+        found += [
+            f"{name}={getattr(self, name)!r} does not act in distillation: leave it out"
+            for name, usual in plain.items()
+            if (getattr(self, name) or usual) != usual
+        ]
+        return found
