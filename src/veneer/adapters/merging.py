@@ -18,6 +18,7 @@ from veneer.model.adapted.site import Adapted
 from veneer.model.adapted.state import AdapterState
 from veneer.model.adapted.token_rows import require_rows_agree
 from veneer.model.attach.attach import adapted_modules, adapted_places
+from veneer.model.quantized.packed_linear import is_packed
 from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.model.quantized.stack import CodedStack
 from veneer.model.sharded.made_dense import make_dense
@@ -52,6 +53,7 @@ def merging_with(model: nn.Module, state: AdapterState, names: tuple[str, ...]) 
     On an error the model is as before. Raises the errors of `require_foldable`.
     """
     require_whole(model, "merging")
+    _require_unpacked(model)
     require_foldable(model, state, names)
     before, wanted = state.merged, tuple(dict.fromkeys((*state.merged, *names)))
     unmerge(model, state)
@@ -121,6 +123,16 @@ def _folded_already(model: nn.Module, module: Adapted, names: tuple[str, ...]) -
     own = module._parameters.get("weight")
     done = (m for m in adapted_modules(model).values() if own is not None and m.originals.get("weight") is own)
     return next(({"weight": cast(Tensor, m._parameters["weight"])} for m in done if m.changes_as(module, names)), {})
+
+
+def _require_unpacked(model: nn.Module) -> None:
+    """Raise CompositionError if a layer has only a packed weight, which merging cannot replace."""
+    path = next((path for path, module in model.named_modules() if is_packed(module)), None)
+    if path is not None:
+        raise CompositionError(
+            f"{path} has only a packed weight, which an engine shares: save the adapter, and merge it into a base that "
+            "is loaded anew"
+        )
 
 
 def holding(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, Adapted]]:

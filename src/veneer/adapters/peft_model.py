@@ -30,6 +30,7 @@ from veneer.model.batch.mixed import TaskIds, mixed_batch
 from veneer.model.batch.sequences import by_sequence, with_sequences
 from veneer.model.fused.head import deferred_logits
 from veneer.model.inplace import change_class, restore_class
+from veneer.model.quantized.packed_linear import unpack
 from veneer.plain.field_types import plain
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.tensors import Leniency, SaveEmbeddings
@@ -364,6 +365,7 @@ class PeftModel(AdapterOverview):
 
     def _unload(self) -> PreTrainedModel:
         lifecycle.remove_all(self, self.adapter_state)
+        unpack(self)
         del self.adapter_state, self._hf_peft_config_loaded
         restore_class(self)
         return cast(PreTrainedModel, self)

@@ -20,12 +20,15 @@ class _Drawing(RunSettings):
     ``rollout_engine``: "engine" draws by veneer's engine, "generate" by transformers; "auto" chooses the engine if it
     supports the run, and else says why it does not. ``disable_dropout`` is True: answers come from the policy that is
     scored. If ``rollout_journal``, the engine's rollouts are kept in ``rollouts/`` of the output, and a resumed run
-    reads them. ``reward_…`` are the fields of `learn.rewards.RewardLimits`.
+    reads them. ``rollout_memory``: "one" packs the base's weights for the engine, and the training pass reads them
+    there; "beside" packs a second copy; "auto" is "one" if the base is of a kind whose step is no slower. On packed
+    weights an adapter can be saved, but not merged. ``reward_…`` are the fields of `learn.rewards.RewardLimits`.
     """
 
     disable_dropout: bool = True
     rollout_engine: Literal["auto", "engine", "generate"] = "auto"
     rollout_journal: bool = True
+    rollout_memory: Literal["auto", "one", "beside"] = "beside"
     reward_timeout: float | None = 60.0
     reward_on_error: Literal["stop", "none"] = "stop"
     reward_most_failed: float = 0.1
@@ -100,9 +103,11 @@ def _reward_problems(args: Any) -> list[str]:
 def _engine_problems(args: Any) -> list[str]:
     if args.rollout_engine not in ("auto", "engine", "generate"):
         return [f"rollout_engine={args.rollout_engine!r} must be 'auto', 'engine' or 'generate'"]
-    if not args.use_vllm:
-        return []
     found = []
+    if args.rollout_memory not in ("auto", "one", "beside"):
+        found.append(f"rollout_memory={args.rollout_memory!r} must be 'auto', 'one' or 'beside'")
+    if not args.use_vllm:
+        return found
     if args.vllm_mode != "colocate":
         found.append(
             f"vllm_mode={args.vllm_mode!r} draws in another process: answers are drawn here, by the adapter in "

@@ -10,14 +10,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.adapters.peft_model import PeftModel
-from veneer.errors import AdapterNameError, TrainingError
+from veneer.errors import AdapterNameError, ConfigError, TrainingError
 from veneer.learn.live import LiveAdapter
 from veneer.model.adapted.state import base_alone
 from veneer.model.sites.structure import evaluation
@@ -59,7 +59,11 @@ class DrawnPrompt:
 
 
 class Rollouts:
-    """Engine on a model's weights, which stay the model's own. ``options`` are those of `veneer.LLM`.
+    """Engine on a model's weights. ``options`` are those of `veneer.LLM`.
+
+    ``memory``: "beside" packs a copy of the weights, and the model keeps its own. "one" replaces them: the
+    model's layers hold the packed weights, on which adapters that are attached later train. Such a model cannot be
+    merged; `PeftModel.unload` restores its own weights.
 
     Adapters of the model act by name, in their current state. Weights of the base must not change. Everything runs in
     the caller's thread, between two training passes.
@@ -67,14 +71,26 @@ class Rollouts:
     Raises ConfigError, TargetError, and DescriptionError for a model that has no program.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        memory: Literal["one", "beside"] = "beside",
+        **options: Any,
+    ) -> None:
+        if memory == "one" and isinstance(model, PeftModel):
+            raise ConfigError(
+                "memory='one' packs a base before adapters are attached, and this model has some: load the base anew"
+            )
         self.model, self._options = model, EngineOptions(tokenizer=tokenizer, **options)
+        self._is_one = memory == "one"
         self._start()
 
     def _start(self) -> None:
         with _bare(self.model):
             self.engine: Engine = start_engine(
-                self.model, self._options, program_alone=True, keeps_weights=True, compares_bases=False
+                self.model, self._options, program_alone=True, keeps_weights=not self._is_one, compares_bases=False
             )
         self._live: dict[str, LiveAdapter] = {}
         self._base = [*_base_modules(self.model)]
@@ -84,8 +100,14 @@ class Rollouts:
         """Restart the engine if the base's tensors have moved: a trainer's preparation for several processes moves
         them.
         """
-        if self._places != _places(self._base):
-            self._start()
+        if self._places == _places(self._base):
+            return
+        if self._is_one:
+            raise TrainingError(
+                "tensors of the base have moved, and the engine holds its only copy: set memory to 'beside' "
+                "(rollout_memory, rollouts.memory in a recipe)"
+            )
+        self._start()
 
     def hand_over(self, adapter: str) -> LoRARequest:
         """Hand the current state of a model's adapter to the engine, and return the request for it, with its version.

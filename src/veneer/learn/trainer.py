@@ -28,10 +28,10 @@ from veneer.errors import DataError, DivergedError, NonFiniteError, TrainingErro
 from veneer.learn.conversation import Rollout
 from veneer.learn.journal import FOLDER, Journal, Line, hash_of, journal_path
 from veneer.learn.learning_rows import by_prompt, equal_groups, learning_rows, of_all_rows
-from veneer.learn.policy import Policy, policy_of
+from veneer.learn.policy import Policy, policy_of, rollouts_of_base
 from veneer.learn.proof import beyond, require_same_policy, rounded_otherwise
 from veneer.learn.rewards import RewardLimits, checked_reward, reward_functions
-from veneer.learn.rollouts import DrawnAnswer
+from veneer.learn.rollouts import DrawnAnswer, Rollouts
 from veneer.model.sites.structure import evaluation
 from veneer.train.config import RunSettings
 from veneer.train.preference.reference import Reference
@@ -74,6 +74,7 @@ class DrawingTrainer(PreferenceTrainer):
     _buffered_inputs: list[dict[str, Any]] | None
     _pending_metrics: dict[str, list[float]]
     policy: Policy | None = None
+    rollouts_of_base: Rollouts | None = None  # if the base's only copy is the engine's
     _n_evaluated = 0  # answers, in this evaluation
     journal: Journal | None = None
     rollouts: list[Rollout]  # of the last draw
@@ -131,6 +132,10 @@ class DrawingTrainer(PreferenceTrainer):
         # TRL's correction of draws by another policy is for 16 bits: in float32 they are the same, which is proved.
         self.use_vllm = self.policy is not None and not self.policy.is_exact
         self.surround()
+
+    def take_base(self, base: PreTrainedModel, args: Any, processing_class: Any) -> None:
+        """Give the base's weights to the engine, if ``rollout_memory`` says so. Raises ConfigError."""
+        self.rollouts_of_base = rollouts_of_base(base, processing_class, args)
 
     def limited(self, function: Any, *, alone: bool, name: str | None = None) -> Any:
         """Return a reward function as `checked_reward` does, with the limits of the settings."""

@@ -78,6 +78,11 @@ class RolloutsPart(_Part):
         default=True,
         description="keep the engine's rollouts in `rollouts/` of the output, which `veneer samples` and a resume read",
     )
+    memory: Literal["auto", "one", "beside"] = Field(
+        default="auto",
+        description="copies of the base in memory: `one` trains on the engine's packed weights, `beside` packs a "
+        "second copy; `auto` is `one` if a step is no slower ([answers.md](answers.md#who-draws))",
+    )
 
 
 class DistillPart(_Part):

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "teacher_prompt": "in distill, as teacher_prompt (a file)",
     "rollout_engine": "in rollouts, as engine",
     "rollout_journal": "in rollouts, as journal",
+    "rollout_memory": "in rollouts, as memory",
 }
 
 NOWHERE = {

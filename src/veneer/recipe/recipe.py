@@ -128,7 +128,7 @@ def _n_processes() -> int:
 
 
 def _of_rollouts(part: RolloutsPart) -> dict[str, Any]:
-    return {"rollout_engine": part.engine, "rollout_journal": part.journal}
+    return {"rollout_engine": part.engine, "rollout_journal": part.journal, "rollout_memory": part.memory}
 
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:

@@ -92,10 +92,15 @@ class RunTrainer(ResumableTrainer):
         self.progress, self.data_digest = Progress(), None
         set_seed(args.seed)
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
-        model = adapted(loaded(model, args, quantization_config, self.kind), peft_config)
+        base = loaded(model, args, quantization_config, self.kind)
         processing_class = processing_class or AutoTokenizer.from_pretrained(name)
+        self.take_base(base, args, processing_class)
+        model = adapted(base, peft_config)
         require_special_tokens(getattr(processing_class, "tokenizer", processing_class), args)
         return Ready(args, model, processing_class)
+
+    def take_base(self, base: PreTrainedModel, args: Any, processing_class: Any) -> None:
+        """Prepare the loaded base before its fresh adapter is attached: nothing, unless a trainer does otherwise."""
 
     @contextmanager
     def building(self, ready: Ready) -> Iterator[dict[str, Any]]:

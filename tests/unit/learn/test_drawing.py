@@ -8,10 +8,20 @@ import pytest
 import torch
 from datasets import Dataset
 
-from veneer import GRPOConfig, GRPOTrainer, IA3Config, LoraConfig, PromptTuningConfig, RLOOConfig, RLOOTrainer
-from veneer.errors import ConfigError
+from veneer import (
+    GRPOConfig,
+    GRPOTrainer,
+    IA3Config,
+    LoraConfig,
+    PromptTuningConfig,
+    RLOOConfig,
+    RLOOTrainer,
+    get_peft_model,
+)  # fmt: skip
+from veneer.errors import CompositionError, ConfigError
 from veneer.learn.proof import PolicyMismatchError
 from veneer.learn.rollouts import Rollouts, StaleAnswerError
+from veneer.model.quantized.packed_linear import is_packed
 
 from .conftest import LORA
 
@@ -151,3 +161,46 @@ def test_sixteen_bits_are_corrected_by_trl_and_evaluations_draw_alike(trainer_of
         first, second = (trainer.evaluate(ROWS.select(range(4))) for _ in range(2))
         assert first["eval_reward"] == second["eval_reward"]
         assert first["eval_loss"] == second["eval_loss"]
+
+
+def test_one_copy_of_the_base_trains_as_two_do(trainer_of):
+    for kind, config, changes in (
+        ("grpo", LoraConfig(**LORA), {"beta": 0.1}),
+        ("rloo", LoraConfig(**LORA, use_dora=True), {"beta": 0.0}),
+        ("grpo", LoraConfig(**{**LORA, "init_lora_weights": "pissa"}), {}),
+    ):
+        told = {}
+        for memory in ("beside", "one"):
+            trainer = trainer_of(kind, peft_config=config, rollout_engine="engine", rollout_memory=memory, **changes)
+            assert is_packed(trainer.model.model.layers[0].mlp.down_proj) == (memory == "one")
+            trainer.train()
+            assert trainer.policy.is_proved
+            told[memory] = lines(trainer)
+        one, two = told["one"][0], told["beside"][0]  # an optimizer's first step makes much of rounding
+        own = {name: value for name, value in one.items() if "difference" not in name}
+        assert own == {name: pytest.approx(two[name], rel=1e-4, abs=1e-6) for name in own}
+
+
+def test_a_base_on_packed_weights_is_restored_and_not_merged(trainer_of, make_model):
+    whole = make_model().state_dict()
+    trainer = trainer_of(rollout_memory="auto")
+    trainer.train()
+    with pytest.raises(CompositionError, match=r"has only a packed weight.*merge it into a base that is loaded anew"):
+        trainer.model.merge_and_unload()
+    restored = trainer.model.unload().state_dict()
+    assert restored.keys() == whole.keys()
+    assert all(torch.equal(restored[name], whole[name]) for name in whole)
+
+
+def test_which_bases_are_kept_once(trainer_of, make_model):
+    def is_one(**changes: Any) -> bool:
+        return trainer_of(**changes).rollouts_of_base is not None
+
+    assert is_one(rollout_memory="auto")
+    assert not is_one()
+    assert not is_one(rollout_memory="auto", bf16=True)  # products in 16 bits are faster on the base's own weights
+    assert not is_one(rollout_memory="auto", rollout_engine="generate")
+    with pytest.raises(ConfigError, match="rollout_memory='most' must be 'auto', 'one' or 'beside'"):
+        trainer_of(rollout_memory="most")
+    with pytest.raises(ConfigError, match="memory='one' packs a base before adapters are attached"):
+        Rollouts(get_peft_model(make_model(), LoraConfig(**LORA)), None, memory="one")
