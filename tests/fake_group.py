@@ -18,8 +18,8 @@ from veneer import shard_base
 from veneer.model.sharded import fsdp
 from veneer.model.sharded.fsdp import mesh
 from veneer.ops.traced import silenced
+from veneer.plan.memory_trace import prepare
 from veneer.plan.model import meta_base, with_adapter
-from veneer.plan.trace import prepare
 from veneer.recipe.recipe import Recipe
 from veneer.train.gradients import average
 

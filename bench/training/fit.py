@@ -44,7 +44,7 @@ def status(name: str) -> int:
 
 def carry_out(options: argparse.Namespace) -> int:
     """Train the recipe with changes, within the budget."""
-    import veneer.plan.trace
+    import veneer.plan.memory_trace
     import veneer.train.run  # noqa: F401  what a run imports is there before the limit
     from veneer.cli.app import app
     from veneer.model.memory.available import high_water

@@ -164,9 +164,9 @@ def planned(recipe: Any) -> dict[str, float]:
 def counted(recipe: Any) -> dict[str, float]:
     """Live bytes of the step itself."""
     from bench.training.measured import measured_model
-    from veneer.plan.live import LiveBytes, peaks
+    from veneer.plan.live_bytes import LiveBytes, peaks
+    from veneer.plan.memory_trace import FIRST, kind_under, kinds_of, make_optimizer, prepare, run_steps
     from veneer.plan.plan import batch_of, held_out_batch
-    from veneer.plan.trace import FIRST, kind_under, kinds_of, make_optimizer, prepare, run_steps
 
     model, args, live = measured_model(recipe), recipe.training_config(), LiveBytes()
     prepare(model, args, with_values=True)
@@ -194,9 +194,9 @@ def carried_out(
     from veneer.model.memory.available import high_water
     from veneer.model.memory.heap import freed_memory_kept
     from veneer.model.memory.offload import ActivationOffload
+    from veneer.plan.memory_trace import make_optimizer, prepare
     from veneer.plan.plan import batch_of
     from veneer.plan.step import Step, as_accelerate
-    from veneer.plan.trace import make_optimizer, prepare
 
     model, args = measured_model(recipe), recipe.training_config()
     prepare(model, args, with_values=True)

@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM
 from bench.training.measured import measured_model
 from veneer.ops.traced import tracing
 from veneer.plan.architecture import config_of
+from veneer.plan.memory_trace import kinds_of
 from veneer.plan.model import traced_model
-from veneer.plan.trace import kinds_of
 from veneer.recipe.adapter import names_of
 from veneer.recipe.methods import imported
 from veneer.recipe.recipe import parse_recipe

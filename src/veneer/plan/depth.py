@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from veneer.ops.traced import tracing
-from veneer.plan.live import Peak
+from veneer.plan.live_bytes import Peak
+from veneer.plan.memory_trace import KINDS, Shallow
 from veneer.plan.model import adapter_of, blockwise, traced_model
-from veneer.plan.trace import KINDS, Shallow
 from veneer.recipe.recipe import Recipe
 
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedConfig
 from veneer.errors import ConfigError
 from veneer.plain.progress import waiting_for
 from veneer.plain.units import size
+from veneer.plan.memory_trace import ACTIVATIONS, LOGITS, SCRATCH
 from veneer.plan.plan import Plan, plan_recipe
 from veneer.plan.presets import hub_id_of
-from veneer.plan.trace import ACTIVATIONS, LOGITS, SCRATCH
 from veneer.recipe.distributed_part import DistributedPart
 from veneer.recipe.optimizers import steps_in_backward
 from veneer.recipe.parts import DataPart, ModelPart

@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from veneer.adapters.peft_model import get_peft_model
 from veneer.contract import MethodConfig
 from veneer.model.memory.heap import freed_memory_kept
+from veneer.plan.memory_trace import make_optimizer, prepare, trace
 from veneer.plan.step import Batch, Step, as_accelerate
-from veneer.plan.trace import make_optimizer, prepare, trace
 from veneer.plan.work import Work
 from veneer.recipe.recipe import Recipe, parse_recipe
 

@@ -14,11 +14,11 @@ from veneer.model.modules.snapshot import look_at
 from veneer.ops.traced import tracing
 from veneer.plan.architecture import config_of
 from veneer.plan.depth import Pattern, between, line, pattern_of, peaks_by_place
-from veneer.plan.live import Peak
+from veneer.plan.live_bytes import Peak
 from veneer.plan.losses import ROWS, require_planned
+from veneer.plan.memory_trace import SCRATCH, Shallow, trace
 from veneer.plan.model import adapter_of, meta_base, shortened, traced_model
 from veneer.plan.step import Batch
-from veneer.plan.trace import SCRATCH, Shallow, trace
 from veneer.plan.work import Work
 from veneer.recipe.parts import DataPart, ModelPart
 from veneer.recipe.recipe import Recipe

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.data.named_files import names_a_file
-from veneer.plan.live import Peak
+from veneer.plan.live_bytes import Peak
+from veneer.plan.memory_trace import GRADIENTS, STATE
 from veneer.plan.plan import Plan
 from veneer.plan.start import start_bytes
-from veneer.plan.trace import GRADIENTS, STATE
 from veneer.recipe.parts import DataPart
 
 ALLOCATOR_BYTES = 20_000_000

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from veneer.errors import ConfigError
-from veneer.plan.live import Peak
+from veneer.plan.live_bytes import Peak
+from veneer.plan.memory_trace import BASE, NORMS
 from veneer.plan.plan import Plan
-from veneer.plan.trace import BASE, NORMS
 from veneer.recipe.distributed_part import PLANNED, DistributedPart
 
 GATHERED, BUCKETS = "gathered weights", "gradient buckets"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from veneer.plan.memory_trace import BASE, GRADIENTS, NORMS
 from veneer.plan.plan import Plan
-from veneer.plan.trace import BASE, GRADIENTS, NORMS
 
 PASSES = 2
 """A block is gathered once forward and once backward, whatever is recomputed."""

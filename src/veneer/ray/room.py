@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from veneer.model.memory.available import available_bytes
 from veneer.plan.before import TOLD, UNEXPECTED
+from veneer.plan.memory_trace import BASE, EMBEDDINGS, HEAD, NORMS
 from veneer.plan.plan import Plan, plan_recipe
 from veneer.plan.report import FRAGMENTS
-from veneer.plan.trace import BASE, EMBEDDINGS, HEAD, NORMS
 from veneer.train.sweep.recipe import Member
 
 _SHARED = (BASE, EMBEDDINGS, HEAD, NORMS)

@@ -16,7 +16,7 @@ from veneer.ops.cross_entropy import (
     linear_token_scores,
     softmax_cross_entropy,
 )
-from veneer.plan.live import LiveBytes, peaks
+from veneer.plan.live_bytes import LiveBytes, peaks
 from veneer.quant.dense import DenseWeight
 
 OP = "cross_entropy.softmax_cross_entropy"

@@ -13,10 +13,10 @@ from veneer.cli.plan_options import bytes_from
 from veneer.errors import ConfigError
 from veneer.plan.advice import TASKS, advise
 from veneer.plan.cards import CARDS, card_of
-from veneer.plan.live import Peak
+from veneer.plan.live_bytes import Peak
+from veneer.plan.memory_trace import ACTIVATIONS, BASE
 from veneer.plan.plan import plan_recipe
 from veneer.plan.processes import copy_sizes, cut_over
-from veneer.plan.trace import ACTIVATIONS, BASE
 from veneer.recipe.distributed_part import DistributedPart
 
 LLAMA_3_8B = 41_943_040 // 16

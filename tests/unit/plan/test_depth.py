@@ -12,10 +12,10 @@ from transformers import Gemma3TextConfig, PreTrainedConfig
 from veneer.plan import depth
 from veneer.plan import plan as planning
 from veneer.plan.depth import Pattern, between, pattern_of
-from veneer.plan.live import Peak
+from veneer.plan.live_bytes import Peak
+from veneer.plan.memory_trace import ACTIVATIONS, BASE, trace
 from veneer.plan.model import traced_model
 from veneer.plan.plan import plan_recipe
-from veneer.plan.trace import ACTIVATIONS, BASE, trace
 
 
 def gemma(n_blocks: int, period: int) -> Gemma3TextConfig:

@@ -13,12 +13,12 @@ from tests.unit.plan.conftest import Make
 from veneer.errors import ConfigError
 from veneer.plan.cards import card_of
 from veneer.plan.layout import Ranks, rank_facts, told_ranks
-from veneer.plan.live import Peak
+from veneer.plan.live_bytes import Peak
+from veneer.plan.memory_trace import BASE, EMBEDDINGS, GRADIENTS
 from veneer.plan.model import shortened
 from veneer.plan.plan import Plan, plan_recipe
 from veneer.plan.processes import cut_over
 from veneer.plan.report import CONTEXT_BYTES, FRAGMENTS, Machine
-from veneer.plan.trace import BASE, EMBEDDINGS, GRADIENTS
 from veneer.recipe.recipe import Recipe, parse_recipe
 
 BLOCKS, HEAD, GRADS, N_TRAINED = 70_000_000_000, 2_000_000_000, 84_000_000, 21_000_000

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from tests.unit.plan.conftest import Make
 
-from veneer.plan.live import Peak
+from veneer.plan.live_bytes import Peak
+from veneer.plan.memory_trace import BASE, GRADIENTS, STATE
 from veneer.plan.plan import plan_recipe
 from veneer.plan.process import ALLOCATOR_BYTES, ROWS_SHARE, WORD_BYTES, process_of
-from veneer.plan.trace import BASE, GRADIENTS, STATE
 from veneer.recipe.parts import DataPart
 
 

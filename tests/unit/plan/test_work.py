@@ -17,11 +17,11 @@ from bench.training.measured import measured_model
 from veneer.model.memory.offload import ActivationOffload, PageFile
 from veneer.ops.cpu.module import DTYPES
 from veneer.ops.traced import row_slices
-from veneer.plan.live import LiveBytes
+from veneer.plan.live_bytes import LiveBytes
 from veneer.plan.machine import Rates
+from veneer.plan.memory_trace import make_optimizer, prepare, run_steps, trace
 from veneer.plan.plan import batch_of, plan_recipe
 from veneer.plan.products import MatrixProduct
-from veneer.plan.trace import make_optimizer, prepare, run_steps, trace
 from veneer.plan.work import Codec, CountWork, Work
 
 Q4_K, GPTQ = Codec("ggml_decode", (12,)), Codec("scaled_decode", (4, 0, 2, 5, 0, 1, 64, 2))

@@ -8,9 +8,9 @@ from typing import Any, cast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.plan.live import Peak
+from veneer.plan.live_bytes import Peak
+from veneer.plan.memory_trace import ACTIVATIONS, ADAPTERS, BASE, HEAD, LOGITS
 from veneer.plan.report import FRAGMENTS
-from veneer.plan.trace import ACTIVATIONS, ADAPTERS, BASE, HEAD, LOGITS
 from veneer.ray.room import places_of
 
 

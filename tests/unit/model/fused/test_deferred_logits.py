@@ -20,7 +20,7 @@ from veneer.errors import CompositionError
 from veneer.model.fused.deferred import DeferredLogits
 from veneer.model.fused.head import deferred_logits
 from veneer.model.quantized.quantized_head import quantize_head
-from veneer.plan.live import LiveBytes
+from veneer.plan.live_bytes import LiveBytes
 from veneer.train.loss import token_loss
 
 HEADS = {

@@ -14,7 +14,7 @@ from veneer.contract import MethodConfig
 from veneer.model.fused.decoder import fused
 from veneer.model.memory.checkpointing import checkpoint_selectively
 from veneer.ops.linear import op
-from veneer.plan.live import LiveBytes
+from veneer.plan.live_bytes import LiveBytes
 
 METHODS: dict[str, MethodConfig] = {
     "lora": LoraConfig(r=5, lora_alpha=7, target_modules="all-linear"),

@@ -18,7 +18,7 @@ from veneer.model.memory.checkpointing import checkpoint_fully, checkpoint_selec
 from veneer.model.memory.offload import ActivationOffload
 from veneer.model.quantized.module import CodedModule
 from veneer.ops.traced import tracing
-from veneer.plan.live import LiveBytes, Peak, peaks
+from veneer.plan.live_bytes import LiveBytes, Peak, peaks
 from veneer.plan.losses import Loss, loss_of, reference_of, trained_tokens
 from veneer.plan.model import adapter_of, traced_model
 from veneer.plan.parts import tell_parts
