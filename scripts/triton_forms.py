@@ -203,7 +203,9 @@ def _pair_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
         pairs = [FactorPair(torch.zeros(rank, 576), torch.zeros(o, rank), 1.0, activation="gelu_tanh") for o in outs]
         segments = Segments.of([Segment(PackedPairs.pack(pairs, outs, dtype=dtype), 0, n)])
         x, ys = torch.empty(n, 576, dtype=x_dtype), [torch.empty(n, o, dtype=dtype) for o in outs]
+        columns = torch.split(torch.empty(n, sum(outs), dtype=dtype), outs, dim=1)
         yield f"pairs {rank} {n} rows", lambda a=(x, segments, ys): pairs_of_versions.add(*a)
+        yield f"pairs {rank} {n} rows, joined", lambda a=(x, segments, columns): pairs_of_versions.add(*a)
 
 
 def _sample_cases(dtype: torch.dtype) -> Iterator[Case]:

@@ -222,6 +222,24 @@ def test_versions_of_every_kind_in_one_call(dtype, activation, backend):
         assert (y.double() - exact).abs().max() <= rounding * exact.abs().max()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("joined", [(0, 3), (0, 2), (1, 3)])
+def test_outputs_that_are_columns_of_one_tensor_are_as_those_apart(joined, dtype, backend):
+    """All layers of a group, or some, with vectors behind the second product, whose places follow the layers."""
+    plain, packed = versions(67, dtype)
+    scaled = [None if pair is None else pair._replace(b_scale=draw(len(pair.b)), b_bias=draw(len(pair.b), seed=1))
+              for pair in plain[0]]  # fmt: skip
+    packed[0] = PackedPairs.pack(scaled, OUTS, dtype=dtype)
+    segments, n = segments_of(packed, (3, 1, 2, 18, 1))
+    x, apart = draw(n, 67).to(dtype), [draw(n, o).to(dtype) for o in OUTS]
+    first, end = joined
+    columns = torch.split(torch.cat(apart[first:end], dim=1), OUTS[first:end], dim=1)
+    together = [y.clone() for y in apart[:first]] + list(columns) + [y.clone() for y in apart[end:]]
+    for ys in (apart, together):
+        add_pairs(x, segments, ys, backend=backend)
+    assert all(map(torch.equal, together, apart))
+
+
 def test_rows_may_be_read_and_changed_at_once(backend):
     """A bottleneck that reads what it changes, in segments that several threads take."""
     _, packed = full(64, (64,), torch.float32, "relu", shared=False)

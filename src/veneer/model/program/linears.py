@@ -170,7 +170,10 @@ class Linears:
             if terms.input is not None:
                 inputs[i] = inputs[i].clone() if inputs[i] is x else inputs[i]
                 apply_term(terms.input, inputs[i][rows], inputs[i][rows], add=False)
-        ys = [part.matmul(own) for part, own in zip(group.parts, inputs, strict=True)]
+        if group.whole is not None and not x.is_cpu and all(own is x for own in inputs):
+            ys = list(torch.split(group.whole.matmul(x), group.heights, dim=1))
+        else:
+            ys = [part.matmul(own) for part, own in zip(group.parts, inputs, strict=True)]
         add_pairs(x, self._segments(owns, runs), ys)
         for place, start, stop in runs.runs:
             own = owns[place]

@@ -132,13 +132,22 @@ class PlainProduct:
 class PackedGroup:
     """Layers that read the same x: their weights concatenated if they fill whole panels, and each alone."""
 
-    def __init__(self, parts: Sequence[Packed] | Sequence[PlainProduct]) -> None:
+    whole: Packed | None
+
+    def __init__(self, parts: Sequence[Packed]) -> None:
         self.heights = [part.shape[0] for part in parts]
-        packed = [part for part in parts if not isinstance(part, PlainProduct)]
-        joins = len(packed) > 1 and all(height % PANEL == 0 for height in self.heights)
-        self.whole = _joined(packed) if joins and len({_kind(part) for part in packed}) == 1 else None
-        each = cast("Sequence[Packed]", parts)  # the step in C++, which reads their panels, is of the CPU alone
-        self.parts = list(each) if self.whole is None else _parts(self.whole, self.heights)
+        joins = len(parts) > 1 and all(height % PANEL == 0 for height in self.heights)
+        self.whole = _joined(parts) if joins and len({_kind(part) for part in parts}) == 1 else None
+        self.parts = list(parts) if self.whole is None else _parts(self.whole, self.heights)
+
+    @classmethod
+    def plain(cls, parts: Sequence[PlainProduct], whole: PlainProduct | None) -> PackedGroup:
+        """Return layers on another device, and their weights in one memory if they are joined."""
+        group = cls(())
+        group.heights = [part.shape[0] for part in parts]
+        # the step in C++, which reads panels, is of the CPU alone
+        group.parts, group.whole = list(cast("Sequence[Packed]", parts)), cast("Packed | None", whole)
+        return group
 
 
 def _kind(packed: Packed) -> tuple[torch.dtype, int, int]:
@@ -160,14 +169,17 @@ def _parts(whole: Packed, heights: Sequence[int]) -> list[Packed]:
 def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -> PackedGroup | None:
     """Return the packed weights of some layers; None if they differ in kind or dtype, or if the dtype cannot be packed.
 
-    On another device they stay as they are, and the group is None if that device has no kernel for pairs.
+    On another device they keep their layout, and the group is None if that device has no kernel for pairs.
     ``give_up``: the layers become `PackedLinear` or `PackedQuantLinear`, and their own storage is freed, except for a
-    weight that is also a table of embeddings, and for a router.
+    weight that is also a table of embeddings, and for a router. On another device dense weights become views of one.
     """
     modules = [model.get_submodule(path) for path in paths]
     if model.device.type != "cpu":
+        if model.dtype not in ROWS or "triton" not in backends("pairs.add"):
+            return None
+        whole = _in_one_memory(modules) if give_up else None
         plain = [PlainProduct(frozen_weight(module), model.dtype) for module in modules]
-        return PackedGroup(plain) if model.dtype in ROWS and "triton" in backends("pairs.add") else None
+        return PackedGroup.plain(plain, None if whole is None else PlainProduct(DenseWeight(whole), model.dtype))
     parts = [_packed(frozen_weight(module), model.dtype) for module in modules]
     found = [part for part in parts if part is not None]
     if len(found) < len(modules) or len({part.dtype for part in found}) > 1:
@@ -183,6 +195,21 @@ def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -
         elif isinstance(part, PackedWeight) and module._parameters["weight"] is not table:
             model.set_submodule(path, PackedLinear(module, part))
     return group
+
+
+def _in_one_memory(modules: Sequence[nn.Module]) -> Tensor | None:
+    """Move the dense weights (o, i) of layers into one tensor, of which they become views, and return it.
+
+    One product then computes all layers. Return None for a single layer, and for other classes or dtypes.
+    """
+    weights = [cast(nn.Parameter, module._parameters["weight"]) for module in modules if type(module) is nn.Linear]
+    if len(weights) < max(2, len(modules)) or len({weight.dtype for weight in weights}) > 1:
+        return None
+    whole = torch.cat([weight.detach() for weight in weights])
+    parts = torch.split(whole, [len(weight) for weight in weights])
+    for module, own, part in zip(modules, weights, parts, strict=True):
+        module._parameters["weight"] = nn.Parameter(part, requires_grad=own.requires_grad)
+    return whole
 
 
 def _packed(weight: FrozenWeight, dtype: torch.dtype) -> Packed | None:

@@ -6,6 +6,7 @@ a row's result does not depend on the rows beside it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -55,13 +56,21 @@ def add(x: Tensor, segments: Segments, ys: Sequence[Tensor]) -> None:
         _shrink_kernel, grid, x, x.stride(0), table, table.stride(0), inner, *shape, i, filled(i, pairs.dtype),
         DEPTH=_DEPTH if half else _DEPTH // 2, PART=_PART, **sizes,
     )  # fmt: skip
-    for layer, y in enumerate(ys):
-        o, behind = y.shape[1], sum(pairs.out_features[:layer])
-        grid = len(table), tiles, triton.cdiv(o, _WIDTH)
+    for first, stop in _joined(ys):
+        grid = len(table), tiles, sum(triton.cdiv(o, _WIDTH) for o in pairs.out_features[first:stop])
         launch(
-            _expand_kernel, grid, inner, *shape, n_parts, table, table.stride(0), y, y.stride(0), o, behind,
-            filled(i, pairs.dtype), LAYER=layer, WIDTH=_WIDTH, **own,
+            _expand_kernel, grid, inner, *shape, n_parts, table, table.stride(0), ys[first], ys[first].stride(0),
+            filled(i, pairs.dtype), FIRST=first, END=stop, WIDTH=_WIDTH, **own,
         )  # fmt: skip
+
+
+def _joined(ys: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return the first layer and the end of each stretch of outputs that are neighbouring columns of one tensor."""
+    starts = [0]
+    for layer, (y, z) in enumerate(itertools.pairwise(ys), start=1):
+        if z.data_ptr() != y.data_ptr() + y.shape[1] * y.element_size() or z.stride() != y.stride():
+            starts.append(layer)
+    return list(itertools.pairwise([*starts, len(ys)]))
 
 
 @triton.jit
@@ -180,6 +189,26 @@ def _behind(y, segment, places, inside):
     return y
 
 
+@triton.jit
+def _layer_of(tile, OUTS: tl.constexpr, FIRST: tl.constexpr, END: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the layer that a tile is of, and the tile's number in it.
+
+    Beside them: its outputs, and those of the layers in front of it from FIRST on, and of all in front of it.
+    """
+    layer, o, in_front, behind = FIRST + tile * 0, OUTS[FIRST] + tile * 0, tile * 0, tile * 0
+    own = tile
+    for other in tl.static_range(END - 1):
+        if other < FIRST:
+            behind += OUTS[other]
+        else:
+            is_beyond = (layer == other) & (own >= tl.cdiv(OUTS[other], WIDTH))
+            own = tl.where(is_beyond, own - tl.cdiv(OUTS[other], WIDTH), own)
+            layer = tl.where(is_beyond, other + 1, layer)
+            o = tl.where(is_beyond, OUTS[other + 1], o)
+            in_front = tl.where(is_beyond, in_front + OUTS[other], in_front)
+    return layer, own, o, in_front, behind + in_front
+
+
 @triton.jit(do_not_specialize=["n"])  # a batch of another size is no variant
 def _expand_kernel(
     inner,
@@ -190,30 +219,33 @@ def _expand_kernel(
     table_row,
     y,
     y_row,
-    o,
-    behind,
     depth,
     OUTS: tl.constexpr,
-    LAYER: tl.constexpr,
+    FIRST: tl.constexpr,
+    END: tl.constexpr,
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
     FACTOR: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Compute a layer's second product for some rows of a segment, and add it to the output."""
+    """Compute the second product of a layer from FIRST to END for some rows of a segment, and add it to the output.
+
+    The outputs of these layers are neighbouring columns of y.
+    """
     PAIR: tl.constexpr = 2 if tl.bfloat16 == FACTOR else 1
     segment = table + tl.program_id(0).to(tl.int64) * table_row
-    stop, rank = tl.load(segment + _STOP), tl.load(segment + _RANKS + LAYER)
+    layer, tile, o, in_front, behind = _layer_of(tl.program_id(2), OUTS, FIRST, END, WIDTH)
+    stop, rank = tl.load(segment + _STOP), tl.load(segment + _RANKS + layer)
     rows = tl.load(segment + _START) + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    columns = tile * WIDTH + tl.arange(0, WIDTH)
     if (tl.min(rows, axis=0) < stop) & (rank > 0):
         before = rank * 0  # ranks of the layers in front of this one
         own = tl.cdiv(_rows_in_a(segment, OUTS, PAIR), 16) * 16 * depth  # values in front of its b
-        for layer in tl.static_range(LAYER):
-            n_own = _filled(tl.load(segment + _RANKS + layer), PAIR)
+        for other in tl.static_range(END - 1):
+            n_own = tl.where(other < layer, _filled(tl.load(segment + _RANKS + other), PAIR), 0)
             before += n_own
-            own += tl.cdiv(OUTS[layer], 16) * 16 * n_own
+            own += tl.cdiv(OUTS[other], 16) * 16 * n_own
         factors = tl.load(segment).to(tl.pointer_type(FACTOR)) + own
         first_u = tl.where(tl.load(segment + _FORM) == _SHARED, 0, before)
         total = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -234,6 +266,6 @@ def _expand_kernel(
             total = tl.dot(u, weight, total, input_precision="ieee")
         total = _behind(total, segment, behind + columns, columns < o)
         there = (rows < stop)[:, None] & (columns < o)[None, :]
-        to = y + rows[:, None] * y_row + columns[None, :]
+        to = y + rows[:, None] * y_row + (in_front + columns)[None, :]
         total += tl.load(to, mask=there, other=0.0).to(tl.float32)
         tl.store(to, total.to(y.dtype.element_ty), mask=there)
