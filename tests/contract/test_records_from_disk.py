@@ -272,6 +272,8 @@ def test_what_is_no_update_of_layers_says_so(tmp_path: Path) -> None:
 def test_updates_beside_whole_parameters_need_the_base(tmp_path: Path) -> None:
     config = veneer.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"])
     saved(make_base("llama"), config, tmp_path)
-    told = r"holds \S+ and 5 more, which are no pair of low-rank factors: only its base can read that\. Merge it"
+    told = (
+        r"holds \S+ and 5 more, which are no pair of low-rank factors, and acts only together with its base\. Merge it"
+    )
     with pytest.raises(CompositionError, match=told):
         read_updates(tmp_path)

@@ -100,8 +100,8 @@ def require_one_kind(adapters: Sequence[Path]) -> None:
         alone = sorted(set(modules[adapter]) - elsewhere)
         if alone and all(modules[other] for other in others) and others:
             raise CompositionError(
-                f"{adapter} rescales {alone[0]} (IA3), which {others[0]} does not change: no one method is both on "
-                "different layers. Combine adapters of one method"
+                f"{adapter} rescales {alone[0]} (IA3), which {others[0]} does not change: no method writes both "
+                "kinds into one adapter. Combine adapters of one method"
             )
 
 

@@ -72,7 +72,7 @@ class Metric(Protocol):
 class TokenPerplexity:
     """Perplexity of answers, or of texts, in windows of ``context`` tokens, ``stride`` tokens apart.
 
-    ``whole_rows``: the tokens of prompts count too. Defaults: see `Windows.within`.
+    ``whole_rows``: tokens of prompts are scored too, not only those of answers. Defaults: see `Windows.within`.
     """
 
     name: ClassVar[str] = "perplexity"

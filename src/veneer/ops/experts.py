@@ -154,11 +154,12 @@ def mix(
     activation and the sum are float32, each rounded once to x's dtype. Raises ShapeError and ConfigError.
     """
     _check(x, ids, weights, stacks, activation)
+    if shared_gate is not None and shared is None:
+        raise ShapeError("shared_gate multiplies shared, and shared is None: give both, or leave shared_gate out")
     for name, given, wide in (("shared", shared, x.shape[1]), ("shared_gate", shared_gate, 1)):
-        if given is not None and (given.shape != (len(x), wide) or given.dtype != x.dtype or shared is None):
+        if given is not None and (given.shape != (len(x), wide) or given.dtype != x.dtype):
             raise ShapeError(
-                f"{name} must be ({len(x)}, {wide}) of {x.dtype}, and a gate needs what it is of; given "
-                f"{tuple(given.shape)} {given.dtype}"
+                f"{name} must be ({len(x)}, {wide}) of {x.dtype}; given {tuple(given.shape)} {given.dtype}"
             )
     kernel = implementation("experts.mix", x.device, backend)
     y: Tensor = kernel(x, ids, weights, stacks, activation, (shared, shared_gate))

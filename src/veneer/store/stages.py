@@ -40,7 +40,7 @@ def stages_shown() -> Iterator[OnProgress]:
 
 
 class _Lines:
-    """A line at the start of a stage, one with its progress every ``LINE_SECONDS``, and one at its end."""
+    """Print a line when a stage begins, one with its progress every ``LINE_SECONDS``, and one when it ends."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._stage, self._last, self._began, self._ended = console, "", 0.0, 0.0, False

@@ -142,7 +142,7 @@ def test_nothing_is_added_where_it_cannot_be(tmp_path):
     with pytest.raises(CompositionError, match="needs a density"):
         model.add_weighted_adapter(["plain", "stable"], [1, 1], "sum", "ties")
     model.add_adapter("scales", IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
-    with pytest.raises(CompositionError, match="no one method is both"):
+    with pytest.raises(CompositionError, match="no method writes both into one adapter"):
         model.add_weighted_adapter(["plain", "scales"], [1, 1], "sum", "linear")
     model.add_adapter("whole", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     with pytest.raises(CompositionError, match="modules_to_save"):

@@ -126,7 +126,7 @@ def test_a_damaged_adapter_is_told_before_torch_is_imported(
         )
     ]
     both = ["combine", str(adapter_folder), str(ia3), "--base", base, "-o", str(tmp_path / "new")]
-    cases += [(both, "no one method is both on different layers")]
+    cases += [(both, "no method writes both kinds into one adapter")]
     for (command, said), (code, told) in zip(cases, told_early([each[0] for each in cases]), strict=True):
         assert (code, said in told) == (2, True), (command, told)
 

@@ -124,7 +124,9 @@ def _only_change(layer: LinearLayer) -> Change | None:
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """A change as a matrix, computed from ``leaves``: with its autograd graph, or with its form."""
+    """Change of a weight, as a matrix computed from ``leaves``. It keeps its autograd graph, or the ``form`` whose
+    kernels compute the gradients.
+    """
 
     leaves: list[Tensor]
     matrix: Tensor

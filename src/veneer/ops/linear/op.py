@@ -127,7 +127,7 @@ def forward(
 def outputs(
     kept_ys: Sequence[Tensor | None], kept: SavedForBackward, layers: Sequence[LinearLayer]
 ) -> tuple[Float[Tensor, "n _"], ...]:
-    """Return all outputs: the kept ones, and those recomputed from kept products."""
+    """Return every layer's output: the kept one, or, if only the product was kept, one computed from it."""
     return tuple(
         cast(Tensor, y) if z is None else finished(z, layer)
         for y, z, layer in zip(kept_ys, kept.products, layers, strict=True)

@@ -114,7 +114,8 @@ def _whole_parameters(model: nn.Module, given: Mapping[str, Shaped]) -> dict[str
 
 
 def require_one_base(adapters: Sequence[Path]) -> list[str]:
-    """Return "FOLDER was trained on NAME" for each base that adapters name, if these may be different models; else [].
+    """Return a sentence "FOLDER was trained on NAME" for each base that the adapters name, if the names may mean
+    different models; otherwise an empty list.
 
     Raises ConfigError and FormatError if a folder is not an adapter. Raises FormatError if the layers of two adapters
     differ in size. Sizes that a file does not hold are not compared.

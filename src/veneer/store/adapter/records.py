@@ -130,8 +130,8 @@ def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> St
     if stored.others:
         more = f" and {len(stored.others) - 1} more, which are" if len(stored.others) > 1 else ", which is"
         raise CompositionError(
-            f"the adapter {folder} holds {stored.others[0]}{more} no pair of low-rank factors: only its base can "
-            "read that. Merge it (`veneer merge`), or leave it out"
+            f"the adapter {folder} holds {stored.others[0]}{more} no pair of low-rank factors, and acts only "
+            "together with its base. Merge it (`veneer merge`), or leave it out"
         )
     if not all(record.only_adds for record in stored.updates.values()):
         raise NeedsBaseError(needs_base(folder))

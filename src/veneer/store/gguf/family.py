@@ -32,11 +32,11 @@ def no_parts(name: str) -> Iterable[tuple[str, Callable[[Tensor], Tensor]]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufFamily:
-    """Keys of one architecture's files (``general.architecture``) for the model's config, and the layout of its
+    """Model family in GGUF files: the keys of one architecture (``general.architecture``), and the layout of its
     tensors.
 
-    Law: the keys of a config, read back over the config that transformers makes of the file, give the config again in
-    every field.
+    Law: write a config's keys, let transformers read the file, and apply these keys to its config. Every field is then
+    that of the first config.
 
     ``rotary`` is the path of the dict that ``rope.scaling`` fills; None without rotary embedding. ``sliding_rotary`` is
     that of the layers with windows. ``partial_rotary``: ``rope.dimension_count`` may be less than a head. ``biases``

@@ -121,12 +121,12 @@ class _Cursor:
         try:
             return kinds(number)
         except ValueError as error:
-            raise ValueError(f"it tells of the unknown type {number} at byte {self.at - 4:,}") from error
+            raise ValueError(f"it declares the unknown type {number} at byte {self.at - 4:,}") from error
 
     def fitting(self, n: int, n_bytes: int = 1) -> int:
         """Return n if the file has room for n items of at least ``n_bytes`` each. Raises ValueError otherwise."""
         if n * n_bytes > len(self.view) - self.at:
-            raise ValueError(f"it tells of {n:,} values at byte {self.at:,}")
+            raise ValueError(f"it declares {n:,} values at byte {self.at:,}, more than it can hold")
         return n
 
     def text(self) -> str:
@@ -172,7 +172,7 @@ class _Cursor:
                 raise ValueError("it ends within its header")
             end = at + 8 + length(view, at)[0]
             if end > len(view):
-                raise ValueError(f"it tells of a text up to byte {end:,}")
+                raise ValueError(f"it declares a text up to byte {end:,}, beyond its end")
             if kept:
                 found.append(_text(view, at + 8, end))  # strictly: two damaged tokens would be one otherwise
             at = end
