@@ -20,7 +20,7 @@ def raised(records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised
     found = next((way for way in ways if way is not None), None)
     if found is None:
         raise CompositionError(
-            "some layers have only adapters that rescale (IA3), others only low-rank ones, and no method writes both into "
-            "one adapter. Combine adapters of one method"
+            "some layers have only adapters that rescale (IA3), others only low-rank ones, and no method writes "
+            "both into one adapter. Combine adapters of one method"
         )
     return found

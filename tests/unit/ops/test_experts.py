@@ -238,8 +238,12 @@ def test_rows_that_do_not_fit(own_checks):
     for given, message in wrong:
         with pytest.raises(ShapeError, match=message):
             mix(*given)
-    for beside in ({"shared": x[1:]}, {"shared": x, "shared_gate": x}, {"shared_gate": x[:, :1]}):
-        with pytest.raises(ShapeError, match="must be \\(5, "):
+    for beside, message in (
+        ({"shared": x[1:]}, "shared must be \\(5, "),
+        ({"shared": x, "shared_gate": x}, "shared_gate must be \\(5, 1\\)"),
+        ({"shared_gate": x[:, :1]}, "shared_gate multiplies shared, and shared is None"),
+    ):
+        with pytest.raises(ShapeError, match=message):
             mix(x, ids, weights, packed, "silu", **beside)
     with pytest.raises(ConfigError, match="activation 'relu' is unknown"):
         mix(x, ids, weights, packed, "relu")
