@@ -25,6 +25,7 @@ from veneer.ops.blockwise import dynamic_map
 from veneer.ops.cpu.module import kernels
 from veneer.ops.cpu.step import StepNorm, StepProgram, layer_parts, norm_parts
 from veneer.ops.dispatch import backends, implementation
+from veneer.ops.experts import PackedStack, Router
 from veneer.ops.four_bit import FourBitLayout, quantize_4bit
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
 from veneer.ops.int8 import quantize_int8
@@ -53,6 +54,10 @@ def cases():
     yield "attention.attention_backward", (heads, *given, lse, Plain(bounds), *numbers)
     yield "cross_entropy.softmax_cross_entropy", (x, rows, None, True)
     yield "dropout.drop", (x, 30000, 7, rows)
+    yield "experts.route", (torch.randn(N, 8), Plain(Router(n_experts=8, top_k=2)), torch.randn(8))
+    stacks = PackedStack.pack(torch.randn(3, 2 * R, D)), PackedStack.pack(torch.randn(3, D, R))
+    chosen = torch.tensor([[0, 2]] * N)
+    yield "experts.mix", (x, chosen, torch.rand(N, 2), stacks, "silu", (y, torch.randn(N, 1)))
     yield "glu.glu_forward", (x, y, "silu")
     yield "glu.glu_backward", (x, y, x.clone(), "silu", (True, True))
     group = LowRankGroup((torch.randn(R, D),), (torch.randn(OUT, R),), (0.5,))
@@ -155,6 +160,7 @@ def moment(x):
 
 
 tree.register_pytree_node(PackedWeight, lambda p: ([p.panels], p.shape), lambda t, shape: PackedWeight(t[0], shape))
+tree.register_pytree_node(PackedStack, lambda s: ([s.panels], s), lambda t, s: replace(s, panels=t[0]))
 tree.register_pytree_node(
     PackedTerm, lambda t: ([t.values, t.index], t), lambda t, term: replace(term, values=t[0], index=t[1])
 )

@@ -15,12 +15,13 @@ from veneer.ops.packed_codes import PackedCodes
 
 def route(scores: Tensor, router: Router, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     rows = (scores if scores.dtype in ROWS else scores.float()).contiguous()
+    bias = None if bias is None else bias.contiguous()
     ids = torch.empty(len(rows), router.top_k, dtype=torch.int64)
     weights = torch.empty(len(rows), router.top_k)
     kernels().experts_route(
         *router_numbers(router),
         router.scale,
-        0 if bias is None else address(bias.contiguous()),
+        0 if bias is None else address(bias),
         len(rows),
         DTYPES[rows.dtype],
         address(rows),

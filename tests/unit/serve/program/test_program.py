@@ -22,7 +22,7 @@ from veneer.model.quantized.stack import PackedExpertStack
 from veneer.serve.runners.general_runner import GeneralRunner
 from veneer.serve.runners.program_runner import ProgramRunner, proved
 
-ALIBI = dict.fromkeys(("bloom", "bloom, 3 heads", "mpt", "mpt, clipped"), "ALiBi")
+ALIBI = {family: "ALiBi" for family in DESCRIBED if family.startswith(("bloom", "mpt"))}
 LEFT = {**ALIBI, "phi3, long": "beyond 11", "phi3, short": "beyond 23"}
 LENGTH = 64
 PROMPTS = [[7 * i * i % 251 + 1 for i in range(1, n + 1)] for n in (5, 13, 2, 9)]
