@@ -55,7 +55,7 @@ def encode_all(dataset: AnyDataset, encoder: Encoder, name: str, n_processes: in
 
 
 def _tell_full(rows: Dataset, encoder: Encoder, name: str) -> None:
-    """Log how many rows are as long as they may be: nearly all of them were longer."""
+    """Warn of rows that have exactly ``max_length`` tokens: nearly all of them were longer and were cut."""
     if encoder.max_length is None:
         return
     tables = rows.with_format("arrow").iter(_COUNTED_AT_ONCE)

@@ -51,7 +51,7 @@ class RowReader:
             if needed <= names:
                 return form
         raise DataError(
-            f"rows have the columns {sorted(names)}, none of the forms that can be trained on: messages (or "
+            f"rows have the columns {sorted(names)}, which match none of the forms to train on: messages (or "
             "conversations), prompt and completion, instruction and output (with or without input), text. For others, "
             f"say how to read them: {self.advice or _templates_over(sorted(names))}"
         )

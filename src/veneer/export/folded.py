@@ -171,7 +171,7 @@ def _foldable(adapter: Path) -> MethodConfig:
 def _skeleton(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[PreTrainedModel, int | None]:
     """Build a folder's model without storage, as if it were not quantized; resize its vocabulary to the adapter's.
 
-    Return the model, and the size of the vocabulary if the adapter's is another.
+    Return the model, and the adapter's vocabulary size if it differs from the base's, else None.
     """
     config = model_config(folder)
     model = without_storage(config, tensors)

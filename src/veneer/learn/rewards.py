@@ -125,7 +125,10 @@ class _Judge:
         return [place for place in range(len(row["completions"])) if place not in self.left_out]
 
     def _alone(self, row: Mapping[str, Any], place: int, until: float | None, whole: RewardError) -> Any:
-        """The opinion on one answer, within the time that is left of a call that failed on all; else the error."""
+        """Judge one answer by itself, after the call on all answers failed with the error ``whole``.
+
+        Return its opinion, or the error if this call fails too. Return ``whole`` if the time ``until`` is over.
+        """
         seconds = left(until)
         if seconds == 0:
             return whole

@@ -66,7 +66,7 @@ class BOFTConfig(LinearMethod):
 
     ``boft_block_size`` is the size of the blocks and ``boft_block_num`` their number: one of them is 0 and follows from
     the other. ``boft_n_butterfly_factor`` is the number m of factors. ``boft_dropout``: share of the
-    blocks of one factor that are the identity in a training pass; factor and blocks are drawn.
+    blocks of one factor that are the identity in a training pass. The factor and these blocks are drawn at random.
 
     Departs: PEFT takes one factor, whatever m is, if it cannot compile its CUDA code. Here m factors are m factors.
     """

@@ -135,7 +135,7 @@ class LoraConfig(LinearMethod):
             found.append(f"init_lora_weights={given!r} must be one of {', '.join(start_names())}")
         for own, (name, _) in _FROM_DATA.items():
             if getattr(self, name) is not None and given != own:
-                found.append(f"{name} has no effect with init_lora_weights={given!r}: give {own!r}")
+                found.append(f"{name} has no effect with init_lora_weights={given!r}: set init_lora_weights={own!r}")
         one_sided = given == "eva" or (start is not None and start.taken_off)  # tied modules share A and B, transposed
         if self.ensure_weight_tying and one_sided:
             found += excluded(self, ["init_lora_weights"], "ensure_weight_tying")

@@ -129,7 +129,10 @@ class RandomBases(Change):
         return replace(self, is_turned=not self.is_turned).matmul(dy)
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A' and B of this layer."""
+        """Return the layer's two factors: A' (n r, small) and B (large, n r).
+
+        A' has the rows of all Λⱼ A Γⱼ, B the columns of all Bⱼ, both cut to the layer's size.
+        """
         n, small = self.columns.shape
         all_a, all_b = self.bases.on(self.scales.device)
         a = self.scales.to(dtype)[:, :, None] * all_a[:, :, :small].to(dtype) * self.columns.to(dtype)

@@ -59,7 +59,10 @@ class Serving:
         return self.room // max(1, self.sequence + -(-n_tokens // self.block) * self.page)
 
     def adapters(self, n_tokens: int) -> int:
-        """Return the number of adapters that fit beside one sequence of so many tokens; 0: beside none."""
+        """Return the number of adapters that fit in memory beside one sequence of ``n_tokens`` tokens.
+
+        If ``n_tokens`` is 0, no memory is kept for a sequence.
+        """
         taken = self.sequence + -(-n_tokens // self.block) * self.page if n_tokens else 0
         return max(0, self.room - taken) // self.adapter
 

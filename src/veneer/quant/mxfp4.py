@@ -40,8 +40,8 @@ class Mxfp4Spec:
         """
         if self.shape[1] % BLOCK:
             raise ShapeError(
-                f"a weight of {self.shape[1]} inputs cannot be quantized to MXFP4: its blocks of {BLOCK} must be "
-                "whole. Merge into 16 bits"
+                f"a weight of {self.shape[1]} inputs cannot be quantized to MXFP4: their number must be a multiple of "
+                f"{BLOCK}. Merge into 16-bit weights instead"
             )
         blocks = weight.float().view(self.shape[0], -1, BLOCK)
         absmax = blocks.abs().amax(dim=-1)

@@ -204,7 +204,7 @@ def _stacked(made: Sequence[Parts]) -> dict[str, Tensor]:
 
 
 def _by_expert(tensors: Parts) -> dict[tuple[int, str], dict[str, Tensor]]:
-    """Group tensors by expert and piece, under the names that a matrix's format gives them."""
+    """Group tensors by expert and matrix: ``0.gate.codes`` becomes ``found[0, "gate"]["codes"]``."""
     found: dict[tuple[int, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         number, _, rest = key.partition(".")

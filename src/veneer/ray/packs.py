@@ -1,4 +1,4 @@
-"""Workers of a sweep on Ray: each pack is a task, which takes one device."""
+"""Workers of a sweep on Ray: each pack, a group of runs that train together, is a task that takes one device."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def on_ray(place: RayCluster) -> Callable[[Sweep, Tell, Stop], AbstractContextMa
 
 
 class _RayWorkers:
-    """Packs that train on Ray, by the reference to each one's result."""
+    """Packs (groups of runs) that train on Ray. ``_under_way`` maps the reference to each one's result to its runs."""
 
     def __init__(self, n: int, places: int, found: Devices, tell: Tell, stop: Stop) -> None:
         self.n_workers, self.n_places, self._tell, self._stop = n, places, tell, stop
@@ -78,7 +78,10 @@ class _RayWorkers:
             return jobs, (str(error).strip() or type(error).__name__).partition("\n")[0]
 
     def close(self) -> None:
-        """End the remaining packs, each after its current step, with checkpoints."""
+        """Cancel the packs, which are groups of runs, that still train on workers.
+
+        Each ends its current step and writes checkpoints. Wait for them, at most a minute.
+        """
         left = list(self._under_way)
         for pack in left:
             ray.cancel(pack)
@@ -104,7 +107,7 @@ def _room(members: Sequence[Member], n: int, folder: str) -> tuple[int, str]:
 
 
 def _train_pack(jobs: Sequence[Job], folder: str) -> list[JobEnd]:
-    """Train a pack in a worker. A signal that ends the worker leaves checkpoints."""
+    """Train a group of runs in a worker. If a signal ends the worker, checkpoints are written first."""
     os.chdir(folder)
     datasets.disable_progress_bars()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # by which Ray cancels; ignored if the driver ignores it

@@ -31,13 +31,19 @@ _FLAG = re.compile(r"(?<![\w-])--([a-z]\w+)")
 
 
 def meant_method(name: str) -> str:
-    """Return the end of a message about a method by another tool's name."""
+    """Return the end of the message that refuses an unknown method: ``; it is …`` and the keys to set.
+
+    It is empty unless ``name`` is another tool's name for a method of veneer.
+    """
     said = _METHODS.get(name.lower())
     return f"; it is {said}" if said else ""
 
 
 def meant_quantization(value: object) -> str:
-    """Return the end of a message about a storage format under another name."""
+    """Return the end of the message that refuses an unknown storage format: ``; say nf4``, for example.
+
+    It is empty unless ``value`` is another tool's name for a format of veneer.
+    """
     said = _QUANTIZATIONS.get(str(value).lower())
     return f"; say {said}" if said else ""
 

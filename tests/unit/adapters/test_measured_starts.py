@@ -308,7 +308,10 @@ def test_a_merged_adapter_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"corda_config": CordaConfig()}, "corda_config has no effect with init_lora_weights=True: give 'corda'"),
+        (
+            {"corda_config": CordaConfig()},
+            "corda_config has no effect with init_lora_weights=True: set init_lora_weights='corda'",
+        ),
         ({"lora_ga_config": {"scale": "unit"}}, "lora_ga_config has no effect with init_lora_weights=True"),
         ({"init_lora_weights": "corda", "target_parameters": ["a"]}, "does not go with target_parameters"),
         ({"init_lora_weights": "lora_ga", "lora_ga_config": {"gamma": 3}}, r"unknown keys \['gamma'\]"),

@@ -17,8 +17,8 @@ from veneer.records.sites import Site
 class Allocation:
     """Way of creating the parameters of a new adapter.
 
-    ``values``: the method's initial values; otherwise they are left uninitialized, to be loaded. ``widen``: float32 for
-    a 16-bit base, otherwise the base's dtype.
+    If ``values``, the parameters get the method's initial values; otherwise they are left uninitialized, to be loaded.
+    If ``widen``, the parameters of a 16-bit base are float32; otherwise they have the base's dtype.
     """
 
     values: bool = True
@@ -27,8 +27,9 @@ class Allocation:
     def parameters(
         self, method: MethodConfig, site: Site, device: torch.device, dtype: torch.dtype, start: Params | None = None
     ) -> nn.ParameterDict:
-        """Return a method's new parameters for a site on a device. ``dtype`` is the base's, used unless they are
-        widened.
+        """Return a method's new parameters for a site on a device.
+
+        ``dtype`` is the base's. The parameters have it too, unless ``widen`` makes a 16-bit one float32.
 
         ``start``: their initial values, if those of several sites were computed together.
         """

@@ -65,18 +65,18 @@ class Holder(nn.Module):
         return {keys[own]: (f"{path}.adapters.{name}.{own}", value) for own, value in held if own in keys}
 
     def packed(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the method's tensors in their written form, by their keys on disk.
+        """Return the tensors of adapter ``name`` as its file has them, by their keys in the file.
 
-        ``values`` are its own tensors, by their keys.
+        ``values`` are the tensors that are trained, by the same keys.
         """
         return {key: values[key] for key in self.disk_keys(name).values()}
 
     def unpacked(self, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inverse of `packed`; nothing if the two forms are the same."""
+        """Return the inverse of `packed`. The result is empty if the file has the trained tensors unchanged."""
         return {}
 
     def value_problems(self, name: str, written: Mapping[str, Tensor]) -> list[str]:
-        """Return the problems of written values that their shapes and dtypes do not show."""
+        """Return the problems of an adapter's tensors, as its file has them, that shapes and dtypes do not show."""
         return []
 
     def derive(self, name: str) -> None:

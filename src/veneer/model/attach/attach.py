@@ -160,7 +160,10 @@ def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor])
 
 
 def value_problems(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> list[str]:
-    """Return the problems of written values that their shapes and dtypes do not show, see `Packing.problems`."""
+    """Return the problems of an adapter's tensors, as its file has them, that shapes and dtypes do not show.
+
+    See `Packing.problems`.
+    """
     return [
         problem
         for place in adapted_places(model).values()

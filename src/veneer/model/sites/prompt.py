@@ -296,9 +296,10 @@ def _filler(model: PreTrainedModel) -> int:
 
 
 def _without_leading(value: Any, n: int, length: int, n_axes: int | None = None) -> Any:
-    """Drop the first n positions of tensors with ``length`` of them (on axis 1, with ``n_axes`` axes if given).
+    """Drop the first n positions (axis 1) of each tensor that has ``length`` positions.
 
-    Tensors in a tuple are treated alike; any other value is returned as it is.
+    If ``n_axes`` is given, only tensors with that many axes are cut. Tensors in a tuple or list are cut in the same
+    way. Any other value is returned unchanged.
     """
     if isinstance(value, (tuple, list)):
         return tuple(_without_leading(item, n, length, n_axes) for item in value)

@@ -31,8 +31,9 @@ SublayerKind = Literal["attention", "cross_attention", "mlp"]
 class ResidualSublayer:
     """Sub-layer of a block.
 
-    ``input_path`` is the module whose first input is the sub-layer's input (after a norm before it). ``output_path`` is
-    the module whose first output is added to the residual stream (including a norm after the sub-layer).
+    ``input_path`` is the module whose first input is the sub-layer's input. If a norm precedes the sub-layer, this
+    is the norm's output. ``output_path`` is the module whose first output is added to the residual stream. If a norm
+    follows the sub-layer, it is that norm.
     """
 
     block_path: str

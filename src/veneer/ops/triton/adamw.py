@@ -52,7 +52,7 @@ def _read(codes, absmax, table, place, inside, block, known):
 
 @triton.jit
 def _most(values):
-    """Return the largest magnitude of each row, NaN if it holds one: a maximum may pass over NaN, a sum does not."""
+    """Return the largest magnitude of each row, or NaN if the row holds one: a maximum may miss NaN, a sum does not."""
     return tl.where(tl.sum(values * 0.0, axis=1) == 0.0, tl.max(tl.abs(values), axis=1), float("nan"))
 
 

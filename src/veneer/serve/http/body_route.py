@@ -82,7 +82,7 @@ def _float(text: str) -> float:
 
 
 def _constant(text: str) -> Any:
-    raise _wrong(f"{text} is no number of JSON")
+    raise _wrong(f"{text} is not a JSON number")
 
 
 def _wrong(reason: str) -> json.JSONDecodeError:

@@ -52,7 +52,7 @@ class FieldLimit:
             if not inner:
                 return None
             layer = inner
-        return f"more than {self.levels} lists and objects in one another are too deep: flatten it"
+        return f"lists and objects in it are nested more than {self.levels} deep: flatten it"
 
     def _too_long(self, n: int) -> str | None:
         if self.characters is None or n <= self.characters:

@@ -123,7 +123,7 @@ class ResponsesBody(Drawn, Hinted):
 
     @property
     def format(self) -> dict[str, Any]:
-        """Form of the text, as given or by default."""
+        """The body's ``text.format``, or ``{"type": "text"}`` if it has none."""
         return (self.text and self.text.format) or {"type": "text"}
 
     def chat(self) -> ChatBody:

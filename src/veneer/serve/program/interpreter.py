@@ -67,7 +67,10 @@ class Interpreter:
         return self.packed_of(effects)[0]
 
     def packed_of(self, effects: Effects) -> tuple[PackedEffects, list[Factor]]:
-        """Return the packed effects of an adapter as `packed` does, and its factors with their places in the block."""
+        """Return the packed effects of an adapter, as `packed` does, and the low-rank factors in their block of memory.
+
+        ``panels`` of each factor is the part of that block into which it was packed.
+        """
         bottlenecks = {
             site: Bottleneck.of(record, self.dtype, self.device) for site, record in effects.residual.items()
         }

@@ -106,12 +106,12 @@ class DrawingRunner(ABC):
 
     @abstractmethod
     def compute(self, plan: StepPlan, greedy: Collection[str]) -> Computed:
-        """Return the likeliest tokens of some ``greedy`` requests, blocks of logits for all other `wanted` tokens, and
-        the hidden states of `read` tokens.
+        """Run the tokens of a plan through the model.
 
-        Likeliest tokens are those before each drafted token and after the last.
-
-        The logits are those after the tokens, in the plan's order. They may be computed when a block is asked for.
+        Return likeliest tokens for any number of the ``greedy`` requests, at the runner's choice: one in place of
+        each drafted token and one after the last. Return logits for the `wanted` tokens of all other requests, in the
+        plan's order, as an iterable of blocks. A block may be computed only when it is iterated. Return hidden states
+        for the tokens that `read` names.
         """
 
     def release(self, request_ids: Sequence[Hashable]) -> None:  # noqa: B027

@@ -290,11 +290,11 @@ class Scheduler:
 
     def _admit(self, planned: dict[Request, int], budget: int) -> None:
         self.waiting.close(None)
-        passed = set[Request]()  # requests without a place that others have gone past
+        passed = set[Request]()  # requests whose adapter has no slot, and that later requests have overtaken
         closed: str | None = None
         while budget and self._has_seats and (request := self.waiting.first()) is not None:
-            # Requests behind one that has no place go on beside it, in all versions but the one that ends first: its
-            # place is the first one's. Where it is bytes that lack, nobody takes more.
+            # If the adapter of an earlier request has no slot, later requests are still admitted, except those of the
+            # adapter that ends first: its slot is reserved. If bytes are missing, not slots, nothing is admitted.
             before = [r for r in self.waiting.blocked() if self.waiting.key(r) < self.waiting.key(request)]
             for blocked in before:
                 if blocked.version is None or blocked in passed:
@@ -320,8 +320,9 @@ class Scheduler:
         return len(self.running) + self.sharing.n_parked < self.limits.max_seqs
 
     def _admits(self, request: Request) -> bool:
-        """Reserve pages for all tokens of a request. Its version, and those of earlier requests, are not evicted for
-        it.
+        """Reserve pages for all tokens of a request, and return True if there are enough.
+
+        Neither its adapter nor those of earlier requests are evicted for it.
         """
         kept, idle = () if request.version is None else (request.version,), self.waiting.idle()
         spares = idle is not None and self.waiting.key(idle) < self.waiting.key(request)
@@ -332,11 +333,12 @@ class Scheduler:
         return self._grow(request, n, kept, spares_awaited=spares)
 
     def _closed_for(self, version: str) -> str | None:
-        """Return the version in the batch that admits no more requests, so that another version gets its slot.
+        """Return the running adapter that must admit no more requests, so that the waiting ``version`` gets its slot.
 
-        It is the version that ends first. None if the other version has a slot already, or if no version may leave. The
-        wait lasts at most as long as its longest request, unless memory is short or a request is preempted. Even then
-        no later request enters.
+        It is the adapter whose running requests end first. Return None if ``version`` is loading, if it can load
+        without a request leaving the batch, or if no running adapter may be evicted. ``version`` then waits at most as
+        long as the longest running request of the returned adapter, unless memory is short or a request is preempted.
+        Even then the returned adapter admits no later request.
         """
         resident = self.pool.is_resident(version)
         if not resident and self.pool.will_load(version):

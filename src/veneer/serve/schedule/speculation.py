@@ -149,9 +149,10 @@ class _Source:
 
 
 class Draft:
-    """Guesses for one answer: tokens that its form forces come first, then those after an equal n-gram.
+    """Guesses of the next tokens of one answer.
 
-    ``n_tried`` counts the tokens that were tried, ``n_right`` those that were drawn.
+    They are the tokens that the answer's grammar forces. If there are none, they are those that followed an earlier
+    equal n-gram. ``n_tried`` counts the guessed tokens that were tried, ``n_right`` those that the model then drew.
     """
 
     def __init__(

@@ -318,7 +318,7 @@ def _carry(model: nn.Module, state: AdapterState, name: str, place: _Place, *, k
 
 
 def _embeddings(model: nn.Module, config: MethodConfig, name: str) -> dict[str, _Place]:
-    """Map the keys of whole input embeddings and heads to the places of their weights."""
+    """Map an adapter file's keys for full input embeddings and heads to the module and parameter of each weight."""
     if not isinstance(model, PreTrainedModel):
         return {}
     ends = [m for m in (input_embeddings(model), model.get_output_embeddings()) if m is not None]

@@ -53,7 +53,7 @@ def experts(name: str) -> Iterator[Part]:
 
 
 def no_windows(config: Any) -> Iterator[str]:
-    """Return the problem of a config with sliding windows, if the runtime does not support them for the family."""
+    """Yield a problem if a config has sliding windows, for a family whose windows the runtime does not support."""
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         yield "sliding windows (use_sliding_window), which the runtime does not have for this family"
 

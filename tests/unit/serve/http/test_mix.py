@@ -66,7 +66,7 @@ def test_a_body_names_a_mix(server, base_folder, adapters):
         ({"adapter": {"lora": 0.7}, "model": "nobody"}, 404, "no model 'nobody'", "model"),
         ({"adapter": {}}, 400, "there are no parts", None),
         ({"adapter": {"lora": "much"}}, 400, "adapter.lora: must be a number", "adapter.lora"),
-        ({"adapter": {"lora": float("inf")}}, 400, "Infinity is no number of JSON", None),
+        ({"adapter": {"lora": float("inf")}}, 400, "Infinity is not a JSON number", None),
         ({"adapter": "lora"}, 400, "adapter: must be an object (keys with values)", "adapter"),
         ({"adapter": {"lora": 0.7, "dora": 0.3}}, 400, "dora scales the inputs or outputs", None),
         ({"adapter": {"lora": 0.7, "prefix": 0.3}}, 400, "prefix has virtual tokens", None),

@@ -93,8 +93,8 @@ def test_whole_numbers_pass_as_numbers_and_ids_as_keys(server):
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        (b'{"prompt": "x", "temperature": NaN}', "the body is not JSON: NaN is no number of JSON"),
-        (b'{"prompt": "x", "temperature": -Infinity}', "the body is not JSON: -Infinity is no number of JSON"),
+        (b'{"prompt": "x", "temperature": NaN}', "the body is not JSON: NaN is not a JSON number"),
+        (b'{"prompt": "x", "temperature": -Infinity}', "the body is not JSON: -Infinity is not a JSON number"),
         (b'{"prompt": "x", "temperature": 1e999}', "temperature"),
         (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "a number has 5000 digits, and at most 40 are read"),
         (b'{"prompt": "x", "max_tokens": 1' + b"0" * 400 + b"}", "a number has 401 digits"),
