@@ -92,7 +92,7 @@ class Acting:
         More means several adapters with dropout, trained or copied weights, or hooks.
         """
         module = self.module(path)
-        if not is_linear(module) or not is_plain(module):
+        if not (is_linear(module) or _is_router(module)) or not is_plain(module):
             return None
         bias = cast("Tensor | None", module._parameters.get("bias"))
         weight = frozen_weight(module)
@@ -144,6 +144,12 @@ def bottlenecks(block: nn.Module, kind: SublayerKind) -> ResidualAdapters | None
     """Return the holder of the bottlenecks that act after a sub-layer of a block now; None if there are none."""
     holder = getattr(block, f"{SUBLAYER}{kind}", None)
     return holder if isinstance(holder, ResidualAdapters) and holder.acting_on_rows() else None
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Return True if a module has nothing but a matrix: its scores are that times its input."""
+    matrix = module._parameters.get("weight")
+    return not isinstance(module, InPlace) and len(module._parameters) == 1 and matrix is not None and matrix.ndim == 2
 
 
 def _owner(method: object) -> object:

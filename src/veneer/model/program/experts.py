@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from veneer.model.adapted.experts import CodedExperts
 from veneer.model.adapted.state import base_alone
 from veneer.model.blueprint.parts import Experts, Stack
+from veneer.model.inplace import InPlace, mixin_of
+from veneer.model.program.acting import Acting, is_plain
 from veneer.model.program.binding import Binding, Stacks
-from veneer.model.program.operation import Frame, Operation, Register
+from veneer.model.program.operation import Frame, Register
 from veneer.model.program.rows import PassRows
+from veneer.model.program.stretch import ActingStretch, Keep, Kept, Tape, Trained
+from veneer.model.quantized.stack import place_of, stack_of
 from veneer.ops.cpu.step import StepProgram
 from veneer.ops.experts import MOST_EXPERTS, Router, mix, route
 from veneer.ops.glu import ACTIVATIONS
+from veneer.ops.linear.experts import Chosen, FrozenExperts, route_backward
+from veneer.ops.linear.layer import Weight
+from veneer.quant.dense import DenseWeight
+from veneer.records.frozen import FrozenWeight
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,10 +36,11 @@ class MixWeights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MixExperts(Operation):
+class MixExperts(Trained):
     """Experts: ``target = Σ weight · down(act(gate x) · up x)`` over those that ``scores`` choose, in their order.
 
-    ``shared`` is added, times the sigmoid of ``shared_gate`` if there is one.
+    ``shared`` is added, times the sigmoid of ``shared_gate`` if there is one. Training keeps the outputs of the first
+    layers, the choices and their weights.
     """
 
     experts: Experts
@@ -49,8 +59,12 @@ class MixExperts(Operation):
         return self.experts.gate_up, self.experts.down
 
     @property
-    def untrained(self) -> str:
-        return "its feed-forward half is of a kind that the kernels do not know"
+    def sources(self) -> tuple[Register, ...]:
+        return self.source, self.scores, *self.reads[2:]
+
+    @property
+    def needed(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("source", "scores", "shared", "shared_gate") if self.shared_gate else ("source", "scores")
 
     @property
     def router(self) -> Router:
@@ -81,10 +95,56 @@ class MixExperts(Operation):
         step.add_experts(self.router, weights.stacks, self.experts.activation, at)
         return True
 
+    def acting(self, at: Acting) -> FrozenExperts | None:
+        """Return the experts; None if they are adapted, hooked, trained, or if their input is made noisy."""
+        half, path = at.module(self.experts.path), self.experts.gate_up.path.rpartition(".")[0]
+        module = at.module(path)
+        stacks = [stack_of(module, stack.path.rpartition(".")[2]) for stack in self.stacks]
+        known = not isinstance(module, InPlace) or mixin_of(type(module)) is CodedExperts
+        if not (known and is_plain(half) and is_plain(module)) or getattr(half, "jitter_noise", False):
+            return None
+        if any(each.requires_grad for each in module.parameters()) or place_of(module, "down_proj")[1] != at.dtype:
+            return None
+        inner, down = ([_weight(stack.expert(n)) for n in range(self.experts.n_experts)] for stack in stacks)
+        return FrozenExperts(inner, down, self.experts.activation)
+
+    def train(self, weights: FrozenExperts, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
+        [x], [scores], *beside = (each.read(frame) for each in self.sources)
+        x = x.to(run.dtype)
+        ids, factors = route(scores, self.router)
+        y, hidden = weights.forward(x, Chosen.of(ids, self.experts.n_experts, x), factors)
+        if beside:
+            [shared], *gate = beside
+            y = y.add_(shared if not gate else gate[0][0].sigmoid() * shared)
+        self.target.write(frame, [y])
+        return (hidden, ids, factors, *((y,) if keep.output else ()))
+
+    def kept_output(self, weights: FrozenExperts, kept: Kept) -> list[Tensor] | None:
+        return [cast(Tensor, y) for y in kept[3:]] or None
+
+    def back(self, weights: FrozenExperts, tape: Tape) -> None:
+        [dy], [scores] = tape.take(self.target), tape.value(self.scores)
+        hidden, ids, factors = cast("tuple[Tensor, Tensor, Tensor]", tape.kept[:3])
+        dx, dfactors = weights.backward(dy, hidden, Chosen.of(ids, self.experts.n_experts, dy), factors)
+        if self.shared is not None and self.shared_gate is None:
+            tape.give(self.shared, [dy])
+        elif self.shared is not None and self.shared_gate is not None:
+            [shared], [gate] = tape.value(self.shared), tape.value(self.shared_gate)
+            factor = gate.float().sigmoid()
+            tape.give(self.shared, [(factor * dy).to(dy.dtype)])
+            slope = (dy.float() * shared.float()).sum(1, keepdim=True) * factor * (1 - factor)
+            tape.give(self.shared_gate, [slope.to(dy.dtype)])
+        tape.give(self.scores, [route_backward(dfactors, scores, ids, self.router)])
+        tape.give(self.source, [dx])
+
 
 def is_known(part: Experts) -> bool:
     """Return True if `MixExperts` has an operation for the experts of a description."""
     return part.activation in ACTIVATIONS and part.n_experts <= MOST_EXPERTS
+
+
+def _weight(weight: FrozenWeight) -> Weight:
+    return weight.tensor if isinstance(weight, DenseWeight) else weight
 
 
 def _with_shared(y: Tensor, shared: Tensor | None, gate: Tensor | None) -> Any:

@@ -105,8 +105,8 @@ def test_every_record_on_a_quantized_base(quant_type: str, method: str, halves: 
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
-        (LoraConfig(r=5, target_modules=["k_proj", "o_proj"]), {"attention"}),
-        (IA3Config(target_modules=["k_proj"]), {"attention"}),
+        (LoraConfig(r=5, target_modules=["k_proj", "o_proj"]), {"attention", "mlp"}),
+        (IA3Config(target_modules=["k_proj"]), {"attention", "mlp"}),
     ],
 )
 @pytest.mark.parametrize("sliding", [True, False])

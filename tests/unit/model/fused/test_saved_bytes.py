@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.unit.model.blueprint.families import FAMILIES as DESCRIBED
 from tests.unit.model.conftest import FAMILIES, base
 from tests.unit.model.steps import quantized
 from torch import Tensor
@@ -98,6 +99,10 @@ def adapted(model: PreTrainedModel, config: MethodConfig = LORA) -> PreTrainedMo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(adapted(base(family, dtype)), monkeypatch, dtype)
+
+
+def test_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(adapted(base(DESCRIBED["qwen3 experts"])), monkeypatch, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
