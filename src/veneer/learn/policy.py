@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapters.peft_model import PeftModel
+from veneer.contract import MethodConfig
 from veneer.errors import CompositionError, ConfigError, DescriptionError
 from veneer.evaluate.scoring import context_length
 from veneer.learn.conversation import Conversation, Turn, converse
@@ -151,15 +152,16 @@ def policy_of(trainer: Any) -> Policy | None:
     return Policy(rollouts, adapter, params, is_exact=is_exact)
 
 
-def rollouts_of_base(base: PreTrainedModel, tokenizer: Any, args: Any) -> Rollouts | None:
-    """Return an engine that holds the only copy of a base, packed, before adapters are attached.
+def rollouts_of_base(base: PreTrainedModel, tokenizer: Any, args: Any, config: MethodConfig | None) -> Rollouts | None:
+    """Return an engine that holds the only copy of a base, packed, before a fresh adapter is attached.
 
     None if ``rollout_memory`` or the base decides for a second copy, or if the engine cannot draw by this base, which
-    then keeps its weights. Raises ConfigError if ``rollout_memory`` is "one" and several processes or a GPU train.
+    then keeps its weights. ``config`` is that of the adapter. Raises ConfigError if ``rollout_memory`` is "one" and the
+    run cannot do with one copy.
     """
-    if args.rollout_memory == "beside" or args.rollout_engine == "generate" or isinstance(base, PeftModel):
+    if args.rollout_memory == "beside" or args.rollout_engine == "generate":
         return None
-    reason = _needs_own_copy(base, args)
+    reason = _needs_own_copy(base, args, config)
     if reason is not None:
         if args.rollout_memory == "one":
             raise ConfigError(f"rollout_memory='one' is impossible: {reason}. Set 'auto' or 'beside'")
@@ -174,8 +176,12 @@ def rollouts_of_base(base: PreTrainedModel, tokenizer: Any, args: Any) -> Rollou
         return None
 
 
-def _needs_own_copy(base: PreTrainedModel, args: Any) -> str | None:
+def _needs_own_copy(base: PreTrainedModel, args: Any, config: MethodConfig | None) -> str | None:
     """Return the reason why a base cannot train on packed weights; None if it can."""
+    if isinstance(base, PeftModel) or not isinstance(config, MethodConfig):
+        return "weights are packed before a fresh adapter is attached, and this run has none (peft_config)"
+    if config.extras.modules or config.extras.parameters:
+        return f"the adapter trains copies of {sorted((*config.extras.modules, *config.extras.parameters))}"
     if base.device.type != "cpu" or args.device.type != "cpu":
         return "weights are packed on CPUs only"
     if n_processes() > 1 or args.deepspeed or args.fsdp:

@@ -133,9 +133,11 @@ class DrawingTrainer(PreferenceTrainer):
         self.use_vllm = self.policy is not None and not self.policy.is_exact
         self.surround()
 
-    def take_base(self, base: PreTrainedModel, args: Any, processing_class: Any) -> None:
+    def take_base(
+        self, base: PreTrainedModel, args: Any, processing_class: Any, peft_config: MethodConfig | None
+    ) -> None:
         """Give the base's weights to the engine, if ``rollout_memory`` says so. Raises ConfigError."""
-        self.rollouts_of_base = rollouts_of_base(base, processing_class, args)
+        self.rollouts_of_base = rollouts_of_base(base, processing_class, args, peft_config)
 
     def limited(self, function: Any, *, alone: bool, name: str | None = None) -> Any:
         """Return a reward function as `checked_reward` does, with the limits of the settings."""

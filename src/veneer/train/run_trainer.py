@@ -94,13 +94,15 @@ class RunTrainer(ResumableTrainer):
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         base = loaded(model, args, quantization_config, self.kind)
         processing_class = processing_class or AutoTokenizer.from_pretrained(name)
-        self.take_base(base, args, processing_class)
+        self.take_base(base, args, processing_class, peft_config)
         model = adapted(base, peft_config)
         require_special_tokens(getattr(processing_class, "tokenizer", processing_class), args)
         return Ready(args, model, processing_class)
 
-    def take_base(self, base: PreTrainedModel, args: Any, processing_class: Any) -> None:
-        """Prepare the loaded base before its fresh adapter is attached: nothing, unless a trainer does otherwise."""
+    def take_base(
+        self, base: PreTrainedModel, args: Any, processing_class: Any, peft_config: MethodConfig | None
+    ) -> None:
+        """Prepare the loaded base before a fresh adapter is attached (None: there is none). Here nothing is done."""
 
     @contextmanager
     def building(self, ready: Ready) -> Iterator[dict[str, Any]]:

@@ -192,7 +192,7 @@ def test_a_base_on_packed_weights_is_restored_and_not_merged(trainer_of, make_mo
     assert all(torch.equal(restored[name], whole[name]) for name in whole)
 
 
-def test_which_bases_are_kept_once(trainer_of, make_model):
+def test_which_bases_are_kept_once(trainer_of, make_model, settings, tokenizer):
     def is_one(**changes: Any) -> bool:
         return trainer_of(**changes).rollouts_of_base is not None
 
@@ -200,6 +200,18 @@ def test_which_bases_are_kept_once(trainer_of, make_model):
     assert not is_one()
     assert not is_one(rollout_memory="auto", bf16=True)  # products in 16 bits are faster on the base's own weights
     assert not is_one(rollout_memory="auto", rollout_engine="generate")
+    copies = LoraConfig(**{**LORA, "modules_to_save": ["lm_head"]})
+    assert not is_one(rollout_memory="auto", peft_config=copies)
+    with pytest.raises(ConfigError, match=r"is impossible: the adapter trains copies of \['lm_head'\]"):
+        is_one(rollout_memory="one", peft_config=copies)
+    for model in (make_model(), get_peft_model(make_model(), LoraConfig(**LORA))):
+        args = GRPOConfig(**{**settings, **SMALL, "rollout_memory": "auto"})
+        trainer = GRPOTrainer(model, reward, args, ROWS, processing_class=tokenizer)
+        assert trainer.rollouts_of_base is None
+        assert any(parameter.requires_grad for parameter in trainer.model.parameters())
+        args = GRPOConfig(**{**settings, **SMALL, "rollout_memory": "one"})
+        with pytest.raises(ConfigError, match=r"rollout_memory='one' is impossible.*this run has none \(peft_config\)"):
+            GRPOTrainer(model, reward, args, ROWS, processing_class=tokenizer)
     with pytest.raises(ConfigError, match="rollout_memory='most' must be 'auto', 'one' or 'beside'"):
         trainer_of(rollout_memory="most")
     with pytest.raises(ConfigError, match="memory='one' packs a base before adapters are attached"):

@@ -20,7 +20,7 @@ from veneer.model.quantized.stack import place_of, stack_of
 from veneer.ops.cpu.step import StepProgram
 from veneer.ops.experts import MOST_EXPERTS, Router, mix, route
 from veneer.ops.glu import ACTIVATIONS
-from veneer.ops.linear.experts import Chosen, FrozenExperts, route_backward
+from veneer.ops.linear.experts import ChosenExperts, FrozenExperts, route_backward
 from veneer.ops.linear.layer import Weight
 from veneer.quant.dense import DenseWeight
 from veneer.records.frozen import FrozenWeight
@@ -112,7 +112,7 @@ class MixExperts(Trained):
         [x], [scores], *beside = (each.read(frame) for each in self.sources)
         x = x.to(run.dtype)
         ids, factors = route(scores, self.router)
-        y, hidden = weights.forward(x, Chosen.of(ids, self.experts.n_experts, x), factors)
+        y, hidden = weights.forward(x, ChosenExperts.of(ids, self.experts.n_experts, x), factors)
         if beside:
             [shared], *gate = beside
             y = y.add_(shared if not gate else gate[0][0].sigmoid() * shared)
@@ -125,7 +125,7 @@ class MixExperts(Trained):
     def back(self, weights: FrozenExperts, tape: Tape) -> None:
         [dy], [scores] = tape.take(self.target), tape.value(self.scores)
         hidden, ids, factors = cast("tuple[Tensor, Tensor, Tensor]", tape.kept[:3])
-        dx, dfactors = weights.backward(dy, hidden, Chosen.of(ids, self.experts.n_experts, dy), factors)
+        dx, dfactors = weights.backward(dy, hidden, ChosenExperts.of(ids, self.experts.n_experts, dy), factors)
         if self.shared is not None and self.shared_gate is None:
             tape.give(self.shared, [dy])
         elif self.shared is not None and self.shared_gate is not None:

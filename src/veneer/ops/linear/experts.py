@@ -24,7 +24,7 @@ ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ChosenExperts:
     """Choices ``ids`` (n, top_k) sorted by expert: of each its row in ``tokens``, and each choice's place among them.
 
     ``bounds`` are each expert's first choice and the one after its last.
@@ -35,7 +35,7 @@ class Chosen:
     bounds: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, ids: Int64[Tensor, "n top_k"], n_experts: int, like: Tensor) -> Chosen:
+    def of(cls, ids: Int64[Tensor, "n top_k"], n_experts: int, like: Tensor) -> ChosenExperts:
         """Return the sorted choices. If ``like`` has no values, all experts are chosen equally often."""
         n = ids.numel()
         if isinstance(like, Traced):
@@ -72,7 +72,7 @@ class FrozenExperts:
     activation: str
 
     def forward(
-        self, x: Float[Tensor, "n d"], chosen: Chosen, weights: Float[Tensor, "n top_k"]
+        self, x: Float[Tensor, "n d"], chosen: ChosenExperts, weights: Float[Tensor, "n top_k"]
     ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "choices inner"]]:
         """Return the weighted sums of the experts' outputs, and the outputs of their first layers."""
         n, (d, width) = len(chosen.tokens), self.down[0].shape
@@ -86,7 +86,7 @@ class FrozenExperts:
         return chosen.summed(out, weights), hidden
 
     def backward(
-        self, dy: Float[Tensor, "n d"], hidden: Float[Tensor, "choices inner"], chosen: Chosen, weights: Tensor
+        self, dy: Float[Tensor, "n d"], hidden: Float[Tensor, "choices inner"], chosen: ChosenExperts, weights: Tensor
     ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n top_k"]]:
         """Return the gradients in x and in the weights.
 

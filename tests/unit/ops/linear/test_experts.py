@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from veneer.ops.experts import Router, route
-from veneer.ops.linear.experts import Chosen, FrozenExperts, route_backward
+from veneer.ops.linear.experts import ChosenExperts, FrozenExperts, route_backward
 
 N, N_EXPERTS, TOP_K, D, WIDTH = 31, 7, 3, 41, 19
 
@@ -38,7 +38,7 @@ def test_outputs_and_gradients(dtype, normalized):
 
     experts = FrozenExperts(*(stack.unbind() for stack in stacks), "silu")
     ids, weights = route(scores, router)
-    chosen = Chosen.of(ids, N_EXPERTS, x)
+    chosen = ChosenExperts.of(ids, N_EXPERTS, x)
     found, hidden = experts.forward(x, chosen, weights)
     before = hidden.clone()
     dx, dweights = experts.backward(dy, hidden, chosen, weights)

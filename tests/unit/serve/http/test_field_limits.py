@@ -80,7 +80,7 @@ def test_every_list_object_and_text_has_a_limit(model, name):
     assert f"at most {limit.entries} are taken" in refusal(
         model, name, dict.fromkeys(map(str, range(limit.entries + 1)))
     )
-    assert f"more than {limit.levels} lists" in refusal(model, name, nested(limit.levels + 1))
+    assert f"nested more than {limit.levels} deep" in refusal(model, name, nested(limit.levels + 1))
     inner = [[1] * (limit.values // 3 + 1)] * 3
     assert f"more than {limit.values} values" in refusal(model, name, inner)
     if limit.characters is None:
@@ -135,7 +135,7 @@ def test_names_and_texts_of_all_levels_are_counted():
     assert "12 characters are too many, at most 11" in str(limit.problem({"abc": [{"def": "fghijk"}]}))
     assert limit.problem([[1, 2], [3, 4]]) is None
     assert "more than 7 values" in str(limit.problem([[1, 2, 3], [4, 5, 6]]))
-    assert "more than 3 lists" in str(limit.problem([[[[]]]]))
+    assert "nested more than 3 deep" in str(limit.problem([[[[]]]]))
     assert limit.problem(10**99) is None
     wide = FieldLimit(entries=1 << 20, values=1 << 20)
     assert wide.problem([[1]] * MOST_LISTS) is None
