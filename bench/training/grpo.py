@@ -1,6 +1,6 @@
 """A GRPO step of SmolLM2-135M-Instruct: the engine draws, transformers draws, and TRL with PEFT.
 
-    python -m bench.training.grpo step        CPU seconds and memory of a step, the three sides in turns
+    python -m bench.training.grpo step        CPU seconds and memory of a step, the sides in turns
     python -m bench.training.grpo pass        the training pass with the prompt once, and with a copy for each answer,
                                               which must have equal log-probabilities and gradients
     python -m bench.training.grpo handover    milliseconds to give the engine the adapter in training
@@ -25,7 +25,10 @@ from typing import Any
 
 from bench.report import Rows, add_keep, done, ends_as_interrupted, keep, last_printed, quiet_libraries, working
 
-SIDES = {"TRL + PEFT, generate": "peer", "veneer, generate": "generate", "veneer, engine": "engine"}
+SIDES = {
+    "TRL + PEFT, generate": "peer", "veneer, generate": "generate", "veneer, engine": "engine",
+    "veneer, engine, one copy of the base": "one",
+}  # fmt: skip
 N_TOKENS, N_PROMPTS, N_ANSWERS = 32, 4, 4
 CLOSE = 1e-4  # relative, between losses and between norms of gradients of two sides
 
@@ -62,7 +65,8 @@ def trainer_of(options: argparse.Namespace) -> Any:
     tokenizer = load_tokenizer(options.model)
     words = [f"{i} {'word ' * N_TOKENS}" for i in range(64)]
     rows = [{"prompt": tokenizer.decode(tokenizer(text)["input_ids"][:N_TOKENS])} for text in words]
-    own = {} if peer else {"rollout_engine": options.side}
+    one = {"rollout_engine": "engine", "rollout_memory": "one"}
+    own = {} if peer else one if options.side == "one" else {"rollout_engine": options.side}
     args = trainers.GRPOConfig(
         output_dir=tempfile.mkdtemp(), max_steps=options.steps + 1, logging_steps=1, save_strategy="no", use_cpu=True,
         report_to="none", per_device_train_batch_size=N_PROMPTS * N_ANSWERS, num_generations=N_ANSWERS, bf16=False,
@@ -184,7 +188,7 @@ def measured(options: argparse.Namespace, side: str) -> dict[str, Any]:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Print medians of the three sides, taken in turns."""
+    """Print medians of the sides, taken in turns."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
     for turn in range(options.repeats):
         for name, side in SIDES.items():
@@ -199,8 +203,9 @@ def compare(options: argparse.Namespace) -> None:
         mb = statistics.median(run["mb"] for run in runs)
         middle[name] = step, mb
         rows.add(name, f"{step:.2f}", f"{draw:.2f}", f"{draw / step:.0%}", f"{mb:.0f}")
-    peer, before, own = (middle[name] for name in SIDES)
+    peer, before, own, one = (middle[name] for name in SIDES)
     print(f"engine: {own[0] / peer[0]:.2f}x of TRL + PEFT (goal 0.50x), {own[0] / before[0]:.2f}x of generate (0.60x)")
+    print(f"one copy of the base: {one[0] / own[0]:.2f}x of the time of two, {one[1] / own[1]:.2f}x of the memory")
     keep(options.keep, {"cpu": own[0] / peer[0], "cpu of generate": own[0] / before[0], "memory": own[1] / peer[1]})
 
 

@@ -27,7 +27,8 @@ struct TaskMemory {
   int64_t x, inner, acted, product;
 
   TaskMemory(const Mixture& m, int64_t n, Dtype dtype) {
-    const int64_t rows = n < most_rows_of_a_task ? n : most_rows_of_a_task, bytes = size_of(dtype);  // a row meets an expert once
+    const int64_t pairs = n * m.k;  // all may be of one expert: a row may name it more than once
+    const int64_t rows = pairs < most_rows_of_a_task ? pairs : most_rows_of_a_task, bytes = size_of(dtype);
     x = up_to(rows * m.inner.first.i * bytes, 64);
     inner = up_to(rows * m.inner.first.o * bytes, 64);
     acted = up_to(rows * m.down.first.i * bytes, 64);

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.adapters.token_scores import has_own_loss, kept_logits, model_of, unmade_logits
 from veneer.data.encoding import IGNORED, Encoder
 from veneer.errors import ConfigError
+from veneer.evaluate.scoring import context_length
 from veneer.learn.distill_config import DistillConfig
 from veneer.learn.divergence import summed_divergence
 from veneer.learn.rollouts import Rollouts, seed_of
@@ -42,11 +44,28 @@ class DistillTrainer(SFTTrainer):
                 "distillation from the base needs an adapter without a loss of its own: give peft_config, such as "
                 "LoraConfig()"
             )
+        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        for rows in (self.train_dataset, *held_out):
+            self._require_room(rows)
         self._rollouts: Rollouts | None = None
         if self.args.lmbda > 0:
             self._adapter = self.model.adapter_state.active[0]
             self._rollouts = Rollouts(self.model, self._tokenizer)
             self._rollouts.hand_over(self._adapter)
+
+    def _require_room(self, rows: Any) -> None:
+        """Raise ConfigError if a row with the teacher's prompt is longer than the model's context."""
+        context = context_length(self.model)
+        if context is None or not isinstance(rows, Dataset):
+            return
+        longest = max(map(len, rows["teacher_input_ids"]), default=0)
+        drawn = self.args.max_completion_length if self.args.lmbda > 0 else 0
+        if longest + drawn > context:
+            raise ConfigError(
+                f"the teacher would read {longest + drawn} tokens, its prompt with the longest row"
+                + (f" and an answer of {drawn}" if drawn else "")
+                + f", and the model's context is {context}: shorten the teacher's prompt or the rows"
+            )
 
     def encoder(self, args: Any, **settings: Any) -> Encoder:
         """Return the encoder of rows for student and teacher."""

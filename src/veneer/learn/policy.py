@@ -161,7 +161,7 @@ def rollouts_of_base(base: PreTrainedModel, tokenizer: Any, args: Any, config: M
     """
     if args.rollout_memory == "beside" or args.rollout_engine == "generate":
         return None
-    reason = _needs_own_copy(base, args, config)
+    reason = _is_for_transformers(tokenizer, args) or _needs_own_copy(base, args, config)
     if reason is not None:
         if args.rollout_memory == "one":
             raise ConfigError(f"rollout_memory='one' is impossible: {reason}. Set 'auto' or 'beside'")
@@ -206,6 +206,15 @@ def _rollouts(model: PreTrainedModel, tokenizer: Any, args: Any, **how: Any) -> 
     return Rollouts(model, tokenizer, **given, **how)
 
 
+def _is_for_transformers(tokenizer: Any, args: Any) -> str | None:
+    """Return the reason, known before a model is adapted, why only transformers can draw; None if there is none."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return "the engine reads only text"
+    if getattr(args, "use_transformers_continuous_batching", False):
+        return "use_transformers_continuous_batching=True asks for transformers"
+    return None
+
+
 def _adapter(trainer: Any) -> str:
     """Return the name of the adapter in training. Raises ConfigError, with the reason, if the engine cannot draw with
     it.
@@ -215,10 +224,9 @@ def _adapter(trainer: Any) -> str:
         raise ConfigError("the base itself is trained, and would have to be packed for each draw")
     if is_cut(model):
         raise ConfigError("the base is cut over processes")
-    if not isinstance(trainer.processing_class, PreTrainedTokenizerBase):
-        raise ConfigError("the engine reads only text")
-    if getattr(args, "use_transformers_continuous_batching", False):
-        raise ConfigError("use_transformers_continuous_batching=True asks for transformers")
+    reason = _is_for_transformers(trainer.processing_class, args)
+    if reason is not None:
+        raise ConfigError(reason)
     active = model.adapter_state.active
     if len(active) != 1:
         raise ConfigError(f"{len(active)} adapters are active, and answers are drawn by one")

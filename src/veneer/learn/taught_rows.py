@@ -26,12 +26,17 @@ class TaughtEncoder(Encoder):
     teacher_prompt: str
 
     def __call__(self, row: Mapping[str, Any], index: int) -> Encoded:
-        """Return the row, encoded twice. Raises DataError if its answer has other tokens behind the teacher's prompt,
-        and as `Encoder` does.
+        """Return the row, encoded twice. Raises DataError if its prompt is trained too or its answer has other tokens
+        behind the teacher's prompt, and as `Encoder` does.
         """
-        own = super().__call__(row, index)
+        own, read = super().__call__(row, index), self._with_prompt(row)
+        if not (self.completion_only or self.assistant_only):
+            raise DataError(
+                f"row {index}: its prompt would be learned too, and the teacher reads another: learn answers alone "
+                "(assistant_only_loss=True, completion_only_loss=True; data.train_on: answers in a recipe)"
+            )
         given = {name: value for name, value in vars(self).items() if name not in ("teacher_prompt", "max_length")}
-        taught = Encoder(**given)(self._with_prompt(row), index)
+        taught = Encoder(**given)(read, index)
         labels, n = [], len(answer := [label for label in own["labels"] if label != IGNORED])
         if [label for label in taught["labels"] if label != IGNORED][:n] != answer:
             raise DataError(

@@ -179,6 +179,13 @@ def test_rows_that_cannot_be_taught_are_refused(tokenizer, trainer_of):
     with pytest.raises(DataError, match="needs rows with messages, or with prompt and completion"):
         trainer_of(rows=Dataset.from_list([{"text": "a"}] * 3))
 
+    with pytest.raises(DataError, match=r"row 0: its prompt would be learned too.*completion_only_loss=True"):
+        trainer_of(completion_only_loss=False)
+    with pytest.raises(ConfigError, match=r"the teacher would read \d+ tokens, its prompt with the longest row, and"):
+        trainer_of(teacher_prompt=SHOTS * 999)
+    with pytest.raises(ConfigError, match="and an answer of 9000, and the model's context is"):
+        trainer_of(lmbda=1, max_completion_length=9000)
+
     class Merging:
         """Tokenizer with a token that begins in a prompt and ends in an answer."""
 

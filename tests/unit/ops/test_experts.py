@@ -223,6 +223,14 @@ def test_scores_that_do_not_fit(own_checks):
             route(scores, route_by("softmax"), bias)
 
 
+@pytest.mark.looped("n", [1, 5, 131])
+def test_a_row_may_name_an_expert_more_than_once(n, backend):
+    x, ids, weights, gate_up, down = draw_mixture(torch.float32, n)
+    ids[:] = 3  # more rows of one expert than the batch has
+    y = mix(x, ids, weights, stacks(gate_up, down, backend=backend), "silu", backend=backend)
+    torch.testing.assert_close(y, expected(x, ids, weights, gate_up, down).to(y.dtype), rtol=1e-4, atol=1e-4)
+
+
 def test_rows_that_do_not_fit(own_checks):
     x, ids, weights, gate_up, down = draw_mixture(torch.float32, 5)
     packed = stacks(gate_up, down, backend=None)

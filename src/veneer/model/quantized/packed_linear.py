@@ -239,5 +239,5 @@ def unpack(model: PreTrainedModel) -> None:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Return True if a layer has only a packed weight."""
-    return isinstance(module, _Packed)
+    """Return True if a layer, or a stack of experts, has only packed weights."""
+    return isinstance(module, _Packed | PackedExpertStack)
