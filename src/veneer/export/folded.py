@@ -183,7 +183,7 @@ def _skeleton(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[PreTra
 
 
 def _vocabulary(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> int | None:
-    """Return the vocabulary's size if an adapter stores embeddings and head whole, else None."""
+    """Return the vocabulary size of an adapter that stores full embeddings and a full head; otherwise None."""
     found = set()
     for path, _ in _ends(model):
         found.add(next((tensors[key].shape[0] for key in weight_keys(path) if key in tensors), None))
@@ -230,7 +230,10 @@ def _ends(skeleton: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 def _plan(weights: BaseWeights, changed: Mapping[str, Adapted], dtype: torch.dtype | None) -> _Plan:
-    """Plan the file. A tied tensor is written once for each name if its modules are not all changed alike."""
+    """Plan the tensors of the folded model's file.
+
+    Tied modules share one tensor. If the adapter does not change them all alike, each gets a tensor of its own.
+    """
     owners = {f"{path}.{key}": (path, key) for path, m in changed.items() for key in weights.own(m)}
     specs: dict[str, Spec] = {}
     placed: dict[str, tuple[str, str]] = {}

@@ -85,14 +85,14 @@ def load_in_turn(load: Callable[..., Any], model: PreTrainedModel, tensors: Any,
 
 
 class _Waiting:
-    """A model's blocks during loading, in order, until they are passed on."""
+    """Blocks of a model that is being loaded, in order. A block is passed on once its weights are complete."""
 
     def __init__(self, model: PreTrainedModel, take: EachBlock) -> None:
         self._model, self._take = model, take
         self._blocks = list(blocks_of(model)[1])
 
     def hand_on(self) -> None:
-        """Pass on the first blocks whose weights are complete: tensors arrive block by block."""
+        """Pass the first blocks whose weights are complete to ``take``: tensors arrive block by block."""
         while self._blocks and _is_loaded(self._blocks[0]):
             block = self._blocks.pop(0)
             self._take(self._model, block)
@@ -101,9 +101,9 @@ class _Waiting:
 
 
 class _InTurn:
-    """A checkpoint's tensor. Reading it first passes on the blocks that are loaded.
+    """Tensor of a checkpoint. Before it is read, the blocks that are loaded are passed on.
 
-    The loader hides errors of later steps.
+    They are passed on here, since the loader hides errors of its later steps.
     """
 
     def __init__(self, tensor: Any, waiting: _Waiting) -> None:

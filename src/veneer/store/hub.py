@@ -76,7 +76,7 @@ class _RedirectsAreAnswers(urllib.request.HTTPRedirectHandler):
 
 
 def _asked(address: str) -> Message | None:
-    """Return the headers of the hub's answer, whatever its status; None if there is no answer, or requests are off."""
+    """Return the headers of the hub's answer, whatever its status, or None if it does not answer or is not asked."""
     if is_offline_mode():
         return None
     request = urllib.request.Request(address, method="HEAD", headers=_authorization())

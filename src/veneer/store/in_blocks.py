@@ -164,8 +164,9 @@ def put_in_blocks(
 
 
 def _stays(module: nn.Module, parameter: GgufParameter | None) -> bool:
-    """Return True if a module's weight can stay in blocks: a linear layer's, or that of a table used for look- ups
-    only.
+    """Return True if a module's weight can stay in the quantized blocks of its GGUF file.
+
+    This is so for the weight of a linear layer, and of an embedding that is used for look-ups only.
     """
     layer = type(module) in (nn.Linear, Conv1D) or _is_table(module)
     return layer and parameter is not None and parameter.kind is not None
@@ -185,8 +186,9 @@ def _coded(module: nn.Module, parameter: GgufParameter, source: MappedFile | Non
 def _stack_spec(
     parameter: GgufParameter | None, shape: tuple[int, int, int], dtype: torch.dtype, source: MappedFile | None
 ) -> StackSpec | None:
-    """Return the format of experts whose blocks can stay in the file, with gate and up in separate tensors;
-    else None.
+    """Return the format of a stack of experts whose quantized blocks can stay in the GGUF file, else None.
+
+    The file has their gate and up matrices in separate tensors.
     """
     if parameter is None or not parameter.is_coded_stack:
         return None
@@ -199,7 +201,7 @@ def _stack_spec(
 
 
 def _is_table(module: nn.Module) -> bool:
-    """Return True if a table can be read in blocks. A table that also multiplies, or renormalizes, stays dense."""
+    """Return True for an embedding that can be read in quantized blocks: one that does not renormalize its rows."""
     return type(module) is nn.Embedding and module.max_norm is None
 
 

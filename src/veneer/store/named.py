@@ -52,7 +52,7 @@ def folder_of(name: str) -> Path | None:
 
 
 def _holds(folder: Path, digest: str) -> bool:
-    """Return True if a cached folder was made from the file with this hash, by this version."""
+    """Return True if a cached folder was converted from the file with this hash, by the current conversion."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return bool(manifest["name"].endswith(digest) and manifest["conversion"] == CONVERSION)
 

@@ -199,7 +199,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
             _put_stack(model, name, CodedStack(spec))
 
     def _code_stacks(self) -> None:
-        """Put empty stacks in place of experts that are quantized in the files, or will be. `fill` sets them later."""
+        """Replace experts that are quantized in the files, or will be, by stacks without values, which `fill` sets."""
         model = self._model
         assert model is not None  # it was made before its files are opened
         if not self.is_stored:

@@ -163,7 +163,7 @@ def _gathered(name: str, listed: ListedExperts, layers: Layers, spec: StackSpec)
 
 
 def _below(name: str, own: str) -> str:
-    """A tensor's name below the path of its experts, whose parameter is ``name``."""
+    """Return the tensor name ``own`` without the path of the experts' module, to which parameter ``name`` belongs."""
     return own.removeprefix(name.rpartition(".")[0] + ".")
 
 

@@ -130,7 +130,7 @@ def _adder(name: str, sums: _Sums) -> Callable[[nn.Module, tuple[Tensor, ...]], 
 
 
 def _places(family: GgufFamily, config: Any, path: str, prefix: str) -> list[str]:
-    """Return the names of the matrices that a parameter of stacked experts is written as."""
+    """Return the GGUF names of the tensors into which a parameter of stacked experts is split."""
     text = text_name(path)
     return [name for name, _ in places_of(family, config, text, prefix)] if text else []
 

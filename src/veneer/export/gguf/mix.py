@@ -98,7 +98,7 @@ def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 class _Rules:
-    """The rules that give every matrix its type. Tensors of one kind are counted in the file's order."""
+    """Rules that give every matrix its quantization type. Tensors of one kind are counted in the file's order."""
 
     def __init__(self, mix: Mix, facts: MixFacts, weighed: bool, shapes: Shapes) -> None:
         self._mix, self._facts, self._weighed, self._shapes = mix, facts, weighed, shapes

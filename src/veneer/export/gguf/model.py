@@ -126,7 +126,7 @@ class GgufExport:
         return any(self._source.changes(source.name) for source in self.plan.sources.get(name, ()))
 
     def _blocks(self, name: str) -> Iterator[Tensor]:
-        """Yield a tensor of the file in blocks of rows."""
+        """Return an iterator over blocks of rows of the file's tensor ``name``."""
         if name in self.plan.factors:
             return iter((self.plan.factors[name],))
         return assembled_blocks(self.plan, name, self._read, self._read_blocks)

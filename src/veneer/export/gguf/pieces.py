@@ -68,17 +68,17 @@ def _steps(content: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]
 
 
 def _is_for_spaces(step: Mapping[str, Any]) -> bool:
-    """Return True for a normalizer that adds a leading space, or replaces spaces by the mark that pieces use."""
+    """Return True for a normalizer that adds a leading space, or replaces spaces by the mark that tokens use."""
     if step["type"] == "Prepend":
         return bool(step["prepend"] == SPACE)
     return step["type"] == "Replace" and bool(step["pattern"] == {"String": " "} and step["content"] == SPACE)
 
 
 def _cuts_nothing(step: Mapping[str, Any], tokens: list[str]) -> bool:
-    """Return True if a pretokenizer never cuts a piece.
+    """Return True if a pretokenizer never cuts a text within what could be one token.
 
-    Metaspace is one, if it does not split words or if no piece spans a space. Gemma's split on spaces is another, since
-    its normalizer has replaced all spaces.
+    Metaspace never does if it does not split words, or if no token spans a space. Nor does Gemma's split on spaces,
+    since its normalizer has replaced all spaces.
     """
     if step["type"] == "Split":
         return bool(step["pattern"] == {"String": " "})
@@ -93,9 +93,10 @@ def _told(step: Mapping[str, Any]) -> str:
 
 
 def _merge_problems(source: SourceTokenizer, ranks: Mapping[str, int], merges: set[tuple[str, str]]) -> Iterator[str]:
-    """Yield a problem if the runtime would merge pieces that the tokenizer does not.
+    """Yield a problem if the runtime would merge two tokens that the tokenizer does not merge.
 
-    A vocabulary converted from SentencePiece has every merge, so that no piece needs to be tried.
+    A token is tried only if some split of it into two tokens is no merge. A vocabulary converted from SentencePiece
+    has every merge, so that none needs to be tried.
     """
     vocabulary = source.content["model"]["vocab"]
     cut = source.tokenizer.backend_tokenizer.model.tokenize

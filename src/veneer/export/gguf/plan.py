@@ -244,8 +244,9 @@ def assembled_blocks(
 
 
 def _gathered(blocks: Iterator[Tensor], shape: tuple[int, ...], places: Tensor | None) -> Tensor:
-    """Gather a matrix from blocks of rows. Each row goes to its place in ``places``, or becomes a column if that is
-    None.
+    """Assemble a matrix of this shape from blocks of rows.
+
+    Row k becomes row ``places[k]``. If ``places`` is None, it becomes column k.
     """
     start = next(blocks)
     out = torch.empty(shape, dtype=start.dtype)

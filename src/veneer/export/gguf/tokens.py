@@ -83,7 +83,7 @@ def _byte_level(source: SourceTokenizer, tokens: list[str]) -> list[KeyValue]:
 
 
 def _pieces(source: SourceTokenizer, tokens: list[str]) -> list[KeyValue]:
-    """Return pieces with scores.
+    """Return the metadata of a vocabulary of SentencePiece's kind: tokens, scores and types.
 
     The runtime merges the pair with the best score first, so a merge's rank is its score.
     """

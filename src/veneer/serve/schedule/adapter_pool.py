@@ -364,7 +364,7 @@ class AdapterPool:
         self._sort(entry, moved=acted != (entry.running > 0))
 
     def _sort(self, entry: PoolEntry, *, moved: bool = False) -> None:
-        """Put a version into the groups that its state belongs to."""
+        """Put an adapter version into the groups of its state (loaded, loading, idle, …), and out of the others."""
         id, needed, idle = entry.version.id, entry.is_needed, entry.is_idle
         self._resident.set(id, entry, entry.residency is Residency.RESIDENT)
         self._loading.set(id, entry, entry.residency is Residency.LOADING)
@@ -378,13 +378,19 @@ class AdapterPool:
             self.moved[id] = None
 
     def _lacking(self, entry: PoolEntry) -> tuple[int, int]:
-        """Return how many versions, and how many bytes, must be evicted to make room for one."""
+        """Return how many adapter versions must be evicted, and how many bytes freed, to load the version ``entry``.
+
+        Numbers of at most 0 mean that there is room.
+        """
         n_there = len(self._resident) + len(self._loading)
         n_over = 0 if self.n_resident is None else n_there + 1 - self.n_resident
         return n_over, 0 if self.memory is None else entry.n_bytes - self.memory.lendable
 
     def _finds_place(self, entry: PoolEntry, kept: Collection[str] = (), spares_awaited: bool = False) -> bool:
-        """Evict enough for a version and reserve its bytes. Return False if too little may be evicted."""
+        """Evict enough to load an adapter version, and reserve its bytes.
+
+        Return False, with nothing evicted, if too little may be evicted.
+        """
         lacking = self._lacking(entry)
         if not self._suffice(*lacking, kept, spares_awaited):
             return False
@@ -408,8 +414,9 @@ class AdapterPool:
     ) -> None:
         """Evict at least ``n`` idle versions, then the least valuable until ``is_enough``.
 
-        The latter are idle versions (if bytes help) or cached pages. Versions that requests wait for come last. The
-        caller has checked that there are enough.
+        What is evicted after the first ``n`` are idle versions, if ``bytes_help()``, or cached pages. Versions that
+        requests wait for are evicted last, and those in ``kept`` never. The caller has checked that enough can be
+        evicted.
         """
         spared = list[PoolEntry]()
         while n > 0 or not is_enough():

@@ -110,12 +110,12 @@ class Pages:
         return -(-n_positions // self.block) + self.n_fixed if n_positions else 0
 
     def capacity(self, n_lent: int) -> int:
-        """Return the number of positions that one holder can have while so many bytes are lent."""
+        """Return the number of positions that one holder can have while ``n_lent`` bytes are lent."""
         n_pages = min(self.n_pages, max(0, self.n_bytes - n_lent) // self.page_bytes)
         return max(0, n_pages - self.n_fixed) * self.block
 
     def covers(self, holder: Hashable, n_positions: int) -> bool:
-        """Return True if a holder's table covers so many positions."""
+        """Return True if a holder's table covers ``n_positions`` positions."""
         return len(self._tables.get(holder, ())) >= self.needed(n_positions)
 
     def lacking(self, holder: Hashable, n_positions: int, keys: Sequence[bytes] = ()) -> int | None:

@@ -27,7 +27,7 @@ class PrefillBudget:
         self._n_mixed = 0
 
     def observe(self, n_decoding: int, n_read: int, seconds: float) -> None:
-        """Take in how long a step took that computed so many rows of answers and of prompts."""
+        """Record the seconds of a step that computed ``n_decoding`` rows of answers and ``n_read`` rows of prompts."""
         if n_decoding and not n_read:
             self._alone.append((n_decoding, seconds))
             self._n_mixed = 0
@@ -57,7 +57,9 @@ class PrefillBudget:
         return min(max(int(seconds / median(self._row)), least), most)
 
     def _seconds_alone(self, n: int) -> float:
-        """Return the least time that decoding n rows may take: fewer rows cost less, more cost no less.
+        """Return an estimate, from below, of the seconds of a step that decodes n rows and reads no prompt.
+
+        Seen steps of more rows are scaled down to n; the time of fewer rows is taken as it is.
 
         Steps of far fewer rows do not count if there are others: the end of a batch says little about the next one.
         """

@@ -131,7 +131,7 @@ class PrefixSharing:
         request.n_published = n_positions // self.pages.block
 
     def _freed(self, request: Request, keys: list[bytes]) -> list[Request]:
-        """Return the requests that waited for blocks which this request will no longer compute."""
+        """Let go the requests that wait for this request to compute the blocks with these keys, and return them."""
         freed = list[Request]()
         for key in keys:
             if self._computing.get(key) is request:

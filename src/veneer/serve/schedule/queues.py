@@ -14,7 +14,7 @@ Key = tuple[int, float, int]
 
 
 class _Line:
-    """Waiting requests of one client for one version."""
+    """Waiting requests of one client for one adapter version."""
 
     def __init__(self, client: Client) -> None:
         self.client, self.requests = client, dict[Request, None]()
@@ -37,7 +37,7 @@ class _Line:
 
 
 class _Queue:
-    """Waiting requests for one version, by client; version None is the base."""
+    """Waiting requests for one adapter version, in one `_Line` for each client. Version None is the base model."""
 
     def __init__(self, version: str | None) -> None:
         self.version, self.lines = version, dict[Hashable, _Line]()
@@ -163,7 +163,7 @@ class Queues:
         return min(found, key=self.key, default=None)
 
     def _follow(self) -> None:
-        """Move queues whose version has changed its state into their new heaps.
+        """Move each queue whose adapter version has changed its state (absent, idle, running) to that state's heap.
 
         A heap drops foreign entries by itself.
         """

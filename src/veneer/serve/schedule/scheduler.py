@@ -180,10 +180,10 @@ class Scheduler:
         return self.pace.rows(len(decoding), n_requests, most)
 
     def _share(self, to_read: int) -> int:
-        """Return the rows of a step that one prompt may take.
+        """Return how many of a step's ``to_read`` rows for prompts one prompt may take.
 
-        If there are few, the prompts being read and the next one share them, so that a long prompt does not delay a
-        short one.
+        If they are fewer than a step's limit, the prompts that are being read and the next one share them equally, so
+        that a long prompt does not delay a short one.
         """
         if to_read == self.limits.max_batched_tokens:
             return to_read

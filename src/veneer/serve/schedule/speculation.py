@@ -102,9 +102,11 @@ class Ngrams:
         return [] if first is None else list(islice(cycle(text.tokens(first, min(first + most, n))), most))
 
     def _behind_longest(self, least: int, most: int) -> int | None:
-        """Return the place after the last copy of the longest n-gram that ends the sequence; None if there is none.
+        """Find the longest n-gram, of ``least`` to ``most`` tokens, that ends the sequence and occurs earlier in it.
 
-        If a long n-gram has a copy, so do its shorter endings, so that few lengths are tried.
+        Return the index after its last earlier occurrence, or None if there is none.
+
+        If a long ending occurs earlier, so do the shorter ones, so that bisection finds the length.
         """
         found, n = None, len(self._letters)
         most = min(most, n - 1)

@@ -51,7 +51,10 @@ def unusable(tensors: Mapping[str, Tensor], whole: Collection[str] = ()) -> dict
 
 
 def _is_finite_together(tensors: Mapping[str, Tensor]) -> bool:
-    """Return True if tensors of one dtype within one piece of memory are all finite, in a single check."""
+    """Return True if a single check shows that all tensors are finite.
+
+    It can only if they have one dtype and lie in the same memory; otherwise return False.
+    """
     first = next(iter(tensors.values()), None)
     if first is None or not all(type(x) is Tensor and x.is_cpu and x.dtype == first.dtype for x in tensors.values()):
         return False

@@ -76,7 +76,7 @@ def require_fit_on(adapter: Path, model: PreTrainedModel) -> None:
 
 
 def _expected(config: MethodConfig, places: Mapping[str, Placed], given: Mapping[str, Shaped]) -> dict[str, Shaped]:
-    """Return the shapes, by key, of an adapter's own parameters at these places."""
+    """Return the shapes that an adapter's parameters must have at the modules ``places``, by key of the file."""
     if places:
         stored = {
             path: {name: tuple(given[key].shape) for name, key in placed.keys.items()}
@@ -101,7 +101,7 @@ def _homeless(model: nn.Module, config: MethodConfig, keys: Sequence[str]) -> li
 
 
 def _whole_parameters(model: nn.Module, given: Mapping[str, Shaped]) -> dict[str, Shaped]:
-    """Return the model's parameters that are saved whole, and the shapes of trained rows."""
+    """Return the shapes, by key, of a file's copies of the model's own parameters and of rows of embeddings."""
     found: dict[str, Shaped] = {}
     own = dict(model.named_parameters(remove_duplicate=False))
     for key, tensor in given.items():

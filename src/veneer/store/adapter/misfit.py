@@ -26,7 +26,7 @@ class Shaped(Protocol):
 
 
 class _Size(NamedTuple):
-    """Number of blocks and their width; 0 if unknown."""
+    """Size of a model: its number of blocks and the width of its hidden state. A number is 0 if it is unknown."""
 
     layers: int
     width: int
@@ -87,8 +87,9 @@ def _size(config: Any) -> _Size:
 
 
 def _reached(config: MethodConfig, given: Mapping[str, Shaped]) -> _Size:
-    """Infer a size from tensors: the number of blocks, and the most common width of layers that read the hidden
-    state.
+    """Infer from an adapter's tensors the size of the model that they need.
+
+    It is the highest number of a block plus 1, and the most common width of layers that read the hidden state.
     """
     numbers = [int(found[1]) for key in given if (found := re.search(r"\.(\d+)\.", key))]
     places = None

@@ -180,7 +180,10 @@ def holds_network(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Expected:
-    """Tensors of an adapter's file by key: its ``parameters`` and, optionally, whole weights at ``places``."""
+    """Tensors that an adapter's file holds, by key.
+
+    They are the adapter's ``parameters`` and, optionally, the full weights of modules of the model at ``places``.
+    """
 
     parameters: dict[str, Tensor]
     places: dict[str, _Place]

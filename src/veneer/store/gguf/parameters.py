@@ -134,7 +134,7 @@ def placed_parameters(
 
 
 def _undivided(tensor: GgufTensor) -> str:
-    """Return the problem of a tensor whose rows are not whole blocks."""
+    """Return the problem of a tensor whose rows do not divide into its type's blocks, or an empty text."""
     block = GGML_TYPES[tensor.type].block
     return f"rows of {tensor.shape[-1]} values are not divided by {tensor.type}'s blocks of {block}" * (
         tensor.shape[-1] % block > 0
