@@ -226,7 +226,7 @@ def _problems(recipe: Recipe, least: int, most: int) -> list[str]:
     """
     found, part = tied_to_its_processes(recipe), recipe.distributed
     if part.shard not in (None, 1):
-        found.append(f"distributed.shard {part.shard} does not divide each number")
+        found.append(f"distributed.shard {part.shard} does not divide each number of workers")
     if part.strategy == "hybrid":  # workers that are left on one machine are refused it
         found.append("distributed.strategy hybrid needs several machines, and fewer workers may share one")
     unit = recipe.training_config().per_device_train_batch_size * math.lcm(*range(least, most + 1))

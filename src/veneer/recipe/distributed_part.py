@@ -93,8 +93,8 @@ def dealing_problems(values: Mapping[str, Any], n_processes: int) -> list[str]:
     unit = rows * n_processes
     near = [str(each) for each in (wanted // unit * unit, (wanted // unit + 1) * unit) if each]
     found = [
-        f"distributed.global_batch: {wanted} rows cannot be dealt to {n_processes} processes × "
-        f"per_device_train_batch_size {rows}: it must be a multiple of {unit}. Take {' or '.join(near)}."
+        f"distributed.global_batch: {wanted} rows cannot be shared equally by {n_processes} processes "
+        f"× per_device_train_batch_size {rows}: it must be a multiple of {unit}. Take {' or '.join(near)}."
     ] * bool(wanted % unit)
     for key in ("gradient_accumulation_steps", "auto_find_batch_size"):
         if training.get(key):

@@ -98,7 +98,7 @@ def test_a_range_of_workers_needs_rows_that_each_number_can_be_dealt(tmp_path: P
     for part, told in (
         ("", "no distributed.global_batch"),
         ("global_batch: 16", "distributed.global_batch 16 is not a multiple of 24"),
-        ("global_batch: 24, shard: 2", "distributed.shard 2 does not divide each number"),
+        ("global_batch: 24, shard: 2", "distributed.shard 2 does not divide each number of workers"),
         ("global_batch: 24, strategy: hybrid", "distributed.strategy hybrid needs several machines, .* may share one"),
     ):
         with pytest.raises(ConfigError, match=f"^--on ray:2-4 changes .*with each: {told}. Change that, or take"):

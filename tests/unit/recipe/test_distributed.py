@@ -32,7 +32,12 @@ def test_accumulation_follows_from_the_rows_of_a_step(
 @pytest.mark.parametrize(
     ("n", "wanted", "training", "message"),
     [
-        (3, 64, {}, r"64 rows cannot be dealt to 3 processes × per_device_train_batch_size 8: .* 24\. Take 48 or 72\."),
+        (
+            3,
+            64,
+            {},
+            r"cannot be shared equally by 3 processes × per_device_train_batch_size 8: .* 24\. Take 48 or 72\.",
+        ),
         (5, 3, {"per_device_train_batch_size": 2}, r"must be a multiple of 10\. Take 10\."),
         (2, 64, {"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps: the rows .* already \(64\)\. Leave"),
         (2, 64, {"auto_find_batch_size": True}, r"auto_find_batch_size: the rows of a step are set"),

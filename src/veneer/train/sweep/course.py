@@ -80,8 +80,8 @@ class Course:
             self._lost[name] += 1
             if self._lost[name] > _MOST_LOST:
                 raise TrainingError(
-                    f"{self._lost[name]} workers that trained {name} have died: {reason}. See to their memory, then go "
-                    "on with --resume."
+                    f"{self._lost[name]} workers that trained {name} have died: {reason}. Give them more memory, then "
+                    "continue with --resume"
                 )
         self._promote()
 

@@ -302,7 +302,7 @@ def test_members_of_a_worker_that_has_died_begin_again_three_times(values: dict[
     assert worker.packs == [["a", "b"]] * 4 + [["c"]]
     assert {record["status"] for record in found.values()} == {"finished"}
     values["output"] = str(Path(values["output"]).with_name("again"))
-    with pytest.raises(TrainingError, match=r"4 workers that trained a have died: the node is gone\. See to"):
+    with pytest.raises(TrainingError, match=r"4 workers that trained a have died: the node is gone\. Give them more"):
         together(values, part, engine=lambda *_: Mortal(4))
     with pytest.raises(ConfigError, match=r"sweep.engine: ray needs the workers of a cluster"):
         together(values, {**part, "engine": "ray"})
