@@ -41,7 +41,7 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(7)
-    sizes = {"vocab_size": 260, "hidden_size": 72, "intermediate_size": 83, "max_position_embeddings": 131}
+    sizes = {"vocab_size": 260, "hidden_size": 72, "intermediate_size": 83, "max_position_embeddings": 659}
     folder = tmp_path_factory.mktemp("models") / "tiny"
     LlamaForCausalLM(llama_config(**sizes, eos_token_id=0, bos_token_id=None, pad_token_id=0)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
