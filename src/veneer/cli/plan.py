@@ -14,6 +14,7 @@ from veneer.cli.pages.options import unset
 from veneer.cli.plan_options import ADVICE, FIT, OF_SEVERAL, SERVE, bytes_from, unread, wrong
 from veneer.errors import ConfigError, listed
 from veneer.plain.progress import LIBRARIES, waits_told
+from veneer.plan.planned_tasks import require_planned
 from veneer.plan.presets import hub_id_of, require_named
 from veneer.plan.start import start_measured
 from veneer.recipe.distributed_part import with_accumulation
@@ -100,6 +101,8 @@ def plan(
     budget = None if fit is None else bytes_from(fit, "--fit")
     room = None if memory is None else bytes_from(memory, "--memory")
     values = _values(what, overrides or [], method, _changes(given), processes or 1)
+    if not serve:
+        require_planned(str(values.get("task", "sft")), str(section(values, "adapter").get("method", "lora")))
     source = section(values, "model").get("source")
     if isinstance(source, str) and hub_id_of(source) is None:
         require_found(source)

@@ -24,7 +24,7 @@ from veneer.plain.group import n_on_this_machine
 from veneer.plain.progress import draws_bars, waits_told
 from veneer.plain.units import size
 from veneer.plan.before import planned_facts, remember_run, require_room, with_shard
-from veneer.plan.losses import require_planned
+from veneer.plan.planned_tasks import require_planned
 from veneer.ray.place import RayCluster
 from veneer.recipe.adapter import FROM
 from veneer.recipe.readers import require_first_rows

@@ -9,9 +9,9 @@ from veneer.errors import ConfigError, VeneerError
 from veneer.model.memory.heap import trim
 from veneer.plain.units import count, size
 from veneer.plan.architecture import config_of
-from veneer.plan.losses import ROWS
 from veneer.plan.observed import remember
 from veneer.plan.plan import as_json, batch_of, plan_recipe
+from veneer.plan.planned_tasks import ROWS
 from veneer.plan.processes import cut_over, first_that_fits
 from veneer.plan.report import Machine, told
 from veneer.plan.rows import filled

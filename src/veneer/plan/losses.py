@@ -10,37 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapters.token_scores import PreferenceScoring
-from veneer.errors import ConfigError
 from veneer.recipe.adapter import FROM
 from veneer.train.loss import token_loss
 from veneer.train.preference.reference import Reference
 from veneer.train.preference.scores import ScoredModel
 
 Loss = Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
-
-ROWS = {"sft": 1, "dpo": 2, "kto": 1}
-"""The tasks that are planned, with the rows that a row of their data becomes in a batch."""
-_NOT_PLANNED = {
-    "distill": "a second pass of the teacher, over longer rows",
-    "reward": "a head of its own in place of the vocabulary's",
-    "grpo": "answers that are drawn between the steps",
-    "rloo": "answers that are drawn between the steps",
-}
-
-
-def require_planned(task: str, method: str) -> None:
-    """Raise ConfigError for a task whose step is not planned, with the reason and how to measure it instead."""
-    if task in _NOT_PLANNED:
-        found = f"for its step has {_NOT_PLANNED[task]}: planned are {', '.join(ROWS)}"
-    elif task != "sft" and method == "full":
-        task += " of a whole model"
-        found = "for it keeps a copy of the model as reference: planned are adapters"
-    else:
-        return
-    raise ConfigError(
-        f"task {task} is not planned, {found}. A short run writes its memory and seconds to run.json: veneer train "
-        "RECIPE --set training.max_steps=2 --set output=trial"
-    )
 
 
 def reference_of(task: str, adapter: Mapping[str, Any], model: PreTrainedModel) -> Reference | None:

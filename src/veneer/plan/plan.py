@@ -15,9 +15,9 @@ from veneer.ops.traced import tracing
 from veneer.plan.architecture import config_of
 from veneer.plan.depth import Pattern, between, line, pattern_of, peaks_by_place
 from veneer.plan.live_bytes import Peak
-from veneer.plan.losses import ROWS, require_planned
 from veneer.plan.memory_trace import SCRATCH, Shallow, trace
 from veneer.plan.model import adapter_of, meta_base, shortened, traced_model
+from veneer.plan.planned_tasks import ROWS, require_planned
 from veneer.plan.step import Batch
 from veneer.plan.work import Work
 from veneer.recipe.parts import DataPart, ModelPart
@@ -93,7 +93,10 @@ def plan_recipe(
 
 
 def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
-    """Return a micro-batch of a recipe whose rows all have the maximal length."""
+    """Return a micro-batch of a recipe whose rows all have the maximal length. Raises ConfigError, also for a task that
+    is not planned.
+    """
+    require_planned(recipe.task, recipe.method)
     args = recipe.training_config()
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = args.max_length or context or 1024

@@ -187,6 +187,15 @@ def test_wrong_options_and_rows_of_eval_are_told_before_torch_is_imported(model_
         assert (code, wanted in told) == (2, True), (command, told)
 
 
+def test_a_task_that_is_not_planned_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    rewards = [{"function": "exact-match", "column": "answer"}]
+    grpo = recipe(tmp_path, "a.yaml", tmp_path / "run", task="grpo", rewards=rewards)
+    commands = [["plan", grpo, *more] for more in ([], ["--fit", "8GB"], ["--advice"])]
+    commands.append(["plan", recipe(tmp_path, "b.yaml", tmp_path / "run", task="reward")])
+    for command, (code, told) in zip(commands, told_early(commands), strict=True):
+        assert (code, " is not planned, for its step has " in told) == (2, True), (command, told)
+
+
 def test_a_folder_that_may_not_be_written_to_holds_no_run(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)

@@ -31,9 +31,9 @@ from veneer.errors import ConfigError, FormatError
 from veneer.ops.traced import Traced
 from veneer.plan.architecture import config_of
 from veneer.plan.live_bytes import LiveBytes, peaks
-from veneer.plan.losses import require_planned
 from veneer.plan.memory_trace import ADAPTERS, FIRST, kind_under, kinds_of, make_optimizer, prepare, run_steps
 from veneer.plan.plan import as_json, batch_of, count_trained, held_out_batch, plan_recipe
+from veneer.plan.planned_tasks import require_planned
 from veneer.plan.serving import serving_of
 from veneer.plan.step import Step
 from veneer.plan.work import CountWork
