@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,6 +61,13 @@ class Clients:
     @property
     def anthropic_async(self) -> anthropic.AsyncAnthropic:
         return anthropic.AsyncAnthropic(base_url=self.server.url, api_key="none", max_retries=0)
+
+    @contextmanager
+    def held(self) -> Iterator[dict[str, Any]]:
+        """An engine whose long answers do not end, and the keys that ask for one: a client's timeout comes first."""
+        with pytest.MonkeyPatch.context() as patch:
+            self.server.hold(patch)
+            yield {"max_tokens": 60, "extra_body": {"ignore_eos": True}}
 
     def chat(self, **given: Any) -> Any:
         return self.openai.chat.completions.create(**CHAT | given)

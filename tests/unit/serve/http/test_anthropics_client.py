@@ -99,8 +99,8 @@ def _(c):
     raw = c.anthropic.messages.with_raw_response.create(**MESSAGE, thinking={"type": "disabled"})
     assert raw.parse().type == "message"
     assert c.anthropic.beta.messages.create(**MESSAGE, betas=["token-efficient-tools-2025-02-19"]).type == "message"
-    with pytest.raises(anthropic.APITimeoutError):
-        c.anthropic.with_options(timeout=1e-4).messages.create(**MESSAGE)
+    with c.held() as long, pytest.raises(anthropic.APITimeoutError):
+        c.anthropic.with_options(timeout=0.05).messages.create(**MESSAGE | long)
     assert asyncio.run(c.anthropic_async.messages.create(**MESSAGE)).role == "assistant"
 
 

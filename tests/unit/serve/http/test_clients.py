@@ -247,8 +247,8 @@ def _(c):
 
 @alike("chat: a timeout by with_options")
 def _(c):
-    with pytest.raises(openai.APITimeoutError):
-        c.openai.with_options(timeout=1e-4).chat.completions.create(**CHAT)
+    with c.held() as long, pytest.raises(openai.APITimeoutError):
+        c.openai.with_options(timeout=0.05).chat.completions.create(**CHAT | long)
 
 
 @alike("chat: async")
