@@ -108,7 +108,7 @@ def attention_backward(
 def _biased(
     qkv: tuple[Tensor, Tensor, Tensor], cu_seqlens: Tensor, options: AttentionOptions, forks: Sequence[Fork]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values with features that make the bias of ``slopes``."""
+    """Return queries, keys and values, widened by features whose products are the bias of ``slopes``."""
     if options.slopes is None:
         return qkv
     return _with_slopes(qkv, options.slopes, _numbers(qkv[0], options)[0], cu_seqlens.tolist(), forks)
@@ -121,11 +121,12 @@ def _with_slopes(
     bounds: Sequence[int],
     forks: Sequence[Fork],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values with more features, whose scaled products have the bias; those of v are zero.
+    """Return queries, keys and values with more features, whose scaled products are the bias; those of v are zero.
 
-    Softmax ignores what all scores of a query share: slope · j acts as -slope · (i - j) does. It is a product of
-    slopes, which queries hold, with positions, which keys hold. 16 bits hold neither: positions are digits, slopes sums
-    of parts. ``bounds`` are those of the sequences, whose positions begin at 0, or behind their stems.
+    The bias of query i on key j is -slope · (i - j). Softmax is unchanged if slope · i is added to all scores of query
+    i, so that slope · j remains. It is a product of slopes, held by the queries, and positions, held by the keys. 16
+    bits hold neither exactly: positions are split into digits, slopes into summands. ``bounds`` are those of the
+    sequences; positions begin at 0, or after the sequence's stem.
     """
     q, k, v = qkv
     tilts, places = _parts(slopes, scale, q), _digits(_positions(bounds, forks), k)

@@ -70,11 +70,10 @@ class CodeGroups:
 
     @property
     def halves_fit(self) -> bool:
-        """Return True if the kernels round to halves as the format does.
+        """Return True if the kernels round to float16 exactly as the format does, or if nothing is rounded to float16.
 
-        They do so for whole numbers that have halves as scales and never become infinite. Halves below the normal ones
-        are exact then, as whole numbers times halves are. Tables of values (e2m1, iq4), other scales and the formula
-        "added" are refused. All numbers fit where nothing is rounded to halves, and those of 8-bit floats fit always.
+        They do so if numbers are whole, scales are float16, and no product is infinite; subnormal products are then
+        exact. Tables of values (e2m1, iq4), other scales and the formula "added" do not fit. 8-bit floats always fit.
         """
         if self.rounding != torch.float16 or self.numbers in ("e4m3", "e5m2"):
             return True

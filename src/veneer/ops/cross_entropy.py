@@ -28,12 +28,12 @@ _GPU_ROWS, _GPU_TILE, _GPU_DETAIL_ROWS = 1024, 256, 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadOptions:
-    """Settings that turn logits into a loss.
+    """Settings that turn logits into a loss. Rows with ``ignore_index`` do not count.
 
-    Rows with ``ignore_index`` do not count. The head's outputs are multiplied by ``scale`` (Cohere, Granite), then
-    capped: ``softcap`` is Gemma 2's c of ``c * tanh(logits / c)``. ``num_items`` divides the sum (None: the number of
-    rows that count). ``chunk_bytes`` of logits are held at a time (None: 32 MiB, and on a GPU at least 1,024 rows).
-    ``observe`` is called with each chunk of logits.
+    The head's outputs are multiplied by ``scale`` (Cohere, Granite), then capped: ``softcap`` is Gemma 2's c of ``c *
+    tanh(logits / c)``. ``num_items`` divides the sum; if it is None, the number of rows that count does. At most
+    ``chunk_bytes`` of logits are held at a time; if it is None, 32 MiB, and on a GPU at least 1,024 rows. ``observe``
+    is called with each chunk of logits.
     """
 
     ignore_index: int = -100
@@ -341,9 +341,11 @@ def _chunked(
     options: HeadOptions,
     wanted: tuple[bool, bool],
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
-    """Return the losses and the gradients of their sum; the weight's gradient is in float32.
+    """Return the losses of rows with the hits, and the gradients of the losses' sum in hidden and, in float32, in the
+    weight.
 
-    If ``counted``, also mark each row whose label has the top logit.
+    ``counted`` are the hidden states and labels of the rows that count. If ``options.count_hits``, hits mark the rows
+    whose label has the top logit. ``wanted`` says which of the two gradients are computed.
     """
     hidden, labels = counted
     n, out_features = hidden.shape[0], weight.shape[0]
@@ -385,7 +387,7 @@ def chunk_rows(row_bytes: int, device: torch.device, options: HeadOptions = Head
 
 
 def _buffer(hidden: Tensor, weight: Tensor | FrozenWeight, rows: int) -> Tensor:
-    """Allocate memory for a chunk of logits; none for a coded weight, whose product has its own."""
+    """Allocate memory for a chunk of logits; None for a coded weight, whose product allocates its own."""
     return hidden.new_empty(rows if isinstance(weight, Tensor) else 0, weight.shape[0])
 
 

@@ -29,9 +29,9 @@ MOST_EXPERTS = 1024
 class Router:
     """Choice of ``top_k`` of ``n_experts`` by their scores, and the weights of the chosen.
 
-    The value of an expert is the softmax of all scores or the ``sigmoid`` of its own. The experts with the largest
-    values, plus a bias, are chosen, and only among the ``kept_groups`` best of ``n_groups`` groups. A group's rank is
-    the sum of its two largest values. The weights are the values without the bias. ``normalized``: they are divided by
+    The value of an expert is the softmax over all scores, or the ``sigmoid`` of its own score. Experts are chosen by
+    value plus bias, the largest first, within the best ``kept_groups`` of ``n_groups`` groups. Groups are ranked by the
+    sum of their two largest values. The weights are the values without the bias. If ``normalized``, they are divided by
     their sum. They are multiplied by ``scale`` last.
 
     Raises ConfigError for numbers that do not fit.
@@ -61,9 +61,9 @@ class Router:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedStack:
-    """Weights ``W (experts, o, i)`` of one layer of all experts, each packed, in one tensor of panels.
+    """Packed weights ``W (experts, o, i)`` of one linear layer of all experts, in one tensor of panels.
 
-    ``first`` is the first expert's weight, whose panels the tensor ``panels`` begins with.
+    ``first`` is the first expert's weight; its panels are the beginning of ``panels``.
     """
 
     panels: Tensor
@@ -84,7 +84,7 @@ class PackedStack:
 
     @classmethod
     def pack(cls, weights: Float[Tensor, "experts o i"]) -> PackedStack:
-        """Return dense weights packed, a copy: expert by expert, so that no other copy is made."""
+        """Pack dense weights as a copy, one expert at a time, so that no second copy is made."""
         first = PackedWeight.pack(weights[0])
         panels = first.panels.new_empty(len(weights), len(first.panels))
         for own, weight in zip(panels, weights, strict=True):

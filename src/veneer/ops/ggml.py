@@ -93,12 +93,13 @@ def matmul_ggml(
     *,
     backend: str | None = None,
 ) -> Float[Tensor, "n o"]:
-    """Return ``x Wᵀ`` in x's dtype, for a W in ggml's type ``kind``. Its row r is row ``order[r]`` of ``packed``.
+    """Return ``x Wᵀ`` in x's dtype, for a W in ggml's type ``kind``. If ``order`` is given, row r of W is row
+    ``order[r]`` of ``packed``.
 
     Use it for few rows of x: W is decoded again for every 16 of them. Sums and decoded values are float32.
 
-    Raises ConfigError (unknown type), ShapeError (bytes that are no whole row, or do not fit x), IndexError (a row that
-    is not there).
+    Raises ConfigError (unknown type), ShapeError (bytes that are not whole rows, or do not fit x), IndexError (a row
+    number out of range).
     """
     columns = _columns(packed, kind)
     order = None if order is None else listed_rows(order, len(packed))

@@ -61,7 +61,10 @@ def add_matmul(y: Float[Tensor, "n m"], a: Float[Tensor, "n k"], b: Float[Tensor
 
 
 def converted(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Return tensors in these dtypes, those that have theirs as they are; a GPU converts the others by one launch."""
+    """Return each tensor in its dtype of ``dtypes``.
+
+    Tensors that have it already are returned as they are; on a GPU one launch converts the others.
+    """
     found = [
         x if x.dtype == dtype else torch.empty_like(x, dtype=dtype) for x, dtype in zip(tensors, dtypes, strict=True)
     ]

@@ -64,7 +64,10 @@ def _made(layout: _Layout | None) -> Tensor | None:
 
 
 def remember(call: Hashable, out: Any, given: Iterable[Tensor]) -> None:
-    """Remember the layouts of a call's outputs if each has memory of its own and fills it."""
+    """Remember the layouts of a call's outputs.
+
+    Do nothing if an output shares memory with another tensor, or has gaps.
+    """
     outputs = out if isinstance(out, list | tuple) else [out]
     layouts = [None if y is None else (y.shape, y.stride(), y.dtype) for y in outputs]
     if any(_n_bytes(y) != _n_bytes(_made(layout)) for y, layout in zip(outputs, layouts, strict=True)):
@@ -94,8 +97,10 @@ def _memory(x: Tensor) -> int:
 
 
 def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    """Return a mixture's product as the CPU gives it, in any dtype, rows padded to 16 bytes; torch's own takes bfloat16
-    alone on the meta device (2.13)."""
+    """Return an empty tensor with the layout of a mixture's product on the CPU, in any dtype, rows padded to 16 bytes.
+
+    torch's own version accepts only bfloat16 on the meta device (2.13).
+    """
     groups = (len(offs),) if offs is not None and a.ndim == b.ndim == 2 else b.shape[:1] if a.ndim == b.ndim else ()
     n_rows, n_columns = a.shape[-2], b.shape[-1]
     unit = 16 // a.element_size()

@@ -26,11 +26,12 @@ SMALLEST, LARGEST = 1e-30, 1e30
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedCodes:
-    """Weight ``W (o, i)`` as codes in panels of 64 outputs, and scales, each for ``unit`` inputs of an output.
+    """Weight ``W (o, i)`` as codes in panels of 64 outputs, with one scale for every ``unit`` inputs of an output.
 
-    ``W = table[code] * absmax`` or ``code * absmax / 127`` in float32, or a value of `CodeGroups`, whose ``scales``,
-    ``formula`` and ``rounding`` it has; rounded to ``dtype``, float32 or bfloat16. `dequantize_4bit`, `dequantize_int8`
-    and the formats of the groups give the same values. ``panels`` are bytes; csrc/packed/coded.h documents the layout.
+    A value is ``table[code] * absmax`` or ``code * absmax / 127`` in float32, or that of a `CodeGroups` with the same
+    ``scales``, ``formula`` and ``rounding``. It is rounded to ``dtype``, float32 or bfloat16. `dequantize_4bit`,
+    `dequantize_int8` and the formats of the groups give the same values. ``panels`` are bytes; csrc/packed/coded.h
+    documents the layout.
     """
 
     panels: UInt8[Tensor, " bytes"]

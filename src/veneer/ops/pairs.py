@@ -1,8 +1,8 @@
 """Low-rank adapters and bottlenecks of many versions in one batch, for serving: packed once, each at its own rank.
 
-``y[n] += scale_k B_k A_k x[n]`` for the rows of version k, with more terms between the products if a `FactorPair` has
-them. This is the product of a mixed batch (SGMV, Chen et al. 2023, arXiv 2310.18547). `veneer.ops.grouped_low_rank`
-computes it for training, which changes the factors and packs them on every call.
+``y[n] += scale_k B_k A_k x[n]`` for the rows of version k; a `FactorPair` may have more terms between the products.
+This is the product of a mixed batch (SGMV, Chen et al. 2023, arXiv 2310.18547). In training the factors change with
+each step, so `veneer.ops.grouped_low_rank` packs them on every call.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ class FactorPair(NamedTuple):
 
 
 class Middle(NamedTuple):
-    """Vectors between the products of a version's pairs and after the second, in float32, concatenated over the layers.
+    """Vectors that act between and after the two products of a version's pairs, in float32, joined over the layers.
 
-    The vectors between them have as many values for a layer as its packed rank.
+    ``core`` and ``bias`` act between the products and have as many values for a layer as its packed rank. ``out_scale``
+    and ``out_bias`` act after the second product.
     """
 
     core: Float[Tensor, " ranks"] | None
@@ -75,10 +76,10 @@ def filled(n: int, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedPairs:
-    """Pairs of one version at layers that share their input, in the dtype of their products.
+    """Low-rank pairs of one adapter version at layers that share their input, in the dtype of their products.
 
     ``factors`` is flat: the a of all layers stacked, then ``scale * b`` of each layer, each in the panels of
-    `veneer.ops.packed`. A layer of rank 0 has no pair. ``shares_a``: all layers read one a, stored once.
+    `veneer.ops.packed`. A layer of rank 0 has no pair. If ``shares_a``, all layers read one a, which is stored once.
     """
 
     factors: Tensor
@@ -141,14 +142,14 @@ class Factor(NamedTuple):
 
 
 class PairsPacker:
-    """Packs the pairs of a version at many groups of layers by one call, `run`, after the last `add`."""
+    """Packer of a version's pairs: `add` collects them for each group of layers, then one call of `run` packs all."""
 
     def __init__(self, backend: str | None = None) -> None:
         self._backend = backend
         self._factors: list[Factor] = []
 
     def add(self, pairs: Sequence[FactorPair | None], out_features: Sequence[int], dtype: torch.dtype) -> PackedPairs:
-        """Return pairs as `PackedPairs.pack` does; their factors are written by `run`.
+        """Return pairs as `PackedPairs.pack` does; their factors stay unwritten until `run`.
 
         Raises ShapeError if pairs and layers do not fit, or if there is no pair at all. Raises ConfigError for an
         unknown activation, and for layers with different activations.
@@ -256,7 +257,7 @@ def add_pairs(
 
 
 def _room(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Sequence[Tensor]]:
-    """Allocate contiguous memory for matrices in panels. Return it with each matrix's part; zeros fill the rest."""
+    """Allocate zeroed memory for matrices in panels; return it, and the part of it that each matrix gets."""
     sizes = [(o + -o % BLOCK) * filled(i, dtype) for o, i in shapes]
     is_filled = sum(sizes) == sum(o * i for o, i in shapes)
     room = (torch.empty if is_filled else torch.zeros)(sum(sizes), dtype=dtype, device=device)

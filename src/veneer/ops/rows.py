@@ -20,7 +20,7 @@ def same_dtype(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 def put_back(rows: Tensor, x: Tensor) -> None:
-    """Copy the kernel's result in ``with_rows(x)`` into x, if ``with_rows`` had to copy x."""
+    """Copy the kernel's result in ``with_rows(x)`` back into x, if that was a copy of x."""
     if rows.data_ptr() != x.data_ptr() and not isinstance(x, Traced):
         x.copy_(rows.view(x.shape))
 

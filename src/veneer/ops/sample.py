@@ -56,10 +56,10 @@ class RowRule:
 
 
 class Draws(NamedTuple):
-    """Tokens of rows, (n,), with the log-probabilities that were asked for: those of the unchanged logits.
+    """Drawn tokens of rows, (n,), with the requested log-probabilities, which are those of the unchanged logits.
 
-    ``tokens`` are `NOT_FINITE` if a logit is NaN or the largest infinite, and `NONE_ALLOWED` if no id is left.
-    ``logprobs`` (n,) are the tokens' own, in float64, and ``ranks`` (n,) count the logits that are as large.
+    ``tokens`` are `NOT_FINITE` if a logit is NaN or the largest is infinite, and `NONE_ALLOWED` if no id is left.
+    ``logprobs`` (n,) are the tokens' own, in float64, and ``ranks`` (n,) count the logits that are at least as large.
     ``likeliest`` holds ids and log-probabilities of all rows, one row after the other, the likeliest first.
     """
 

@@ -31,11 +31,11 @@ _BITS = {"e2m1": (4,), "e4m3": (8,), "e5m2": (8,), "whole": (1, 2, 3, 4, 5, 6, 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScaledCodes:
-    """Matrix ``(o, columns)`` in ``codes (o, bytes)``, of one byte an element.
+    """Matrix ``(o, columns)`` as packed ``codes (o, bytes)``, which are uint8.
 
-    ``scales`` and ``zeros`` hold ``ceil(o / height) * ceil(columns / group)`` values, in any shape. ``zeros`` None:
-    ``2 ** (bits - 1)`` is subtracted from whole numbers, nothing from floats. ``overall`` multiplies all scales, or
-    ``divides`` them. Raises ShapeError if they do not fit.
+    ``scales`` and ``zeros`` hold ``ceil(o / height) * ceil(columns / group)`` values, in any shape. If ``zeros`` is
+    None, ``2 ** (bits - 1)`` is subtracted from whole numbers, and nothing from floats. ``overall`` multiplies all
+    scales, or divides them if ``divides``. Raises ShapeError if the tensors do not fit.
     """
 
     codes: Tensor

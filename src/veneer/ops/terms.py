@@ -1,4 +1,4 @@
-"""Terms of an adapter's record other than pairs and scales, for serving: linear maps of each row by itself.
+"""Linear maps that adapters apply to each row, besides low-rank pairs and scales, packed for serving.
 
 A row's result does not depend on the other rows. Products and sums are in float32, and a result is rounded once to the
 rows' dtype.
@@ -29,7 +29,9 @@ PADDING = 16
 
 @dataclass(frozen=True, slots=True)
 class PackedTerm:
-    """A `Form` as the kernels read it: float32 values padded as csrc/terms/terms.h documents, and int32 places."""
+    """Linear map of rows in the kernels' layout: float32 values padded as csrc/terms/terms.h documents, and int32
+    indices.
+    """
 
     kind: str
     sizes: tuple[int, ...]
@@ -38,7 +40,7 @@ class PackedTerm:
 
     @classmethod
     def pack(cls, form: Form) -> PackedTerm:
-        """Return the packed form."""
+        """Return a `Form` packed for the kernels."""
         values, index = _PACKED[form.kind](form)
         return cls(form.kind, form.sizes, values.contiguous(), index)
 
@@ -70,14 +72,14 @@ class PackedTerm:
 
 @dataclass(frozen=True, slots=True)
 class LayerTerms:
-    """Packed terms of a record: a map of the inputs, one of the outputs, and changes of the weight."""
+    """Packed linear maps of one adapter at one layer: of its inputs, of its outputs, and those added to its weight."""
 
     input: PackedTerm | None = None
     output: PackedTerm | None = None
     adds: tuple[PackedTerm, ...] = ()
 
     def fits(self, o: int, i: int) -> bool:
-        """Return True if all are sound and of the sizes of a layer (o, i)."""
+        """Return True if all maps are sound and have the sizes of a layer (o, i)."""
         maps = [(term, (n, n)) for term, n in ((self.input, i), (self.output, o)) if term is not None]
         in_place = all(term.kind == "blocks" for term, _ in maps) and all(term.kind != "blocks" for term in self.adds)
         return in_place and all(
@@ -86,9 +88,8 @@ class LayerTerms:
 
     @classmethod
     def taken(cls, record: LinearDelta, *, reads_weight: bool) -> tuple[LayerTerms | None, LinearDelta]:
-        """Split a record: return its packed terms (None if there are none), and the record without them.
-
-        ``reads_weight``: also pack terms that read the layer's weight.
+        """Split an adapter's record of one layer: return its packed terms (None if it has none), and the rest of the
+        record. ``reads_weight``: also pack terms that read the layer's weight.
         """
         input_term, output_term = _map_of(record.input), _map_of(record.output)
         found = ((term, term.form()) for term in record.changes)
@@ -112,7 +113,7 @@ class LayerTerms:
 def apply_term(
     term: PackedTerm, x: Float[Tensor, "n i"], out: Float[Tensor, "n o"], *, add: bool, backend: str | None = None
 ) -> None:
-    """Write ``M x`` into ``out``, or add it. If the term has blocks, out may be x.
+    """Write ``M x`` into ``out``, or add it to ``out`` if ``add``. If the term is block-diagonal, out may be x.
 
     Raises ShapeError if something does not fit.
     """

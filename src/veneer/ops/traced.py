@@ -173,7 +173,7 @@ def _is_traced(settings: Mapping[str, Any]) -> bool:
 def tracing(tell: Called = lambda name, arguments: None, isa: str | None = None) -> Iterator[Tracing]:
     """Trace the steps in this context: kernels are reported to ``tell`` instead of run, and new tensors are traced.
 
-    ``isa`` is the instruction set of the machine that the step is traced for; None: of this one.
+    ``isa`` is the instruction set of the machine that the step is traced for; this machine's if it is None.
     """
     with silenced(tell, isa), Tracing() as mode:
         yield mode
@@ -204,7 +204,7 @@ def is_tracing() -> bool:
 
 
 def not_done(name: str, *arguments: Any) -> None:
-    """Report a call that was not run to the tracer of this step."""
+    """Report a skipped call to the tracer of this step."""
     tell = _TELL.get()
     if tell is not None:
         tell(name, arguments)

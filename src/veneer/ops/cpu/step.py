@@ -44,9 +44,10 @@ class StepNorm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChange:
-    """Change that an adapter version makes to one layer: scales and bias in float32, a replaced weight, a pair, terms.
+    """Change of one linear layer by an adapter version, as the C++ step reads it.
 
-    ``whole`` replaces the weight. The pair reads the mapped input. ``own_bias`` is the bias in the rows' dtype.
+    ``in_scale``, ``out_scale`` and ``bias`` are float32; ``own_bias`` is the bias in the rows' dtype. ``whole``
+    replaces the weight. ``pair`` is a low-rank pair on the scaled input, and ``terms`` are further linear maps.
     """
 
     in_scale: Tensor | None = None
@@ -59,7 +60,10 @@ class LayerChange:
 
 
 class ProductChange(NamedTuple):
-    """Change that an adapter version makes to a product: pairs of all layers, and each layer's own change, or none."""
+    """Change of a product of several layers by an adapter version: their low-rank pairs, and each layer's own change.
+
+    ``pairs`` is None, and ``layers`` empty, if there are none.
+    """
 
     instruction: int
     pairs: PackedPairs | None
@@ -150,12 +154,18 @@ class StepProgram:
         self._program.drop_layout(layout)
 
     def take(self, version: int, layout: int, block: Tensor) -> None:
-        """Add an adapter version whose tensors lie in ``block`` as the layout says. The block is kept alive."""
+        """Add an adapter version whose tensors lie in ``block``, at the offsets of the numbered ``layout``.
+
+        The block is kept alive.
+        """
         self._program.take(version, layout, address(block))
         self._of_versions[version].append(block)
 
     def take_bottleneck(self, version: int, instruction: int, pairs: PackedPairs, *, reads_output: bool) -> None:
-        """Add an adapter version's bottleneck to an instruction: a product added to the stream, or ``change``."""
+        """Add an adapter version's bottleneck to an instruction: one that adds a product to the stream, or ``change``.
+
+        It reads the output of the half-block that it changes if ``reads_output``, else the half-block's input.
+        """
         self._program.take_bottleneck(instruction, version, _pairs(pairs), reads_output)
         self._of_versions[version].append(pairs)
 

@@ -87,7 +87,7 @@ def entry_gradients(form: Form, weight: Tensor, gradient: Tensor) -> tuple[Tenso
 
 
 def _numbers(form: Form) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return values, second factor and places as kernels read them."""
+    """Return values, second factor and indices as the kernels read them."""
     second = None if form.second is None else _floats(form.second)
     return _floats(form.values), second, None if form.places is None else form.places.long().contiguous()
 

@@ -1,8 +1,8 @@
-"""Terms before and after the products: a map of the input, a map of the output, and a bias.
+"""Terms before and after a layer's product: a map of the input, a map of the output, and a bias.
 
-Scales and biases are never rounded to the dtype of the tensor that they act on (`ops.scale`), and neither is a rotation
-in blocks that kernels map rows by (`ops.linear.forms`). Of other rotations in blocks, the
-difference from the identity is rounded (`ops.linear.blocks`).
+Scales and biases are never rounded to the dtype of the tensor that they act on (`ops.scale`). Block-diagonal rotations
+are not rounded if a kernel applies them (`ops.linear.forms`). For other ones, the difference from the identity is
+rounded (`ops.linear.blocks`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ WIDTH = 64
 
 
 def less_identity(term: Rotation, dtype: torch.dtype) -> Float[Tensor, "k b b"] | None:
-    """Return the blocks of ``M - I`` in a dtype, differentiable in the term's tensors; None if M has other entries."""
+    """Return the blocks of ``M - I`` in a dtype, differentiable in the term's tensors; None if M has entries outside of
+    blocks.
+    """
     blocks = term.blocks_of_map()
     if blocks is None:
         return None
@@ -37,7 +39,7 @@ def _joined(blocks: Float[Tensor, "k b b"]) -> Float[Tensor, "_ _ _"]:
 
 
 def turn(x: Float[Tensor, "n d"], less: Float[Tensor, "k b b"], out: Float[Tensor, "n d"]) -> None:
-    """Write ``x + N x`` with N of these blocks, rounded once, into ``out``, which may be x."""
+    """Write ``x + N x`` into ``out``, rounded once. N is the block-diagonal matrix of ``less``. ``out`` may be x."""
     parts = _parts(operand(x), less)
     _parts(out, less).copy_(torch.baddbmm(parts, parts, less.mT.to(parts.dtype)))
 

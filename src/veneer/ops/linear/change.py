@@ -1,10 +1,10 @@
-"""Changes of the weight other than a low-rank pair: their products added to outputs, and the backward pass.
+"""Changes of a weight that are no low-rank pairs: their products, added to outputs, and the backward pass.
 
-In a batch (`LinearLayer.is_batch`) a change with a form that kernels know maps rows in float32 (`forms`). The tensors
-of others are rounded to x's dtype for the products, as those of a pair are. A change that `Change.is_made_for` the rows
-is one matrix for one product, made again in the backward pass: by a kernel if it multiplies the frozen weight.
-Of a `LowRankMixture` the backward pass computes again what lies between A and B, and of other changes the product under
-autograd. So neither a matrix nor intermediate results are kept.
+In a batch (`LinearLayer.is_batch`), a change whose form has a kernel is applied in float32 (`forms`). The tensors of
+other changes are rounded to x's dtype for the products, as low-rank pairs are. If `Change.is_made_for` the rows, the
+change is computed as one matrix, and again in the backward pass; by a kernel if it multiplies the frozen weight. The
+backward pass of a `LowRankMixture` recomputes the values between A and B; that of other changes recomputes the product
+under autograd. So neither a matrix nor intermediate results are kept.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def changes_backward(
     dx: Float[Tensor, "n i"] | None,
     input_grad: bool,
 ) -> tuple[Float[Tensor, "n i"] | None, list[list[Gradients]]]:
-    """Return ``dx`` with the gradient in x of ``W x`` and of `add_changes` added (as it is if that is not asked for),
-    and the gradients in the tensors of each record's changes.
+    """Return ``dx`` and the gradients in the tensors of each record's changes.
 
-    ``read`` is dz as `ops.matmul.operand` gives it.
+    The gradients in x of ``W x`` and of `add_changes` are added to ``dx`` if ``input_grad``. ``read`` is dz as
+    `ops.matmul.operand` gives it.
     """
     alone, weight = None if layer.masks else _only_change(layer), layer.weight
     if alone is not None and isinstance(weight, Tensor) and _is_made(alone, x, layer):
@@ -112,7 +112,7 @@ def _dropped(x: Tensor, mask: Mask | None, rows: slice) -> Tensor:
 
 
 def _kept(change: Change, mask: Mask | None) -> Change:
-    """Scale the change in place of the kept inputs: scaling x in 16 bits would round it."""
+    """Multiply the change by the scale of kept inputs: scaling x in 16 bits would round it."""
     return change if mask is None else Weighed(of=change, weight=mask.scale)
 
 
@@ -124,8 +124,9 @@ def _only_change(layer: LinearLayer) -> Change | None:
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """Change of a weight, as a matrix computed from ``leaves``. It keeps its autograd graph, or the ``form`` whose
-    kernels compute the gradients.
+    """Matrix of a change, computed from ``leaves``.
+
+    It keeps its autograd graph, or the ``form`` for kernels that compute the gradients.
     """
 
     leaves: list[Tensor]
@@ -157,7 +158,7 @@ def _matrix(change: Change, dtype: torch.dtype) -> tuple[Tensor, Form | None]:
 
 
 def _made_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
-    """Return the gradients in a change's tensors through its matrix; add the gradient in x to ``dx``."""
+    """Return the gradients in a change's tensors by way of its matrix; add the gradient in x to ``dx``."""
     made = _Made.of(change, x.dtype)
     if dx is not None:
         add_matmul(dx, dz, made.matrix.detach())
@@ -165,7 +166,7 @@ def _made_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> 
 
 
 def _form_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
-    """Return the gradients in a change's tensors through its form; add the gradient in x to ``dx``."""
+    """Return the gradients in a change's tensors by the kernels of its form; add the gradient in x to ``dx``."""
     leaves, form = with_leaves(change)
     if dx is not None:
         map_rows(form, dz, dx, add=True, transposed=True)
@@ -190,7 +191,7 @@ def _mixture_backward(change: LowRankMixture, dz: Tensor, x: Tensor, dx: Tensor 
 
 
 def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None, layer: LinearLayer) -> Gradients:
-    """Return the gradients in a change's tensors through its own product; add the gradient in x to ``dx``."""
+    """Return the gradients in a change's tensors by differentiating its product; add the gradient in x to ``dx``."""
     leaves, x = leaves_of(change), x.detach().requires_grad_(dx is not None)
     with torch.enable_grad():
         y = _rounded(change.with_tensors(leaves), x, layer).apply(x)
@@ -227,8 +228,9 @@ def with_leaves(term: Term) -> tuple[list[Tensor], Form]:
 def gradients_by_form(
     leaves: Sequence[Tensor], form: Form, numbers: Callable[[Form], tuple[Tensor, Tensor | None]]
 ) -> Gradients:
-    """Return the gradients in `with_leaves`, given those in the form's ``values`` and ``second``; None where none is
-    asked for.
+    """Return the gradients in the leaves of `with_leaves`, or None for those that need none.
+
+    ``numbers`` gives those in the form's ``values`` and ``second``.
     """
     trained = [t for t in (form.values, form.second) if t is not None and t.requires_grad]
     if not trained:

@@ -25,9 +25,10 @@ ROWS_AT_ONCE = 32
 
 @dataclass(frozen=True, slots=True)
 class ChosenExperts:
-    """Choices ``ids`` (n, top_k) sorted by expert: of each its row in ``tokens``, and each choice's place among them.
+    """Choices ``ids`` (n, top_k) of experts, sorted by expert.
 
-    ``bounds`` are each expert's first choice and the one after its last.
+    ``tokens`` holds the row of each sorted choice, ``places`` the sorted index of each choice. ``bounds`` holds for
+    each expert its first sorted choice and the one after its last.
     """
 
     tokens: Int64[Tensor, " choices"]
@@ -49,13 +50,17 @@ class ChosenExperts:
         return cls(order // ids.shape[1], places.view(ids.shape), bounds)
 
     def each(self) -> Iterator[tuple[int, slice, Tensor]]:
-        """Yield each chosen expert with its choices, and the rows to compute: theirs, and some more behind them."""
+        """Yield each chosen expert: its number, the slice of its choices, and the rows to compute.
+
+        These are the rows of its choices, and some of the following ones, so that their number is a multiple of
+        `ROWS_AT_ONCE`.
+        """
         for number, (start, stop) in enumerate(self.bounds):
             if start < stop:
                 yield number, slice(start, stop), self.tokens[start : stop + (start - stop) % ROWS_AT_ONCE]
 
     def summed(self, rows: Float[Tensor, "choices d"], weights: Tensor | None = None) -> Float[Tensor, "n d"]:
-        """Return the sums of each row's choices, times their weights, in the order of choice and in float32."""
+        """Sum the rows of each token's choices, times their weights, in the order of choice and in float32."""
         total = rows.new_zeros(len(self.places), rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
         for place in range(self.places.shape[1]):
             own = rows[self.places[:, place]]
@@ -65,7 +70,10 @@ class ChosenExperts:
 
 @dataclass(frozen=True, slots=True)
 class FrozenExperts:
-    """Gated feed-forward parts: of each expert gate and up together, and down, with the activation between them."""
+    """Weights of the experts' gated feed-forward layers, one entry for each expert.
+
+    ``inner`` are gate and up as one matrix, ``down`` the second layers; ``activation`` is applied between them.
+    """
 
     inner: Sequence[Tensor | FrozenWeight]
     down: Sequence[Tensor | FrozenWeight]
@@ -90,7 +98,7 @@ class FrozenExperts:
     ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n top_k"]]:
         """Return the gradients in x and in the weights.
 
-        A weight's is ⟨downᵀ dy, act(gate) · up⟩, so that the outputs need not be kept.
+        The gradient in a weight is ⟨downᵀ dy, act(gate) · up⟩, so that the experts' outputs need not be kept.
         """
         width = self.down[0].shape[1]
         by_choice = weights.new_empty(weights.numel()).scatter_(0, chosen.places.flatten(), weights.flatten())
@@ -113,7 +121,10 @@ def route_backward(
     ids: Int64[Tensor, "n top_k"],
     router: Router,
 ) -> Float[Tensor, "n experts"]:
-    """Return the gradient of the weights of a router by softmax in its scores."""
+    """Return the gradient in a softmax router's scores.
+
+    ``dweights`` is the gradient in the weights of the chosen experts.
+    """
     dweights = dweights * router.scale
     if router.normalized:  # the softmax of the chosen scores alone
         weights = scores.float().gather(1, ids).softmax(-1)

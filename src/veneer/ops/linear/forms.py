@@ -45,7 +45,7 @@ def shape_of(form: Form) -> tuple[int, int]:
 
 
 def has_kernel(form: Form, x: Tensor, isa: str) -> bool:
-    """Return True if a kernel maps rows such as x by this form, in little memory, and nothing else does so faster.
+    """Return True if a kernel maps rows such as x by this form, in little memory, and no other way is faster.
 
     ``isa`` is the instruction set of the kernels. Forms in float64 have no kernel, since it would round them.
     """
@@ -72,9 +72,9 @@ def map_rows(
     transposed: bool = False,
     backend: str | None = None,
 ) -> None:
-    """Write ``M x`` into ``out``, or add it; with ``transposed`` by Mᵀ. If the form has blocks, out may be x.
+    """Write ``M x`` into ``out``, or add it to ``out`` if ``add``. If ``transposed``, Mᵀ takes the place of M.
 
-    Raises ShapeError if something does not fit.
+    If the form is block-diagonal, out may be x. Raises ShapeError if something does not fit.
     """
     o, i = shape_of(form)[:: -1 if transposed else 1]
     if x.shape != (len(out), i) or out.shape[1] != o or x.dtype != out.dtype:
@@ -89,9 +89,9 @@ def map_rows(
 def form_gradients(
     form: Form, dy: Float[Tensor, "n o"], x: Float[Tensor, "n i"], *, backend: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of `map_rows` in the form's ``values`` and ``second``, in float32; None if it has no second.
+    """Return the gradients of `map_rows` in the form's ``values`` and ``second``, in float32.
 
-    Raises ShapeError if something does not fit.
+    The second one is None if the form has no ``second``. Raises ShapeError if something does not fit.
     """
     o, i = shape_of(form)
     if dy.shape != (len(x), o) or x.shape[1] != i or x.dtype != dy.dtype:
@@ -112,7 +112,7 @@ def has_entries(form: Form | None, dtype: torch.dtype) -> bool:
 
 
 def entries(form: Form, dtype: torch.dtype, *, backend: str | None = None) -> Float[Tensor, "o i"]:
-    """Return ``W ⊙ (B A)`` of a hadamard form, computed in float32 from W in a dtype and rounded once to it.
+    """Return ``W ⊙ (B A)`` of a hadamard form in ``dtype``: W is rounded to it first, and the result once.
 
     Raises ShapeError if W is of another shape.
     """
@@ -124,7 +124,7 @@ def entries(form: Form, dtype: torch.dtype, *, backend: str | None = None) -> Fl
 def entry_gradients(
     form: Form, gradient: Float[Tensor, "o i"], *, backend: str | None = None
 ) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
-    """Return the gradients in A and B, in float32, from that in `entries`.
+    """Return the gradients in A and B, in float32, given the gradient in the result of `entries`.
 
     Raises ShapeError if something does not fit.
     """

@@ -23,17 +23,17 @@ MANY_ROWS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearLayer:
-    """Frozen layer ``W (o, i)`` with its bias, and the records of adapters on it.
+    """Frozen layer ``W (o, i)`` with its bias, and the adapters' changes of it (``records``).
 
-    Without ``runs`` there is at most one record, which acts on all rows. With ``runs`` a row takes the record that its
-    run names, or none. A row may be many tokens. ``masks`` are the dropout masks on the input of what each record
-    adds to the weight; without any nothing is dropped. With ``rows_alone`` a row is computed as it is alone, however
-    many there are, as serving requires.
+    Without ``runs`` there is at most one record, which acts on all rows. With ``runs``, each run of rows has the index
+    of its record; rows in no run have none. A row may be many tokens. ``masks`` are dropout masks, one for each record,
+    on the input of the terms that it adds to the weight; if there are none, nothing is dropped. With ``rows_alone``, a
+    row's result does not depend on the number of rows, as serving requires.
 
-    A record's tensors may be wider than x (float32 with bf16). Pairs are rounded for the products, which accumulate in
-    float32. Kernels map many rows by a form in float32 (`forms`). If there is no such kernel, changes of many rows
-    are rounded unless they would lose accuracy. Of a rotation in blocks, the difference from the identity is rounded.
-    Other terms are not rounded. Gradients are in the tensors' own dtype.
+    A record's tensors may be wider than x (float32 with bf16). Low-rank pairs are rounded for the products, which
+    accumulate in float32. Kernels apply linear maps of many rows in float32 (`forms`). If there is no such kernel,
+    changes of many rows are rounded unless they would lose accuracy. Of a block-diagonal rotation, the difference from
+    the identity is rounded. Other terms are not rounded. Gradients are in the tensors' own dtype.
     """
 
     weight: Weight
@@ -45,17 +45,19 @@ class LinearLayer:
 
     @property
     def record(self) -> LinearDelta:
-        """Record of all rows."""
+        """Record that acts on all rows."""
         return self.records[0] if self.records else NOTHING
 
     @property
     def maps_input(self) -> bool:
-        """Return True if a record scales or rotates the input, so that the layer does not read x itself."""
+        """Return True if a record scales or rotates the input, so that the weight does not read x itself."""
         return any(record.input is not None for record in self.records)
 
     @property
     def adds_to_mapped(self) -> bool:
-        """Return True if a record maps the input and adds to the weight: what it adds reads the mapped input, not x."""
+        """Return True if a record maps the input and also adds to the weight: the added part reads the mapped input,
+        not x.
+        """
         return any(record.input is not None and record.adds for record in self.records)
 
     @property

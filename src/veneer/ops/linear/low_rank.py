@@ -80,14 +80,14 @@ def u_gradient(dzs: Sequence[tuple[Tensor, Tensor]], u: Tensor, layers: Sequence
 
 
 def x_gradient(du: Tensor, layers: Sequence[LinearLayer]) -> Float[Tensor, "n i"]:
-    """Return the gradient in x, from `u_gradient`."""
+    """Return the gradient in x, given ``du``, the result of `u_gradient`."""
     return matmul(du, _joined_a(layers, du.dtype), du.dtype)
 
 
 def factor_gradients(
     dzs: Sequence[tuple[Tensor, Tensor]], du: Tensor, x: Float[Tensor, "n i"], u: Tensor, layers: Sequence[LinearLayer]
 ) -> list[list[FactorGradients]]:
-    """Return the gradients in the factors of each layer's record, from `u_gradient`."""
+    """Return the gradients in the factors of each layer's record, given ``du``, the result of `u_gradient`."""
     pairs, spans = [_pair_of(layer) for layer in layers], _spans(layers)
     da = matmul(du.T, x, x.dtype) if any(pair.a.requires_grad for pair in pairs) else None
     wanted = [(k, "a", pair.a, cast(Tensor, da)[spans[k]]) for k, pair in enumerate(pairs) if pair.a.requires_grad]
@@ -136,7 +136,7 @@ def _trains_b(pair: Pair) -> bool:
 
 
 def _parted(gradient: Float[Tensor, "o r"], pair: Pair) -> FactorGradients:
-    """Return the gradients in core, b and b_scale, from that in ``diag(b_scale) B diag(core)``."""
+    """Split the gradient in ``diag(b_scale) B diag(core)`` into those in core, b and b_scale."""
     if pair.is_plain:
         return {"b": gradient}
     found: FactorGradients = {}

@@ -49,7 +49,9 @@ WHOLE = -1
 
 @dataclass(frozen=True, slots=True)
 class SavedForBackward:
-    """Tensors that `backward` reads besides x: A-products, and each layer's product in front of a trained map."""
+    """Tensors that `backward` reads besides x: the products with A, and each layer's product if its output map is
+    trained.
+    """
 
     us: tuple[Tensor, ...]
     products: tuple[Tensor | None, ...]
@@ -100,7 +102,8 @@ def forward(
 ) -> tuple[tuple[Float[Tensor, "n _"], ...], SavedForBackward]:
     """Return the outputs, and the tensors that `backward` reads.
 
-    ``owns_x`` allows x to be written over. A layer that maps it does so if no other reads x, and makes no copy.
+    ``owns_x`` allows x to be overwritten. If there is one layer and its adapter maps the input, it maps x in place,
+    without a copy.
     """
     alone = owns_x and len(layers) == 1
     inputs = [mapped_input(x, layer, overwrite=alone) for layer in layers]
@@ -127,7 +130,9 @@ def forward(
 def outputs(
     kept_ys: Sequence[Tensor | None], kept: SavedForBackward, layers: Sequence[LinearLayer]
 ) -> tuple[Float[Tensor, "n _"], ...]:
-    """Return every layer's output: the kept one, or, if only the product was kept, one computed from it."""
+    """Return every layer's output: the kept one; or, if only its product was kept, the output computed from the
+    product.
+    """
     return tuple(
         cast(Tensor, y) if z is None else finished(z, layer)
         for y, z, layer in zip(kept_ys, kept.products, layers, strict=True)
@@ -144,11 +149,11 @@ def backward(
     overwrite: bool = False,
     owns_x: bool = False,
 ) -> LinearGradients:
-    """Return the gradients of `forward` from the outputs' gradients, x, and the tensors that it kept.
+    """Return the gradients of `forward`, given the gradients in the outputs, x, and the tensors kept by `forward`.
 
-    ``overwrite`` allows the outputs' gradients to be written over, ``owns_x`` x, as in `forward`. x is mapped again if
-    the gradient of what a record adds to the weight reads it so. Rows that are written over are copied for the
-    gradients of their maps.
+    ``overwrite`` allows the gradients in the outputs to be overwritten, and ``owns_x`` x. If an adapter maps the input
+    and also adds to the weight, x is mapped again. If this overwrites x, its rows are copied first for the gradient of
+    the map.
     """
     alone = owns_x and len(layers) == 1 and layers[0].adds_to_mapped
     found = _Found(layers)
@@ -243,13 +248,13 @@ class _Found:
         self.values = [[_OfRecord(record) for record in layer.records] for layer in layers]
 
     def add(self, place: int, **terms: Sequence[Any]) -> None:
-        """Add one layer's gradients, given for each term as a sequence over the records."""
+        """Add the gradients of the layer with index ``place``, for each term as a sequence over the records."""
         for term, gradients in terms.items():
             for values, gradient in zip(self.values[place], gradients, strict=True):
                 setattr(values, term, gradient)
 
     def finish(self, place: int, dy: Tensor, z: Tensor | None, overwrite: bool) -> Tensor:
-        """Return the gradient in a layer's product; add those in its output maps and biases."""
+        """Return the gradient in a layer's product. Add the gradients in its output maps and biases."""
         dz, maps, biases = finished_backward(dy, z, self.layers[place], overwrite=overwrite)
         self.add(place, output=maps, bias=biases)
         return dz
@@ -282,9 +287,7 @@ class _Linears(torch.autograd.Function):
 
 
 def _together(layers: Sequence[LinearLayer]) -> list[list[int]]:
-    """Group the layers whose low-rank parts are computed in one call. A layer whose pairs do not read x itself is
-    alone.
-    """
+    """Group the layers whose low-rank parts are computed in one call. A layer whose pairs read a mapped x is alone."""
     adapted = [i for i, layer in enumerate(layers) if layer.is_lowrank]
     sharing = [i for i in adapted if not layers[i].adds_to_mapped]
     groups = [[i for i in sharing if layers[i].goes_by_rows == by_rows] for by_rows in (False, True)]

@@ -42,5 +42,5 @@ def mix(
 
 
 def _largest(values: Tensor, k: int) -> Tensor:
-    """Return the places of the k largest values, of equal ones the first."""
+    """Return the indices of the k largest values; of equal values, the first ones."""
     return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]

@@ -1,4 +1,4 @@
-"""ggml's MXFP4 in plain torch: an exponent for 32 values, and each value's index into those of E2M1."""
+"""ggml's MXFP4 in plain torch: 32 values share an exponent, and each has an index into the values of E2M1."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def half_powers(exponents: Int32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]
 
 
 def mxfp4(x: Float32[Tensor, "blocks 32"]) -> UInt8[Tensor, "blocks 17"]:
-    """Return the bytes of blocks. Of equally near values the first is taken.
+    """Return the bytes of blocks. If two values of E2M1 are equally near, the first is taken.
 
-    Far below 2 ** -125 the exponent wraps, as in ggml, and all values become zero.
+    For blocks far below 2 ** -125 the exponent wraps, as in ggml, and all values become zero.
     """
     largest = x.abs().amax(dim=1)
     # rounded to float32 once, as ggml's logarithm is: just below a power of two it is that power's

@@ -131,7 +131,9 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _rows(weight: PackedCodes) -> tuple[Tensor, list[Float32[Tensor, "o units"]]]:
-    """Return the codes (o, i), one a byte, and the numbers in front of each unit."""
+    """Return the codes (o, i), one a byte, and the numbers stored in front of each unit's codes: its scale, and a
+    second one in some formulas.
+    """
     (o, i), units, size = weight.shape, weight.depth // weight.unit, weight.scales.itemsize
     found: list[list[Tensor]] = []
     for first in range(0, o, PANEL):

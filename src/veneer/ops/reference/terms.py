@@ -43,7 +43,10 @@ def dense(term: PackedTerm) -> Tensor:
 
 
 def make(term: PackedTerm, weight: PackedWeight) -> Tensor:
-    """Return the panels of ``W ⊙ (B A)``. Beside a bfloat16 weight the factors are rounded to it, as in training."""
+    """Return the panels of ``W ⊙ (B A)``.
+
+    If W is bfloat16, the factors are rounded to bfloat16 first, as in training.
+    """
     o, i, r = term.sizes
     depth, values = i + -i % DEPTH_UNIT, term.values
     if weight.dtype == torch.bfloat16:

@@ -65,7 +65,9 @@ def add(x: Tensor, segments: Segments, ys: Sequence[Tensor]) -> None:
 
 
 def _joined(ys: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Return the first layer and the end of each stretch of outputs that are neighbouring columns of one tensor."""
+    """Group the layers whose outputs are neighbouring columns of one tensor; return each group's first layer and its
+    end.
+    """
     starts = [0]
     for layer, (y, z) in enumerate(itertools.pairwise(ys), start=1):
         if z.data_ptr() != y.data_ptr() + y.shape[1] * y.element_size() or z.stride() != y.stride():
@@ -88,7 +90,7 @@ def _filled(rank, PAIR: tl.constexpr):
 
 @triton.jit
 def _rows_in_a(segment, OUTS: tl.constexpr, PAIR: tl.constexpr):
-    """Return the number of rows of a's matrix: those of all layers, or of one that the layers share."""
+    """Return the number of rows of the stacked a: the ranks of all layers, or of one if the layers share a."""
     total = tl.load(segment) * 0
     for layer in tl.static_range(len(OUTS)):
         total += _filled(tl.load(segment + _RANKS + layer), PAIR)
@@ -166,7 +168,9 @@ def _acted(u, kind):
 
 @triton.jit
 def _between(u, segment, places, inside):
-    """Turn the first product's sums into the second's input: apply core, bias and activation if there are any."""
+    """Apply core, bias and activation, as far as there are any, to the first product's sums: the second product's
+    input.
+    """
     if tl.load(segment + _FORM) != 0:
         core, bias = tl.load(segment + _CORE), tl.load(segment + _BIAS)
         if core != 0:
@@ -179,7 +183,8 @@ def _between(u, segment, places, inside):
 
 @triton.jit
 def _behind(y, segment, places, inside):
-    """Turn the second product's sums into a layer's added output: apply scale and bias if there are any."""
+    """Apply scale and bias, as far as there are any, to the second product's sums before they are added to the
+    output."""
     if tl.load(segment + _FORM) != 0:
         scale, bias = tl.load(segment + _OUT_SCALE), tl.load(segment + _OUT_BIAS)
         if scale != 0:
@@ -191,9 +196,10 @@ def _behind(y, segment, places, inside):
 
 @triton.jit
 def _layer_of(tile, OUTS: tl.constexpr, FIRST: tl.constexpr, END: tl.constexpr, WIDTH: tl.constexpr):
-    """Return the layer that a tile is of, and the tile's number in it.
+    """Find the layer of a tile among the layers FIRST to END. Return, in order:
 
-    Beside them: its outputs, and those of the layers in front of it from FIRST on, and of all in front of it.
+    the layer, the tile's number in it, the layer's number of outputs, the number of outputs of the layers from FIRST up
+    to it, and that of all layers before it.
     """
     layer, o, in_front, behind = FIRST + tile * 0, OUTS[FIRST] + tile * 0, tile * 0, tile * 0
     own = tile

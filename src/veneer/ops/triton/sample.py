@@ -79,7 +79,7 @@ class _Numbers:
         self._parts, self._n = list[np.ndarray](), 0
 
     def put(self, values: np.ndarray) -> int:
-        """Append 32-bit numbers; return their place."""
+        """Append 32-bit numbers; return the offset of the first."""
         self._parts.append(values.view(np.int32))
         self._n += len(values)
         return self._n - len(values)
@@ -99,7 +99,7 @@ class _Numbers:
         return self.put(given), 0 if values is None else self.put(np.frombuffer(values, dtype=np.int32)), len(given)
 
     def tensor(self) -> Tensor:
-        """Return all numbers as a tensor, each two of them as one of 64 bits."""
+        """Return all 32-bit numbers as a tensor of int64, two in each value."""
         parts = [*self._parts, np.zeros(self._n % 2, dtype=np.int32)]
         return torch.from_numpy(np.concatenate(parts).view(np.int64))
 
