@@ -17,12 +17,13 @@ from veneer.train.processes import n_processes
 class _Drawing(RunSettings):
     """Settings and checks of trainers that draw the answers they learn from.
 
-    ``rollout_engine``: "engine" draws by veneer's engine, "generate" by transformers; "auto" chooses the engine if it
-    supports the run, and else says why it does not. ``disable_dropout`` is True: answers come from the policy that is
-    scored. If ``rollout_journal``, the engine's rollouts are kept in ``rollouts/`` of the output, and a resumed run
-    reads them. ``rollout_memory``: "one" packs the base's weights for the engine, and the training pass reads them
-    there; "beside" packs a second copy; "auto" is "one" if the base is of a kind whose step is no slower. On packed
-    weights an adapter can be saved, but not merged. ``reward_…`` are the fields of `learn.rewards.RewardLimits`.
+    ``rollout_engine``: "engine" draws by veneer's engine, "generate" by transformers. "auto" chooses the engine if it
+    supports the run; if not, it chooses transformers and logs the reason. ``disable_dropout`` is True, so that answers
+    come from the policy that is scored. If ``rollout_journal``, the engine's answers are also written to ``rollouts/``
+    of the output folder, and a resumed run reads them. ``rollout_memory``: "one" packs the base's weights for the
+    engine, and the training pass reads the packed weights. "beside" packs a second copy. "auto" is "one" if training on
+    packed weights is no slower for this kind of base. On packed weights an adapter can be saved, but not merged.
+    ``reward_…`` are the fields of `learn.rewards.RewardLimits`.
     """
 
     disable_dropout: bool = True
@@ -38,7 +39,9 @@ class _Drawing(RunSettings):
         super().__post_init__()
 
     def problems(self) -> list[str]:
-        """Return all problems of the settings for the reference model and for answers."""
+        """Return all problems of the settings: of the reference model, the engine, the rewards and the
+        answers' length.
+        """
         found = [
             *beta_problems(self),
             *shared_reference_problems(self),
@@ -56,12 +59,12 @@ class _Drawing(RunSettings):
 class GRPOConfig(_Drawing, trl.GRPOConfig):  # type: ignore[misc]
     """TRL's ``GRPOConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once.
 
-    ``rollout_engine`` chooses how answers are drawn: "auto", "engine" or "generate". ``use_vllm`` chooses the engine.
+    ``rollout_engine`` chooses how answers are drawn: "auto", "engine" or "generate". ``use_vllm=True`` means "engine".
 
-    Limits of conversations that the engine draws, besides TRL's ``max_tool_calling_iterations`` and
-    ``max_completion_length``: ``tool_timeout`` are the seconds of one call of a tool, after which the run ends.
-    ``rollout_timeout`` are those of a whole conversation, which is then cut (None: no limit).
-    ``max_tool_response_length`` are the characters of a tool's response, which is cut.
+    Conversations that the engine draws have these limits besides TRL's ``max_tool_calling_iterations`` and
+    ``max_completion_length``. ``tool_timeout``: seconds for one call of a tool; the run ends if a call takes longer.
+    ``rollout_timeout``: seconds for a whole conversation, which is then cut; no limit if None.
+    ``max_tool_response_length``: characters of a tool's response; the rest is cut off.
     """
 
     tool_timeout: float = 30.0
@@ -69,7 +72,7 @@ class GRPOConfig(_Drawing, trl.GRPOConfig):  # type: ignore[misc]
     max_tool_response_length: int = 20_000
 
     def problems(self) -> list[str]:
-        """Return all problems of the reference, the answers and the limits."""
+        """Return all problems of the settings, with those of the limits of conversations."""
         found = super().problems()
         for name in ("tool_timeout", "rollout_timeout", "max_tool_response_length"):
             found += _limit_problems(self, name, is_optional=name == "rollout_timeout")
@@ -80,7 +83,7 @@ class GRPOConfig(_Drawing, trl.GRPOConfig):  # type: ignore[misc]
 class RLOOConfig(_Drawing, trl.RLOOConfig):  # type: ignore[misc]
     """TRL's ``RLOOConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once.
 
-    ``rollout_engine`` chooses how answers are drawn: "auto", "engine" or "generate". ``use_vllm`` chooses the engine.
+    ``rollout_engine`` chooses how answers are drawn: "auto", "engine" or "generate". ``use_vllm=True`` means "engine".
     """
 
 

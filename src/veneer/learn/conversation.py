@@ -25,9 +25,9 @@ Tool = Callable[..., Any]
 class RolloutLimits:
     """Limits of a conversation.
 
-    ``turns``: the model's answers after its first. ``tokens``: all tokens after the prompt. ``context``: all tokens,
-    the prompt included. ``seconds``: for the whole conversation (None: no limit). ``tool_seconds``: for one call.
-    ``response``: characters of one call's result.
+    ``turns``: answers of the model after its first. ``tokens``: all tokens after the prompt. ``context``: all tokens
+    with the prompt. ``seconds``: the time of the whole conversation; no limit if None. ``tool_seconds``: the time of
+    one call of a tool. ``response``: characters of one call's result.
     """
 
     turns: int
@@ -40,10 +40,11 @@ class RolloutLimits:
 
 @dataclass(slots=True)
 class Rollout:
-    """A conversation after its prompt. Each list has an entry for each token.
+    """A conversation after its prompt. Each list has an entry for each token, except ``kept``.
 
-    ``mask`` is 1 for tokens that the model drew. ``logprobs`` are 0 for the others. ``kept`` has entries only for drawn
-    tokens (see `DrawnAnswer`). ``observation`` is an environment's first message.
+    ``mask`` is 1 for tokens that the model drew and 0 for tokens of tools' messages. ``logprobs`` are 0 where the mask
+    is. ``kept`` has an entry for each drawn token only (see `DrawnAnswer`). ``observation`` is the first message of an
+    environment.
     """
 
     prompt_ids: list[int]
@@ -84,7 +85,7 @@ class Rollout:
 
     @classmethod
     def recalled(cls, line: Line, prompt_ids: Sequence[int]) -> Rollout:
-        """Return the rollout of a journal's line."""
+        """Return the rollout that a line of a journal holds."""
         kept = unpacked(line["kept"]) if "kept" in line else [0.0] * sum(mask_of(line["mask"]))
         completion = line["completion"] if isinstance(line["completion"], list) else []
         return cls(
@@ -104,7 +105,7 @@ class Rollout:
 
     @property
     def first_answer(self) -> DrawnAnswer:
-        """Tokens before the first call's response."""
+        """The tokens before the first tool's response, as an answer."""
         n = next((place for place, own in enumerate(self.mask) if not own), len(self.ids))
         return DrawnAnswer(
             tuple(self.ids[:n]), tuple(self.logprobs[:n]), tuple(self.kept[:n]), self.adapter, self.finish
@@ -112,13 +113,13 @@ class Rollout:
 
     @property
     def answer(self) -> DrawnAnswer:
-        """All tokens as one answer, with log-probabilities of 0 for tokens that were not drawn."""
+        """All tokens as one answer. Tokens that the model did not draw have log-probability 0."""
         return DrawnAnswer(tuple(self.ids), tuple(self.logprobs), tuple(self.kept), self.adapter, self.finish)
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Request for an answer to ``ids``, of at most ``n_tokens``.
+    """Request for an answer of at most ``n_tokens`` tokens to the tokens ``ids``.
 
     ``number`` counts the conversation's answers from 0.
     """
@@ -130,7 +131,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Request for the result of a call, until a moment of `time.monotonic`."""
+    """Request to wait for a tool's result until the time ``until`` of `time.monotonic`."""
 
     told: Future[Any]
     until: float
@@ -138,10 +139,10 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Speech:
-    """Text of a chat as tokens, and back.
+    """Translation of a chat's messages into tokens and back.
 
-    ``suffix_of`` returns the tokens of tools' messages and the head of the next answer. ``message_of`` parses an
-    answer, given the tokens before it.
+    ``suffix_of`` returns the tokens of tools' messages and of the header of the next answer. ``message_of(before,
+    ids)`` parses an answer's tokens, given the tokens before it.
     """
 
     suffix_of: Callable[[list[Message]], list[int]]
@@ -150,7 +151,9 @@ class Speech:
 
 @dataclass(frozen=True, slots=True)
 class RolloutTools:
-    """Tools of one conversation, by name. ``run`` begins the coroutine of an asynchronous tool."""
+    """Tools of one conversation by name: plain functions and asynchronous ones. ``run`` starts an asynchronous tool's
+    coroutine.
+    """
 
     plain: Mapping[str, Tool]
     asynchronous: Mapping[str, Tool]
@@ -163,7 +166,9 @@ class OutOfTimeError(Exception):
 
 @dataclass(slots=True)
 class Conversation:
-    """Conversation that extends a rollout in place. ``name`` is the rollout's, for messages."""
+    """Conversation between a model and its tools; it extends ``rollout`` in place. ``name`` stands for
+    it in messages.
+    """
 
     rollout: Rollout
     tools: RolloutTools
@@ -173,11 +178,11 @@ class Conversation:
     _end: float | None = None
 
     def run(self) -> Generator[Turn | Wait, Any, None]:
-        """Continue after the first answer until an answer calls no tool, or a limit is reached. Yields what is waited
-        for.
+        """Continue after the first answer until an answer calls no tool, or a limit is reached.
 
-        A tool's response that leaves no room is dropped; the call is then the last message. A call that hangs is left,
-        and the model is told. Raises TrainingError for a tool that raises something other than an Exception.
+        Yields a request for each answer or tool's result that it needs. If a tool's response has no room, it is
+        dropped, and the call is the last message. If a call hangs, it is abandoned, and a message tells the model.
+        Raises TrainingError for a tool that raises something other than an Exception.
         """
         rollout, limits = self.rollout, self.limits
         self._end = None if limits.seconds is None else time.monotonic() + limits.seconds
@@ -261,10 +266,11 @@ def converse(
     ask: Callable[[int, Turn], None],
     step: Callable[[], Sequence[tuple[int, DrawnAnswer]]],
 ) -> None:
-    """Run conversations to their ends, in this thread: answers are drawn while tools work.
+    """Run conversations to their ends in this thread, so that answers are drawn while tools work.
 
-    ``ask`` begins a turn of a conversation, given by number. ``step`` goes on with all turns and returns the answers
-    that are ready. Raises what a conversation raises.
+    ``ask(number, turn)`` requests an answer for a conversation, given by its number. ``step()`` computes one batch of
+    all requested answers and returns those that are complete, with their conversations' numbers. Raises what a
+    conversation raises.
     """
     running = [each.run() for each in conversations]
     waits: dict[int, Wait] = {}

@@ -30,11 +30,10 @@ _DRAWS, _ANSWERS = 3, 4  # first numbers of keys, other than those of `DrawingTr
 class DistillTrainer(SFTTrainer):
     """`SFTTrainer` whose loss is the divergence from a teacher: the base with another prompt (prompt distillation).
 
-    The teacher is the model with its adapter off. It reads `DistillConfig.teacher_prompt` before each row's prompt, and
-    the student does not. In a share ``lmbda`` of the steps the engine draws the answers, by the adapter of that step.
-
-    Agarwal et al. 2024, arXiv:2306.13649; of prompts, Snell et al. 2022, arXiv:2209.15189. Raises ConfigError,
-    DataError or TrainingError if the run could not do as asked.
+    The teacher is the model with its adapter off. The teacher reads `DistillConfig.teacher_prompt` before each row's
+    prompt; the student does not. In a share ``lmbda`` of the steps, the engine draws the answers by the adapter of that
+    step. Agarwal et al. 2024, arXiv:2306.13649; for prompts, Snell et al. 2022, arXiv:2209.15189. Raises ConfigError,
+    DataError or TrainingError if the run is impossible as configured.
     """
 
     def __init__(self, model: Any, args: DistillConfig | None = None, *given: Any, **options: Any) -> None:
@@ -80,7 +79,7 @@ class DistillTrainer(SFTTrainer):
         self._signature_columns = [*columns, *(name for name in COLUMNS if name not in columns)]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """Return the micro-batches of a step, with answers that the student draws if it is one of ``lmbda``."""
+        """Return the micro-batches of a step. In a share ``lmbda`` of the steps, the student draws their answers."""
         batches, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         key = (_DRAWS, self.args.seed, self.state.global_step)
         if self._rollouts is None or not batches or seed_of(*key) >= self.args.lmbda * 2**64:
@@ -109,7 +108,9 @@ class DistillTrainer(SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the summed divergence of a micro-batch over the step's tokens, without outputs of the model."""
+        """Return the divergence of a micro-batch, summed over its tokens and divided by the step's. Outputs are not
+        returned.
+        """
         loss = super().compute_loss(model, inputs, False, num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
@@ -128,7 +129,10 @@ class DistillTrainer(SFTTrainer):
 
 
 def _logits_of_answers(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the logits (n, v) that predict the trained tokens of a batch, deferred if the head allows, and those."""
+    """Return the logits (n, v) that predict the n trained tokens of a batch, and the ids of these tokens.
+
+    The logits are computed later, in chunks, if the model's head allows it.
+    """
     labels = inputs["labels"][:, 1:]
     given = {name: value for name, value in inputs.items() if name != "labels"}
     every = torch.arange(labels.shape[1], device=labels.device)

@@ -1,4 +1,6 @@
-"""Divergence of a student's next tokens from a teacher's, over logits that exist for a chunk of tokens at a time."""
+"""Divergence of a student's next-token distributions from a teacher's. Logits exist only for a chunk of tokens at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,8 @@ def divergence(
 ) -> Float[Tensor, " n"]:
     """Return the generalized Jensen-Shannon divergence of each token in nats, at least in float32, from logits.
 
-    ``beta`` 0 is the forward divergence KL(teacher, student), 1 the reverse one KL(student, teacher), and 0.5 that of
-    Jensen and Shannon. Logits are divided by ``temperature``.
-
+    If ``beta`` is 0, it is the forward KL(teacher, student); if 1, the reverse KL(student, teacher); if 0.5, the
+    Jensen-Shannon divergence. Logits are divided by ``temperature``.
     Agarwal et al. 2024, arXiv:2306.13649, eq. 1, with TRL's limits at 0 and 1.
     """
     own, other = (_wide(logits / temperature).log_softmax(dim=-1) for logits in (student, teacher))
@@ -44,9 +45,10 @@ def summed_divergence(
     temperature: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Sums:
-    """Return the sum of `divergence`, and the number of labels that are the student's most probable tokens.
+    """Return the sum of `divergence` over the tokens, and the number of ``labels`` that the student finds most
+    probable.
 
-    Logits that are deferred are computed for ``chunk_bytes`` at a time. No gradient flows to the teacher.
+    Deferred logits are computed in chunks of ``chunk_bytes``. No gradient flows to the teacher.
     """
     found: list[Sums] = []
     n_rows = max(1, chunk_bytes // (4 * student.shape[-1]))
@@ -63,7 +65,9 @@ def summed_divergence(
 
 
 class _Deferred(torch.autograd.Function):
-    """Sums of a chunk whose head is frozen. Its gradient is computed at once, so that no logits stay."""
+    """Autograd function of a chunk's sums if the head is frozen. It computes the gradient in the forward pass, so that
+    no logits are kept.
+    """
 
     @staticmethod
     def forward(
@@ -93,7 +97,7 @@ def _sums(student: Tensor, teacher: Tensor, labels: Tensor, beta: float, tempera
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """Return KL(p, q) of each row of log-probabilities."""
+    """Return KL(p, q) of each row. ``p`` and ``q`` are log-probabilities."""
     return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)
 
 

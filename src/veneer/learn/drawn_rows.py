@@ -1,4 +1,6 @@
-"""Several answers to each row of a file, with log-probabilities and rewards; the best of them as rows to train on."""
+"""Draws several answers to each row of a file, with log-probabilities and rewards, and selects the best as training
+rows.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class RowRewards:
 
     @classmethod
     def of(cls, entries: Sequence[Mapping[str, Any]], limits: RewardLimits) -> RowRewards:
-        """Return those of a recipe's entries, within limits. Raises ConfigError for one that cannot be found."""
+        """Return the reward functions of a recipe's entries, with limits. Raises ConfigError if a function cannot be
+        found.
+        """
         named = [dict(each) for each in entries]
         weights = [float(each.pop("weight", 1.0)) for each in named]
         functions = [
@@ -41,7 +45,8 @@ class RowRewards:
         return cls(functions, [each.__name__ for each in functions], weights)
 
     def lines(self, row: Mapping[str, Any], prompt: Any, completions: Sequence[Any], ids: Sequence[Any]) -> list[Line]:
-        """Return functions, rewards and their weighted sum for each answer to a row, as a journal has them.
+        """Return, for each answer to a row, its functions' names, its rewards and their weighted sum, under a journal's
+        keys.
 
         Raises RewardError.
         """
@@ -66,11 +71,11 @@ def draw_rows(
     seed: int,
     on_progress: OnProgress = ignore_progress,
 ) -> list[list[Line]]:
-    """Return ``n`` answers to each row: the row's columns, ``prompt``, ``completion``, and a journal's keys.
+    """Return ``n`` answers to each row: the row's columns, ``prompt``, ``completion``, and the keys of a journal.
 
-    Columns with names of those keys are left out, as in rows that were drawn before: they are facts of other answers.
-    Answers depend on the model, the prompt, ``seed`` and the row's number alone. Raises ConfigError for a prompt that
-    leaves no room.
+    A row's columns that have names of these keys are dropped: such a row was drawn before, and they describe its old
+    answer. Answers depend on the model, the prompt, ``seed`` and the row's number alone. Raises ConfigError for a
+    prompt that leaves no room for an answer.
     """
     seeds = [seed_of(seed, number) for number in range(len(asked))]
     drawn = answerer.drawn([(each.ids, each.adapter) for each in asked], n, max_new_tokens, seeds, on_progress)
@@ -90,7 +95,9 @@ def draw_rows(
 
 
 def rewarded(asked: Sequence[PromptRow], groups: Sequence[Sequence[Line]], rewards: RowRewards) -> list[list[Line]]:
-    """Return the answers to each row with ``functions``, ``rewards`` and ``reward``. Raises RewardError."""
+    """Return the answers to each row with three more keys: ``functions``, ``rewards`` and ``reward``. Raises
+    RewardError.
+    """
     found = []
     for each, lines in zip(asked, groups, strict=True):
         completions, ids = [line["completion"] for line in lines], [line["ids"] for line in lines]
@@ -100,9 +107,10 @@ def rewarded(asked: Sequence[PromptRow], groups: Sequence[Sequence[Line]], rewar
 
 
 def kept_rows(groups: Sequence[Sequence[Line]], *, best: bool, above: float | None) -> list[Line]:
-    """Return the answers with a reward ``above`` the given one, or all; if ``best``, the first best of each group.
+    """Return the answers whose reward is greater than ``above``, or all if it is None.
 
-    The best are rows of prompt and completion alone. An answer without an opinion is neither.
+    If ``best``, return only the best answer to each row (the first of equal ones), with its prompt and completion
+    alone. An answer without a reward is left out if ``best`` or ``above`` is given.
     """
     found: list[Line] = []
     for lines in groups:
@@ -116,14 +124,14 @@ def kept_rows(groups: Sequence[Sequence[Line]], *, best: bool, above: float | No
 
 
 def _returned(found: Any) -> Any:
-    """Return what a reward function returns; an asynchronous one is run to its end."""
+    """Return the value that a reward function returned. Run a coroutine to its end for it."""
     return asyncio.run(found) if inspect.iscoroutine(found) else found
 
 
 def _prompt_of(row: Mapping[str, Any], reader: PromptRows) -> Any:
-    """Return a row's prompt as text or messages, without an answer that the row holds.
+    """Return a row's prompt as text or messages, without the answer that the row may hold.
 
-    With a system message it is messages, which begin with that message or with one of the row's own.
+    If there is a system message, the prompt is messages. They begin with the row's own system message if it has one.
     """
     turns = fill_template(reader.prompt, row) if reader.prompt is not None else row.get("messages") or row["prompt"]
     if isinstance(turns, list) and turns[-1].get("role") == "assistant":

@@ -1,4 +1,4 @@
-"""TRL's environments, whose ``reset`` has a limit in seconds and whose errors name them."""
+"""Limits TRL's environments: their ``reset`` has a limit in seconds, and errors name the environment."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Observed = Callable[[Callable[[], Any]], Any]
 
 
 def limited_environments(given: Factory | dict[str, Factory], seconds: Callable[[], float], observed: Observed) -> Any:
-    """Return the factory of environments, or those by name, with a limit on ``reset``.
+    """Return the environments' factory, or their factories by name, with a time limit on each ``reset``.
 
-    ``observed`` is called instead of each ``reset``, in TRL's order, and returns its result or a known one. An
-    environment whose ``reset`` raises, or takes more than ``seconds()``, raises TrainingError.
+    Instead of ``reset``, ``observed(reset)`` is called, in TRL's order; it may return a known first observation without
+    a call. If ``reset`` raises, or takes more than ``seconds()``, TrainingError is raised.
     """
     if isinstance(given, dict):
         return {name: _limited(factory, seconds, observed) for name, factory in given.items()}

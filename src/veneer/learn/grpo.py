@@ -31,14 +31,14 @@ log = logging.getLogger(__name__)
 class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
     """TRL's ``GRPOTrainer``, with its arguments. ``peft_config`` is one of veneer's configs.
 
-    Rows hold prompt and the columns that the reward functions read. A reward function returns a finite number for each
-    completion. It may return None, for no opinion, if there are several functions. Completions are drawn by the model
-    in training, without dropout. The reference, log-probabilities and checkpoints are those of `veneer.DPOTrainer`.
+    Rows hold a prompt and the columns that the reward functions read. A reward function returns a finite number for
+    each completion; if there are several functions, it may return None for no opinion. The model in training draws the
+    completions, without dropout. The reference, log-probabilities and checkpoints are those of `veneer.DPOTrainer`.
 
-    With ``tools`` or an ``environment_factory``, completions are conversations. If the engine draws, each goes on as
-    soon as its own tools have answered, within the limits of `veneer.GRPOConfig`.
-
-    Shao et al. 2024, arXiv:2402.03300. Raises ConfigError, DataError or TrainingError if the run could not do as asked.
+    With ``tools`` or an ``environment_factory``, completions are conversations. If the engine draws, each conversation
+    continues as soon as its own tools have answered, within the limits of `veneer.GRPOConfig`.
+    Shao et al. 2024, arXiv:2402.03300. Raises ConfigError, DataError or TrainingError if the run is impossible as
+    configured.
     """
 
     task = "grpo"
@@ -88,10 +88,10 @@ class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
             self.vllm_generation, self._last_loaded_step = Generation(self), -1
 
     def _observed(self, reset: Callable[[], Any]) -> Any:
-        """Return an environment's first observation: from the journal if it holds the draw in progress, else from
+        """Return an environment's first observation. Take it from the journal if the current draw is there, else call
         ``reset``.
 
-        If ``reset`` fails twice, the group is left out, and there is no observation.
+        If ``reset`` fails twice, return None and leave the group of answers out.
         """
         place = len(self.observations)
         found = self._begun(reset, place) if self._recalled is None else self._recalled[place]["observation"]
@@ -99,7 +99,10 @@ class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
         return found
 
     def _begun(self, reset: Callable[[], Any], place: int) -> Any:
-        """Return what ``reset`` returns in at most two attempts; None, with the place left out, if both fail."""
+        """Return the result of ``reset``, called again if the first call fails.
+
+        If both calls fail, add ``place``, the answer's index in the batch, to ``left_out`` and return None.
+        """
         for _ in range(2):
             try:
                 return reset()

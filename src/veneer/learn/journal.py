@@ -27,15 +27,18 @@ _KEYS = {
 
 
 def journal_path(run: Path, rank: int = 0, n_processes: int = 1) -> Path:
-    """Return the journal of one of a run's processes. Another number of processes draws anew."""
+    """Return the path of the journal of the process ``rank``.
+
+    It depends on ``n_processes``, so that a run resumed with another number of processes draws its answers anew.
+    """
     return run / FOLDER / f"{rank}_of_{n_processes}.jsonl"
 
 
 class Journal:
-    """Journal of a process, by draws, which are numbered upwards.
+    """Journal of one process. A draw is the answers of one batch of prompts; draws are numbered upwards.
 
-    With ``keeps``, existing lines stay until another draw replaces them; otherwise the journal begins anew. Raises
-    DiskError if it cannot be written.
+    If ``keeps``, existing lines stay until a new draw replaces them; otherwise the file is emptied. Raises DiskError if
+    it cannot be written.
     """
 
     def __init__(self, path: Path, *, keeps: bool) -> None:
@@ -47,7 +50,10 @@ class Journal:
             self._cut(0)
 
     def draw(self, number: int, adapter: str, n: int) -> list[Line] | None:
-        """Return the lines of a draw; None if not all ``n`` are there, or if another adapter drew them."""
+        """Return the lines of a draw.
+
+        Return None if the journal lacks some of its ``n`` lines, or if another adapter than ``adapter`` drew them.
+        """
         start, n_lines = self._places.get(number, (0, 0))
         if n_lines != n:
             return None
@@ -57,7 +63,7 @@ class Journal:
         return lines if all(line["adapter"] == adapter for line in lines) else None
 
     def write(self, number: int, lines: Sequence[Line]) -> None:
-        """Write the lines of a draw, replacing it and all later ones, and wait until they are on disk."""
+        """Write the lines of a draw, and wait until they are on disk. They replace that draw and all later ones."""
         later = [start for draw, (start, _) in self._places.items() if draw >= number]
         if later:
             self._cut(min(later))
@@ -77,7 +83,7 @@ class Journal:
         self._places[number] = start, len(lines)
 
     def _index(self) -> None:
-        """Find where each draw begins. If a crash cut a line, that line and all behind it are dropped."""
+        """Find the offset of each draw in the file. If a crash cut a line short, drop that line and all after it."""
         place = 0
         with self.path.open("rb") as file:
             for line in file:
@@ -118,7 +124,7 @@ def read_journal(run: Path) -> Iterator[Line]:
 
 
 def packed(values: Sequence[float]) -> str:
-    """Return numbers as float32 in base64, four bytes each, in little endian."""
+    """Encode numbers as little-endian float32 in base64."""
     return base64.b64encode(_little(array("f", values)).tobytes()).decode()
 
 
@@ -130,7 +136,7 @@ def unpacked(told: str) -> list[float]:
 
 
 def runs_of(mask: Sequence[int]) -> list[int]:
-    """Return the lengths of a mask's runs of equal values, the first of which is of ones."""
+    """Return the lengths of a 0/1 mask's runs of equal values. The first run is of ones, and may be empty."""
     runs = [(value, len([*run])) for value, run in groupby(mask)]
     return ([0] if runs and not runs[0][0] else []) + [n for _, n in runs]
 
@@ -152,7 +158,7 @@ def _little(values: array[float]) -> array[float]:
 
 
 def _number(line: bytes) -> int | None:
-    """Return a line's number of the draw; None if the line is damaged."""
+    """Return the number of the draw that a line belongs to, or None if the line is damaged."""
     try:
         found = json.loads(line)
     except ValueError:

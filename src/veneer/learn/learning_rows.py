@@ -1,4 +1,4 @@
-"""Rows of a micro-batch that give a gradient, grouped by prompt."""
+"""Selects the rows of a micro-batch that give a gradient, and groups rows by prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def learning_rows(advantages: Tensor) -> Int[Tensor, " k"] | None:
-    """Return the indices of the rows whose advantage is not 0, at least one; None if no row has advantage 0."""
+    """Return the indices of the rows whose advantage is not 0; if all are 0, return one index.
+
+    Return None if no advantage is 0, or if there is an advantage for each token.
+    """
     if advantages.ndim != 1 or bool((advantages != 0).all()):
         return None
     rows = advantages.nonzero().flatten()
@@ -19,14 +22,14 @@ def learning_rows(advantages: Tensor) -> Int[Tensor, " k"] | None:
 
 
 def of_all_rows(known: Float[Tensor, "b t"], rows: Int[Tensor, " k"], found: Float[Tensor, "k t"]) -> Tensor:
-    """Return values of all rows: ``found`` for these ``rows``, with their gradient, and ``known`` for the others."""
+    """Return values for all rows: ``found``, with its gradient, at the indices ``rows``, and ``known`` elsewhere."""
     return known.to(found.device, found.dtype).index_copy(0, rows.to(found.device), found)
 
 
 def equal_groups(rewards: Float[Tensor, "b functions"], n: int) -> Tensor:
-    """Return True for each row (b,) of a group of n whose rewards are all equal, bit by bit, NaN (no opinion) too.
+    """Return a mask (b,) that is True for the rows of each group of n whose rewards are equal bit by bit.
 
-    Rows without any opinion do not count.
+    NaN, which means no opinion, equals NaN. Rows without any opinion are ignored in the comparison.
     """
     groups = rewards.view(-1, n, rewards.shape[1])
     told = ~groups.isnan().all(dim=2)
@@ -37,10 +40,10 @@ def equal_groups(rewards: Float[Tensor, "b functions"], n: int) -> Tensor:
 
 
 def by_prompt(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return micro-batches of the same rows and sizes in which rows of one prompt are neighbours.
+    """Rearrange the rows of micro-batches so that rows of one prompt are neighbours. The batches' sizes stay.
 
-    Prompts are in the order in which they first appear. Batches with images, whose tensors hold patches and not rows,
-    stay as they are.
+    Prompts are in the order in which they first appear. If a batch has images, all batches are returned unchanged: its
+    image tensors hold patches instead of rows.
     """
     if any(isinstance(value, list) for value in batches[0].values()):
         return list(batches)

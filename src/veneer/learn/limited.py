@@ -12,7 +12,7 @@ from veneer.errors import TrainingError
 
 
 def begun(function: Callable[..., Any], given: Mapping[str, Any]) -> Future[Any]:
-    """Call a function with keyword arguments on a new thread, and return the future result.
+    """Call a function with the keyword arguments ``given`` on a new thread, and return the future of its result.
 
     The thread does not keep the process alive.
     """
@@ -30,11 +30,16 @@ def begun(function: Callable[..., Any], given: Mapping[str, Any]) -> Future[Any]
 
 
 class EndedError(BaseException):
-    """Error for an asynchronous function that raised SystemExit or KeyboardInterrupt, which ended its event loop."""
+    """Error for an asynchronous function that raised SystemExit or KeyboardInterrupt, which would end
+    its event loop.
+    """
 
 
 async def awaited(function: Callable[..., Coroutine[Any, Any, Any]], given: Mapping[str, Any]) -> Any:
-    """Run an asynchronous function with keyword arguments and return its result. Raises EndedError."""
+    """Run an asynchronous function with keyword arguments and return its result.
+
+    Raises EndedError if it raises SystemExit or KeyboardInterrupt.
+    """
     try:
         return await function(**given)
     except (SystemExit, KeyboardInterrupt) as error:
@@ -42,9 +47,9 @@ async def awaited(function: Callable[..., Coroutine[Any, Any, Any]], given: Mapp
 
 
 def result_within(told: Future[Any], seconds: float, name: str) -> Any:
-    """Return a result that arrives within ``seconds``.
+    """Wait at most ``seconds`` for a result and return it.
 
-    Raises TrainingError, with the function's ``name``, if it does not arrive or the function raised.
+    Raises TrainingError, with the function's ``name``, if the time is over or the function raised.
     """
     try:
         return told.result(timeout=seconds)
@@ -61,7 +66,7 @@ def result_within(told: Future[Any], seconds: float, name: str) -> Any:
 
 
 def hangs(name: str, seconds: float, key: str) -> str:
-    """Return the message for a function that does not return; ``key`` is the setting of its limit."""
+    """Return the message for a function that did not return in time. ``key`` is the setting that limits it."""
     return (
         f"{name} did not return within {seconds:g} seconds, and is no longer waited for. Give it a limit of its own, "
         f"or set {key} higher"
@@ -69,7 +74,7 @@ def hangs(name: str, seconds: float, key: str) -> str:
 
 
 def left(until: float | None) -> float | None:
-    """Return the seconds until a moment of `time.monotonic`, at least 0; None without one."""
+    """Return the seconds until ``until``, a time of `time.monotonic`: at least 0, or None if there is no limit."""
     return None if until is None else max(0.0, until - time.monotonic())
 
 

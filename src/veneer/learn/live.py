@@ -1,4 +1,4 @@
-"""Adapter in training as a version for an engine, packed from memory and named by its content. No file is written."""
+"""Packs an adapter in training for the engine, from memory and without a file, under a name made from its content."""
 
 from __future__ import annotations
 
@@ -28,13 +28,12 @@ from veneer.store.checkpoint import is_finite
 
 
 class LiveAdapter:
-    """Adapter ``name`` of a model, packed for a runner of that model whenever it is needed.
+    """Adapter ``name`` of a model in training, packed for a runner of that model whenever it is needed.
 
-    Its config and its tensors by their keys on disk are treated like a saved adapter's, so that it acts exactly like
-    one saved and loaded. If it consists only of low-rank factors, as LoRA does, later packing takes a few calls: the
-    places found the first time are used again.
-
-    Raises AdapterNameError for an unknown name.
+    Its config and its tensors, by their keys on disk, are read as a saved adapter's are, so that it acts exactly like
+    one saved and loaded. If it consists only of low-rank factors, as LoRA does, later packings are faster. The first
+    one finds where each factor lies in the packed block, and later ones only copy values there. Raises AdapterNameError
+    for an unknown name.
     """
 
     def __init__(self, model: PeftModel, name: str, runner: ProgramRunner) -> None:
@@ -46,7 +45,7 @@ class LiveAdapter:
 
     @torch.no_grad()
     def now(self) -> tuple[AdapterVersion, ProgramAdapter]:
-        """Return the adapter's current state, with its version, whose id is a hash of the packed bytes.
+        """Pack the adapter's current state, and return it with its version, whose id is a hash of the packed bytes.
 
         Raises NonFiniteError for values that are not finite, and the errors of `ProgramRunner.pack`.
         """
@@ -75,9 +74,10 @@ class LiveAdapter:
         return self._version(adapter, _digest(names, list(tensors.values())))
 
     def _table_of(self, adapter: ProgramAdapter, factors: Sequence[Factor]) -> _Table | None:
-        """Return the table by which an adapter is written again.
+        """Return a table for packing this adapter again by copying its factors alone.
 
-        None if it holds more than factors, or if its factors do not share the memory of the parameters.
+        Return None if the adapter has more than low-rank factors, or if the factors do not share the parameters'
+        memory.
         """
         block, state = adapter.packed.linears, self.model.adapter_state
         parameters = list(live_parameters(self.model, state, self.name).values())
@@ -106,11 +106,12 @@ class LiveAdapter:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """The factors of an adapter, which are its parameters, each with the place of its panels in a layout's block.
+    """Where each factor of an adapter in training lies in its packed block, so that later packings only copy values.
 
-    The table is valid as long as ``config`` and the parameters' addresses stay: an optimizer changes them in place.
-    ``blocks`` are the blocks packed so far, by version. A block that is no longer loaded is written again, since new
-    memory costs more than the writing.
+    ``factors`` are views of the adapter's parameters, each with its offset in the block in bytes. The table is valid as
+    long as ``config`` and the parameters' addresses stay the same: an optimizer changes values in place. ``blocks`` are
+    the packed blocks by version id. A block that is no longer loaded is overwritten, because new memory costs more than
+    copying.
     """
 
     factors: list[tuple[Factor, int]]
@@ -122,7 +123,7 @@ class _Table:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of the panels."""
+        """The dtype of the packed factors."""
         return self.factors[0][0].panels.dtype
 
     def is_of(self, config: MethodConfig) -> bool:
@@ -130,14 +131,19 @@ class _Table:
         return config is self.config and all(x.data_ptr() == address for x, address in self.parameters)
 
     def packed(self, loaded: Collection[str]) -> VersionBlock:
-        """Pack the current values of the factors into a block, reusing the memory of one that is no longer loaded."""
+        """Copy the factors' current values into a block and return it.
+
+        Reuse the memory of a block that is not in ``loaded``, if there is one.
+        """
         gone = next((id for id in self.blocks if id not in loaded), None)
         block = VersionBlock(self.layout, self.layout.room()) if gone is None else self.blocks.pop(gone)
         pack_factors(self._panels_in(block))
         return block
 
     def _panels_in(self, block: VersionBlock) -> list[Factor]:
-        """Pair the factors with their panels in a block; the panels are looked up once for each block's memory."""
+        """Pair each factor with the part of ``block`` that holds it. The parts are looked up once for each block's
+        memory.
+        """
         start = block.memory.data_ptr()
         if start not in self._into:
             found = [each._replace(panels=part(block.memory, at, each.panels)) for each, at in self.factors]

@@ -1,4 +1,6 @@
-"""The policy that a trainer draws from: its engine, TRL's settings for it, and the answers of one draw."""
+"""The policy that a trainer draws from: its engine, the sampling settings from TRL, and the answers of the current
+draw.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,10 @@ _CANNOT = (ConfigError, DescriptionError, UnsaidError, CompositionError)
 
 
 class Policy:
-    """Model with its adapter in training, from which an engine draws.
+    """A model with its adapter in training, from which an engine draws answers.
 
-    ``is_exact``: engine and training pass compute in float32, so that their log-probabilities are equal up to rounding.
-    ``is_proved``: this was checked on a batch.
+    ``is_exact``: engine and training pass both compute in float32, so that their log-probabilities are equal up to
+    rounding. ``is_proved``: a batch has shown that they are equal.
     """
 
     def __init__(self, rollouts: Rollouts, adapter: str, params: SamplingParams, *, is_exact: bool) -> None:
@@ -46,13 +48,13 @@ class Policy:
         self._drawn_by: tuple[tuple[int, ...], Sequence[int]] = (), ()  # key and rows of the draw in progress
 
     def draw(self, prompts: Sequence[Sequence[int]], key: Sequence[int], rows: Sequence[int]) -> list[DrawnAnswer]:
-        """Return an answer to each prompt. Raises StaleAnswerError, and as `Rollouts.draw`."""
+        """Return an answer to each prompt. Raises StaleAnswerError, and the errors of `Rollouts.draw`."""
         now, self._drawn_by = self.rollouts.hand_over(self.adapter), (tuple(key), rows)
         drawn = self.rollouts.draw(prompts, self.params, adapter=now, key=key, rows=rows)
         return self._taken([answer for each in drawn for answer in each.answers], now)
 
     def converse(self, conversations: Sequence[Conversation]) -> None:
-        """Continue conversations from the answers of the current draw, each to its end.
+        """Continue each conversation from its answer in the current draw to its end.
 
         Raises the errors of `draw` and `Conversation.run`.
         """
@@ -78,17 +80,17 @@ class Policy:
         return answers
 
     def version(self) -> AdapterVersion:
-        """Return the version of the adapter's current state, whose id is its content id."""
+        """Return the version of the adapter's current state. The version's id is a hash of the adapter's content."""
         return self.rollouts.engine.versions.of(self.rollouts.hand_over(self.adapter))
 
     def context(self) -> int:
-        """Return the largest number of tokens of a prompt with its answer."""
+        """Return the most tokens that a prompt and its answer may have together."""
         return self.rollouts.engine.scheduler.limits.max_model_len - self.version().n_front
 
     def recall(self, answers: list[DrawnAnswer]) -> list[DrawnAnswer]:
-        """Take answers that this adapter drew before as those of the current draw, and return them.
+        """Make earlier answers of this adapter, such as a journal's, those of the current draw, and return them.
 
-        Raises StaleAnswerError.
+        Raises StaleAnswerError if another adapter drew them.
         """
         require_drawn_by(answers, self.version().id)
         self._answers = answers
@@ -106,7 +108,9 @@ class Policy:
 
     @property
     def knows(self) -> bool:
-        """Return True during a draw whose log-probabilities equal those that a training pass would compute."""
+        """Return True if a draw is in progress whose log-probabilities equal those that a training pass
+        would compute.
+        """
         return self.is_exact and self.has_drawn
 
     def logprobs(self, completion_ids: Int64[Tensor, "b t"]) -> Float[Tensor, "b t"]:
@@ -118,17 +122,19 @@ class Policy:
 
     @property
     def kept_mass(self) -> float:
-        """Mean, over the tokens, of the probability mass that ``min_p``, ``top_k``, ``top_p`` and masks left."""
+        """The mean, over drawn tokens, of the probability mass that remained after ``min_p``, ``top_k``, ``top_p`` and
+        masks.
+        """
         kept = torch.tensor([each for answer in self.answers for each in answer.kept])  # float32, as in a journal
         return float(kept.double().exp().mean()) if len(kept) else 1.0
 
     def end(self) -> None:
-        """End the current draw, whose answers have been scored."""
+        """End the current draw, after its answers have been scored."""
         self._answers = None
 
 
 def policy_of(trainer: Any) -> Policy | None:
-    """Return the policy of a trainer whose model and settings are complete; None if transformers draws.
+    """Return the policy of a trainer whose model and settings are complete, or None if transformers draws.
 
     Raises ConfigError if ``rollout_engine`` is "engine" and the engine cannot draw. For "auto", the reason is logged.
     """
@@ -153,11 +159,11 @@ def policy_of(trainer: Any) -> Policy | None:
 
 
 def rollouts_of_base(base: PreTrainedModel, tokenizer: Any, args: Any, config: MethodConfig | None) -> Rollouts | None:
-    """Return an engine that holds the only copy of a base, packed, before a fresh adapter is attached.
+    """Pack a base for the engine before a fresh adapter is attached, and return the engine, which holds the only copy.
 
-    None if ``rollout_memory`` or the base decides for a second copy, or if the engine cannot draw by this base, which
-    then keeps its weights. ``config`` is that of the adapter. Raises ConfigError if ``rollout_memory`` is "one" and the
-    run cannot do with one copy.
+    ``config`` is that of the adapter. Return None, and leave the base as it is, if ``rollout_memory`` or the kind of
+    base asks for a second copy. Do so too if the engine cannot draw by this base. Raises ConfigError if
+    ``rollout_memory`` is "one" and the run needs a second copy.
     """
     if args.rollout_memory == "beside" or args.rollout_engine == "generate":
         return None
@@ -177,7 +183,7 @@ def rollouts_of_base(base: PreTrainedModel, tokenizer: Any, args: Any, config: M
 
 
 def _needs_own_copy(base: PreTrainedModel, args: Any, config: MethodConfig | None) -> str | None:
-    """Return the reason why a base cannot train on packed weights; None if it can."""
+    """Return why a base cannot train on packed weights, or None if it can."""
     if isinstance(base, PeftModel) or not isinstance(config, MethodConfig):
         return "weights are packed before a fresh adapter is attached, and this run has none (peft_config)"
     if config.extras.modules or config.extras.parameters:
@@ -190,10 +196,11 @@ def _needs_own_copy(base: PreTrainedModel, args: Any, config: MethodConfig | Non
 
 
 def _is_as_fast_packed(base: PreTrainedModel, args: Any) -> bool:
-    """Return True if a training step on packed weights was measured to be at most 1.05 times as long.
+    """Return True if a training step on packed weights was measured to take at most 1.05 times as long.
 
-    It is for dense weights in their own dtype, and for codes in float32. In bfloat16, codes are slower (1.4 times for
-    NF4). A GGUF file's blocks are in memory once in either way.
+    That is so for dense weights in their own dtype and for quantized weights in float32. Quantized weights in bfloat16
+    take longer (1.4 times for NF4). The blocks of a GGUF file are in memory only once without packing, so the result is
+    False.
     """
     if (args.bf16 or args.fp16) and base.dtype == torch.float32:
         return False
@@ -207,7 +214,9 @@ def _rollouts(model: PreTrainedModel, tokenizer: Any, args: Any, **how: Any) -> 
 
 
 def _is_for_transformers(tokenizer: Any, args: Any) -> str | None:
-    """Return the reason, known before a model is adapted, why only transformers can draw; None if there is none."""
+    """Return why only transformers can draw, judged before the model has an adapter, or None if the engine may be able
+    to.
+    """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return "the engine reads only text"
     if getattr(args, "use_transformers_continuous_batching", False):
@@ -238,8 +247,10 @@ def _adapter(trainer: Any) -> str:
 
 
 def _require_room(rollouts: Rollouts, adapter: LoRARequest, n_tokens: int) -> None:
-    """Raise ConfigError if memory has fewer pages than a prompt and an answer of ``n_tokens`` need, beside the
+    """Raise ConfigError if the engine's memory cannot hold the keys and values of a prompt and an answer beside the
     adapter.
+
+    ``n_tokens`` is the answer's length.
     """
     engine, context = rollouts.engine, context_length(rollouts.model)
     room = engine.scheduler.pages.capacity(engine.versions.of(adapter).n_bytes)
@@ -251,7 +262,7 @@ def _require_room(rollouts: Rollouts, adapter: LoRARequest, n_tokens: int) -> No
 
 
 def _params(trainer: Any) -> SamplingParams:
-    """Return TRL's generation settings as the engine's parameters; TRL uses vLLM's names for them too."""
+    """Return TRL's generation settings as the engine's sampling parameters."""
     args, more = trainer.args, dict(trainer.args.generation_kwargs or {})
     if args.use_vllm and args.vllm_structured_outputs_regex:
         more["structured_outputs"] = StructuredOutputsParams(regex=args.vllm_structured_outputs_regex)

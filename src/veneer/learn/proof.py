@@ -1,4 +1,4 @@
-"""Proof that the engine draws from the policy in training: both give the same log-probabilities."""
+"""Proves that the engine draws from the policy in training: both give the same log-probabilities."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PolicyMismatchError(TrainingError):
 
 
 def beyond(drawn: Float[Tensor, "b t"], own: Float[Tensor, "b t"], counted: Bool[Tensor, "b t"]) -> bool:
-    """Return True if log-probabilities of a counted token differ by more than 1e-3 nats."""
+    """Return True if the two log-probabilities of a ``counted`` token differ by more than 1e-3 nats."""
     return not bool(((drawn - own).abs() <= LARGEST)[counted].all())
 
 
@@ -48,11 +48,11 @@ def require_same_policy(
     answers: Sequence[Sequence[int]],
     rounding: Float[Tensor, "b t"] | None = None,
 ) -> None:
-    """Raise PolicyMismatchError if log-probabilities of a token differ by more than 1e-3 nats, or by 1e-4 in the mean.
+    """Raise PolicyMismatchError if a token's log-probabilities differ by more than 1e-3 nats, or by 1e-4 in the mean.
 
-    ``drawn`` are the engine's, ``own`` the training pass's. Tokens that are not ``counted`` are padding. ``rounding``
-    is how far `rounded_otherwise` moves the training pass's values: an answer may differ by a hundred times its largest
-    one.
+    ``drawn`` are the engine's log-probabilities, ``own`` the training pass's. Tokens that are not ``counted`` are
+    padding. ``rounding`` is the change that `rounded_otherwise` causes in each of the training pass's values. If it is
+    given, an answer's tokens may differ by a hundred times the answer's largest change.
     """
     differences = (drawn - own).abs().double().masked_fill(~counted, 0.0)
     mean = float(differences.sum() / counted.sum().clamp_min(1))

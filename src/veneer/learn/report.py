@@ -1,4 +1,4 @@
-"""Page of a run that learned from answers: curves of its log, remarks on them, and answers of its journal to read.
+"""Page about a run that learned from answers: curves of its log, advice on them, and answers of its journal to read.
 
 Torch is not imported here, so that a command can write it quickly.
 """
@@ -30,10 +30,10 @@ Log = Sequence[Mapping[str, Any]]
 
 
 def write_run_page(run: Path, n: int = 8) -> Path:
-    """Write ``report.html`` of a run into its folder, with ``n`` answers of each kind; return its path.
+    """Write ``report.html`` into a run's folder, with ``n`` answers of each kind, and return its path.
 
-    The log is that of ``run.json``; of a run that has not ended, that of its newest checkpoint. Raises FormatError for
-    a folder with neither a log nor a journal, and for a damaged file.
+    The log is read from ``run.json``, or from the newest checkpoint if the run has not ended. Raises FormatError for a
+    folder with neither a log nor a journal, and for a damaged file.
     """
     log = log_of(run)
     try:
@@ -47,7 +47,7 @@ def write_run_page(run: Path, n: int = 8) -> Path:
 
 
 def log_of(run: Path) -> Log:
-    """Return the lines of a run's log, oldest first; none if nothing was saved yet."""
+    """Return the lines of a run's log, oldest first. The list is empty if nothing was saved yet."""
     record = record_of(run) or {}
     if "log" in record:
         return list(record["log"])
@@ -57,7 +57,9 @@ def log_of(run: Path) -> Log:
 
 @dataclass(slots=True)
 class AnswersToRead:
-    """Answers of a journal: the ``n`` of the highest and of the lowest reward, and ``n`` at random, by step."""
+    """Answers of a journal, ``n`` of each kind: ``best`` and ``worst`` by reward, and ``some`` drawn at random, by
+    step.
+    """
 
     n: int
     best: list[Line] = field(default_factory=list)
@@ -66,7 +68,9 @@ class AnswersToRead:
 
 
 def choose(lines: Iterator[Line], n: int) -> AnswersToRead:
-    """Return answers to read. Of equal rewards, the latest are best and worst. Memory depends on ``n`` alone."""
+    """Select answers to read. Among equal rewards, the latest answers count as best and as worst. Memory grows with
+    ``n`` alone.
+    """
     found, generator = AnswersToRead(n), random.Random(0)
     high, low = list[tuple[float, int, Line]](), list[tuple[float, int, Line]]()
     for number, line in enumerate(lines):
@@ -87,7 +91,9 @@ def choose(lines: Iterator[Line], n: int) -> AnswersToRead:
 
 @dataclass(frozen=True, slots=True)
 class LogCurve:
-    """Curve of a log's key. ``low`` and ``high`` are keys of its band, or ``spread`` of half of it."""
+    """Curve of a key of the log. Its band goes from the key ``low`` to ``high``, or by ``spread`` to either side of the
+    curve.
+    """
 
     name: str
     key: str
@@ -97,7 +103,7 @@ class LogCurve:
 
 
 def panels(log: Log) -> dict[str, list[LogCurve]]:
-    """Return the curves of a log by the names of their pictures; those without a value are left out."""
+    """Return the curves of a log, grouped by the titles of their charts. Curves without a value are left out."""
     keys = {key for line in log for key in line}
     functions = sorted(key.split("/")[1] for key in keys if key.startswith("rewards/") and key.endswith("/mean"))
     by_function = [LogCurve(name, f"rewards/{name}/mean", f"rewards/{name}/std") for name in functions]
@@ -129,7 +135,7 @@ def panels(log: Log) -> dict[str, list[LogCurve]]:
 
 
 def figure_of(log: Log) -> Figure:
-    """Return the curves of a log, two pictures a row."""
+    """Return the charts of a log as one figure, two charts a row."""
     # Here, as it takes a second to import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -170,7 +176,9 @@ def _draw(axes: Any, curve: LogCurve, log: Log) -> None:
 
 
 def remarks(log: Log) -> list[str]:
-    """Return what a log's last quarter shows, beside its first, that a person should act on."""
+    """Return advice where a log's last quarter, compared with its first, shows something that a person
+    should act on.
+    """
     found = []
 
     def ends(key: str) -> tuple[float, float] | None:
@@ -241,7 +249,7 @@ def _facts(line: Line) -> str:
 
 
 def _said(messages: Any) -> str:
-    """Return a text, or messages with their roles and calls, as HTML."""
+    """Return a text, or messages with their roles and tool calls, as HTML."""
     if isinstance(messages, str):
         return f"<pre>{html.escape(messages)}</pre>"
     found = []

@@ -26,16 +26,16 @@ _WINDOW = 10  # calls over which failures are counted
 
 
 class RewardError(TrainingError):
-    """Error of a reward function, or of what it returned."""
+    """Error of a reward function, or of the values that it returned."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewardLimits:
     """Limits of reward functions.
 
-    ``seconds``: of one call, None for no limit; the function is then called on the trainer's own thread. ``on_error``:
-    "stop" ends the run, "none" makes no opinion of what failed. ``most_failed``: the share of failed answers, in the
-    last ten calls of a function, above which the run ends all the same.
+    ``seconds``: the time of one call. If None, there is no limit, and the function is called on the trainer's own
+    thread. ``on_error``: "stop" ends the run at the first failure; "none" gives a failed answer no reward.
+    ``most_failed``: the largest share of failed answers in a function's last ten calls; the run ends if more fail.
     """
 
     seconds: float | None = 60.0
@@ -46,7 +46,7 @@ class RewardLimits:
 def reward_functions(given: Any, *, needed: bool) -> list[Any]:
     """Return the reward functions as a list.
 
-    Raises ConfigError if one is not a function, and if one is ``needed`` and there is none.
+    Raises ConfigError if one is not a function, or if there is none and one is ``needed``.
     """
     functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
     if not functions and needed:
@@ -60,11 +60,12 @@ def reward_functions(given: Any, *, needed: bool) -> list[Any]:
 def checked_reward(
     function: Any, limits: RewardLimits, *, alone: bool, name: str | None = None, left_out: Collection[int] = ()
 ) -> Any:
-    """Return the function within limits, and with a check of its return value: a finite number for each completion.
+    """Wrap a reward function with limits and a check that it returns a finite number for each completion.
 
-    None means no opinion on a completion. It is allowed if there are several functions (``alone`` is False), or if an
-    error counts as no opinion. Rows that are ``left_out`` at the time of a call get None. TRL calls models itself. The
-    wrapper raises RewardError, with the ``name`` of the function, also if the function raises.
+    It may return None, for no opinion, if there are several functions (``alone`` is False). An error counts as no
+    opinion if the limits say so. Rows in ``left_out`` at the time of a call get None. A model is returned as it is,
+    since TRL calls models itself. The wrapper raises RewardError, with the function's ``name``, also if the function
+    raises.
     """
     if not callable(function) or isinstance(function, type) or _is_module(function):
         return function
@@ -85,7 +86,7 @@ def checked_reward(
 
 @dataclass(slots=True)
 class _Judge:
-    """Reward function with the shares of answers on which its last calls failed."""
+    """A reward function with its limits. ``shares`` are the shares of answers on which its last calls failed."""
 
     function: Callable[..., Any]
     name: str
@@ -95,7 +96,7 @@ class _Judge:
     shares: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
     def now(self, row: Mapping[str, Any]) -> list[Opinion]:
-        """Return the opinions of a plain function."""
+        """Call a plain function and return its opinion on each answer."""
         places, seconds = self._places(row), self.limits.seconds
         until = None if seconds is None else time.monotonic() + seconds
         found: list[Opinion | RewardError] = []
@@ -108,7 +109,10 @@ class _Judge:
         return self._opinions(row, places, found)
 
     async def later(self, row: Mapping[str, Any]) -> list[Opinion]:
-        """Return the opinions of an asynchronous function, which must give its loop a turn to be within its limit."""
+        """Call an asynchronous function and return its opinion on each answer.
+
+        The time limit acts only when the function awaits something.
+        """
         places = self._places(row)
         found: list[Opinion | RewardError] = []
         try:
@@ -127,7 +131,7 @@ class _Judge:
     def _alone(self, row: Mapping[str, Any], place: int, until: float | None, whole: RewardError) -> Any:
         """Judge one answer by itself, after the call on all answers failed with the error ``whole``.
 
-        Return its opinion, or the error if this call fails too. Return ``whole`` if the time ``until`` is over.
+        Return its opinion, or the error if this call fails too. Return ``whole`` if the time is past ``until``.
         """
         seconds = left(until)
         if seconds == 0:
@@ -138,7 +142,10 @@ class _Judge:
             return error
 
     def _called(self, row: Mapping[str, Any], seconds: float | None) -> Any:
-        """What the function returns. Raises RewardError if it raises, or does not return in time."""
+        """Call the function with the arguments ``row`` and return its result.
+
+        Raises RewardError if the function raises, or does not return within ``seconds``.
+        """
         try:
             if seconds is None:
                 return _listed(self.function(**row), _n_answers(row))
@@ -155,7 +162,9 @@ class _Judge:
             raise RewardError(f"{self._told} raised {_raised(error)}") from error
 
     async def _awaited(self, row: Mapping[str, Any]) -> Any:
-        """Return what an asynchronous function returns. Raises as `_called` does."""
+        """Call an asynchronous function and return its result. Raises RewardError under the same conditions as
+        `_called`.
+        """
         ends = asyncio.timeout(self.limits.seconds)
         try:
             async with ends:
@@ -170,14 +179,21 @@ class _Judge:
             raise RewardError(f"{self._told} raised {_raised(error)}") from error
 
     async def _listed_later(self, **row: Any) -> Any:
-        """Return what an asynchronous function returns; a generator's code runs on a thread, not on the loop."""
+        """Return an asynchronous function's result. If it is a generator, run the generator on a thread, off the event
+        loop.
+        """
         found = await self.function(**row)
         if not isinstance(found, Iterator):
             return found
         return await asyncio.wrap_future(begun(_listed, {"found": found, "n": _n_answers(row)}))
 
     def _checked(self, found: Any, places: Sequence[int]) -> list[Opinion | RewardError]:
-        """A value for each answer, or the error of it. Raises RewardError if they are no list of as many."""
+        """Check a function's result ``found``: return each answer's number or None, or a RewardError for an invalid
+        value.
+
+        ``places`` are the answers' indices. Raises RewardError if the result is not a list with one value for each
+        answer.
+        """
         if found is None or isinstance(found, str) or not hasattr(found, "__iter__"):
             raise RewardError(
                 f"{self._told} returned {found!r:.60}: it must return a list with one number for each completion"
@@ -201,7 +217,11 @@ class _Judge:
         )
 
     def _opinions(self, row: Mapping[str, Any], places: Sequence[int], found: Sequence[Any]) -> list[Opinion]:
-        """The opinions on all answers. Raises RewardError for one that failed, or for too many."""
+        """Return an opinion for every answer: ``found`` at the indices ``places``, None elsewhere and for errors.
+
+        Raises RewardError if ``found`` holds an error and errors stop the run, or if too many answers failed in the
+        last calls.
+        """
         errors = [each for each in found if isinstance(each, RewardError)]
         if self.limits.on_error == "stop":
             if errors:
@@ -227,7 +247,10 @@ class _Judge:
 
 
 def _chosen(row: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
-    """The arguments of a call for some of the answers."""
+    """Return a reward function's keyword arguments for the answers with indices ``places`` alone.
+
+    Lists with one entry for each answer are cut to these; other values are passed on.
+    """
     n = len(row["completions"])
     if len(places) == n:
         return dict(row)
@@ -242,12 +265,12 @@ def _n_answers(row: Mapping[str, Any]) -> int:
 
 
 def _listed(found: Any, n: int) -> Any:
-    """Return a generator's values as a list, at most one more than ``n``; others as they are."""
+    """Return a generator's first ``n + 1`` values as a list, and any other object unchanged."""
     return [*islice(found, n + 1)] if isinstance(found, Iterator) else found
 
 
 def _raised(error: Exception) -> str:
-    """Return an error's message with the place that raised it."""
+    """Return an error's type and message, with the file and line that raised it."""
     *_, last = traceback.extract_tb(error.__traceback__)
     return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 

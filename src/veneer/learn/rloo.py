@@ -14,12 +14,11 @@ from veneer.model.sites.structure import evaluation
 class RLOOTrainer(DrawingTrainer, trl.RLOOTrainer):  # type: ignore[misc]
     """TRL's ``RLOOTrainer``, with its arguments. ``peft_config`` is one of veneer's configs.
 
-    Rows hold prompt and the columns that the reward functions read. A reward function returns a finite number for each
-    completion. It may return None, for no opinion, if there are several functions. Completions are drawn by the model
-    in training, without dropout. The reference, log-probabilities and checkpoints are those of `veneer.DPOTrainer`.
-
-    Ahmadian et al. 2024, arXiv:2402.14740. Raises ConfigError, DataError or TrainingError if the run could not do as
-    asked.
+    Rows hold a prompt and the columns that the reward functions read. A reward function returns a finite number for
+    each completion; if there are several functions, it may return None for no opinion. The model in training draws the
+    completions, without dropout. The reference, log-probabilities and checkpoints are those of `veneer.DPOTrainer`.
+    Ahmadian et al. 2024, arXiv:2402.14740. Raises ConfigError, DataError or TrainingError if the run is impossible as
+    configured.
     """
 
     task = "rloo"

@@ -1,4 +1,4 @@
-"""TRL's ``rollout_func``: its output is checked, and it finds the engine where such functions expect vLLM."""
+"""Checks the output of TRL's ``rollout_func``, and gives it the engine under the name where it expects vLLM."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LISTS = ("prompt_ids", "completion_ids", "logprobs")
 
 
 def checked_rollouts(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a rollout function with a check of its output: lists of one length, with an entry for each token.
+    """Wrap a rollout function with a check of its output: lists of one length, with an entry for each token.
 
-    An answer of no token becomes the end of an answer, which is masked: TRL reads each answer's last token. The
-    wrapper raises TrainingError.
+    An answer without tokens becomes a masked end token, because TRL reads each answer's last token. The wrapper raises
+    TrainingError.
     """
 
     @functools.wraps(function)
@@ -48,7 +48,7 @@ def _problem(found: Any, n: int) -> str | None:
 
 
 def _with_ends(found: Mapping[str, Any], end: int) -> dict[str, Any]:
-    """Return the output with the token ``end``, masked, for each answer of no token."""
+    """Return the output in which each answer without tokens is replaced by the masked token ``end``."""
     answers, logprobs = found["completion_ids"], found["logprobs"]
     masks = found.get("env_mask") or [[1] * len(ids) for ids in answers]
     filled = {"completion_ids": (answers, [end]), "logprobs": (logprobs, [0.0]), "env_mask": (masks, [0])}
@@ -67,13 +67,14 @@ class Generation:
         self._trainer = trainer
 
     def sync_weights(self) -> None:
-        """Do nothing: the engine draws with the adapter as it is."""
+        """Do nothing: the engine always draws with the adapter's current state."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], images: None = None, num_generations: int = 1, profiler: Any = None
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
-        """Return the prompts, an answer to each, and for each token its log-probability and its id, each in a list of
-        one.
+        """Draw an answer to each prompt. Return the prompts, the answers, and each token's log-probability and id.
+
+        Log-probabilities and ids are in lists of one element, as vLLM's are.
         """
         drawn = self._trainer.drawn(prompts)
         return (

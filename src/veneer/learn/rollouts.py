@@ -37,10 +37,11 @@ class StaleAnswerError(TrainingError):
 
 @dataclass(frozen=True, slots=True)
 class DrawnAnswer:
-    """Answer to a prompt. ``adapter`` is the content id of the adapter that drew it, None for the base.
+    """Answer to a prompt. ``adapter`` is a hash of the content of the adapter that drew it, or None for the base.
 
-    ``logprobs`` of its tokens are in nats, at the temperature and over all ids. ``kept`` are the logarithms of the mass
-    that ``min_p``, ``top_k``, ``top_p`` and masks left: 0 without them.
+    ``logprobs``: the log-probability of each token in nats, at the sampling temperature, over the whole vocabulary.
+    ``kept``: for each token, the logarithm of the probability mass that remained after ``min_p``, ``top_k``, ``top_p``
+    and masks; 0 if none of them is set.
     """
 
     token_ids: tuple[int, ...]
@@ -59,16 +60,14 @@ class DrawnPrompt:
 
 
 class Rollouts:
-    """Engine on a model's weights. ``options`` are those of `veneer.LLM`.
+    """Engine that draws answers with the weights of a model in training. ``options`` are those of `veneer.LLM`.
 
-    ``memory``: "beside" packs a copy of the weights, and the model keeps its own. "one" replaces them: the
-    model's layers hold the packed weights, on which adapters that are attached later train. Such a model cannot be
-    merged; `PeftModel.unload` restores its own weights.
+    ``memory``: "beside" packs a copy of the weights, and the model keeps its own. "one" replaces the model's weights
+    with the packed ones; adapters that are attached later train on these. Such a model cannot be merged;
+    `PeftModel.unload` restores its own weights. Adapters of the model are chosen by name and act in their current
+    state. Weights of the base must not change. Everything runs in the caller's thread, between two training passes.
 
-    Adapters of the model act by name, in their current state. Weights of the base must not change. Everything runs in
-    the caller's thread, between two training passes.
-
-    Raises ConfigError, TargetError, and DescriptionError for a model that has no program.
+    Raises ConfigError, TargetError, and DescriptionError for a model that the engine does not support.
     """
 
     def __init__(
@@ -97,8 +96,8 @@ class Rollouts:
         self._places = _places(self._base)
 
     def _settle(self) -> None:
-        """Restart the engine if the base's tensors have moved: a trainer's preparation for several processes moves
-        them.
+        """Restart the engine if the base's tensors have moved, as they do when a trainer prepares for several
+        processes.
         """
         if self._places == _places(self._base):
             return
@@ -110,10 +109,11 @@ class Rollouts:
         self._start()
 
     def hand_over(self, adapter: str) -> LoRARequest:
-        """Hand the current state of a model's adapter to the engine, and return the request for it, with its version.
+        """Give the engine the current state of a model's adapter, and return the request object that names this
+        version.
 
-        An earlier version of the name is removed with its pages, unless it is equal. Raises AdapterNameError for an
-        unknown name, NonFiniteError, and UnsaidError for an adapter with a part that the engine's program does not
+        An earlier version of this adapter is removed with its cached pages, unless it is equal. Raises AdapterNameError
+        for an unknown name, NonFiniteError, and UnsaidError for an adapter with a part that the engine does not
         support.
         """
         self._settle()
@@ -136,11 +136,11 @@ class Rollouts:
         key: Sequence[int] = (),
         rows: Sequence[int] | None = None,
     ) -> list[DrawnPrompt]:
-        """Return ``params.n`` answers to each prompt, given as token ids, by an adapter of the model (None: the base).
+        """Return ``params.n`` answers to each prompt, given as token ids.
 
-        The adapter acts in its current state, or in the one that was handed over. ``key`` and the prompt's number
-        determine the draw; the number is the prompt's place among the prompts, unless ``rows`` gives it. Raises
-        ConfigError for an invalid request, and the errors of `hand_over`.
+        ``adapter`` is an adapter of the model, in its current state, or a version from `hand_over`; None is the base.
+        An answer's random numbers depend on ``key`` and on the prompt's number: its index, or its entry in ``rows`` if
+        that is given. Raises ConfigError for an invalid request, and the errors of `hand_over`.
         """
         self._settle()
         numbers = range(len(prompts)) if rows is None else rows
@@ -155,10 +155,9 @@ class Rollouts:
     def score(
         self, sequences: Sequence[Sequence[int]], *, adapter: str | LoRARequest | None = "default"
     ) -> list[list[float]]:
-        """Return the log-probabilities, in nats, of all tokens of sequences except the first, by an adapter (None: the
-        base).
+        """Return the log-probabilities, in nats, of all tokens of each sequence except its first.
 
-        Raises the errors of `draw`.
+        ``adapter`` is as for `draw`. Raises the errors of `draw`.
         """
         self._settle()
         request = self.hand_over(adapter) if isinstance(adapter, str) else adapter
@@ -173,14 +172,15 @@ class Rollouts:
     def turn(
         self, ids: Sequence[int], params: SamplingParams, adapter: LoRARequest | None, seed: int
     ) -> CheckedRequest:
-        """Return a request for an answer to token ids, by an adapter that was handed over. Raises ConfigError."""
+        """Return a request for an answer to token ids, by an adapter from `hand_over`. Raises ConfigError."""
         kind = RequestOutputKind.FINAL_ONLY
         params = replace(params, policy_logprobs=True, detokenize=False, output_kind=kind, seed=seed)
         return self.engine.asked(None, ids, params, adapter)
 
     @contextmanager
     def requests(self) -> Iterator[Requests]:
-        """Enter a context with the engine's requests, in which the model's own modules are those of the base.
+        """Enter a context for sending requests to the engine. Within it, the model's adapters are off for its own
+        modules.
 
         Requests that are unanswered at its end are dropped.
         """
@@ -192,7 +192,9 @@ class Rollouts:
                 requests.drop()
 
     def _run(self, asked: Sequence[CheckedRequest]) -> dict[str, RequestOutput]:
-        """Return the outputs of requests by id. Raises the error of the first request that failed."""
+        """Answer requests, and return their outputs by request id. Raises the error of the first request
+        that failed.
+        """
         done: dict[str, RequestOutput] = {}
         with self.requests() as requests:
             for each in asked:
@@ -203,7 +205,7 @@ class Rollouts:
 
 
 class Requests:
-    """Unanswered requests to an engine."""
+    """Requests that an engine has not answered yet."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -238,12 +240,12 @@ class Requests:
 
 
 def seed_of(*key: int) -> int:
-    """Return 64 bits of a hash of whole numbers (BLAKE2) as a seed."""
+    """Return a 64-bit BLAKE2 hash of integers, for use as a seed."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
 def require_drawn_by(answers: Sequence[DrawnAnswer], adapter: str) -> None:
-    """Raise StaleAnswerError unless all answers were drawn by the adapter with this content id."""
+    """Raise StaleAnswerError unless the adapter with the content hash ``adapter`` drew all answers."""
     other = next((each.adapter for each in answers if each.adapter != adapter), adapter)
     if other != adapter:
         raise StaleAnswerError(
@@ -253,7 +255,7 @@ def require_drawn_by(answers: Sequence[DrawnAnswer], adapter: str) -> None:
 
 
 def answer_of(output: CompletionOutput, version: AdapterVersion | None) -> DrawnAnswer:
-    """Return an answer of the engine with the content id of its adapter."""
+    """Convert an answer of the engine. ``version`` is the adapter that drew it, or None for the base."""
     numbers = output.policy or []
     return DrawnAnswer(
         token_ids=tuple(output.token_ids),
@@ -270,7 +272,7 @@ def is_of_adapter(name: str) -> bool:
 
 
 def is_of_base(part: str) -> bool:
-    """Return True for a part of a module's path that does not hold an adapter's tensors."""
+    """Return True if a component of a module's path belongs to the base, and False if it holds an adapter's tensors."""
     return part not in ("adapters", "copies")
 
 
@@ -282,7 +284,7 @@ def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _places(modules: Sequence[nn.Module]) -> list[int]:
-    """Return the addresses of the base's tensors, and the ids of its modules."""
+    """Return the addresses of the base's tensors and the ids of its modules, which show whether any has moved."""
     found = []
     for module in modules:
         for held in (module._parameters, module._buffers):
@@ -293,7 +295,7 @@ def _places(modules: Sequence[nn.Module]) -> list[int]:
 
 @contextmanager
 def _bare(model: PreTrainedModel) -> Iterator[None]:
-    """Enter a context that leaves the model the base's modules, in evaluation: the engine applies the adapters
+    """Enter a context in which the model has the base's modules alone, in evaluation mode: the engine applies adapters
     itself.
     """
     with evaluation(model), base_alone(model), torch.no_grad():

@@ -1,4 +1,4 @@
-"""Rows for distillation: as the student reads them, and as a teacher does, with a prompt of its own."""
+"""Encodes rows for distillation twice: for the student, and for a teacher that reads one more prompt."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ COLUMNS = ("teacher_input_ids", "teacher_labels")
 
 @dataclass(frozen=True, kw_only=True)
 class TaughtEncoder(Encoder):
-    """Encoder that adds a row as the teacher reads it: ``teacher_input_ids`` and ``teacher_labels``.
+    """Encoder of rows for the student, with ``teacher_input_ids`` and ``teacher_labels`` for the teacher.
 
-    ``teacher_prompt`` stands before the row's prompt. In a conversation it begins the system message.
+    ``teacher_prompt`` is put before the row's prompt; in a conversation, at the start of the system message.
     """
 
     teacher_prompt: str
 
     def __call__(self, row: Mapping[str, Any], index: int) -> Encoded:
-        """Return the row, encoded twice. Raises DataError if its prompt is trained too or its answer has other tokens
-        behind the teacher's prompt, and as `Encoder` does.
+        """Return the row encoded for student and teacher.
+
+        Raises DataError if the row's prompt is trained too, or if its answer's tokens change after the teacher's
+        prompt. Raises the errors of `Encoder`.
         """
         own, read = super().__call__(row, index), self._with_prompt(row)
         if not (self.completion_only or self.assistant_only):
@@ -65,12 +67,14 @@ class TaughtEncoder(Encoder):
 
 @dataclass(frozen=True)
 class TaughtCollator:
-    """Collator of rows as the student reads them, and of the teacher's, whose names begin with ``teacher_``."""
+    """Collator that pads the student's rows and the teacher's. Names of the teacher's tensors begin with
+    ``teacher_``.
+    """
 
     collator: Collator
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return both batches in one mapping, each padded by itself."""
+        """Return the student's batch and the teacher's in one mapping, each padded to its own length."""
         taught = [{name.removeprefix(TEACHER): each[name] for name in COLUMNS} for each in examples]
         return {
             **self.collator(examples),
@@ -89,7 +93,7 @@ def prompts_in(ids: Tensor, labels: Tensor) -> list[list[int]]:
 
 
 def answered(prompt: Sequence[int], taught: Sequence[int], answer: Sequence[int]) -> dict[str, list[int]]:
-    """Return a row of a student's prompt, a teacher's, and the answer to both."""
+    """Return the student's prompt and the teacher's prompt ``taught``, each followed by the answer, as one row."""
     return {
         "input_ids": [*prompt, *answer],
         "labels": [*([IGNORED] * len(prompt)), *answer],

@@ -46,12 +46,12 @@ GENERATED_FILE = "generated_{rank}_of_{n_processes}.safetensors"
 
 
 class EpochRepeatSampler(RepeatSampler):  # type: ignore[misc]
-    """TRL's order of prompts, each once per completion. The order of an epoch depends on seed and epoch alone."""
+    """TRL's sampler: each prompt once per completion. An epoch's order depends on seed and epoch alone."""
 
     epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration gives."""
+        """Set the epoch whose order the next iteration yields."""
         self.epoch = int(epoch)
 
     def __iter__(self) -> Iterator[int]:
@@ -63,9 +63,9 @@ class EpochRepeatSampler(RepeatSampler):  # type: ignore[misc]
 class DrawingTrainer(PreferenceTrainer):
     """Mixin for TRL's GRPO and RLOO trainers, with their arguments.
 
-    Answers are drawn by an engine on the model's weights (`Rollouts`), or by transformers if the engine cannot. Losses
-    are TRL's. The reference, if ``beta`` needs one, is that of `veneer.DPOTrainer`. Answers that are trained on over
-    several steps are part of each checkpoint.
+    An engine on the model's weights (`Rollouts`) draws the answers; transformers does if the engine cannot. Losses are
+    TRL's. The reference, if ``beta`` needs one, is that of `veneer.DPOTrainer`. If several steps train on the same
+    answers, checkpoints hold these answers.
     """
 
     task: ClassVar[Task]
@@ -136,16 +136,16 @@ class DrawingTrainer(PreferenceTrainer):
     def take_base(
         self, base: PreTrainedModel, args: Any, processing_class: Any, peft_config: MethodConfig | None
     ) -> None:
-        """Give the base's weights to the engine, if ``rollout_memory`` says so. Raises ConfigError."""
+        """Give the base's weights to the engine as its only copy, if ``rollout_memory`` says so. Raises ConfigError."""
         self.rollouts_of_base = rollouts_of_base(base, processing_class, args, peft_config)
 
     def limited(self, function: Any, *, alone: bool, name: str | None = None) -> Any:
-        """Return a reward function as `checked_reward` does, with the limits of the settings."""
+        """Wrap a reward function by `checked_reward`, with the limits in the trainer's settings."""
         return checked_reward(function, self.reward_limits, alone=alone, name=name, left_out=self.left_out)
 
     @contextmanager
     def building(self, ready: Ready) -> Iterator[dict[str, Any]]:
-        """Hide ``beta`` and ``use_vllm`` while TRL makes its trainer, so that it loads no reference and no vLLM."""
+        """Hide ``beta`` and ``use_vllm`` from TRL's constructor, so that it loads neither a reference nor vLLM."""
         given = {name: getattr(ready.args, name) for name in ("beta", "use_vllm")}
         ready.args.beta, ready.args.use_vllm = 0.0, False
         try:
@@ -156,7 +156,7 @@ class DrawingTrainer(PreferenceTrainer):
                 setattr(ready.args, name, value)
 
     def drawn(self, prompts: Sequence[Sequence[int]]) -> list[DrawnAnswer] | None:
-        """Return an answer to each prompt by the engine; None if transformers draws."""
+        """Return an answer to each prompt by the engine, or None if transformers draws."""
         if self.policy is None:
             return None
         if self._recalled is not None:
@@ -184,7 +184,7 @@ class DrawingTrainer(PreferenceTrainer):
         return [Rollout.recalled(line, ids) for line, ids in zip(lines, prompts, strict=True)]
 
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
-        """Evaluate as `PreferenceTrainer.evaluation_loop` does, on answers drawn by the same keys each time."""
+        """Evaluate as `PreferenceTrainer.evaluation_loop` does; each evaluation draws with the same random keys."""
         self._n_evaluated = 0
         return super().evaluation_loop(*args, **options)
 
@@ -210,7 +210,7 @@ class DrawingTrainer(PreferenceTrainer):
 
     @contextmanager
     def _divergence_told(self) -> Iterator[None]:
-        """Context in which an adapter that is not finite, and would draw, is a run that has diverged."""
+        """Enter a context that turns the NonFiniteError of an adapter that should draw into DivergedError."""
         try:
             yield
         except NonFiniteError as error:
@@ -222,8 +222,10 @@ class DrawingTrainer(PreferenceTrainer):
             ) from error
 
     def show_rollouts(self, n: int) -> list[Line]:
-        """Draw and reward ``n`` answers, rounded up to whole groups, to the first prompts; return them as lines of a
-        journal. Nothing is trained or written. Raises as a step does.
+        """Draw and reward at least ``n`` answers to the first prompts, in whole groups, and return them as lines of a
+        journal.
+
+        Nothing is trained or written. Raises the errors of a training step.
         """
         size, rows = self.num_generations, self.train_dataset
         groups = min(-(-n // size), len(rows))
@@ -239,7 +241,7 @@ class DrawingTrainer(PreferenceTrainer):
         return self._lines(found["advantages"])
 
     def resolve_resume(self, resume: str | bool | None) -> str | None:
-        """Return the checkpoint as `ResumableTrainer.resolve_resume` does, and open the journal of the run."""
+        """Return the checkpoint as `ResumableTrainer.resolve_resume` does, and open the run's journal."""
         found = super().resolve_resume(resume)
         if self.policy is not None and self.args.rollout_journal:
             place = journal_path(Path(self.args.output_dir), self.args.process_index, self.args.world_size)
@@ -259,9 +261,9 @@ class DrawingTrainer(PreferenceTrainer):
         return self._rewards
 
     def _without_lost_groups(self, rewards: Tensor) -> Tensor:
-        """Rewards (answers, functions) without an opinion on groups of which an environment could not begin.
+        """Return the rewards (answers, functions), with NaN for each group in which an environment failed to start.
 
-        Raises TrainingError if that are all.
+        Raises TrainingError if that is every group.
         """
         if getattr(self, "environments", None) is None:
             return rewards
@@ -281,7 +283,7 @@ class DrawingTrainer(PreferenceTrainer):
         return int(self._step // self._steps_of_a_draw())
 
     def _in_journal(self, n: int) -> list[Line] | None:
-        """Return the journal's lines of the draw in progress; None if it has none, or if a user's function draws."""
+        """Return the journal's ``n`` lines of the current draw; None if they are missing or a user's function draws."""
         if self.journal is None or self.policy is None or not self.model.training or self.draws_by_function:
             return None
         return self.journal.draw(self._draw_number(), self.policy.version().id, n)
@@ -304,9 +306,7 @@ class DrawingTrainer(PreferenceTrainer):
         return lines
 
     def _without_rounding(self, advantages: Tensor) -> None:
-        """Set advantages of groups with equal rewards to exactly 0, in place: TRL leaves the rounding error of the
-        mean.
-        """
+        """Set the advantages of groups with equal rewards to exactly 0, in place: TRL's mean has a rounding error."""
         if self._rewards is None or (self.beta and self.task == "rloo"):  # its rewards have the distance to a reference
             return
         n = self.num_generations if self.model.training else self.num_generations_eval
@@ -333,7 +333,7 @@ class DrawingTrainer(PreferenceTrainer):
         return self._buffered_inputs[self._step % steps]
 
     def _prove(self, policy: Policy, batch: dict[str, Any]) -> None:
-        """Raise PolicyMismatchError unless the training pass gives the first answers the engine's log-probabilities."""
+        """Raise PolicyMismatchError if engine and training pass give the first answers different log-probabilities."""
         ids, mask = (torch.cat([batch[f"prompt_{n}"], batch[f"completion_{n}"]], dim=1) for n in ("ids", "mask"))
         drawn, counted = batch["sampling_per_token_logps"], _drawn(batch)
 
@@ -390,9 +390,9 @@ class DrawingTrainer(PreferenceTrainer):
         return found
 
     def _learning(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Return the rows of a micro-batch that need a training pass; None if all do.
+        """Return the indices of a micro-batch's rows that need a training pass, or None if all do.
 
-        An answer of advantage 0 changes TRL's loss only through a distance to the reference, a bonus for entropy, or a
+        An answer of advantage 0 changes TRL's loss only if there is a distance to a reference, an entropy bonus, or a
         selection of tokens by entropy.
         """
         more = (
@@ -431,22 +431,22 @@ class DrawingTrainer(PreferenceTrainer):
         return order
 
     def tell_of_repeats(self) -> None:
-        """Warn of nothing: TRL leaves out prompts that do not fill a batch."""
+        """Log nothing: no row is repeated, since TRL leaves out prompts that do not fill a batch."""
 
     def counters(self) -> dict[str, Any]:
-        """Return the counters of a checkpoint, with the number of micro-batches so far."""
+        """Return the counters for a checkpoint, with the number of micro-batches so far."""
         return {**super().counters(), "micro_steps": self._step}
 
     def restore_counters(self, counted: dict[str, Any], folder: Path) -> None:
-        """Restore the counters of a checkpoint, and the completions that the next steps are trained on, if any are
-        left.
-        """
+        """Restore a checkpoint's counters, and the completions on which the next steps train, if some are left."""
         super().restore_counters(counted, folder)
         self._step = counted.get("micro_steps", 0)
         self._buffered_inputs = _read(folder / self._generated_file())
 
     def own_files(self) -> list[tuple[str, bytes]]:
-        """Return this process's files, with the completions that the next steps are trained on, if any are left."""
+        """Return this process's checkpoint files, with the completions on which the next steps train, if
+        some are left.
+        """
         files = super().own_files()
         if self._buffered_inputs is not None and self._step % self._steps_of_a_draw():
             files.append((self._generated_file(), _packed(self._buffered_inputs)))
@@ -464,7 +464,7 @@ def _drawn(batch: dict[str, Any]) -> Tensor:
 
 
 def _weighted(rewards: Sequence[float], weights: Sequence[float]) -> float | None:
-    """The sum of an answer's rewards by their weights, without those that are no opinion (NaN); None if all are."""
+    """Return the weighted sum of an answer's rewards without those that are NaN (no opinion), or None if all are."""
     told = [weight * own for weight, own in zip(weights, rewards, strict=True) if not math.isnan(own)]
     return sum(told) if told else None
 
