@@ -175,7 +175,9 @@ class AsyncEngine:
             raise
 
     def _tell(self, outputs: Sequence[RequestOutput]) -> None:
-        """Wake the event loop once a step, however many requests have outputs."""
+        """Hand the outputs of a step to the event loop by one call, so that it wakes once a step and not once a
+        request.
+        """
         if outputs:
             self._call(functools.partial(self._deliver, outputs))
 

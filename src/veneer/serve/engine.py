@@ -91,7 +91,7 @@ class Engine:
         return self._inbox.wait(seconds)
 
     def prepare_forms(self) -> None:
-        """Make the first structured answer as fast as the next ones. Any thread may call it."""
+        """Prepare for structured answers, so that the first one is as fast as later ones. Any thread may call it."""
         self._rules.forms.prepare()
 
     def confine(self, templates: Sandbox, grammars: Sandbox) -> None:
@@ -180,7 +180,10 @@ class Engine:
         return preload.told
 
     def between_steps(self, act: Callable[[], Result]) -> Future[Result]:
-        """Call a function on the thread that steps; the result raises its VeneerError. From any thread."""
+        """Call a function on the thread that steps; return a future of its result. From any thread.
+
+        If the function raises a VeneerError, the future raises it.
+        """
         told: Future[Result] = Future()
         self._inbox.put(Act(act, told))
         return told

@@ -10,11 +10,11 @@ _LOADS = 8  # adapters, some ten thousand objects, that are frozen together: a p
 
 
 class GcFreeze:
-    """Objects of the process that are frozen, so that the collector skips them.
+    """Freezer of the process's objects, so that Python's garbage collector skips them.
 
     Loaded adapters are hundreds of thousands of objects. Frozen ones are still freed when nothing refers to them,
-    except for reference cycles, which `rest` finds. Nothing happens before `start` or after `stop`, which only the
-    process's engine on its own thread may call.
+    except for reference cycles, which `rest` finds. Nothing happens before `start` or after `stop`. Only the process's
+    engine, on its own thread, may call these.
     """
 
     def __init__(self) -> None:

@@ -58,7 +58,7 @@ class Forget:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Act:
-    """Call a function between steps. ``told`` gets its result, or its VeneerError."""
+    """Call a function between steps. ``told`` receives its result, or its error if that is a VeneerError."""
 
     act: Callable[[], Any]
     told: Future[Any]

@@ -70,11 +70,13 @@ class LLM:
         priority: int | Sequence[int] | None = 0,
         client: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
-        """Return the answers to prompts, in order. Parameters and adapters are one for all, or one for each.
+        """Return the answers to prompts, in order.
 
-        A prompt is text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids``. A mapping may have a
-        ``cache_salt``: only prompts of the same salt share keys and values. A lower ``priority`` is more urgent; of
-        equal ones, the ``client`` that has received least comes first (None: the adapter is the client).
+        ``sampling_params``, ``lora_request``, ``priority`` and ``client`` are one value for all prompts, or a list with
+        one for each. A prompt is text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids``. A mapping may
+        have a ``cache_salt``: only prompts of the same salt share keys and values. Requests of a lower ``priority``
+        come first. Of equal ones, the ``client`` that has received least comes first; if it is None, the adapter is the
+        client.
 
         Raises ConfigError for an invalid prompt before any is run. Raises an adapter's error (FormatError, …) if it
         does not fit; the engine stays unchanged.
@@ -99,11 +101,11 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
         cache_salt: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
-        """Return the next turns of conversations. ``priority`` and ``client`` are `generate`'s; raises as it does.
+        """Return the next turns of conversations. Arguments are `generate`'s, and so are the errors.
 
-        Only conversations of the same ``cache_salt`` share keys and values; it is one for all, or one for each.
-        The chat template is the one given, or the one saved with the adapter, or the model's. Contents in several parts
-        are joined to one text before the template, even if it could render parts.
+        Conversations share keys and values only if they have the same ``cache_salt``, which is one for all or one for
+        each. The chat template is the one given, or the one saved with the adapter, or the model's. Contents in several
+        parts are joined to one text before the template, even if it could render parts.
         """
         if chat_template_content_format not in ("auto", "string"):
             raise ConfigError(f"chat_template_content_format={chat_template_content_format!r} must be auto or string")
@@ -192,9 +194,9 @@ class LLM:
         priority: int | Sequence[int] | None = 0,
         client: str | Sequence[str | None] | None = None,
     ) -> list[str]:
-        """Submit prompts without running them; return their ids. `wait_for_completion` returns the answers.
+        """Queue prompts without running them; return their ids. `wait_for_completion` returns the answers.
 
-        Raises QueueFullError if too many wait; none of them is submitted then.
+        Raises QueueFullError if too many requests wait; none of the prompts is queued then.
         """
         asked = self._asked(_listed(prompts), sampling_params, lora_request, _Order(priority, client))
         self.engine.backlog.require_room(asked)

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricSeries:
-    """Metric by name; ``labels`` tell metrics of one name apart."""
+    """Metric of a ``name``; ``labels`` distinguish series of one name."""
 
     name: str
     labels: dict[str, str] = field(default_factory=dict)
@@ -25,7 +25,7 @@ class Counter(MetricSeries):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gauge(MetricSeries):
-    """Present value."""
+    """Value that may rise and fall, as it is now."""
 
     value: float
 
@@ -40,7 +40,7 @@ class Histogram(MetricSeries):
 
 
 class Distribution:
-    """Values counted by bounds."""
+    """Counts of values in buckets, each up to a bound."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds, self.sum = tuple(map(float, bounds)), 0.0

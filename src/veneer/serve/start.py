@@ -188,18 +188,16 @@ def start_engine(
     contexts_cached: int | None = None,
     compares_bases: bool = True,
 ) -> Engine:
-    """Return an engine that answers. ``model`` is an input of `load_model`, or a loaded model if its tokenizer is
-    given. Requests without an adapter are the base's, also if the model given has adapters.
+    """Return an engine on a model.
 
-    ``program_alone``: nothing is computed by transformers' own code, and a loaded model's weights are freed. If it has
-    no program, DescriptionError says why, and the model has its weights again. An adapter with a part that has no place
-    in the program is then refused by `UnsaidError` when it is loaded. ``keeps_weights``: the model keeps its own beside
-    the packed ones, to train on.
-
-    ``contexts_cached``: pages that no request holds are kept for so many times the longest sequence. None: they take up
-    to the whole budget if ``kv_cache_memory_bytes`` is given, otherwise a quarter of the free memory.
-
-    ``compares_bases``: adapters that name another base give a warning. False if the caller has compared them.
+    ``model`` is an input of `load_model`, or a loaded model if its tokenizer is given. A request without an adapter is
+    answered by the base alone, even if the loaded model has adapters. ``program_alone``: transformers' own code
+    computes nothing, and a loaded model's weights are freed. If the model has no program, DescriptionError says why,
+    and the model has its weights again. An adapter that the program cannot express is then refused by `UnsaidError`
+    when it is loaded. ``keeps_weights``: the model keeps its weights beside the packed ones, for training.
+    ``contexts_cached``: unused pages are kept cached, as many as this number of longest sequences needs. If it is None,
+    they may take the whole budget if ``kv_cache_memory_bytes`` is given, and otherwise a quarter of the free memory.
+    ``compares_bases``: warn of adapters that name another base; False if the caller has compared them.
 
     Raises ConfigError, FormatError, and TargetError for a model that cannot be served.
     """

@@ -53,7 +53,7 @@ class Stats:
         self._times[request.id] = _Times(time.time(), time.perf_counter(), adapter or AdapterCount())
 
     def admit(self, requests: Iterable[Request]) -> None:
-        """Note that requests were admitted, those for the first time that have not been before."""
+        """Note that requests entered the batch. Their waiting time and prompts count only the first time."""
         now = time.perf_counter()
         for request in requests:
             times = self._times[request.id]
@@ -91,7 +91,9 @@ class Stats:
             self._decoded.add(times.last - times.first)
 
     def of(self, requests: Sequence[Request]) -> RequestStats:
-        """Return the times of the answers to one prompt: those of the first event of any, and of the last token."""
+        """Return the times of all answers to one prompt together: of each event the earliest, of the last token the
+        latest.
+        """
         all_times = [self._times[request.id] for request in requests]
         first = min((times.first for times in all_times if times.first), default=0.0)
         queued = min(times.queued for times in all_times)

@@ -1,4 +1,4 @@
-"""Folder of packed blocks: a version that was loaded once is read from there, and not packed again.
+"""Folder of packed adapters: if a version was loaded once, its packed block of memory is read from there.
 
 A file holds one block with its layout. It is written under another name and renamed into place. Reading copies it into
 memory and checks it there, so that no descriptor stays open. A failure only costs speed.
@@ -35,9 +35,9 @@ _SCANS = 16  # of the folder, while as many bytes are written as it may hold
 
 
 class BlockStore:
-    """Blocks in a folder, in files of at most ``most_bytes`` together; the most recently used stay.
+    """Packed blocks of adapters in a folder, in files of at most ``most_bytes`` together; the most recently used stay.
 
-    ``base`` identifies the model's weights and their dtype, on which blocks may depend. ``blocks`` knows layouts. The
+    ``base`` identifies the model's weights and their dtype, on which blocks may depend. ``blocks`` caches layouts. The
     object is for one thread.
     """
 
@@ -49,7 +49,10 @@ class BlockStore:
 
     @classmethod
     def open(cls, folder: Path, most_bytes: int, base: str, blocks: Blocks) -> BlockStore | None:
-        """Return the blocks in a folder, which is made if it is missing; None, with a warning, if it cannot be used."""
+        """Return the store in a folder, which is created if it is missing.
+
+        Return None, with a warning, if it cannot be used.
+        """
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _require_own(folder.stat(), stat.S_ISDIR)
@@ -122,7 +125,7 @@ class BlockStore:
         return block
 
     def _says_all(self, layout: BlockLayout) -> bool:
-        """Return True if the layout has a block and can be restored from its text."""
+        """Return True if the layout describes all of an adapter and can be restored from its text."""
         if not layout.text or not layout.n_bytes:
             return False
         parses = self._parses.get(layout.key)

@@ -92,7 +92,7 @@ def _config_of(read: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Consecutive tensors of a file: memory for their values, and the bytes that each one's panels take."""
+    """Consecutive tensors of a file: memory for their values, and the part of it that each low-rank factor takes."""
 
     values: Tensor
     factors: list[tuple[Factor, slice]]
@@ -119,7 +119,8 @@ class _Layout:
 
 
 def _layout_of(block: VersionBlock, factors: Sequence[Factor], memory: dict[torch.dtype, Tensor]) -> _Layout | None:
-    """Return the layout of a file with these factors; None if it holds more, or if a change is more than its pairs.
+    """Return the layout of a file with these factors. Return None if it holds more, or if a change is more than
+    low-rank pairs.
 
     Values are read into ``memory``, which grows if it is too small.
     """
@@ -137,7 +138,7 @@ def _layout_of(block: VersionBlock, factors: Sequence[Factor], memory: dict[torc
 
 
 def is_plain(own: OwnChanges) -> bool:
-    """Return True for changes that are products of two factors, and nothing else."""
+    """Return True if changes are low-rank pairs and nothing else."""
     return own.only_adds and own.pairs is not None and own.pairs.middle is None
 
 

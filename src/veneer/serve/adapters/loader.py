@@ -63,7 +63,7 @@ class Loader(Generic[Read]):
         self._refuse(reason)
 
     def later(self, work: Callable[[], None]) -> None:
-        """Do something once no load waits, or too much work is deferred.
+        """Defer work until no load waits, or until too much work is deferred.
 
         Call it from a load, on the thread that reads.
         """
@@ -113,7 +113,7 @@ class Loader(Generic[Read]):
 
 
 def _finish(work: Callable[[], None]) -> None:
-    """Do deferred work. The thread survives a failure, because loads wait for it."""
+    """Do deferred work. A failure is only logged, because loads wait for the thread."""
     failed = _result(work)
     if failed is not None:
         _LOG.error("work behind a load failed", exc_info=failed)

@@ -49,7 +49,7 @@ def _summand(folder: Path, effects: Effects) -> Effects:
 
 
 def _reason(effects: Effects) -> str:
-    """Return the name of an adapter's part that cannot be summed with others; empty if there is none."""
+    """Return the part of an adapter that cannot be summed with others, in words; empty if there is none."""
     if effects.front is not None:
         return "has virtual tokens (a prefix or a prompt)"
     if effects.residual:

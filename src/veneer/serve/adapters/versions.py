@@ -31,12 +31,13 @@ _Stamp = tuple[tuple[int, ...], ...]
 
 
 class Versions:
-    """Versions by folder; a folder is read again only if it has changed (by device, inode, times and size).
+    """Adapter versions by folder; a folder is read again only if it has changed (by device, inode, times and size).
 
     Adapters of a rank above ``max_rank`` are refused; None allows any. ``value_bytes`` is the size of a value of a
-    loaded adapter; None: as stored. Adapters that were merged into ``base``, the model's folder, are refused. Raises
-    FormatError if the folder's list of them cannot be read. Adapters that name another base than ``served`` have a
-    warning.
+    loaded adapter; if it is None, values keep their stored size. Adapters that were merged into ``base``, the model's
+    folder, are refused. Adapters that name another base than ``served`` get a warning.
+
+    Raises FormatError if the folder's list of merged adapters cannot be read.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Versions:
         return version
 
     def seen(self, folder: Path) -> AdapterVersion | None:
-        """Return the version that was last found in a folder, without looking at its files."""
+        """Return the version that was last found in a folder; its files are not checked."""
         known = self._seen.get(str(folder))
         return None if known is None else known[1]
 
@@ -196,7 +197,8 @@ def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
 
 
 def stored_bytes(folder: Path, value_bytes: int | None = None) -> int:
-    """Return the bytes of an adapter's tensors, as they are stored or with so many bytes a value, from its header.
+    """Return the bytes of an adapter's tensors, from its header. If ``value_bytes`` is given, each value counts that
+    many.
 
     Raises FormatError as `read_headers` does.
     """

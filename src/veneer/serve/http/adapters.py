@@ -239,7 +239,9 @@ class AdapterRoutes:
         return await asyncio.to_thread(lambda: [self._card(*each) for each in zip(names, states, strict=True)])
 
     def _id(self, name: str) -> str:
-        """Return the version of a name that was not used yet, if its files are known under another name; else ""."""
+        """Return the id of an adapter's version if its files were read before, under another name; otherwise an empty
+        text.
+        """
         loaded = self._catalogue.loaded(name)
         if loaded is not None and loaded.weights is not None:
             return ""

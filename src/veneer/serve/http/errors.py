@@ -217,7 +217,8 @@ async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
 def _by_field(problems: Sequence[dict[str, Any]], body: Any) -> dict[str, list[dict[str, Any]]]:
     """Group the problems by field.
 
-    Parts of a union are not fields. They are left out if another part fits except for places inside the value.
+    If a value may have one of several types, its problems may name the value and also fields within it. Then those of
+    the whole value are left out, unless they alone say what is wrong.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for problem in problems:

@@ -68,13 +68,16 @@ MessageChoice = Annotated[
 
 
 class OutputConfig(Strict):
-    """Form of the answer. ``format`` must have the type json_schema, and a ``schema``. ``effort`` is ignored."""
+    """Format that the answer must have.
+
+    ``format`` has the type json_schema, and a ``schema``. ``effort`` is ignored.
+    """
 
     format: dict[str, Any] | None = None
     effort: str | None = None
 
     def chat(self) -> dict[str, Any] | None:
-        """Return the form as a chat completion has it. Raises RefusedError for other formats."""
+        """Return the format as a chat completion has it. Raises RefusedError for other types."""
         given = self.format
         if given is None:
             return None

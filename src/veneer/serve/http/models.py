@@ -129,7 +129,10 @@ class Catalogue:
         return name in self._names or self._found(name) is not None
 
     def sees(self, name: str) -> bool:
-        """Return True if the caller may see an adapter; for a mix, also all of its parts, which its card names."""
+        """Return True if the caller may see an adapter.
+
+        For a mix it must also see all parts, since the mix's card names them.
+        """
         loaded = self._loaded.get(name)
         return all(map(self.caller.sees, (name, *((loaded and loaded.weights) or ()))))
 
@@ -171,9 +174,10 @@ class Catalogue:
         self._found(name)
 
     def unload(self, name: str) -> None:
-        """Stop serving an adapter. One of the folder is served again if it is loaded, or removed and copied again.
+        """Stop serving an adapter.
 
-        Raises ModelNotFoundError.
+        An adapter of the folder is served again once it is loaded by a request to do so, or is removed and copied
+        again. Raises ModelNotFoundError.
         """
         if name in self._names:
             raise ModelNotFoundError(f"{name!r} is the base, which stays: give the name of an adapter", "lora_name")

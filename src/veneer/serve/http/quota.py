@@ -21,9 +21,10 @@ class Quotas:
 
     @contextmanager
     def choices(self, key: Key, n: int) -> Iterator[None]:
-        """Count ``n`` choices of a key as in flight within a block.
+        """Count ``n`` choices of a key as in flight while the context is open.
 
-        Raises RefusedError if ``n`` exceeds the key's limit, and TooManyRequestsError if it exceeds the rest of it.
+        Raises RefusedError if ``n`` exceeds the key's limit, and TooManyRequestsError if it exceeds the part of the
+        limit that is unused.
         """
         with _counted(
             self._choices, key.name, n, key.max_requests, "choices (prompts × n)", "max_requests", "ask for fewer"
@@ -32,7 +33,7 @@ class Quotas:
 
     @contextmanager
     def tokens(self, key: Key, n: int) -> Iterator[None]:
-        """Count ``n`` tokens as `choices` counts choices: of prompts, and of answers at their largest length."""
+        """Count ``n`` tokens (of prompts, and of answers at their largest length) as `choices` counts choices."""
         what = "tokens (prompts and longest answers)"
         with _counted(self._tokens, key.name, n, key.max_tokens, what, "max_tokens", _SHORTER):
             yield

@@ -27,7 +27,7 @@ _SAME = (*Drawn.model_fields, "chat_template_kwargs", "parallel_tool_calls")
 
 
 class TextOptions(Strict):
-    """Form of the text. ``format`` has the type text, json_object, or json_schema with a ``schema``."""
+    """Format that the text must have. ``format`` has the type text, json_object, or json_schema with a ``schema``."""
 
     format: dict[str, Any] | None = None
     verbosity: str | None = None

@@ -42,7 +42,7 @@ class Service:
 
     @contextmanager
     def admitted(self, n: int) -> Iterator[None]:
-        """Count ``n`` choices of the server and of the caller's key as in flight within a block.
+        """Count ``n`` choices of the server and of the caller's key as in flight while the context is open.
 
         Raises RefusedError if one request may never have so many, and TooManyRequestsError if too many are in flight.
         """
@@ -65,7 +65,7 @@ class Service:
             yield
 
     def tokens(self, asked: Sequence[CheckedRequest]) -> AbstractContextManager[None]:
-        """Return a context in which tokens count as in flight: of prompts, and of answers at their largest length.
+        """Return a context in which the tokens of prompts, and of answers at their largest length, count as in flight.
 
         Raises as `admitted` does.
         """

@@ -36,9 +36,10 @@ _ODD = (ValueError, TypeError, LookupError, AttributeError, StopIteration, Runti
 
 @dataclass(frozen=True, slots=True)
 class GroupChange:
-    """Changes of one version at a group of layers: the pairs, and each layer's other changes in the step's form.
+    """Changes by one adapter version at layers that share their input.
 
-    ``step`` is empty if there are only pairs. It is None if the step does not support one of the other changes.
+    ``own`` has the low-rank pairs and all other changes; ``step`` has the other changes of each layer as the C++ step
+    reads them. ``step`` is empty if there are only pairs, and None if the C++ step does not support one of the changes.
     """
 
     own: OwnChanges
@@ -47,11 +48,12 @@ class GroupChange:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockLayout:
-    """Changes without values, and for each group the offsets of its tensors in the order of `mapped`, in bytes.
+    """Layout of an adapter version's block of memory: its changes without values, and where each tensor lies.
 
-    Tensors without an offset are kept in ``changes``; a layout with any belongs to one version. ``n_bytes``: size of a
-    block. ``n_beside``: size of the tensors without an offset. ``text``: the serialized layout, empty if there are
-    tensors without an offset. ``key`` is its SHA-256.
+    ``offsets`` are in bytes, for each group of layers in the order of `mapped`. Tensors without an offset are kept in
+    ``changes``; a layout with such tensors belongs to one version. ``n_bytes``: size of a block. ``n_beside``: size of
+    the tensors without an offset. ``text``: the serialized layout, empty if there are tensors without an offset.
+    ``key`` is the text's SHA-256.
     """
 
     changes: tuple[GroupChange | None, ...]
@@ -93,7 +95,7 @@ class BlockLayout:
         return layout
 
     def room(self) -> Tensor:
-        """Return zeros for a block, in memory pages of their own, freed with the last reference."""
+        """Return a zeroed block of memory, in system pages of its own, freed with the last reference."""
         if not self.n_bytes:
             return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(mmap.mmap(-1, self.n_bytes), dtype=torch.uint8)
@@ -113,7 +115,7 @@ class BlockLayout:
 
 
 class Laying:
-    """Offsets of a version's tensors, one after another; tensors that are the same memory get one offset."""
+    """Assigner of offsets to a version's tensors, one after another. Tensors that share memory get one offset."""
 
     def __init__(self, changes: Sequence[GroupChange | None]) -> None:
         self.placed: list[tuple[Tensor, int]] = []
@@ -127,7 +129,7 @@ class Laying:
         self.layout = BlockLayout(bare, offsets, n_bytes, n_beside, text)
 
     def offset_of(self, x: Tensor) -> int:
-        """Return the offset of a placed tensor, or of a part of one."""
+        """Return the offset of a tensor that was given one, or of a view of such a tensor."""
         memory = x.new_empty(0).set_(x.untyped_storage())
         return self._seen[_place(memory)] + int(x.storage_offset()) * x.itemsize
 
@@ -175,7 +177,7 @@ def _maker(kind: Any) -> Callable[..., object]:
 
 
 def _record(*values: Any) -> LinearDelta:
-    """Return a record; the one that changes nothing is always the same object."""
+    """Return a record with these fields. If they change nothing, it is always the same object."""
     record = cast(LinearDelta, _maker(LinearDelta)(*values))
     return NOTHING if record.changes_nothing else record
 

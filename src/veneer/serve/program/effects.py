@@ -1,7 +1,7 @@
-"""Effects of an adapter at the operations of a program, read from its folder; no model is modified.
+"""Effects of an adapter on the operations of a program, read from its folder; no model is modified.
 
-If a part of an adapter has no place in the program, `UnsaidError` reports it, and the general runner serves the
-adapter. The general runner also reports invalid folders.
+If the program cannot express a part of an adapter, `UnsaidError` says so, and the general runner serves the adapter.
+The general runner also reports invalid folders.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Places:
 
 
 class Lookup:
-    """Places of adapters on a ``model``, cached by config: most adapters differ only in values.
+    """Modules of a ``model`` that an adapter's config selects, cached by config: most adapters differ only in values.
 
     It is valid while no other adapter is attached to the model or detached from it.
     """
@@ -61,7 +61,10 @@ class Lookup:
         self._seen: LruCache[str, _Places] = LruCache(_KEPT)  # by all that a config says
 
     def of(self, config: MethodConfig) -> _Places:
-        """Return the places for a config. Raises TargetError if the model has none."""
+        """Return the modules that a config selects, and how it changes them.
+
+        Raises TargetError if the model has none.
+        """
         key = repr(config)
         found = self._seen.get(key)
         if found is None or found.config != config:
@@ -117,7 +120,10 @@ def _effects_of(
 
 
 def _put(found: Effects, program: Program, path: str, record: object) -> None:
-    """Put a record at its place."""
+    """Store an adapter's change of the module at ``path`` in ``found``.
+
+    Raises UnsaidError if the program cannot express it.
+    """
     if isinstance(record, LinearDelta) and path in program.linears:
         found.linear[path] = _with_own_vectors(record)
     elif isinstance(record, LinearDelta) and path == program.embedding.path:
@@ -131,9 +137,9 @@ def _put(found: Effects, program: Program, path: str, record: object) -> None:
 
 
 def _with_own_vectors(record: LinearDelta) -> LinearDelta:
-    """Copy a record's terms, except its pair, into memory of their own.
+    """Copy the tensors of a record, except those of its low-rank pair, which is packed elsewhere.
 
-    The pair is packed elsewhere, and the file will be closed.
+    The file will be closed.
     """
     left = record.without_pair()
     if left.changes_nothing:
@@ -153,7 +159,10 @@ class _Others:
 def _put_others(
     found: Effects, model: PreTrainedModel, program: Program, stored: StoredAdapter, others: _Others
 ) -> None:
-    """Put whole parameters and single rows at their places. Raises an error for a tensor of the file that has none."""
+    """Store an adapter's own copies of whole parameters and of single rows in ``found``.
+
+    Raises UnsaidError if the program cannot express one, or if a tensor of the file is none of these.
+    """
     plan, tensors, left = others.plan, others.tensors, set(stored.others)
     if others.config.extras.keeps_tie:
         raise UnsaidError("parameters that stay tied")
@@ -179,7 +188,11 @@ def _put_others(
 def _put_whole(
     found: Effects, model: PreTrainedModel, program: Program, place: tuple[str, str], value: Tensor | None
 ) -> None:
-    """Put a parameter that the adapter trains whole at its place. A layer's bias becomes part of its record."""
+    """Store a parameter that the adapter trains whole in ``found``. ``place`` is the module's path and the parameter's
+    name.
+
+    A layer's bias becomes part of the layer's record.
+    """
     path, name = place
     module = model.get_submodule(path)
     own = dict(own_parameters(module)).get(name)

@@ -34,10 +34,10 @@ _KEPT = 512  # layouts of blocks
 
 
 class Interpreter:
-    """Program on a model's weights, or on ``packed`` ones and ``stacks`` of experts, with adapters by version.
+    """Program of a decoder on a model's weights, with adapters by version.
 
-    ``native`` is the step in C++, which gives the same bits. It is None if there are no kernels for the dtype or the
-    device of the rows.
+    Weights in ``packed``, and experts in ``stacks``, take the place of the model's. ``native`` is the step in C++,
+    which gives the same bits; it is None if there are no kernels for the dtype or the device.
     """
 
     def __init__(
@@ -147,7 +147,10 @@ class Interpreter:
 
 
 def _fits(linears: Linears, bare: GroupChange, block: VersionBlock) -> bool:
-    """Return True if changes fit layers. The places of sparse terms are data, which a damaged file may have wrong."""
+    """Return True if changes fit layers.
+
+    The indices of sparse terms are checked too, since a damaged file may hold wrong ones.
+    """
     if not bare.own.terms and not any(_step_terms(bare)):
         return linears.fits(bare.own)
     change = block.change(linears.number)

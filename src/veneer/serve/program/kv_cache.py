@@ -70,7 +70,7 @@ def _heads_in_pages(program: Program, block: int, dtype: torch.dtype, device: to
 
 @dataclass(frozen=True, slots=True)
 class PageCache:
-    """Cache in the kernels' pages. ``tables`` are those of the last step."""
+    """Cache in the kernels' pages. ``tables`` keeps the page tables of the last step for reuse."""
 
     store: kernel.PagedStore
     tables: kernel.PageTables = field(default_factory=kernel.PageTables)

@@ -1,8 +1,7 @@
-"""Step in C++: the operations of a program that it supports, and passes that run stretches of them in one call each.
+"""Decoder's step in C++: consecutive operations of a program run as one call, by the ops' kernels on the same weights.
 
-It calls the same kernels as the ops, on the same weights, so it gives the same bits as the operations one by one. Some
-operations, or parts of the versions in a pass, may be unsupported. These operations run by ops between the stretches,
-on the same registers.
+So it gives the same bits as the operations one by one. If an operation, or an adapter version at it, is not supported,
+that operation is run by ops between two calls, on the same registers.
 """
 
 from __future__ import annotations
@@ -28,7 +27,10 @@ Call = Callable[[PassRows, Frame], None]
 
 @dataclass(frozen=True, slots=True)
 class NativePart:
-    """Operation in C++: the range of its instructions, and the adapter versions that they do not support."""
+    """Operation of a program in C++: its instructions are those in ``place``.
+
+    It does not support the adapter versions ``unknown``.
+    """
 
     bound: Bound
     place: range
@@ -40,7 +42,7 @@ class NativePart:
         return None if group is None else block.change(group.number)
 
     def take(self, name: str, version: PackedEffects, program: StepProgram, number: int) -> None:
-        """Add the changes of a version that are not in its block."""
+        """Add the changes of an adapter version that lie outside its block of memory."""
         place = StepPlace(program, number, self.place.start)
         if not self.bound.operation.take(self.bound.weights, version, place):
             self.unknown.add(name)
@@ -48,7 +50,9 @@ class NativePart:
 
 @dataclass(eq=False, slots=True)
 class _Layout:
-    """A layout in C++: its number, the parts that do not support its versions, and the versions that use it."""
+    """Layout of adapters in C++: its number, the operations that do not support it, and the adapter versions that use
+    it.
+    """
 
     number: int
     unknown: list[NativePart] = field(default_factory=list)
@@ -56,7 +60,7 @@ class _Layout:
 
 
 class _Numbers:
-    """Numbers to give out, the least free one first."""
+    """Free numbers, of which the least is taken first."""
 
     def __init__(self) -> None:
         self._n, self._unused = 0, list[int]()  # a heap
@@ -72,7 +76,7 @@ class _Numbers:
 
 
 class NativeStep:
-    """Program in C++: a part for each operation, None for an unsupported operation."""
+    """Program in C++. ``parts`` has one `NativePart` for each operation, or None if the operation is not supported."""
 
     def __init__(self, dtype: torch.dtype, turns: Mapping[Rotary, tuple[Tensor, Tensor]]) -> None:
         tables = {rotary: (cos.float().contiguous(), sin.float().contiguous()) for rotary, (cos, sin) in turns.items()}
@@ -99,7 +103,7 @@ class NativeStep:
         self.parts.append(NativePart(bound, range(before, self.program.n_instructions)) if is_known else None)
 
     def take(self, name: str, version: PackedEffects) -> None:
-        """Add an adapter version. Its block must stay until it is dropped."""
+        """Add an adapter version. Its block of memory must stay until the version is dropped."""
         number, block = self._free.take(), version.linears
         self.numbers[name] = number
         self._taken[name] = block.layout
@@ -141,7 +145,7 @@ class NativeStep:
         return self._layouts[block.layout]
 
     def _give_back(self, layout: BlockLayout, name: str) -> None:
-        """Forget a layout when its last version is gone."""
+        """Stop using a layout for an adapter version; forget it if no version uses it."""
         found = self._layouts.get(layout)
         if found is None:
             return
@@ -177,7 +181,7 @@ class NativeStep:
 
 
 class NativeStretch:
-    """Consecutive parts, run by one call."""
+    """Consecutive supported operations of a program, run by one call of C++."""
 
     def __init__(self, native: NativeStep, parts: Sequence[NativePart]) -> None:
         self.native = native
@@ -203,7 +207,8 @@ class NativeStretch:
         native.program.run(self.place, registers, pages, StepRows(rows.positions, ids, rows.picked, rows.tokens), runs)
 
     def _registers(self, frame: Frame, n: int) -> list[int]:
-        """Return the places of all registers, with n rows each. Allocate memory for those that will be written.
+        """Return the addresses and strides of all registers, with n rows each. Allocate memory for those that will be
+        written.
 
         Raises ShapeError if an earlier operation left a different number of rows.
         """
@@ -221,10 +226,7 @@ class NativeStretch:
         self._numbers[first : first + 2 * len(rows)] = places(rows)
 
     def _lay(self, n: int) -> None:
-        """Place the registers that are written before they are read.
-
-        Their memory is the same in all passes of n rows.
-        """
+        """Allocate the registers that are written before they are read. Passes of n rows reuse this memory."""
         self._numbers, self._written = [0] * (2 * self.native.program.n_tensors), {}
         for register in self.writes:
             if register not in self.reads:

@@ -1,4 +1,4 @@
-"""Pieces of sequences, and the rows of a pass that they make."""
+"""New tokens of sequences (pieces), and the rows of a pass that they become."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from veneer.serve.program.kv_cache import KVCache
 
 
 class Piece(NamedTuple):
-    """New tokens of one sequence: their places in pages, and their adapter version; pieces of a version are adjacent.
+    """New tokens of one sequence: their positions in pages (``stretch``), and the adapter version that acts on them.
 
-    ``version`` is None for the base. ``kept``: indices in the piece of the tokens whose logits are returned.
-    ``n_picked``: for this many last tokens, only the argmax of the logits is returned. ``read``: indices of the tokens
-    whose hidden states are returned.
+    Pieces of one version must be adjacent; ``version`` is None for the base. ``kept``: indices in the piece of the
+    tokens whose logits are returned. ``n_picked``: for this many last tokens, only the argmax of the logits is
+    returned. ``read``: indices of the tokens whose hidden states are returned.
     """
 
     stretch: Stretch
@@ -34,7 +34,10 @@ class Piece(NamedTuple):
 
 
 def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first_position: int = 0) -> PassRows:
-    """Return the rows of these pieces on a device, in order. ``first_position`` is the first of each sequence."""
+    """Return the rows of these pieces on a device, in order.
+
+    Each sequence begins at the position ``first_position``.
+    """
     return sent(step_on_host(pieces, cache, first_position), device, ())[0]
 
 

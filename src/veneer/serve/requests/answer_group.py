@@ -28,7 +28,7 @@ class AnswerGroup:
         return all(answer.request.status is Status.DONE for answer in self.answers)
 
     def output(self, metrics: RequestStats | None) -> RequestOutput | None:
-        """Return the output, of the kind that was asked for; None if there is nothing new."""
+        """Return the next output, of the requested kind; None if nothing is new."""
         asked, kind, finished = self.asked, self.asked.params.output_kind, self.is_done
         if kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None

@@ -18,7 +18,7 @@ from veneer.serve.tool_calls.read import with_tokens
 
 
 class _ToolCalls(StructuredOutputsParams):
-    """Form of an answer that may or must call one of ``tools``, with a schema for an answer without a call."""
+    """Constraint on an answer that may or must call one of ``tools``; an answer without a call may have a schema."""
 
     sent_as = "tools (or a schema beside them)"
 
@@ -40,10 +40,10 @@ class Calls:
         return [function.shown() for function in self.tools.functions]
 
     def constrained(self, params: SamplingParams) -> SamplingParams:
-        """Return sampling parameters under which answers have the form that the tool choice requires.
+        """Return sampling parameters that make answers obey the tool choice. A JSON schema then applies to answers
+        without a call.
 
-        A JSON schema then applies to answers without a call. Raises ConfigError for parameters that could cut off a
-        call that must be whole, and for another form.
+        Raises ConfigError for parameters that could cut a required call, and for any other constraint on the text.
         """
         form = params.structured_outputs
         if self.tools.forced:

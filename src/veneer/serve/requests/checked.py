@@ -28,16 +28,16 @@ _LONGEST_NAME = 256  # of a client
 class EngineSettings:
     """Settings of the model (ids, end ids, sampling defaults) and of the engine (seed, limits of adapters).
 
-    ``vocabulary`` is the number of ids. ``ending`` are the ids that end an answer. ``seed`` is used for draws without
-    one. ``max_lora_rank`` is the highest rank of an adapter (None: any). ``value_bytes`` is the size of a value of a
-    loaded adapter (None: as it is stored). ``why_general`` is the reason why transformers' own code computes everything
-    ("": it does not). ``base`` is the model's folder, if it has one. Adapters that were merged into it are refused.
-    ``base_names`` are the name that was asked for and the model's other names. Adapters of another base have a warning;
-    without names none has.
-    ``chat_template`` is used for all adapters, in place of their own. If ``keeps_stats``, times and counts are kept.
-    If ``prefix_caching``, requests share pages. ``speculative`` is the way in which next tokens are guessed (None: only
-    those are that a form forces). ``drafts``: the runner can take tokens back, so that guesses are tried at all.
-    ``encodes``: prompts are read by an encoder, so that their tokens have no logits.
+    ``vocabulary`` is the number of ids, ``ending`` the ids that end an answer. ``seed`` is used for requests without
+    one. ``max_lora_rank`` is the highest rank of an adapter; any is allowed if it is None. ``value_bytes`` is the size
+    of a value of a loaded adapter; None if values keep their stored size. ``why_general`` is the reason why
+    transformers' own code computes everything; "" if it does not. ``base`` is the model's folder, if it has one.
+    Adapters that were merged into it are refused. ``base_names`` are all names of the model, first the one by which it
+    was loaded. Adapters of another base get a warning; without names, none does. ``chat_template`` takes the place of
+    all adapters' own. If ``keeps_stats``, times and counts are kept. If ``prefix_caching``, requests share pages.
+    ``speculative`` configures guesses of next tokens; if it is None, only tokens that a grammar forces are guessed.
+    ``drafts``: the runner can take tokens back; without it nothing is guessed. ``encodes``: an encoder reads prompts,
+    whose tokens therefore have no logits.
     """
 
     vocabulary: int
@@ -59,7 +59,8 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
-    """Constraints of an answer: its form in the start state, the ids of banned words, and the prompt's ids.
+    """Constraints of an answer: its grammar in the start state (``form``), the ids of banned words, and the prompt's
+    ids.
 
     The prompt's ids are only needed for a repetition penalty.
     """
@@ -73,8 +74,9 @@ class Constraints:
 class CheckedRequest:
     """Checked prompt, with everything that its answers need.
 
-    ``client``, its ``weight`` and ``priority`` are a `Request`'s. Pages are shared only under an equal ``cache_salt``.
-    ``constraints`` are those of each answer. With ``pooling`` it draws no tokens, and its answer is an embedding.
+    ``room`` is the number of tokens that an answer may have. ``client``, ``weight`` and ``priority`` are those of a
+    `Request`. Pages are shared only with requests of the same ``cache_salt``. ``constraints`` are those of each answer.
+    If ``pooling`` is given, no tokens are drawn, and the answer is an embedding.
     """
 
     id: str
@@ -100,9 +102,10 @@ class CheckedRequest:
 
 
 def require_answerable(asked: CheckedRequest, settings: EngineSettings) -> None:
-    """Raise ConfigError for an embedding by a model with an encoder and a decoder.
+    """Raise an error for a request that the model and adapter cannot answer.
 
-    Raises CompositionError for tokens by an adapter with a head of classes.
+    Raises ConfigError for an embedding by a model with an encoder and a decoder. Raises CompositionError for an answer
+    of tokens if the adapter has a classification head.
     """
     if asked.pooling is not None and settings.encodes:
         raise ConfigError(

@@ -15,11 +15,11 @@ _UNFINISHED = "\ufffd"
 
 
 class Detokenizer:
-    """Text of an answer, decoded after the prompt, so that a space between the two belongs to the answer.
+    """Text of an answer, decoded as the continuation of the prompt, so that a space between the two belongs to the
+    answer.
 
     A tokenizer of the tokenizers library decodes with its own stream. Others decode the last tokens twice for each new
-    one;
-    so does an answer from the point at which the stream cannot read its bytes.
+    one. So does an answer from the token on whose bytes the stream cannot read.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], skip_special_tokens: bool) -> None:
@@ -52,7 +52,10 @@ class Detokenizer:
         return self._next(final=True)
 
     def read(self, tokens: Sequence[int], *, final: bool) -> str:
-        """Return the text of many tokens, as repeated `add` gives it, and `finish` if they are ``final``."""
+        """Return the text of many tokens, as repeated `add` gives it.
+
+        If they are ``final``, include the text of `finish`.
+        """
         before = self._decode(self._ids)
         now = self._decode([*self._ids, *tokens])
         if _UNFINISHED not in now and len(now) >= len(before):
@@ -68,7 +71,7 @@ class Detokenizer:
         return now[len(before) :]
 
     def _go_on(self) -> None:
-        """Keep only the ids read last: the next ones are decoded after them."""
+        """Forget all ids but the ones read last, after which the next ones are decoded."""
         self._ids = self._ids[self._read :]
         self._read = len(self._ids)
 

@@ -73,10 +73,11 @@ class PromptReader:
     def chat_in_words(
         self, messages: Conversation, how: Mapping[str, Any], functions: Sequence[Function]
     ) -> tuple[str, list[int]]:
-        """Return the prompt of a conversation whose tools the chat template does not show.
+        """Return the prompt of a conversation if the chat template does not show tools: functions are described in
+        words.
 
-        Functions are described in the system's message; in the user's, if the template refuses or drops the system's.
-        Raises as `chat` does.
+        The description is in the system message, or in the first user message if the template refuses or drops the
+        system's. Raises as `chat` does.
         """
         description = description_of(functions)
         try:

@@ -26,10 +26,10 @@ _Stamps = tuple[tuple[int, ...] | None, ...]
 class Readers:
     """Prompt readers of adapters, by request. Files are read again if they have changed. Any thread may call it.
 
-    An adapter's own tokenizer is used if it has more tokens than the base's. Otherwise its chat template and its end
-    token are used with the base's; so is a chat template in a file alone. A ``template`` is used for all
-    of them, in place of their own. If an adapter's files cannot be read, the base's tokenizer reads its prompts, and
-    its conversations are refused.
+    An adapter's own tokenizer is used if it has more tokens than the base's. Otherwise the base's tokenizer is used,
+    with the adapter's chat template and end token. A chat template saved without a tokenizer is used too. If
+    ``template`` is given, it takes the place of all adapters' own. If an adapter's files cannot be read, the base's
+    tokenizer reads its plain prompts, and its conversations are refused.
     """
 
     def __init__(self, base: PromptReader, template: str | None = None) -> None:
@@ -56,9 +56,9 @@ class Readers:
         return self._readers.get(known[1]) or self._added(folder, *known)
 
     def _added(self, folder: Path, stamps: _Stamps, key: str) -> PromptReader:
-        """Read an adapter's files while other threads may ask for theirs.
+        """Read an adapter's files and keep the reader; other threads may use other readers meanwhile.
 
-        A failure is kept too, for this folder alone.
+        If the files cannot be read, that is kept too, for this folder alone.
         """
         made = self._read(folder)
         if made.no_chat:

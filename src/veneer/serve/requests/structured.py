@@ -1,4 +1,4 @@
-"""Answers of a given form, through llguidance: the tokens that may come next so that the text fits the form."""
+"""Constraints on the text of answers, through llguidance: they decide which tokens may come next."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class _Grammar:
 
 
 class Forms:
-    """Forms of requests for one tokenizer. Its tables are built for the first form.
+    """Compiled grammars for one tokenizer. Its tables are built for the first grammar.
 
-    The most recently used compiled grammars are cached by their text. Any thread may call it.
+    The most recently used grammars are cached by their text. Any thread may call it.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, ending: Sequence[int]) -> None:
@@ -67,7 +67,10 @@ class Forms:
         """Process in which grammars are compiled first, which may end it; None if those of this program are trusted."""
 
     def form(self, asked: StructuredOutputsParams) -> TextForm:
-        """Return a form in its start state. Raises ConfigError with llguidance's reason if it cannot be compiled."""
+        """Return the state of a text at its start, under the grammar of a request.
+
+        Raises ConfigError with llguidance's reason if the grammar cannot be compiled.
+        """
         text = grammar_of(asked)
         grammar = self._grammars.get(text)
         if grammar is None or grammar.failed:
@@ -97,7 +100,10 @@ class Forms:
         return made
 
     def prepare(self) -> None:
-        """Build the tables now, which takes most of a second; no other thread runs. Errors come with a form."""
+        """Build the tables now, which takes most of a second and blocks all other threads.
+
+        Errors are raised by `form`.
+        """
         try:
             with self._building:
                 _ = self._tables
@@ -120,7 +126,7 @@ class Forms:
 
 
 class TextForm:
-    """State of one text in its form: the tokens that may come next."""
+    """State of an answer's text in its grammar: it decides which tokens may come next."""
 
     def __init__(self, grammar: _Grammar, matcher: LLMatcher, vocabulary: int, ending: Sequence[int]) -> None:
         self._grammar, self._matcher, self._vocabulary, self._ending = grammar, matcher, vocabulary, list(ending)
@@ -129,7 +135,7 @@ class TextForm:
         self._coming = list[int]()  # forced tokens that were found and not taken yet, the last one first
 
     def begun(self) -> TextForm:
-        """Return an independent copy of the form in this state, for one more answer."""
+        """Return an independent copy in this state, for one more answer."""
         return TextForm(self._grammar, self._matcher.deep_copy(), self._vocabulary, self._ending)
 
     def allowed(self) -> Tensor:
@@ -150,16 +156,17 @@ class TextForm:
         return self.allowed() if self._is_over else self._words
 
     def forced(self) -> list[int]:
-        """Return the forced next tokens, as the tokenizer divides the text; a model may divide it differently.
+        """Return the next tokens that the grammar forces, as the tokenizer divides the text; a model may divide it
+        differently.
 
-        None are returned for a grammar that may force a long text, or whose tokens took long to find.
+        None are returned for a grammar that may force a long text, or whose forced tokens took long to find.
         """
         if not self._coming and self._grammar.forces and not self._matcher.is_stopped():
             self._coming = self._grammar.found_forced(self._matcher)
         return self._coming[::-1]
 
     def take(self, token: int) -> None:
-        """Advance the grammar by a token of the answer; a grammar that has ended stays ended."""
+        """Advance the grammar by a token of the answer. If the grammar has ended, nothing changes."""
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
         if self._coming and self._coming.pop() != token:
@@ -189,9 +196,9 @@ def _not_compiled(sent_as: str, reason: str) -> ConfigError:
 
 
 def grammar_of(asked: StructuredOutputsParams) -> str:
-    """Return the grammar of structured outputs, in llguidance's form.
+    """Return the grammar of structured outputs, in llguidance's format.
 
-    Raises ConfigError for text that is no JSON, no grammar of Lark or GBNF, or holds half of a surrogate pair.
+    Raises ConfigError for text that is not JSON, is no grammar of Lark or GBNF, or holds half of a surrogate pair.
     """
     if asked.json is not None or asked.json_object:
         return _of_schema(asked)

@@ -207,8 +207,9 @@ class GeneralRunner(OwnCodeRunner):
         return logits, states[0][:, 0]
 
     def _route(self, version: str | None) -> str:
-        """Return the adapter name for a version's rows. One with virtual tokens has the base's: its tokens come from
-        pages.
+        """Return the adapter name for a version's rows.
+
+        It is the base's if the version only has virtual tokens, which are in pages.
         """
         return BASE if version is None or version in self.fronts else version
 

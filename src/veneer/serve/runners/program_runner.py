@@ -91,9 +91,9 @@ class GeneralAdapter:
 class ProgramRunner(DrawingRunner):
     """`Runner` of a model's program.
 
-    Passes and reading exclude each other once the model itself has adapters, and not before. ``alone``: there is no
-    general runner, so that `read` raises `UnsaidError` for parts without a place in the program. ``store`` keeps the
-    blocks of adapters that are nothing else.
+    Passes and reading exclude each other once the model itself has adapters, and not before. If ``alone``, there is no
+    general runner: `read` raises `UnsaidError` for an adapter that the program cannot express. ``store`` keeps adapters
+    on disk that consist only of a packed block of memory.
     """
 
     def __init__(
@@ -164,9 +164,9 @@ class ProgramRunner(DrawingRunner):
         stored: Callable[[], StoredFolder | StoredMix],
         learn: Callable[[VersionBlock, list[Factor]], None] = lambda block, factors: None,
     ) -> ProgramAdapter | GeneralAdapter:
-        """Return packed effects, and pass their block and factors to `learn`.
+        """Return an adapter packed for the program, and call ``learn`` with its block of memory and low-rank factors.
 
-        If the program has no place for them, return the adapter as the general runner loads it.
+        If the program cannot express the adapter, return it for the general runner.
         """
         with self._modules:
             try:

@@ -27,7 +27,10 @@ class Runner(Protocol):
     """
 
     def read(self, folder: Path) -> Any:
-        """Read an adapter for `load`, of ``n_bytes``; on any thread. Raises VeneerError if it does not fit."""
+        """Read an adapter for `load`; the result has its size as ``n_bytes``. Any thread may call it.
+
+        Raises VeneerError if the adapter does not fit.
+        """
 
     def read_mix(self, parts: Parts) -> Any:
         """Read adapters as `read` does, as their weighted sum. Raises CompositionError if they have none."""
@@ -39,7 +42,7 @@ class Runner(Protocol):
         """Cache a version's packed tensors on disk, if that is possible and requested. On the thread that reads."""
 
     def load(self, version: str, adapter: Any) -> None:
-        """Load an adapter that was read. Raises VeneerError if it does not fit, and is then unchanged."""
+        """Load an adapter that was read. Raises VeneerError if it does not fit; the runner is then unchanged."""
 
     def unload(self, version: str) -> None:
         """Unload an adapter, if it is loaded."""

@@ -25,16 +25,16 @@ _LARGEST = 3e38  # that a float holds
 
 
 class TextConstraint(Protocol):
-    """Form that the text must have."""
+    """Constraint on the text of an answer, such as a grammar: it decides which tokens may come next."""
 
     def allowed(self) -> Tensor:
         """Return the bit mask of the tokens that may come next."""
 
     def take(self, token: int) -> None:
-        """Advance the form by a token."""
+        """Advance the constraint by a token of the answer."""
 
     def begun(self) -> TextConstraint:
-        """Return an independent copy of the form in this state."""
+        """Return an independent copy of the constraint in its present state."""
 
     def forced(self) -> Sequence[int]:
         """Return tokens that may be the only possible next ones."""

@@ -94,7 +94,9 @@ class AdapterPool:
         return frozenset(self._entries)
 
     def is_barred(self, id: str) -> bool:
-        """Return True if a version is absent and cannot be loaded beside the pinned ones, whatever else is evicted."""
+        """Return True if a version is not loaded, and pinned versions leave no room for it, even if all others are
+        evicted.
+        """
         entry = self._entries[id]
         if entry.residency is not Residency.ABSENT:
             return False
@@ -155,7 +157,7 @@ class AdapterPool:
         self._sort(entry)
 
     def know(self, version: AdapterVersion) -> None:
-        """Give a version an entry, which stays as long as a name refers to it or a request needs it.
+        """Give a version an entry in the pool, which stays as long as a name refers to it or a request needs it.
 
         A version that is not loaded is read from the folder given last, since an earlier folder may be gone.
         """
@@ -210,11 +212,11 @@ class AdapterPool:
         self.hold(id)
 
     def hold(self, id: str) -> None:
-        """Count a caller that waits for the version without a request; `leave` undoes it."""
+        """Count a caller that waits for the version without a request. `leave` removes it."""
         self._count(id, 1, 0)
 
     def leave(self, id: str) -> None:
-        """Remove a request that waited for the version; undoes `enter`."""
+        """Remove a request, or another caller, that waits for the version. It undoes `enter` and `hold`."""
         self._count(id, -1, 0)
 
     def acquire(self, id: str) -> None:

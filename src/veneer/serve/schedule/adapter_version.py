@@ -43,7 +43,10 @@ class Residency(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterUsage:
-    """State of a name's version: its bytes, and the requests since it got a name, with those that found it loaded."""
+    """State of the adapter version that a name refers to, and its use since it got a name.
+
+    ``n_requests`` counts its requests, and ``n_hits`` those that found it loaded.
+    """
 
     version: AdapterVersion
     n_bytes: int

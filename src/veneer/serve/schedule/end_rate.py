@@ -12,7 +12,8 @@ _NOTED = 64  # times at which something ended, of which the rate is that of the 
 
 
 class EndRate:
-    """Amounts that ended, and the seconds of work in which they did: idle time does not count.
+    """Rate at which amounts (such as requests) end, over the seconds in which any was in flight: idle time does not
+    count.
 
     One thread calls `note`; any thread may ask.
     """
@@ -23,7 +24,7 @@ class EndRate:
         self._since: float | None = None  # the last note, if it left work
 
     def note(self, n_ended: int, has_work: bool) -> None:
-        """Note how much has ended now, and if more is in flight."""
+        """Note the amount that ended now. ``has_work``: more is in flight."""
         now = monotonic()
         self._busy += 0.0 if self._since is None else now - self._since
         self._since = now if has_work else None
@@ -32,8 +33,9 @@ class EndRate:
             self._busy = 0.0
 
     def seconds(self, n: int) -> float:
-        """Return the seconds of work in which this much recently ended, from 1 to 600; before any has ended, the time
-        so far.
+        """Return the seconds of work in which an amount ``n`` ends at the recent rate, from 1 to 600.
+
+        If nothing has ended yet, it is the time of work so far.
         """
         noted, since = list(self._ended), self._since
         took = self._busy + (0.0 if since is None else monotonic() - since) + sum(seconds for seconds, _ in noted)

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 
 class Eviction:
-    """Age of a memory. ``token_seconds`` is the time to compute a token of a prompt, as far as it is known."""
+    """Value of entries in a memory, and the memory's age.
+
+    ``token_seconds`` is the measured time to compute a prompt's token.
+    """
 
     def __init__(self, token_seconds: float = 2e-3) -> None:
         self.token_seconds = token_seconds

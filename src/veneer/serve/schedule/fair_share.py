@@ -29,11 +29,11 @@ class Client:
 class FairShare:
     """Virtual token counters; the client with the least is admitted next (Algorithm 2 of the paper).
 
-    A client without waiting requests cannot save up. When one arrives, the client's counter is raised to the least of
-    those that wait, or to that of the last one that waited. Let a client's service be its received tokens divided by
-    its weight. The services of two clients that wait all the time differ by at most 2 m / w. Here m is the larger of
-    the longest prompt and ``DRAWN`` times the tokens in a batch, and w the least weight. A client that has nothing
-    here, and whose counter would be raised anyway, is forgotten.
+    A client without waiting requests cannot save up. When it sends a request, its counter is raised to the least
+    counter of the clients that wait, or to that of the last one that waited. A client's service is the number of its
+    received tokens divided by its weight. The services of two clients that wait all the time differ by at most 2 m / w.
+    Here m is the larger of the longest prompt and ``DRAWN`` times the tokens in a batch, and w the least weight. A
+    client without requests is forgotten if its counter would be raised anyway.
     """
 
     def __init__(self) -> None:
@@ -47,11 +47,11 @@ class FairShare:
         return len(self._known)
 
     def __getitem__(self, name: Hashable) -> Client:
-        """Return a client, which has requests here."""
+        """Return a client that has requests here."""
         return self._known[name]
 
     def enter(self, name: Hashable, weight: float = 1.0) -> Client:
-        """Count a new waiting request; return its client, which has this weight from now on."""
+        """Count a new waiting request. Return its client, whose weight is ``weight`` from now on."""
         floor = self._floor()
         self._forget(floor)
         client = self._known.get(name)
@@ -75,7 +75,7 @@ class FairShare:
         self._wait(client, -1)
 
     def back(self, client: Client) -> None:
-        """Move a request from the batch back to the waiting ones; its counter is not lifted."""
+        """Move a request from the batch back to the waiting ones. The client's counter is not raised."""
         client.n_running -= 1
         self._wait(client, 1)
 

@@ -1,4 +1,4 @@
-"""Longest text that a grammar may force in one run, bounded from above by its own text."""
+"""Upper bound on the length of the longest text that a grammar forces in one run, computed from the grammar's text."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ _LONGER = 1.5  # a request that lasts longer than all of these is thought to las
 
 
 class InFlight:
-    """Amounts in flight. Each is expected to last as long as recent ones that lasted longer than its own time so far.
+    """Amounts in flight, such as tokens, and estimates of when they end.
 
-    Call it from one thread.
+    An amount is expected to last as long as the recent ones that lasted longer than its age. Call it from one thread.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class InFlight:
 
     @contextmanager
     def counted(self, n: int) -> Iterator[None]:
-        """Count an amount within a block."""
+        """Count an amount as in flight while the context is open."""
         ticket, began = object(), monotonic()
         self._began[ticket] = began, n
         self.n += n
@@ -52,9 +52,9 @@ class InFlight:
         return math.ceil(self._places.seconds(n, self.n, lambda ahead: self.seconds(over + ahead)))
 
     def seconds(self, n: int) -> int:
-        """Return the seconds in which ``n`` of the amounts in flight will have ended, 1 to 600.
+        """Return the seconds, 1 to 600, after which ``n`` of the amounts in flight will have ended.
 
-        If ``n`` is more than that, further ones of the same duration are assumed.
+        If fewer are in flight, others of the same duration are assumed to follow.
         """
         now = monotonic()
         ends = sorted((self._remaining(now - began), amount) for began, amount in self._began.values())

@@ -1,4 +1,4 @@
-"""Pages of keys and values, their holders, and the bytes that they share with adapters.
+"""Pages of keys and values, the requests that hold them, and the memory budget that pages share with adapters.
 
 No torch: pages are numbers, and the runner has their memory.
 """
@@ -14,7 +14,10 @@ from veneer.serve.schedule.prefix_cache import PrefixCache, Tail
 
 
 class Owner(NamedTuple):
-    """Adapter's version that acted on the pages of a sequence from number ``first`` on; those before are the base's."""
+    """Adapter version that acted on the pages of a sequence from page number ``first`` on.
+
+    Earlier pages are the base's.
+    """
 
     version: str | None = None
     first: int = 0
@@ -28,15 +31,18 @@ BASE = Owner()
 
 
 class Pages:
-    """Pages and the page tables of their holders: ``n_pages`` of ``block`` positions and ``page_bytes`` bytes each.
+    """Allocator of ``n_pages`` pages of ``block`` positions and ``page_bytes`` bytes, with a page table for each
+    holder.
 
-    A page takes memory when it is first held, and keeps it for the next holder until others need the bytes. Bytes of
-    ``n_bytes`` (None: the size of all pages) that pages do not take can be `lend` to others. A full page that was
-    published under a key may be in several tables, and is cached when it is in none; ``most_cached`` pages at most are
-    (None: all). A holder has ``n_fixed`` pages besides those of its positions. Invariants:
-    - A page is free, cached, or in tables; in more than one only if it is published.
-    - A table holds exactly as many pages as its positions need, the fixed ones, and those of a draft while it is tried.
-    - Who holds a published block holds those before it, under their keys.
+    A holder is a sequence. It has ``n_fixed`` pages besides those of its positions. A page takes memory when it is
+    first held. It keeps that memory when it is free, until the bytes are needed elsewhere. Bytes of ``n_bytes`` that
+    pages do not take can be lent to others, such as adapters (`lend`). If ``n_bytes`` is None, it is the size of all
+    pages. A full page that is published under a key may be in several tables. It is cached while it is in none; at most
+    ``most_cached`` pages are, and all may be if it is None. Invariants:
+
+    - A page is free, cached, or in tables; it is in more than one only if it is published.
+    - A table holds exactly the pages that its positions need, the fixed ones, and those of a draft while it is tried.
+    - A holder of a published page holds all pages before it in the sequence, under their keys.
     - `grow` and `lend` fail only if pages or bytes are too few, and then change nothing.
     - Pages with memory and lent bytes take at most ``n_bytes``.
     - When all holders have released, all bytes are given back and the cache is reset, every page is free.
@@ -77,32 +83,32 @@ class Pages:
 
     @property
     def n_cached(self) -> int:
-        """Number of pages that nobody holds and that can be found by their keys."""
+        """Number of pages that no sequence holds and that can be found by their keys."""
         return self._cache.n_idle
 
     @property
     def n_free(self) -> int:
-        """Number of pages that can be held without bytes being given back."""
+        """Number of pages that can be held now, while lent bytes stay lent."""
         return len(self._kept) + min(len(self._fresh), self._unused // self.page_bytes)
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that can be lent without anything going out."""
+        """Bytes that can be lent without evicting a cached page."""
         return self._unused + len(self._kept) * self.page_bytes
 
     @property
     def lendable(self) -> int:
-        """Bytes that can be lent if all cached pages go out."""
+        """Bytes that can be lent if all cached pages are evicted."""
         return self.free_bytes + self.n_cached * self.page_bytes
 
     @property
     def least(self) -> float | None:
-        """Worth of the next cached page to go out; None if there is none."""
+        """Value of the next cached page to evict; None if no page is cached."""
         return self._cache.least()
 
     @property
     def lacks_bytes(self) -> bool:
-        """Return True if there would be more free pages if bytes were given back."""
+        """Return True if more pages would be free if lent bytes were given back."""
         return len(self._fresh) * self.page_bytes > self._unused
 
     def needed(self, n_positions: int) -> int:
@@ -119,9 +125,9 @@ class Pages:
         return len(self._tables.get(holder, ())) >= self.needed(n_positions)
 
     def lacking(self, holder: Hashable, n_positions: int, keys: Sequence[bytes] = ()) -> int | None:
-        """Return the bytes that others must give back before `grow` succeeds; None if no bytes would help.
+        """Return the bytes that must be given back before `grow` succeeds; None if it fails even then.
 
-        ``keys``: those of the blocks that the holder will `share` first.
+        ``keys`` are those of the blocks that the holder will `share` first.
         """
         shared = sum(page in self._n_tables for page in self._cache.found(keys))  # cached ones are counted below
         missing = self.needed(n_positions) - len(self._tables.get(holder, ())) - shared
@@ -131,11 +137,11 @@ class Pages:
         return max(0, (missing - with_memory) * self.page_bytes - self._unused)
 
     def has_free(self, holder: Hashable, n_positions: int) -> bool:
-        """Return True if `grow` succeeds without a cached page going out."""
+        """Return True if `grow` succeeds without evicting a cached page."""
         return self.needed(n_positions) - len(self._tables.get(holder, ())) <= self.n_free
 
     def grow(self, holder: Hashable, n_positions: int) -> bool:
-        """Extend a holder's table to ``n_positions`` from the start; cached pages go out if none are free.
+        """Extend a holder's table to its first ``n_positions`` positions. If no page is free, cached pages are evicted.
 
         Returns False if pages are too few; nothing changes then.
         """
@@ -153,7 +159,7 @@ class Pages:
         return True
 
     def shrink(self, holder: Hashable, n_positions: int) -> None:
-        """Take the pages behind ``n_positions`` from a holder; they are not published."""
+        """Take the pages after ``n_positions`` positions from a holder; these pages are not published."""
         table = self._tables.get(holder, [])
         for page in reversed(table[self.needed(n_positions) :]):
             table.pop()
@@ -167,11 +173,12 @@ class Pages:
         return self._told.get(holder, ())
 
     def n_found(self, keys: Sequence[bytes]) -> int:
-        """Return the number of first keys whose pages are there."""
+        """Return the number of leading keys whose pages can be shared."""
         return len(self._cache.found(keys))
 
     def share(self, holder: Hashable, keys: Sequence[bytes]) -> int:
-        """Begin a holder's table with the pages of the first keys, up to one that is missing; return their number."""
+        """Begin a holder's table with the pages of the leading keys, up to the first missing one; return their
+        number."""
         pages = self._cache.found(keys)
         if pages:
             self._change(holder)
@@ -181,14 +188,15 @@ class Pages:
         return len(pages)
 
     def count_use(self, holder: Hashable) -> None:
-        """Count that a holder uses the pages that it shares."""
+        """Count one more use of each published page that a holder has."""
         self._cache.use([page for page in self._tables.get(holder, ()) if page in self._cache])
 
     def publish(self, holder: Hashable, keys: Sequence[bytes], first: int, owner: Owner = BASE) -> None:
-        """Let others find a holder's full pages from number ``first`` on, by the ``keys`` of all its full pages.
+        """Publish a holder's full pages from number ``first`` on. ``keys`` are those of all its full pages.
 
-        ``owner`` says which of them go with an adapter's version. A page whose key another one has is freed, and that
-        one is held in its place. Pages behind one that is not published, as after `reset`, are not either.
+        ``owner`` says which pages an adapter version acted on. If a key has another page already, the holder gets that
+        page, and its own is freed. If the page before a page is not published, as after `reset`, the page is not
+        published either.
         """
         table = self._tables.get(holder, [])
         for i in range(first, len(keys)):
@@ -204,21 +212,21 @@ class Pages:
                 table[i] = page
 
     def reset(self) -> None:
-        """Forget all keys: nothing that was computed so far is found again."""
+        """Forget all keys: no page that was computed so far is found again."""
         self._kept.extend(self._cache.clear())
 
     def forget(self, version: str) -> None:
-        """Free the cached pages of an adapter's version that is gone."""
+        """Free the cached pages of an adapter version that is gone."""
         self._kept.extend(self._cache.forget(version))
 
     def evict(self) -> None:
-        """Let the cached page of the least worth go out; it is free then."""
+        """Evict the least valuable cached page, which is then free."""
         self._kept.append(self._cache.evict())
 
     def take_tail(self, holder: Hashable, wanted: Tail) -> int:
-        """Give a holder the partly filled page that continued its sequence, to write into.
+        """Give a holder the cached page that is partly filled and continues its sequence, to write to.
 
-        Returns the number of positions that are as wanted, in part at least; 0 if there is no such page.
+        Returns the number of leading positions in it that are as ``wanted``; 0 if there is no such page.
         """
         found = self._cache.take_tail(wanted)
         if found is None:
@@ -230,9 +238,9 @@ class Pages:
         return n
 
     def release(self, holder: Hashable, tail: Tail | None = None, owner: Owner = BASE) -> None:
-        """Let go of a holder's pages: published ones stay cached, and so does the ``tail``; the others are free.
+        """Release a holder's pages. Published pages and the partly filled ``tail`` stay cached; other pages are free.
 
-        A tail behind a page that is not published, as after `reset`, is not kept.
+        If the page before the tail is not published, as after `reset`, the tail is not cached.
         """
         self._change(holder)
         self.left.append(holder)
@@ -248,7 +256,7 @@ class Pages:
             self.evict()
 
     def lend(self, n_bytes: int) -> bool:
-        """Lend bytes to others, taking the memory of free pages, and then of cached ones, if needed.
+        """Lend bytes to others. If needed, they come from free pages that have memory, and then from cached pages.
 
         Returns False if bytes are too few; nothing changes then.
         """

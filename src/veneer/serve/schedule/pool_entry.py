@@ -9,7 +9,7 @@ from veneer.serve.schedule.adapter_version import AdapterVersion, Residency
 
 @dataclass(eq=False, slots=True)
 class PoolEntry:
-    """Known version: its names, the requests that need it, whether it is loaded, and its value for eviction."""
+    """Known adapter version: its names, the requests that need it, whether it is loaded, and its value for eviction."""
 
     version: AdapterVersion
     n_bytes: int
@@ -37,8 +37,8 @@ class PoolEntry:
 
     @property
     def rank(self) -> tuple[bool, float, int] | None:
-        """Place in the order of eviction; None if the version is not idle.
+        """Rank in the order of eviction, the lowest first; None if the version may not be evicted.
 
-        Versions that requests wait for come last, others by their worth, and equal ones by their last use.
+        Versions that requests wait for come last, others by their value, and those of equal value by their last use.
         """
         return (self.waiting > 0, self.worth, self.used) if self.is_idle else None

@@ -1,4 +1,4 @@
-"""Pace of a step: how many rows of prompts it reads while others stream, by the times of earlier steps. No torch."""
+"""Number of prompt rows that a step reads while answers are streamed, by the times of earlier steps. No torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _MIXED = 16  # steps with prompts one after the other, until one without shows a
 
 
 class PrefillBudget:
-    """Measured times of steps, as part of the scheduler's state: what it allows changes by `observe` alone.
+    """Measured times of steps, and the number of prompt rows that they allow the next step to read.
 
-    A step that reads prompts opens a gap in everybody's answers. If somebody watches an answer grow, it takes at most
-    ``stretch`` times as long as decoding alone.
+    A step that reads prompts delays the next token of every answer. If an answer is streamed, a step takes at most
+    ``stretch`` times as long as decoding alone. The result changes by `observe` alone, since it is part of the
+    scheduler's state.
     """
 
     def __init__(self, stretch: float = _STRETCH) -> None:
@@ -42,11 +43,12 @@ class PrefillBudget:
         return median(self._row) if self._row else None
 
     def rows(self, n_decoding: int, n_requests: int, most: int) -> int:
-        """Return the number of rows of prompts that a step may read beside rows that decode, at most ``most``.
+        """Return the number of prompt rows, at most ``most``, that a step may read beside ``n_decoding`` rows that
+        decode.
 
-        It is 0 if it must be seen first how long decoding takes. Otherwise it is at least twice ``n_requests``, those
-        that would decode if their prompts were read. Were it the rows that do decode, a batch that shrinks while
-        prompts wait would read ever less, and stay small.
+        It is 0 if the time of decoding alone must be measured first. Otherwise it is at least twice ``n_requests``, the
+        number of requests that would decode if all prompts were read. If it depended on the number that decode, a
+        shrinking batch would read fewer and fewer prompt rows, and stay small.
         """
         if not self._alone or self._n_mixed >= _MIXED or n_decoding > _GROWN * self._alone[-1][0]:
             return 0
@@ -57,11 +59,12 @@ class PrefillBudget:
         return min(max(int(seconds / median(self._row)), least), most)
 
     def _seconds_alone(self, n: int) -> float:
-        """Return an estimate, from below, of the seconds of a step that decodes n rows and reads no prompt.
+        """Return a lower estimate of the seconds of a step that decodes n rows and reads no prompt.
 
-        Seen steps of more rows are scaled down to n; the time of fewer rows is taken as it is.
+        Times of earlier steps with more rows are scaled down to n; times of steps with fewer rows are taken as they
+        are.
 
-        Steps of far fewer rows do not count if there are others: the end of a batch says little about the next one.
+        Steps with far fewer rows are ignored if there are others: the end of one batch says little about the next.
         """
         like = [each for each in self._alone if n <= _GROWN * each[0]] or self._alone
         return median(seconds * min(1.0, n / n_seen) for n_seen, seconds in like)

@@ -1,9 +1,10 @@
-"""Cache of pages by the tokens that lead to them: keys, the tree of blocks, and the next to go out. No torch.
+"""Cache of pages by the tokens that lead to them: keys, a tree of blocks, and the next block to evict. No torch.
 
-A block is a full page of computed positions. Its key is a hash of its tokens and of its parent's key, so that equal
-keys have equal tokens from the first. The key before the first block, the root, is a hash of the adapter's version, or
-of the base, and of the request's salt. Virtual tokens follow from the version: their positions add no tokens to a key.
-A sequence that an adapter acts on from some token on begins at the base's root. Keys from that token on name an owner.
+A block is a full page of computed positions. Its key is a hash of its tokens and of its parent's key, so that two
+blocks of equal keys have equal tokens from the sequence's start on. The first block's parent is the root, a hash of the
+adapter's version (or of the base) and of the request's salt. Virtual tokens follow from the version: their positions
+add no tokens to a key. If an adapter acts only from a later token on, the sequence begins at the base's root. The keys
+from that token on then also hash an owner: the adapter's version.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ MAX_SALT = 1024  # characters
 
 
 def root_of(version: str | None, salt: str | None = None) -> bytes:
-    """Return the key in front of the first block of all sequences of a version (None: the base) and a salt."""
+    """Return the root key of all sequences of an adapter version and a salt; of the base if ``version`` is None."""
     return hashlib.sha256(repr((version, salt)).encode()).digest()
 
 
 def require_salt(salt: str | None) -> None:
-    """Raise ConfigError for a salt that is no text of 1 to `MAX_SALT` characters; None is no salt."""
+    """Raise ConfigError for a salt that is not a text of 1 to `MAX_SALT` characters.
+
+    None is allowed: it means no salt.
+    """
     if salt is not None and not (isinstance(salt, str) and 1 <= len(salt) <= MAX_SALT):
         given = f"has {len(salt)} characters" if isinstance(salt, str) else f"is a {type(salt).__name__}"
         raise ConfigError(
@@ -39,13 +43,14 @@ def require_salt(salt: str | None) -> None:
 def key_of(parent: bytes, tokens: Sequence[int], owner: bytes = b"") -> bytes:
     """Return the key of the block that holds ``tokens`` after the block with the key ``parent``.
 
-    ``owner`` is given for a block with tokens that an adapter acts on, if it does not act on all before.
+    ``owner`` is given if an adapter acts on some of these tokens, but not on all tokens of the sequence.
     """
     return hashlib.sha256(parent + array("q", tokens).tobytes() + owner).digest()
 
 
 class Tail(NamedTuple):
-    """End of a sequence in the page behind its ``n_full`` full ones: virtual tokens first, if any, and then ``tokens``.
+    """Last, partly filled page of a sequence, after ``n_full`` full pages: virtual tokens first, if any, then
+    ``tokens``.
 
     ``parent`` is the key of the last full page, or the root if there is none; ``owner`` is that of `key_of`.
     """
@@ -58,7 +63,7 @@ class Tail(NamedTuple):
 
     @property
     def key(self) -> bytes:
-        """Key of the one tail of its owner that is kept behind a block."""
+        """Key of this page in the cache, which keeps one tail for each parent and owner."""
         return hashlib.sha256(self.parent + b"tail" + self.owner).digest()
 
     @property
@@ -67,7 +72,7 @@ class Tail(NamedTuple):
         return self.n_virtual + len(self.tokens)
 
     def n_common(self, other: Tail) -> int:
-        """Return the number of first positions that are equal in another tail behind the same block."""
+        """Return the number of leading positions of this page that are equal in another tail of the same parent."""
         differing = (i for i, (own, its) in enumerate(zip(self.tokens, other.tokens, strict=False)) if own != its)
         return self.n_virtual + next(differing, min(len(self.tokens), len(other.tokens)))
 
@@ -92,13 +97,14 @@ class _Block:
 
 
 class PrefixCache:
-    """Blocks by key. Pages are numbers; who holds them is told by `hold` and `idle`. Invariants:
+    """Blocks of computed pages by key. Pages are numbers. `hold` and `idle` report whether requests hold a page.
+    Invariants:
 
     - A key has one page, and a page at most one key.
     - A block's parent is in the cache.
-    - A block without holders goes out before its parent, and none with holders goes out.
-    - At most one tail of an owner is kept behind a block. Nobody holds it: who continues it takes it out, and writes on
-      in it.
+    - A block that is held is never evicted, and any other is evicted before its parent.
+    - For each parent and owner, at most one tail (partly filled page) is kept. No request holds it: a request that
+      continues it takes it out of the cache and writes to it.
     """
 
     def __init__(self, worth: Eviction, block: int, page_bytes: int) -> None:
@@ -120,14 +126,14 @@ class PrefixCache:
         return None if block is None else block.page
 
     def found(self, keys: Sequence[bytes]) -> list[int]:
-        """Return the pages of the first keys, up to the first that is missing."""
+        """Return the pages of the leading keys, up to the first key that is missing."""
         known = itertools.takewhile(lambda block: block is not None, map(self._blocks.get, keys))
         return [block.page for block in known if block is not None]
 
     def add(self, key: bytes, page: int, parent: bytes | None, version: str | None = None) -> None:
-        """Add a held page under a new key, behind a block that is in the cache, or as a first block.
+        """Add a held page under a new key, after the cached block ``parent``, or as a first block if it is None.
 
-        ``version`` is the adapter's that acted on it, None for the base's.
+        ``version`` is the adapter version that acted on the page; None for the base.
         """
         behind = None if parent is None else self._blocks[parent]
         if behind is not None:
@@ -137,41 +143,43 @@ class PrefixCache:
             self._of_version.setdefault(version, {})[block] = None
 
     def hold(self, page: int) -> None:
-        """Keep a page that nobody held."""
+        """Mark a page as held, which no request held before: it is not evicted."""
         block = self._of_page[page]
         block.is_idle = False
         self.n_idle -= 1
 
     def use(self, pages: Sequence[int]) -> None:
-        """Count a use of pages."""
+        """Count one more use of each page."""
         for page in pages:
             self._of_page[page].n_uses += 1
 
     def idle(self, page: int) -> None:
-        """Let a page go out from now on, as nobody holds it any more."""
+        """Mark a page that no request holds any more: it may be evicted from now on."""
         block = self._of_page[page]
         block.is_idle, block.worth, block.number = True, self._worth_of(block), next(self._numbers)
         self.n_idle += 1
         self._leaves.put(block)
 
     def least(self) -> float | None:
-        """Return the worth of the next block to go out; None if all have holders."""
+        """Return the value of the next block to evict; None if all blocks are held."""
         block = self._leaves.first()
         return None if block is None else block.worth
 
     def evict(self) -> int:
-        """Drop the block of the least worth that nobody holds; return its page. There must be one."""
+        """Evict the least valuable block that no request holds; return its page. There must be one."""
         block = cast(_Block, self._leaves.first())
         self._worth.went(block.worth)
         return self._drop(block)
 
     def forget(self, version: str) -> list[int]:
-        """Drop the blocks of a version that nobody holds; return their pages."""
+        """Drop a version's blocks that no request holds; return their pages."""
         found = reversed(list(self._of_version.get(version, ())))
         return [self._drop(block) for block in found if block.rank is not None]
 
     def keep_tail(self, tail: Tail, page: int, version: str | None = None) -> int | None:
-        """Keep a page that is filled in part behind a block that is in the cache; return the page that it replaces."""
+        """Cache a partly filled page after its parent block; return the page of the tail that it replaces, if there is
+        one.
+        """
         before = self._blocks.get(tail.key)
         replaced = None if before is None else self._drop(before)
         self.add(tail.key, page, tail.parent if tail.n_full else None, version)
@@ -180,13 +188,16 @@ class PrefixCache:
         return replaced
 
     def take_tail(self, wanted: Tail) -> tuple[int, int] | None:
-        """Take out the tail behind a block; return its page, and how many positions there are as wanted, if any is."""
+        """Take the tail with the parent and owner of ``wanted`` out of the cache.
+
+        Return its page, and the number of its leading positions that are as wanted; None if there are none.
+        """
         block = self._blocks.get(wanted.key)
         n = 0 if block is None or block.tail is None else block.tail.n_common(wanted)
         return None if block is None or not n else (self._drop(block), n)
 
     def clear(self) -> list[int]:
-        """Drop all keys; return the pages that nobody holds."""
+        """Drop all keys; return the pages that no request holds."""
         pages = [block.page for block in self._blocks.values() if block.is_idle]
         self._blocks, self._of_page, self._of_version = {}, {}, {}
         self._leaves, self.n_idle = self._no_leaves(), 0

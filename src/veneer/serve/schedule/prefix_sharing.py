@@ -1,9 +1,11 @@
-"""Pages that requests share: a request takes computed prefixes, and waits for one that another request computes.
+"""Pages that requests share: a request takes the pages of a computed prefix, or waits while another request computes
+it.
 
 No torch. Invariants:
+
 - The last token of a request is always computed, and so is every prompt token whose successor is to be scored.
-- A page is written by its only holder, before it is published. A request that continues a sequence takes its last page
-  over.
+- A page is written by its only holder, before it is published. A request that continues a sequence takes over the
+  sequence's last page.
 - A request waits only for one that is in the batch.
 """
 
@@ -31,9 +33,9 @@ class PrefixSharing:
         return len(self._awaited)
 
     def park(self, request: Request) -> bool:
-        """Let a request wait if the first block that it lacks is being computed for another; return True if it does.
+        """Let a request wait if another one computes the first block that it lacks; return True if it waits.
 
-        It waits for all blocks that it has in common with the other.
+        It waits for all blocks that the other one computes for both.
         """
         keys = self.usable(request)
         lacking = keys[self.pages.n_found(keys) :]
@@ -46,7 +48,7 @@ class PrefixSharing:
         return True
 
     def unpark(self, request: Request) -> bool:
-        """Let a request wait no longer; return False if it did not."""
+        """End a request's wait for a block; return False if it did not wait."""
         key = self._awaited.pop(request, None)
         if key is None:
             return False
@@ -56,7 +58,8 @@ class PrefixSharing:
         return True
 
     def take(self, request: Request) -> None:
-        """Give a waiting request the cached pages of its prefix, and the partly filled page where it ended before."""
+        """Give a waiting request the cached pages of its prefix, and a cached, partly filled page that
+        continues them."""
         block, last = self.pages.block, self._limit(request)
         first = self.pages.share(request.id, self.usable(request)) * block
         if request.root is not None and first < last:
@@ -84,9 +87,9 @@ class PrefixSharing:
                 self._computing.setdefault(key, request)
 
     def publish(self, request: Request) -> list[Request]:
-        """Let others find the blocks that a request has filled since the last time; return those that waited for them.
+        """Publish the blocks that a request has filled since the last call.
 
-        They wait no longer.
+        Return the requests whose wait for them ends.
         """
         n = (request.n_front + request.n_computed) // self.pages.block
         if request.root is None or n <= request.n_published:
@@ -97,19 +100,19 @@ class PrefixSharing:
         return self._freed(request, keys[first:])
 
     def leave(self, request: Request) -> list[Request]:
-        """Take the pages of a request that leaves the batch; return the requests that no longer wait for it."""
+        """Take the pages of a request that leaves the batch; return the requests whose wait for it ends."""
         freed = self._freed(request, request.known_keys[request.n_published :])
         self.give_up(request)
         return freed
 
     def _limit(self, request: Request) -> int:
-        """Return the largest number of positions that may come from the cache."""
+        """Return the largest number of a request's positions that may come from the cache."""
         if request.scores_prompt and request.n_scored < len(request.prompt) - 1:
             return request.n_front + request.n_scored
         return request.n_positions - 1
 
     def usable(self, request: Request) -> list[bytes]:
-        """Return the keys of the blocks that a request need not compute, if they are there."""
+        """Return the keys of the blocks that a request may take from the cache instead of computing them."""
         block = self.pages.block
         return [] if request.root is None else request.keys(self._limit(request) // block, block)
 
@@ -131,7 +134,8 @@ class PrefixSharing:
         request.n_published = n_positions // self.pages.block
 
     def _freed(self, request: Request, keys: list[bytes]) -> list[Request]:
-        """Let go the requests that wait for this request to compute the blocks with these keys, and return them."""
+        """End the wait of the requests that wait for this one to compute the blocks with these keys, and return
+        them."""
         freed = list[Request]()
         for key in keys:
             if self._computing.get(key) is request:

@@ -1,4 +1,4 @@
-"""Adapters that are loaded before a request asks for them, and those who wait for it. No torch."""
+"""Adapters to load before any request needs them, and the callers that wait for this. No torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from veneer.serve.schedule.lora_request import LoRARequest
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Preload:
-    """Wish to have a version loaded; then it gets the name of ``request``, and is pinned if it ``pins``.
+    """Call to load an adapter version, name it after ``request``, and pin it if ``pins``.
 
-    ``told`` ends when that is done, or with an error.
+    The future ``told`` completes when that is done, or with an error.
     """
 
     request: LoRARequest
@@ -26,7 +26,7 @@ class Preload:
 
 
 class Preloads:
-    """Preloads by version. Each counts in the pool as a request that waits, so that its version stays known.
+    """Preloads by adapter version. Each counts in the pool as a request that waits, so that its version stays known.
 
     ``adapters`` are the named adapters. ``dropped`` gives, for each removed name, the highest request number that may
     no longer register it.
@@ -40,7 +40,7 @@ class Preloads:
         return bool(self._wanted)
 
     def add(self, preload: Preload) -> None:
-        """Want a version, unless nobody waits for it any more."""
+        """Queue a preload, unless its future was cancelled."""
         if not preload.told.set_running_or_notify_cancel():
             return
         id = preload.version.id
@@ -51,11 +51,11 @@ class Preloads:
             self.end(id)
 
     def begin_load(self) -> str | None:
-        """Begin to load the first version that is absent; return None if there is none, or no place for it."""
+        """Begin to load the first version that is not loaded; return None if there is none, or no room for it."""
         return self._pool.begin_load(self._wanted)
 
     def end(self, id: str, error: VeneerError | None = None) -> None:
-        """Tell those who wait for a version that it is loaded (which it is by the next step), or why it is not."""
+        """Complete the preloads of a version, which will be loaded by the next step; or fail them with ``error``."""
         for preload in self._wanted.pop(id, ()):
             if error is None:
                 self._name(preload)
@@ -63,12 +63,15 @@ class Preloads:
             preload.told.set_result(None) if error is None else preload.told.set_exception(error)
 
     def give_up(self, *, barred: bool = False) -> None:
-        """Tell all that there is no place, or only those whose place pinned adapters hold."""
+        """Fail all preloads for lack of room.
+
+        If ``barred``, fail only those for which pinned adapters leave no room.
+        """
         for id in [id for id in self._wanted if not barred or self._pool.is_barred(id)]:
             self.end(id, self.no_place())
 
     def no_place(self) -> ConfigError:
-        """Return the error of an adapter that finds no place."""
+        """Return the error of an adapter for which there is no room."""
         return ConfigError(f"cannot load the adapter: {self._pool.told_places()}")
 
     def _name(self, preload: Preload) -> None:

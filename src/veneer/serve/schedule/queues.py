@@ -67,7 +67,8 @@ class _Queue:
 
 
 class Queues:
-    """Waiting requests. ``pool`` says which versions are in the batch, loaded, or absent; its changes are followed.
+    """Waiting requests. ``pool`` knows which adapter versions are in the batch, loaded, or absent, and its changes are
+    followed.
 
     Every look-up takes O(log n) in the numbers of requests, clients and versions.
     """
@@ -127,13 +128,16 @@ class Queues:
         return [] if queue is None else sorted(_all_of(queue), key=lambda request: request.arrival)
 
     def close(self, version: str | None) -> None:
-        """Let `first` pass over a version, in place of the one before; None is no version."""
+        """Make `first` skip the requests for a version.
+
+        This replaces the version closed before; None closes no version.
+        """
         before, self._closed = self._closed, version
         if before in self._queues:
             self._place(self._queues[before])
 
     def first(self) -> Request | None:
-        """Return the first request whose version may be in the batch now."""
+        """Return the first request that could enter the batch now, as far as its adapter version is concerned."""
         self._follow()
         return self._least(self._acting, *(() if self._pool.is_full else (self._idle,)))
 
@@ -148,12 +152,14 @@ class Queues:
         return self._least(self._idle)
 
     def blocked(self) -> list[Request]:
-        """Return the first requests whose version has no place: in memory, and in the batch."""
+        """Return the first request whose version is not in memory, and the first whose version finds the batch full of
+        others.
+        """
         found = (self.absent(), self.idle() if self._pool.is_full else None)
         return sorted((request for request in found if request is not None), key=self.key)
 
     def head(self) -> Request | None:
-        """Return the first request of all, but for those whose version is loading."""
+        """Return the first request of all, except those whose version is loading. No version is closed any more."""
         self.close(None)
         self._follow()
         return self._least(self._acting, self._idle, self._absent)

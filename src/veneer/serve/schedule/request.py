@@ -23,18 +23,20 @@ class Status(enum.Enum):
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Request:
-    """State of one answer.
+    """State of one answer in progress.
 
-    ``version`` is the adapter's. ``n_front`` is the number of its virtual tokens, which precede the prompt. A lower
-    ``priority`` is more urgent. Within one priority, the ``client`` that has received least for its ``weight`` comes
-    first. If ``streams``, the answer is shown while it grows. ``acts_from`` is the first token that the adapter acts
-    on. If it is not the first of all, ``owner`` goes into the keys of blocks from there on, and ``root`` is the base's.
-    ``n_computed`` counts the tokens whose keys and values are in pages. If ``scores_prompt``, log-probabilities of the
-    prompt are asked for, and ``n_scored`` of them are computed. ``root`` is the key in front of its first block (None:
-    it shares no pages). ``n_front_there`` counts the virtual tokens in pages. ``n_published`` counts the blocks that
-    others can find. ``n_cached`` counts the prompt tokens that were in pages when it began. ``known_keys`` caches the
-    keys of its first blocks. ``draft`` guesses its next tokens. If ``reads_only``, it draws nothing and ends behind its
-    prompt. With ``scores_prompt`` too, the states of all tokens are asked for.
+    ``version`` is the adapter version, and ``n_front`` the number of its virtual tokens, which precede the prompt.
+    ``acts_from`` is the index of the first token that the adapter acts on. A lower ``priority`` is more urgent. Within
+    one priority, the ``client`` that has received least for its ``weight`` comes first. If ``streams``, the answer is
+    shown while it grows. If ``scores_prompt``, log-probabilities of the prompt's tokens are requested. If
+    ``reads_only``, no token is drawn: the request ends after its prompt. If both, the hidden states of all tokens are
+    requested. ``draft`` guesses its next tokens.
+
+    ``root`` and ``owner`` enter the keys of its pages (see `prefix_cache`); if ``root`` is None, it shares no pages.
+    ``n_computed`` counts the tokens whose keys and values are in pages, and ``n_front_there`` the virtual ones.
+    ``n_published`` counts its pages that others can find. ``n_cached`` counts the prompt tokens that were in pages when
+    it began. ``n_scored`` counts the computed log-probabilities of the prompt. ``known_keys`` caches the keys of its
+    first pages.
     """
 
     id: str
@@ -68,12 +70,12 @@ class Request:
 
     @property
     def n_positions(self) -> int:
-        """Number of positions known so far: the virtual tokens', the prompt's and the drawn ones'."""
+        """Number of positions so far: of the virtual tokens, of the prompt, and of the drawn tokens."""
         return self.n_front + self.n_tokens
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens known so far: the prompt's and the drawn ones."""
+        """Number of tokens so far: of the prompt, and drawn ones."""
         return len(self.prompt) + len(self.output)
 
     @property
@@ -83,7 +85,7 @@ class Request:
 
     @property
     def n_alike(self) -> int:
-        """Number of the next tokens that may be computed at once: the adapter acts on all of them, or on none."""
+        """Number of next tokens that one sequence of a step may hold: the adapter acts on all of them, or on none."""
         n_before = self.acts_from - self.n_computed
         return min(self.n_left, n_before) if n_before > 0 else self.n_left
 
@@ -94,7 +96,7 @@ class Request:
 
     @property
     def n_to_come(self) -> int:
-        """Number of tokens to compute, at most, until it ends."""
+        """Largest number of tokens that are still to be computed before the request ends."""
         return len(self.prompt) + self.rule.max_tokens - self.n_computed
 
     def stretch(self, n: int) -> tuple[int, ...]:
@@ -111,7 +113,9 @@ class Request:
         return self.known_keys[:n]
 
     def owner_of(self, last: int) -> bytes:
-        """Return the owner in the key of a page whose tokens end before ``last``: none if all are the base's."""
+        """Return the owner in the key of a page that ends before token ``last``; empty if the adapter acts on no token
+        of it.
+        """
         return self.owner if last > self.acts_from else b""
 
     def tokens(self, first: int, last: int) -> tuple[int, ...]:
@@ -122,9 +126,9 @@ class Request:
         return self.prompt[first:last] + tuple(self.output[max(0, first - n_prompt) : max(0, last - n_prompt)])
 
     def drafted(self, most: int, share: float) -> tuple[int, ...]:
-        """Return at most ``most`` guessed tokens to try next, if a ``share`` of such guesses was right.
+        """Return at most ``most`` guesses of the next tokens, if at least a ``share`` of such guesses was right.
 
-        None of them ends the answer.
+        No guess is a token that would end the answer.
         """
         most = min(most, self.rule.max_tokens - len(self.output) - 1)
         if self.draft is None or most < 1:

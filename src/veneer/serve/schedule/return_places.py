@@ -1,4 +1,4 @@
-"""Places of refused clients, so that no more of them return in a second than will find room. No torch."""
+"""Times at which refused clients should return, spaced so that there is room for those who return. No torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ _TURNS = 4  # times as much as there is in flight: more is promised to nobody
 
 
 class ReturnPlaces:
-    """Queue of the clients that were told when to ask again. Each gets a place after the earlier ones.
+    """Queue of the refused clients: each is told to return after all earlier ones.
 
-    If there are too many places, the next client has the first one again: clients that never return, or ask all the
-    time, keep others away for a bounded time. When the last one is due, the queue is empty. Call it from one thread.
+    If the queue is too long, the next client is told the first time again. So clients that never return, or ask all the
+    time, delay others for a bounded time. When the last client's time has come, the queue is empty. Call it from one
+    thread.
     """
 
     def __init__(self) -> None:
@@ -20,12 +21,11 @@ class ReturnPlaces:
         self._due = 0.0  # time at which the last of them returns
 
     def seconds(self, n: int, in_flight: int, after: Callable[[int], float]) -> float:
-        """Return the seconds after which a client returns with an amount.
+        """Return the seconds after which a refused client should return. ``n`` is its amount, such as a number of
+        tokens.
 
-        Args:
-            n: Amount of the client.
-            in_flight: Amount that is in flight now.
-            after: Function of the amount that has its place before: the seconds in which there is room behind it.
+        ``in_flight`` is the amount in flight now. ``after(m)`` is the time in which there will be room for this client
+        if an amount ``m`` comes before it.
         """
         now = monotonic()
         if now >= self._due or self._n >= _TURNS * in_flight:

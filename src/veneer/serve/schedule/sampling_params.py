@@ -27,7 +27,7 @@ class RequestOutputKind(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams(metaclass=Keywords):
-    """Form that the text of an answer must have, given in exactly one way.
+    """Constraint on the text of an answer, given by exactly one field.
 
     It is a JSON schema (a dict, or its text), a regular expression, a list of choices, a grammar (Lark, or GBNF), or
     any JSON object. ``sent_as`` is the field of a request that asks for it, which errors name.
@@ -59,19 +59,19 @@ class StructuredOutputsParams(metaclass=Keywords):
 
 
 class ResponseFormat(StructuredOutputsParams):
-    """Form that ``response_format`` of a request asks for."""
+    """Constraint on an answer's text that the field ``response_format`` of a request asks for."""
 
     sent_as = "response_format"
 
 
 @dataclass(kw_only=True)
 class SamplingParams(metaclass=Keywords):
-    """Sampling of an answer's tokens and its end; fields, defaults and order of effects are vLLM's.
+    """Sampling of an answer's tokens, and the end of the answer. Fields, defaults and the order of effects are vLLM's.
 
-    ``policy_logprobs`` is veneer's own. It asks for the log-probability of each token at the temperature, over all ids,
-    and for the logarithm of the mass that masks, ``min_p``, ``top_k`` and ``top_p`` left.
+    ``policy_logprobs`` is veneer's own. It requests two numbers for each token: its log-probability at the temperature,
+    over all ids, and the logarithm of the probability mass that masks, ``min_p``, ``top_k`` and ``top_p`` left.
+    Parameters are checked when they are created, and again for each request, since fields may be set in between.
 
-    Parameters are checked when made, and again when a request is made of them, since fields may be set in between.
     Raises ConfigError that lists all problems.
     """
 

@@ -61,7 +61,9 @@ class Limits:
 
 
 class Scheduler:
-    """Waiting requests, in the order in which they are admitted, and those in the batch, in that of their admission."""
+    """Requests that wait, in the order in which they are admitted, and requests in the batch, in the order of
+    admission.
+    """
 
     def __init__(self, pages: Pages, pool: AdapterPool, limits: Limits) -> None:
         if pages.capacity(0) < limits.max_model_len:
@@ -132,7 +134,8 @@ class Scheduler:
         return found
 
     def begin_load(self) -> str | None:
-        """Begin to load the version of the first request that lacks it; None if it must wait, or if none lacks any.
+        """Begin to load the version of the first request that lacks it. Return None if no request does, or if there is
+        no room.
 
         No version that an earlier request waits for is evicted for it.
         """
@@ -180,10 +183,10 @@ class Scheduler:
         return self.pace.rows(len(decoding), n_requests, most)
 
     def _share(self, to_read: int) -> int:
-        """Return how many of a step's ``to_read`` rows for prompts one prompt may take.
+        """Return the most rows that one prompt may take of a step's ``to_read`` prompt rows.
 
-        If they are fewer than a step's limit, the prompts that are being read and the next one share them equally, so
-        that a long prompt does not delay a short one.
+        If these are fewer than a step's limit, the prompts in progress and the next one share them equally, so that a
+        long prompt does not delay a short one.
         """
         if to_read == self.limits.max_batched_tokens:
             return to_read
@@ -191,8 +194,8 @@ class Scheduler:
         return -(-to_read // (reading + (bool(self.waiting) and self._has_seats) or 1))
 
     def _drafts(self, planned: dict[Request, int]) -> dict[Request, tuple[int, ...]]:
-        """Return draft tokens for planned requests. Their pages come from free ones: nothing is preempted or evicted
-        for them.
+        """Return draft tokens for planned requests. Only free pages are used: no request is preempted and nothing
+        evicted for them.
 
         A correct token saves one of n sequences a step; a wrong one costs a row.
         """

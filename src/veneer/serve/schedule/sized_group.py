@@ -25,7 +25,7 @@ class SizedGroup(Generic[Entry]):
         return len(self.entries)
 
     def set(self, id: str, entry: Entry, there: bool) -> None:
-        """Put an entry at the end, or remove it; do nothing if that is so already."""
+        """Add an entry at the end if ``there``, else remove it. Do nothing if this is so already."""
         if there and id not in self.entries:
             self.entries[id] = entry
             self.n_bytes += entry.n_bytes

@@ -1,7 +1,7 @@
-"""Drafts: tokens that may come next in an answer, tried as further rows of its sequence in one step. No torch.
+"""Drafts: guesses of an answer's next tokens, which one step computes as further rows of the sequence. No torch.
 
-A draft is a guess. The step draws after each of its tokens as it would have drawn there, and the first that differs
-ends it. So a draft changes how many tokens a step gives, and never which.
+After each row the step draws a token exactly as it would without a draft. It stops at the first token that differs from
+the guess. So a draft changes how many tokens a step yields, and never which.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _REMEMBERED = 0.5  # of what was tried, when more is
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculativeConfig(metaclass=Keywords):
-    """vLLM's ``speculative_config`` for n-grams: the text after the last equal tokens is tried as what comes next.
+    """vLLM's ``speculative_config`` for n-grams: if the last tokens occur earlier, the tokens after them are the guess.
 
-    ``num_speculative_tokens`` are tried in a step at most. The last ``prompt_lookup_max`` tokens are looked for in the
-    prompt and the answer, then fewer, down to ``prompt_lookup_min``. If one of the two is None, it equals the other; if
-    both are, they are 5. Raises ConfigError for other methods and values.
+    A step tries at most ``num_speculative_tokens``. The last ``prompt_lookup_max`` tokens are searched in the prompt
+    and the answer, then fewer, down to ``prompt_lookup_min``. If one of the two is None, it equals the other; if both
+    are, they are 5. Raises ConfigError for other methods and values.
     """
 
     given_to: ClassVar[str] = "speculative_config"
@@ -85,9 +85,9 @@ class DraftedText(Protocol):
 
 
 class Ngrams:
-    """Guesses by the text: the tokens behind the last n-gram that equals its end.
+    """Guesses from the text itself: the tokens that followed the last earlier occurrence of its final n-gram.
 
-    If the text ends before there are enough, they are repeated.
+    If fewer tokens than asked for follow there, they are repeated.
     """
 
     def __init__(self, config: SpeculativeConfig) -> None:
@@ -122,11 +122,11 @@ class Ngrams:
 
 @dataclass(eq=False, slots=True)
 class _Source:
-    """Guesses of one kind, and the number of tokens to draft.
+    """One kind of guesses, with the number of tokens to draft and the record of right ones.
 
-    The length doubles if a whole draft was right. Otherwise it becomes one more than the number of right tokens. After
-    a draft with none, drafts pause; each such pause is twice as long, up to `_LONGEST_PAUSE` tokens. After that many
-    tokens one draft is tried again, however few tokens were right.
+    The number doubles if a whole draft was right. Otherwise it becomes one more than the number of right tokens. After
+    a draft without a right token, drafts pause; each such pause is twice as long, up to `_LONGEST_PAUSE` tokens. After
+    that many tokens one draft is tried again, however few tokens were right.
     """
 
     guess: Callable[[DraftedText, int], Sequence[int]]
@@ -166,7 +166,7 @@ class Draft:
         self._used: _Source | None = None
 
     def tokens(self, text: DraftedText, most: int, share: float) -> Sequence[int]:
-        """Return at most ``most`` tokens that may come next, if a ``share`` of those that were tried was right."""
+        """Return at most ``most`` guesses of the next tokens, if at least a ``share`` of recent guesses was right."""
         for source in self._sources:
             n = min(most, source.length)
             guess = source.guess(text, n) if source.is_worth(len(text.output), share) else ()
@@ -176,7 +176,7 @@ class Draft:
         return ()
 
     def judge(self, text: DraftedText, n_tried: int, n_right: int) -> None:
-        """Take in how many tokens of the last guess were tried, and how many of them were drawn."""
+        """Record how many tokens of the last guess were tried, and how many of them were drawn."""
         self.n_tried += n_tried
         self.n_right += n_right
         if self._used is not None:

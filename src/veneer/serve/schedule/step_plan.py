@@ -10,15 +10,15 @@ from veneer.serve.schedule.outputs import TokenLogprobs
 
 
 class PlannedSequence(NamedTuple):
-    """Stretch of one request's tokens.
+    """Consecutive tokens of one request that a step computes.
 
-    ``tokens`` are the ids to compute, at the positions ``start``, ``start + 1``, …; ``pages`` hold the positions,
-    ``block`` in each. The ``n_front`` positions before the first token of a sequence hold the adapter's virtual tokens.
-    The first ``n_front_there`` of them are in the pages already, and the rest are to be written now. ``samples``: a
-    token is drawn after the last one. The last ``n_drafted`` tokens are guesses: a token is drawn before each of them
-    too, as long as those before it were drawn. ``targets`` are the tokens whose log-probabilities are asked for; they
-    follow the tokens from ``first_scored`` on. ``reads_only``: no token is drawn or scored, and hidden states
-    are asked for instead. ``version`` is that of the adapter which acts on all of the tokens, None for the base.
+    ``tokens`` are their ids, at the positions ``start``, ``start + 1``, …; ``pages`` hold the positions, ``block`` in
+    each. The first ``n_front`` positions of a sequence hold the adapter's virtual tokens. The first ``n_front_there``
+    of them are in the pages already; the rest are written in this step. If ``samples``, a token is drawn after the last
+    one. The last ``n_drafted`` tokens are guesses: a token is drawn before each of them too, as long as all earlier
+    guesses were drawn. ``targets`` are tokens whose log-probabilities are requested; they follow the tokens from index
+    ``first_scored`` on. If ``reads_only``, no token is drawn or scored, and hidden states are requested instead.
+    ``version`` is the adapter version that acts on all of the tokens; None for the base.
     """
 
     request_id: str

@@ -21,7 +21,7 @@ Turn = dict[str, Any]
 
 
 def description_of(functions: Sequence[Function]) -> str:
-    """Return the words that tell a model its functions, and the format `veneer.serve.tool_calls.known.PLAIN`."""
+    """Return a text that describes functions to a model, and the format in which to call them (`known.PLAIN`)."""
     told = [json.dumps(function.shown()["function"], ensure_ascii=False) for function in functions]
     return "\n".join([_HEAD.strip(), *told, _TAIL]) if told else ""
 

@@ -66,10 +66,13 @@ class Function:
 
 @dataclass(frozen=True)
 class Tools:
-    """Functions and the choice among them: "none", "auto", "required", or the ``named`` function.
+    """Functions that a model may call, and whether it calls them.
 
-    ``parallel``: an answer may have several calls. Raises ConfigError for a choice that the functions do not offer, for
-    functions of the same name, and for too many functions.
+    ``mode`` is "none" (no calls), "auto" (the model decides) or "required" (at least one call). If a function is
+    ``named``, it must be called. If ``parallel``, an answer may have several calls.
+
+    Raises ConfigError for a choice that the functions do not offer, for functions of the same name, and for too many
+    functions.
     """
 
     functions: Sequence[Function]
@@ -100,7 +103,7 @@ class Tools:
 
     @property
     def strict(self) -> bool:
-        """Return True if an answer need not call, but the arguments of its calls must fit their schemas."""
+        """Return True if calls are optional, but the arguments of each call must fit the function's schema."""
         return not self.forced and any(function.strict for function in self.functions)
 
     @property

@@ -51,7 +51,10 @@ def grammar_in_text(tools: Tools, format: CallFormat) -> str:
 
 
 def _calls(grammar: _Grammar, tools: Tools, format: CallFormat, front: Callable[[Parts, str, str], str]) -> str:
-    """Return the grammar of one or more calls, beginning with the first one's front."""
+    """Return the grammar of one or more calls.
+
+    ``front`` makes the grammar of one call from its format, name and rule.
+    """
     rules = [(f"a{i}", function) for i, function in enumerate(tools.callable)]
     for rule, function in rules:
         grammar.add_arguments(rule, function)
@@ -79,14 +82,16 @@ class _Grammar:
         self._tokens = re.compile(f"({'|'.join(map(re.escape, tokens))})") if tokens else None
 
     def front(self, parts: Parts, name: str, rule: str) -> str:
-        """Return the grammar of a call's front and its arguments."""
+        """Return the grammar of a call: the literals and the name in front of its arguments, then the rule of the
+        arguments.
+        """
         return f"{self.line(*(name if part is Slot.NAME else part for part in parts))} {rule}"
 
     def front_in_text(self, parts: Parts, name: str, rule: str) -> str:
-        """Return the grammar of text up to the end of a call's front, and of the call's arguments.
+        """Return the grammar of free text, then a call: what precedes its arguments, and the rule of the arguments.
 
-        A special token in front is not text. Other fronts are found in the text, with any white space that may surround
-        them.
+        If a call begins with a special token, the token cannot be part of the text. Other beginnings of calls are found
+        in the text, with any white space around them.
         """
         first = parts[0].lstrip() if isinstance(parts[0], str) else parts[0]
         if isinstance(first, str) and first.startswith(tuple(self._format.special)):

@@ -27,7 +27,7 @@ _JOINTS = frozenset("{}[],:")  # white space beside them means nothing
 
 
 class Growing:
-    """Incomplete match: more text decides."""
+    """Match that is incomplete: it depends on the text that follows."""
 
 
 GROWING = Growing()
@@ -67,7 +67,9 @@ def match(parts: Parts, text: str, at: int, names: Collection[str], *, final: bo
 
 
 class Beginnings:
-    """Fast search of a text for the next position at which one of ``ways`` or ``others`` may begin."""
+    """Fast search of a text for the next offset at which a call (in one of the formats ``ways``) or a text of
+    ``others`` may begin.
+    """
 
     def __init__(self, ways: Collection[Parts], names: Collection[str], others: Collection[str]) -> None:
         firsts = [parts[0] for parts in ways]

@@ -12,12 +12,11 @@ from veneer.serve.tool_calls.format import CallFormat
 
 
 def with_calls(messages: Conversation, format: CallFormat | None) -> list[Mapping[str, Any]]:
-    """Return messages with their calls in the form that a format's template reads; None: that of most templates.
+    """Return messages with their calls as the templates of a ``format`` read them; if it is None, as most templates do.
 
-    Arguments are the text of a JSON object in OpenAI's API, and a mapping in most templates. Text that is no JSON
-    object stays text. An assistant message without content gets the content that the template expects.
-
-    Raises ConfigError.
+    Arguments are the text of a JSON object in OpenAI's API, and a mapping in most templates. Text that is not a JSON
+    object stays text. An assistant message without content gets the content that the template expects. Raises
+    ConfigError.
     """
     return [_with_calls(number, message, format) for number, message in enumerate(messages)]
 

@@ -161,7 +161,8 @@ class Parser:
         return GROWING if grows else Found(at + whole) if whole else None
 
     def _call(self, ways: Sequence[Parts], at: int, final: bool) -> Match:
-        """Match a call's front, up to its arguments, or up to the value of their first field."""
+        """Match the beginning of a call, up to its arguments or, if they are written as fields, up to the first
+        value."""
         found = [match for parts in ways for match in self._calls(parts, at, final)]
         return next((each for each in found if each is not None), None)
 
@@ -180,7 +181,10 @@ class Parser:
         return match(parts, self._rest, at, self._functions, final=final)
 
     def _begin(self, events: list[Event], call: Found, at: int) -> None:
-        """Begin a call after its front. The front was found when the rest was ``at`` characters longer."""
+        """Begin a call whose beginning has been matched.
+
+        ``call.end`` counts from a text that was ``at`` characters longer.
+        """
         self._rest = self._rest[call.end - at :]
         self._gap = ""
         name, index = call.values[Slot.NAME], self._n_calls

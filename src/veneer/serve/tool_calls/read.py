@@ -87,7 +87,7 @@ def _rendered(
 
 
 def _turn(plain: str | None, called: str | None) -> str | None:
-    """Return the text that a template writes for calls, without the parts that every answer has."""
+    """Return the part of an assistant's turn that a template writes for calls, without the text of every turn."""
     if plain is None or called is None or _SAID not in plain:
         return None
     front, _, ending = plain.rpartition(_SAID)
