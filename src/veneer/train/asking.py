@@ -1,4 +1,6 @@
-"""Command that queries a trained model in the form of its rows: plain text or a chat, with their system message."""
+"""Builds the command that queries a trained model in the form of its rows: plain text or a chat, with a
+system message.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,14 @@ _MOST_SHOWN = 160  # characters of a system message in a command
 
 
 def ask_command(what: str, data: DataPart, task: Task) -> str:
-    """Return the command that queries ``what``, a model or an adapter, quoted and with its options."""
+    """Return the command that queries ``what``, a model or an adapter, with its options, quoted for a shell."""
     if is_plain(data, task):
         return f"veneer generate {what} --raw -p TEXT"
     return f"veneer chat {what}{_system_option(data, task)}"
 
 
 def long_system(data: DataPart, task: Task) -> str | None:
-    """Return a line about a system message that all rows share and that is too long for a command; None without one."""
+    """Return a hint about the rows' system message if all rows share one that is too long for a command; else None."""
     found = _systems(data, task)
     if len(found) != 1 or _is_short(*found):
         return None
@@ -55,14 +57,15 @@ def _is_short(system: str | None) -> bool:
 
 
 def _systems(data: DataPart, task: Task) -> set[str | None]:
-    """Return the system messages of the rows' conversations; None stands for a row without one."""
+    """Return the different system messages of the rows' conversations. None stands for a row without one."""
     firsts = (turns[0] for turns in _asked(data, task) if isinstance(turns, list) and turns)
     return {turn["content"] if turn["role"] == "system" else None for turn in firsts}
 
 
 def _asked(data: DataPart, task: Task) -> Iterator[Any]:
-    """Yield what the rows of a file ask: turns, or a text. It ends at a row that cannot be read, and for a hub's name
-    at once.
+    """Yield the question of each row of a file: the turns of a chat, or a text.
+
+    Stop at a row that cannot be read. Yield nothing if the rows come from the hub.
     """
     if not Path(data.train).is_file():
         return

@@ -1,4 +1,4 @@
-"""Base model of a recipe: loaded, quantized and frozen for its adapter according to the part ``model``."""
+"""Loads the base model of a recipe, and quantizes and freezes it as the part ``model`` says."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def load_base(
 ) -> PreTrainedModel:
     """Return the base model of a recipe, quantized and prepared if the recipe says so.
 
-    With ``scores`` its head gives each sequence one number. A base that is not ``frozen`` is dense. ``cutter`` shards
-    its blocks over processes as they are loaded; otherwise the base is loaded on ``device`` (None: as `load_model`
-    does).
+    If ``scores``, its head gives each sequence one number. A base that is not ``frozen`` is dense. ``cutter`` shards
+    its blocks over processes as they are loaded. Without one, the base is loaded on ``device``, which defaults as in
+    `load_model`.
     """
     config = quantization_of(part)
 
@@ -69,16 +69,18 @@ def load_base(
 
 
 def device_of(args: TrainingArguments) -> torch.device | None:
-    """Return the GPU on which a run's base is loaded; None if the base waits in host memory for the trainer."""
+    """Return the GPU on which a run's base is loaded, or None if it is loaded in host memory and the
+    trainer moves it.
+    """
     return args.device if args.device.type == "cuda" and not (args.deepspeed or args.fsdp) else None
 
 
 def made_ready(model: PreTrainedModel, part: ModelPart) -> PreTrainedModel:
-    """Return a quantized model, frozen. Its other weights are in float32 if the recipe says so.
+    """Freeze a quantized model, convert its unquantized weights if necessary, and return it.
 
-    Otherwise they stay in bfloat16, as in a dense base. In float32, embeddings and head of a large vocabulary would be
-    half of a 4-bit model, and the head would be copied to 16 bits in each forward pass. Values in float16 are always
-    widened: their range is too small for a residual stream.
+    They become float32 if the recipe says so, or if they are float16, whose range is too small for a residual stream.
+    Otherwise they stay bfloat16, as in a dense base. In float32, the embeddings and head of a large vocabulary would be
+    half of a 4-bit model, and the head would be copied to 16 bits in each forward pass.
     """
     if _is_widened(part, model):
         return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -90,7 +92,7 @@ def _is_widened(part: ModelPart, model: PreTrainedModel) -> bool:
 
 
 def quantization_of(part: ModelPart) -> BitsAndBytesConfig | None:
-    """Return the quantization that a recipe asks for; None for a dense base."""
+    """Return the quantization that a recipe asks for, or None for a dense base."""
     if part.quantization == "none":
         return None
     if part.quantization == "int8":

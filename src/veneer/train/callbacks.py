@@ -1,4 +1,4 @@
-"""Callbacks of a run: those of its settings, and those that write its record."""
+"""Callbacks of a run: those that its settings ask for, and those that record its progress."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def callbacks_of(args: RunSettings) -> Iterator[TrainerCallback | type[TrainerCa
 
 
 class SelectiveCheckpointing(TrainerCallback):  # type: ignore[misc]
-    """Callback that checkpoints selectively, after Trainer has switched on the full form at the beginning
-    of `train`.
+    """Callback that replaces the full gradient checkpointing that Trainer enables at the start of `train` by the
+    selective one.
     """
 
     def on_train_begin(self, args: RunSettings, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
@@ -39,29 +39,31 @@ class SelectiveCheckpointing(TrainerCallback):  # type: ignore[misc]
 
 
 class ShortRunLog(TrainerCallback):  # type: ignore[misc]
-    """Callback that logs the steps of a short run more often than its settings: a curve needs points."""
+    """Callback that logs a short run more often than its settings say, so that its loss curve has enough points."""
 
     def on_train_begin(self, args: RunSettings, state: Any, control: Any, **_: Any) -> None:
-        """Log 20 times or more if there were fewer than `LEAST_POINTS`: every step of a run of up to 39."""
+        """If the run would log fewer than `LEAST_POINTS` lines, log at least 20; every step of a run of
+        up to 39 steps.
+        """
         if state.max_steps < LEAST_POINTS * state.logging_steps:
             state.logging_steps = max(1, state.max_steps // 20)
 
 
 class BeginReport(TrainerCallback):  # type: ignore[misc]
-    """Callback that reports the step at which training begins, once all checks of the checkpoint have passed."""
+    """Callback that reports the step after which training begins, once all checks of the checkpoint have passed."""
 
     def __init__(self, begin: Callable[[int], None]) -> None:
         self._begin = begin
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Pass on the step, 0 or that of the checkpoint, in Trainer's event."""
+        """Report the step: 0, or that of the checkpoint."""
         self._begin(state.global_step)
 
 
 class LastEvaluation(TrainerCallback):  # type: ignore[misc]
     """Callback that keeps the last evaluation of a run and its step.
 
-    A recipe has one data set to evaluate on. With several, only the evaluation on the last one would be kept.
+    If there are several evaluation sets, it keeps only the evaluation on the last one; a recipe has one set.
     """
 
     def __init__(self) -> None:
@@ -69,19 +71,19 @@ class LastEvaluation(TrainerCallback):  # type: ignore[misc]
         self._metrics: Mapping[str, Any] = {}
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:
-        """Record an evaluation, in Trainer's event."""
+        """Keep an evaluation's metrics and step."""
         self._step, self._metrics = state.global_step, metrics
 
     def of_trained(self, args: TrainingArguments, state: TrainerState) -> Mapping[str, Any] | None:
-        """Return the metrics of the last evaluation; None if there is none, or if it saw other weights than the final
-        ones.
-        """
+        """Return the metrics of the last evaluation, or None if there is none or if training went on after it."""
         others = args.load_best_model_at_end and state.best_global_step not in (None, state.global_step)
         return None if others or self._step != state.global_step else self._metrics
 
 
 class StepClock(TrainerCallback):  # type: ignore[misc]
-    """Callback that times the optimizer steps. ``n_tokens`` returns the tokens read so far, padding left out."""
+    """Callback that times the optimizer steps. ``n_tokens`` returns the number of tokens read so far,
+    without padding.
+    """
 
     def __init__(self, n_tokens: Callable[[], int]) -> None:
         self._n_tokens, self._device = n_tokens, ""
@@ -90,19 +92,20 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
         self._tokens: list[float] = []
 
     def on_step_begin(self, args: RunSettings, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock, in Trainer's event."""
+        """Start the clock."""
         self._began, self._read, self._device = time.perf_counter(), self._n_tokens(), args.device.type
 
     def on_step_end(self, args: RunSettings, state: Any, control: Any, **_: Any) -> None:
-        """Stop the clock, in Trainer's event."""
+        """Stop the clock."""
         n = args.gradient_accumulation_steps
         self._seconds.append((time.perf_counter() - self._began) / n)
         self._tokens.append((self._n_tokens() - self._read) / n)
 
     def results(self) -> dict[str, Any]:
-        """Return the device, quartiles of the seconds of a micro-batch and its mean tokens; nothing without a step.
+        """Return the device, quartiles of a micro-batch's seconds, and its mean number of tokens; empty if no step was
+        taken.
 
-        The first step, which prepares what later ones reuse, counts only if there is no other.
+        The first step is left out unless it is the only one: it prepares data that later steps reuse.
         """
         if not self._seconds:
             return {}

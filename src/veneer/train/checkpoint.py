@@ -1,4 +1,4 @@
-"""Folders of a run's checkpoints, and small files in them, which are written whole or not at all.
+"""Folders of a run's checkpoints, and small files in them. Each is written completely or not at all.
 
 Torch is not imported here, so that a run can be refused before that import.
 """
@@ -70,7 +70,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """Return the counters of `veneer.SFTTrainer` in a checkpoint; empty for one that another trainer wrote."""
+    """Return the counters of `veneer.SFTTrainer` in a checkpoint; empty if another trainer wrote it."""
     path = folder / PROGRESS_FILE
     return json.loads(path.read_text()) if path.exists() else {}
 

@@ -1,4 +1,4 @@
-"""Gradients of processes that train together: their mean, summed in the same order in a resumed run."""
+"""Averages the gradients of processes that train together, always in the same order of sums."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PART_BYTES = 64 * 2**20  # of gradients that are sent at once
 
 
 def leave_apart(model: nn.Module, *, share_buffers: bool) -> None:
-    """Switch off the reduction of torch's DDP in the next backward pass: `average` reduces instead.
+    """Switch off the reduction of torch's DDP in the next backward pass; `average` reduces the gradients instead.
 
-    DDP reduces in buckets, which it forms again after its first step. With three or more processes, other buckets mean
-    another order of sums, so that a resumed run's first step would differ in its last bits. ``share_buffers``: the next
+    DDP reduces in buckets, which it rebuilds after its first step. With three or more processes, other buckets mean
+    another order of sums. A resumed run's first step would then differ in its last bits. If ``share_buffers``, the next
     forward pass sends the main process's buffers to all.
     """
     model = getattr(model, "_orig_mod", model)  # compiled after it was wrapped
@@ -29,7 +29,8 @@ def leave_apart(model: nn.Module, *, share_buffers: bool) -> None:
 def average(model: nn.Module) -> None:
     """Replace the gradients by their mean over all processes, in the order of the parameters.
 
-    A parameter without a gradient in some processes counts as zero there. One without any gradient keeps none.
+    A parameter that has a gradient in some processes only counts as zero in the others. A parameter without a gradient
+    in every process keeps none.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for part in _parts(trained) if n_processes() > 1 else ():
@@ -49,7 +50,7 @@ def _flat_gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _parts(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Yield the parameters in order, in parts of limited size that have one dtype and one device."""
+    """Yield the parameters in order, in groups of limited size with one dtype and one device."""
     part: list[nn.Parameter] = []
     n_bytes = 0
     for parameter in parameters:

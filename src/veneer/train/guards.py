@@ -23,7 +23,7 @@ from veneer.train.processes import n_processes
 
 
 def require_special_tokens(tokenizer: PreTrainedTokenizerBase, args: RunSettings) -> None:
-    """Raise ConfigError if a token that ``args`` name is not in the vocabulary, or no token can pad."""
+    """Raise ConfigError if a token that ``args`` name is not in the vocabulary, or if there is no token for padding."""
     named = {key: getattr(args, key, None) for key in ("eos_token", "pad_token")}
     unknown = [f"{key}={token!r}" for key, token in named.items() if token and token not in tokenizer.get_vocab()]
     if unknown:
@@ -36,7 +36,7 @@ def require_special_tokens(tokenizer: PreTrainedTokenizerBase, args: RunSettings
 
 
 def require_free_groups(args: RunSettings, optimizers: tuple[Any, Any]) -> None:
-    """Raise ConfigError if LoRA+ would have to group the parameters of an existing optimizer."""
+    """Raise ConfigError if LoRA+ is set and the caller gives an optimizer: LoRA+ must group the parameters itself."""
     if args.lora_plus is not None and optimizers[0] is not None:
         raise ConfigError(
             f"lora_plus={args.lora_plus} groups the parameters of an optimizer that the trainer makes, and optimizers "
@@ -45,7 +45,7 @@ def require_free_groups(args: RunSettings, optimizers: tuple[Any, Any]) -> None:
 
 
 def require_whole_models(trainer: Trainer) -> None:
-    """Raise ConfigError if several processes split the model: each must train, and write, a whole one."""
+    """Raise ConfigError if FSDP or DeepSpeed shards the model: each process must train, and write, all of it."""
     if n_processes() > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ConfigError(
             "several processes train with a whole model each (torchrun without more settings); checkpoints of models "
@@ -54,7 +54,7 @@ def require_whole_models(trainer: Trainer) -> None:
 
 
 def require_settings_of_cut_base(reentrant: bool, args: RunSettings) -> None:
-    """Raise ConfigError for settings under which the base cannot be sharded over processes."""
+    """Raise ConfigError for settings that do not work with a base sharded over processes."""
     found = ["reentrant checkpointing (set use_reentrant: false)"] * reentrant
     found += [f"{key} (leave it out)" for key in ("activation_offloading", *OF_DDP) if getattr(args, key)]
     if found:
@@ -64,7 +64,7 @@ def require_settings_of_cut_base(reentrant: bool, args: RunSettings) -> None:
 
 
 def require_finite(loss: float, step: int) -> None:
-    """Raise DivergedError for a loss that is NaN or infinite, with its step (counted from one)."""
+    """Raise DivergedError if a loss is NaN or infinite. ``step``, counted from one, is named in the message."""
     if not math.isfinite(loss):
         raise DivergedError(
             f"the loss is {loss} in step {step}: training stops here, and earlier checkpoints stay. Lower the "
@@ -74,9 +74,9 @@ def require_finite(loss: float, step: int) -> None:
 
 
 class FiniteGradients(TrainerCallback):  # type: ignore[misc]
-    """Callback that stops before an optimizer step that would put NaN or infinity into the weights.
+    """Callback that ends the run before an optimizer step that would put NaN or infinity into the weights.
 
-    Under float16 the gradient scaler skips such steps itself; then this callback is not installed.
+    It is not installed under float16, where the gradient scaler skips such steps itself.
     """
 
     def on_pre_optimizer_step(

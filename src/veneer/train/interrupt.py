@@ -26,10 +26,10 @@ _BEFORE_STEPS = "before the first step: nothing is trained yet, and no checkpoin
 
 
 class Stop:
-    """Stop requests by signal: the first stops the run at a point from which it can be resumed, the second at once.
+    """Signals that ask a run to stop. The first stops it where it can be resumed later; the second ends it at once.
 
-    ``signal``: the first signal received, if any. Outside `deferred` blocks it raises Interrupted right away. ``when``
-    says at which point it stops inside them.
+    ``signal``: the first signal received, if any. Outside `deferred` blocks it raises Interrupted immediately. ``when``
+    says, for the message, where a run within such a block stops.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Stop:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only record a signal inside the block, which calls `check` at the points at which it can stop."""
+        """Enter a context in which signals are only recorded. Code inside calls `check` wherever it can stop."""
         self._waits += 1
         try:
             yield
@@ -49,7 +49,7 @@ class Stop:
             self._waits -= 1
 
     def hear(self, number: int, frame: FrameType | None = None) -> None:
-        """Handle a signal."""
+        """Handle a signal: record it or raise Interrupted. A second one ends the process."""
         if os.getpid() != self._process:  # a worker that was forked from the run
             os._exit(128 + number)
         if self.signal is not None:
@@ -72,10 +72,10 @@ class Stop:
 
 @contextmanager
 def listening() -> Iterator[Stop]:
-    """Install a `Stop` as the handler of SIGTERM and SIGINT for the length of the block.
+    """Enter a context with a `Stop` as the handler of SIGTERM and SIGINT.
 
-    Ignored signals stay ignored. In a thread other than the main one, in which Python handles no signals, nothing
-    changes.
+    Ignored signals stay ignored. Nothing is installed in a thread other than the main one, since Python handles no
+    signals there.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -91,8 +91,9 @@ def listening() -> Iterator[Stop]:
 
 
 class StopAfterStep(TrainerCallback):  # type: ignore[misc]
-    """Callback that ends training, with a checkpoint, after the step in which a signal arrived. All processes stop
-    together.
+    """Callback that ends training, with a checkpoint, after the step in which a signal arrived.
+
+    All processes stop together.
     """
 
     def __init__(self, stop: Stop) -> None:
@@ -101,29 +102,31 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        """Say that a run which begins with an evaluation stops in it."""
+        """If the run begins with an evaluation, note that a signal stops the run in it."""
         self._stop.when = _BEFORE_STEPS if evaluates_first(args, state, **context) else _AFTER_STEP
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Say that a signal ends the step."""
+        """Note that a signal stops the run after this step."""
         self._stop.when = _AFTER_STEP
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Say that a signal ends the evaluation; one process stops at once where nothing is trained yet."""
+        """Note that a signal stops the run after this evaluation. If nothing is trained yet, a lone process stops at
+        once.
+        """
         self._stop.when = _AFTER_EVALUATION if state.global_step else _BEFORE_STEPS
         if self._stop.signal and not state.global_step and n_processes() == 1:
             raise _before_steps(self._stop.signal)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Check if any process has received a signal."""
+        """Stop training if any process has received a signal."""
         self._ask(args.device, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Check again: an evaluation is long, and the checkpoint of its step comes after it.
+        """Check for a signal again: an evaluation is long, and the checkpoint of its step comes after it.
 
-        Raises Interrupted if there is no step yet.
+        Raises Interrupted if no step has been taken yet.
         """
         self._ask(args.device, control)
         if self._number and not state.global_step:

@@ -34,7 +34,9 @@ SHARE = 0.9  # the paper's d90: nine tenths of what training all weights reaches
 
 @dataclass(frozen=True, kw_only=True)
 class PointTraining:
-    """Training of each point: Adam, ``steps`` batches in turn, a learning rate that falls linearly to zero."""
+    """Training of each point of the curve: ``steps`` batches with Adam, and a learning rate that falls linearly to
+    zero.
+    """
 
     steps: int = 100
     learning_rate: float = 1e-3
@@ -49,10 +51,9 @@ class PointTraining:
 def task_of(
     tokenizer: Any, data: Path, batch_size: int, held_out: float, seed: int
 ) -> tuple[list[Batch], Callable[[Any], float]]:
-    """Return training batches of a file's rows, and a function that measures the accuracy of labels on the held-out
-    share.
+    """Return training batches of a file's rows, and a function that returns a model's accuracy on the held-out share.
 
-    Raises DataError and ConfigError for rows that are not a choice among a few labels.
+    Accuracy is that of the labels. Raises DataError and ConfigError for rows that are not a choice among a few labels.
     """
     rows, held = split_off(load_rows(data, RowReader()).shuffle(seed=seed), held_out, seed)
     encoder = Encoder(tokenizer=tokenizer, kind=kind_of(rows.column_names, "text"), completion_only=True)
@@ -65,7 +66,9 @@ def task_of(
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Scores by d, score of the untrained model, and score after training all of its ``n_weights`` weights."""
+    """Scores by d, the dimension of the subspace. ``before`` is the untrained model's score, ``full`` the score after
+    training all of its ``n_weights`` weights.
+    """
 
     scores: dict[int, float]
     before: float
@@ -74,12 +77,12 @@ class Curve:
 
     @property
     def d90(self) -> int | None:
-        """Smallest d that reaches nine tenths of the full score; None if none of them does."""
+        """The smallest d whose score is at least nine tenths of ``full``, or None if no d reaches it."""
         return min((d for d, score in self.scores.items() if score >= SHARE * self.full), default=None)
 
 
 class _Whole(nn.Module):
-    """All weights, each a trained parameter."""
+    """Training of all weights: each one is a parameter."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -91,7 +94,7 @@ class _Whole(nn.Module):
 
 
 class _Loss(nn.Module):
-    """Module that computes a batch's mean loss, so that its weights can be swapped."""
+    """Module that computes the mean loss of a batch. As a module, it can be called with other weights."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -111,7 +114,7 @@ def dimension_curve(
     *,
     on_point: Callable[[int | None, float], None] = lambda d, score: None,
 ) -> Curve:
-    """Train in random subspaces of several dimensions, and all weights, and score each; the model itself is unchanged.
+    """Train in random subspaces of several dimensions, and with all weights. Return the scores; the model is unchanged.
 
     ``score`` is called on the model with the trained weights in place. Raises ConfigError for dimensions that do not
     fit the model, TrainingError if a loss is not finite.
@@ -176,7 +179,7 @@ def _train_steps(loss_of: _Loss, space: Subspace | _Whole, batches: Sequence[Bat
 
 @contextmanager
 def _weights_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Enter a context in which the model has these weights."""
+    """Enter a context in which the model has the given weights instead of its own."""
     own = {name: (p, p.data) for name, p in model.named_parameters()}
     for name, (parameter, _) in own.items():
         parameter.data = weights[name].detach()

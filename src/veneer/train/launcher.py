@@ -27,11 +27,11 @@ _SHOWN_LINES = 30
 
 
 def launched(command: Sequence[str], n: int) -> int:
-    """Run a command in ``n`` processes that form a group; return the exit status of the first.
+    """Run a command in ``n`` processes that form a group, and return the exit status of the first.
 
-    If the first had to be ended because another failed, the other's status is returned. Only the first process's output
-    is shown, and the end of another's stderr if that one fails. Signals are passed on to all, except those that this
-    process ignores. A signal before all are started ends those that are.
+    If the first had to be ended because another failed, return the other's status. Only the first process's output is
+    shown, and the end of another's stderr if that one fails. Signals are passed on to all processes, except those that
+    this process ignores. If a signal comes before all have started, the started ones are ended.
     """
     environments, others = _environments(n), _children()
     with TemporaryDirectory() as logs, _handlers_kept() as before:
@@ -69,7 +69,9 @@ def require_devices(n: int) -> None:
 
 
 def _environments(n: int) -> dict[int, dict[str, str]]:
-    """Return torchrun's variables for each process. Processes on CPUs share the cores."""
+    """Return torchrun's environment variables for each rank. Unless OMP_NUM_THREADS is set, the processes share the
+    cores.
+    """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -85,12 +87,16 @@ def _environments(n: int) -> dict[int, dict[str, str]]:
 
 
 def _n_cores() -> int:
-    """Return the number of cores that this process may use: under Slurm or taskset fewer than the machine's."""
+    """Return the number of cores that this process may use. Under Slurm or taskset these are fewer than
+    the machine's.
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _codes(context: Any) -> dict[int, int]:
-    """Wait for the processes. Return the exit statuses, by rank, of those that ended soon after the first failure."""
+    """Wait until all processes end, or one has failed and a short grace period is over. Return the exit statuses by
+    rank.
+    """
     running = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
     codes: dict[int, int] = {}
     failed_at, heard = None, False
@@ -121,7 +127,7 @@ def _children() -> set[psutil.Process]:
 
 
 def _ignore_again(before: Mapping[signal.Signals, Any]) -> None:
-    """Ignore again the signals that were ignored before, as under nohup: torchrun's launcher handles all."""
+    """Ignore the signals again that were ignored before, as under nohup: torchrun's launcher handles all of them."""
     for number in (each for each, handler in before.items() if handler is signal.SIG_IGN):
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""Errors of transformers and TRL, reported to a user in one message."""
+"""Reports errors of transformers and TRL to a user in one message."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ _OWN = Path(__file__).parents[1]
 
 @contextmanager
 def refusals_told() -> Iterator[None]:
-    """Raise ConfigError for settings that a trainer refuses in its constructor; errors of veneer's own code stay."""
+    """Enter a context that turns errors of a trainer's constructor into ConfigError. Errors of veneer's
+    own code stay.
+    """
     try:
         yield
     except VeneerError:

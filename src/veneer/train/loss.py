@@ -18,7 +18,9 @@ from veneer.ops.cross_entropy import linear_cross_entropy_and_hits, linear_cross
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Sums over the trained tokens of one batch; ``total`` is differentiable, in nats."""
+    """Sums over the trained tokens of one batch. ``total``, in nats, is differentiable; ``n_right`` counts right
+    predictions. ``aux`` is the auxiliary loss of a router, or None.
+    """
 
     total: Float[Tensor, ""]
     n_tokens: Int[Tensor, ""]
@@ -31,9 +33,9 @@ def token_loss(
 ) -> TokenLoss:
     """Return the summed cross-entropy in float32 of ``inputs["labels"]``, shifted by one.
 
-    Only hidden states that predict a trained token go through the output head, chunk by chunk if it is frozen.
-    ``weigh_by_probability`` is dynamic fine-tuning: each token's loss times its own probability, held constant (Wu et
-    al. 2025, arXiv:2508.05629, eq. 9).
+    Only hidden states that predict a trained token go through the output head, chunk by chunk if the head is frozen.
+    ``weigh_by_probability`` is dynamic fine-tuning: each token's loss is multiplied by the token's own probability,
+    held constant (Wu et al. 2025, arXiv:2508.05629, eq. 9).
     """
     labels: Tensor = inputs["labels"][:, 1:]
     scoring = Scoring(label_smoothing, weigh_by_probability)
@@ -46,7 +48,7 @@ def token_loss(
 
 
 def model_loss(model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
-    """Return the model's own loss of the labels, times their number, for an adapter with a loss of its own."""
+    """Return the model's own loss, times the number of labels. It is for an adapter that defines a loss of its own."""
     out = model(**inputs, use_cache=False)
     labels = inputs["labels"][:, 1:].to(out.logits.device)
     trained = labels != IGNORED
@@ -57,7 +59,7 @@ def model_loss(model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """Scoring of tokens; the two settings are those of `token_loss`."""
+    """Settings of a loss. Both are arguments of `token_loss`."""
 
     label_smoothing: float = 0.0
     weigh_by_probability: bool = False
@@ -65,7 +67,9 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Share of one member in a mixed batch: its rows, their first ``width`` columns, and its scoring."""
+    """One run's share of a batch that several runs share: its rows, their first ``width`` columns, and its loss
+    settings.
+    """
 
     rows: slice
     width: int
@@ -73,7 +77,7 @@ class Share:
 
 
 def token_losses(model: nn.Module, inputs: dict[str, Any], shares: Sequence[Share]) -> list[TokenLoss]:
-    """Return `token_loss` of every share of one batch, from one pass."""
+    """Compute `token_loss` for each share of a batch, in one pass over the model."""
     labels: Tensor = inputs["labels"][:, 1:]
     found = next_tokens(model, inputs) if all(share.scoring == Scoring() for share in shares) else None
     if found is not None:

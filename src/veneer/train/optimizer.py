@@ -59,7 +59,7 @@ _BITSANDBYTES = ("paged_", "lion_8bit", "lion_32bit", "ademamix", "rmsprop_bnb")
 def choose_optimizer(args: TrainingArguments, model: nn.Module | None) -> Choice:
     """Return the class and the arguments of the optimizer that ``args.optim`` names.
 
-    Raises ConfigError for a name that needs a package which is not installed.
+    Raises ConfigError for a name whose package is not installed.
     """
     name = optim_name(args.optim)
     if name in FACTORIES:
@@ -73,7 +73,7 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module | None) -> Choice
 
 
 def lora_plus_optimizer(args: TrainingArguments, model: nn.Module, ratio: float, choice: Choice) -> Any:
-    """Return the chosen optimizer over LoRA+'s groups. Raises ConfigError if it brings groups of its own."""
+    """Return the chosen optimizer with LoRA+'s parameter groups. Raises ConfigError if it defines groups of its own."""
     optimizer, settings = choice
     if {"params", "model", "optimizer_dict"} & settings.keys():
         raise ConfigError(
@@ -90,9 +90,9 @@ def lora_plus_optimizer(args: TrainingArguments, model: nn.Module, ratio: float,
 def galore_groups(args: TrainingArguments, model: nn.Module) -> list[dict[str, Any]]:
     """Return groups of trained parameters: matrices of the layers that GaLore projects, other matrices, and vectors.
 
-    Vectors do not decay. ``args.optim_target_modules`` chooses layers as in transformers (parts of their paths, or
-    regular expressions). None and "all-linear" are all linear layers but the output head. Raises ConfigError if it
-    chooses none.
+    Vectors have no weight decay. ``args.optim_target_modules`` chooses the layers as in transformers, by parts of their
+    paths or regular expressions. None and "all-linear" mean all linear layers except the output head. Raises
+    ConfigError if no layer matches.
     """
     wanted, linear = args.optim_target_modules, module_index(model).all_linear
     if wanted not in (None, "all-linear"):
@@ -129,7 +129,7 @@ def galore_projection(optim_args: str | None) -> GaLoreProjection:
 
 
 def require_known(optim: Any) -> None:
-    """Raise ConfigError for an unknown optimizer's name, with the nearest name."""
+    """Raise ConfigError, with the nearest known name, if ``optim`` is not an optimizer's name."""
     name, known = optim_name(optim), {*FACTORIES, *(each.value for each in OptimizerNames)}
     if name not in known:
         raise ConfigError(
@@ -139,7 +139,7 @@ def require_known(optim: Any) -> None:
 
 
 def optimizer_problems(args: TrainingArguments) -> list[str]:
-    """Return the problems of the arguments with the optimizer that they name."""
+    """Return the problems of arguments that do not go with the optimizer they name."""
     name, found = optim_name(args.optim), list[str]()
     if "galore" in name and name in FACTORIES:
         try:

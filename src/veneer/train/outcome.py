@@ -1,4 +1,4 @@
-"""Outcome of a recipe's run: its saved model or adapter, with its rows and tokenizer."""
+"""Results of a recipe's run: its saved model or adapter, its rows and its tokenizer."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from veneer.train.rows import read_data
 
 
 def trained_recipe(path: Path) -> Recipe:
-    """Return the recipe of a file, or that of the run in a folder, with the changes by ``--set``.
+    """Return the recipe in a file, or that of the run in a folder, with the changes by ``--set`` that the run had.
 
-    Raises ConfigError if it is wrong or describes several runs, and FormatError for a damaged record.
+    Raises ConfigError if it is invalid or describes several runs, and FormatError for a damaged record.
     """
     if path.is_dir():
         return _recipe_of_run(path)
@@ -49,7 +49,9 @@ def _recipe_of_run(folder: Path) -> Recipe:
 
 
 def saved_by(output: Path, method: str) -> Path:
-    """Return the adapter, or the whole model, that a run saved in its output. Raises ConfigError if there is none."""
+    """Return the folder of the adapter, or of the whole model, that a run saved. Raises ConfigError if
+    there is none.
+    """
     saved = output / ("model" if method == "full" else "adapter")
     if not saved.is_dir():
         raise ConfigError(
@@ -62,9 +64,10 @@ def saved_by(output: Path, method: str) -> Path:
 def held_out_rows(
     part: DataPart, seed: int, data: Path | None
 ) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
-    """Return two sets of rows in the recipe's form: the held-out rows, or those of another file, and the training rows.
+    """Return two sets of rows in the recipe's form: those to measure on, and the training rows.
 
-    Raises ConfigError if the recipe holds none out and no file is given.
+    The first are the rows of the file ``data``; without it, the recipe's held-out rows. Raises ConfigError if there are
+    neither.
     """
     if data is not None:
         part = part.model_copy(update={"eval": str(data), "eval_fraction": 0.0, "eval_limit": None})
@@ -75,7 +78,7 @@ def held_out_rows(
 
 
 def trained_tokenizer(source: str, saved: Path) -> Any:
-    """Return the tokenizer that a run wrote prompts with, from its base and what it saved.
+    """Return the tokenizer that a run used, from its base ``source`` and the files that it saved.
 
     Raises the errors of `load_tokenizer`.
     """
@@ -84,7 +87,9 @@ def trained_tokenizer(source: str, saved: Path) -> Any:
 
 
 def trained_parts(part: ModelPart, method: str, saved: Path, tokenizer: Any) -> ModelParts:
-    """Return the base in the recipe's storage with the trained adapter, or the model that was trained whole."""
+    """Return the parts for loading the trained model: the base, stored as the recipe says, with the adapter; or the
+    model that was trained whole.
+    """
     device = default_device()
     with quiet():
         if method == "full":

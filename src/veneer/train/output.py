@@ -1,4 +1,4 @@
-"""Folder of a run: the permission to write into it, and the saving of its results."""
+"""Folder of a run: checks whether the run may write there, and saves its results."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ _SHOWN = 3  # other files
 
 
 def is_over(recipe: Recipe) -> bool:
-    """Return True if the run in a recipe's output is finished, and the recipe does not make it longer."""
+    """Return True if the output folder holds a finished run, and the recipe asks for no more steps."""
     record = record_of(Path(recipe.output))
     return record is not None and is_complete(record, recipe)
 
 
 @contextmanager
 def taken_back(output: Path, made: bool) -> Iterator[None]:
-    """Remove an output folder that was made for the block, if the block fails and the folder is empty."""
+    """Enter a context that removes an empty output folder if the block fails. ``made``: the folder was made for the
+    block.
+    """
     try:
         yield
     except BaseException:
@@ -43,7 +45,7 @@ def taken_back(output: Path, made: bool) -> Iterator[None]:
 
 
 def other_files(output: Path) -> str | None:
-    """Return a note on the files of a folder that holds no run yet; None if there are none."""
+    """Return a note on the files of a folder that holds no run, or None if it is empty."""
     names = sorted(path.name for path in output.iterdir()) if record_of(output) is None else []
     if not names:
         return None
@@ -52,7 +54,7 @@ def other_files(output: Path) -> str | None:
 
 
 def require_free(output: Path, data: DataPart, resume: Resume) -> None:
-    """Check an output by `require_fresh`; missing data files are reported in the same error."""
+    """Check an output folder by `require_fresh`. If data files are missing too, the same error names them."""
     try:
         require_fresh(output, resume)
     except ConfigError as error:
@@ -60,13 +62,13 @@ def require_free(output: Path, data: DataPart, resume: Resume) -> None:
 
 
 def require_data_files(part: DataPart) -> None:
-    """Raise DataError with all files of rows that are named and do not exist."""
+    """Raise DataError if files of rows do not exist. The error names all of them."""
     if part.missing_files:
         raise DataError(listed(part.missing_files))
 
 
 def require_begun(output: Path, data: DataPart) -> None:
-    """Raise TrainingError if no run can be resumed: none is finished in the output, and there is no checkpoint.
+    """Raise TrainingError if there is nothing to resume: neither a checkpoint nor a finished run.
 
     Raises DataError if files of the rows of the resumed run do not exist.
     """
@@ -77,10 +79,11 @@ def require_begun(output: Path, data: DataPart) -> None:
 
 
 def save_trained(trainer: RunTrainer, folder: Path, adapter: Mapping[str, Any]) -> None:
-    """Write the trained adapter or model, whole or not at all, and upload the run's folder if settings say so.
+    """Write the trained adapter or model, completely or not at all, and upload the run's folder if settings say so.
 
-    ``adapter``: that part of the recipe, which may name the adapter on which training continued. All processes wait for
-    the main one: after a signal the others would end, and their launcher would end the main one with them.
+    ``adapter`` is that part of the recipe, which may name the adapter on which training continued. All processes wait
+    for the main one. Otherwise, after a signal, the others would end, and their launcher would end the main one with
+    them.
     """
     if is_main():
         with new_folder(folder) as scratch:
@@ -96,7 +99,7 @@ def save_trained(trainer: RunTrainer, folder: Path, adapter: Mapping[str, Any]) 
 
 
 def usable(recipe: Recipe, checkpoint: Path) -> str:
-    """Return a sentence with the commands that work on a checkpoint in the same way as on a finished run's results."""
+    """Return a sentence with commands that use a checkpoint, as they use the results of a finished run."""
     base, kind = recipe.model.source, MODEL if recipe.method == FULL else ADAPTER
     if recipe.task == "reward":
         return f"The {kind} in {checkpoint} loads as that of a finished run does"

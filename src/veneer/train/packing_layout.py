@@ -1,4 +1,4 @@
-"""Layout of packed rows that a model computes exactly, found by a trial."""
+"""Finds, by a trial, the layout of packed rows for which a model computes exact results."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FIRST, SECOND = 5, 6
 
 
 def packing_layout(model: nn.Module) -> Layout:
-    """Return the layout in which packed rows give this model exactly the logits of the sequences on their own.
+    """Return the layout in which packed rows have exactly the logits of their sequences computed separately.
 
     Flash attention kernels take one row with restarting positions. Other models are tested: two short sequences run
     packed and apart. Some families ignore restarting positions (learned positions computed from the mask, ALiBi,
-    recurrent layers, virtual tokens). Their rows are unpacked before the forward pass: as exact, without the gain.
-    Raises ConfigError if the acting adapter has invocation tokens, which belong to a row.
+    recurrent layers, virtual tokens). Their rows are unpacked before the forward pass, which is as exact but saves no
+    time. Raises ConfigError if the active adapter has invocation tokens, which belong to a row.
     """
     if acting_tokens(model):
         raise ConfigError(PACKED)
@@ -42,7 +42,9 @@ def packing_layout(model: nn.Module) -> Layout:
 
 @torch.no_grad()
 def keeps_packed_apart(model: nn.Module) -> bool:
-    """Return True if the second of two packed sequences has the same logits as alone, whatever the first one is."""
+    """Return True if a sequence packed behind another has the same logits as alone, for two different
+    first sequences.
+    """
     try:
         with evaluation(model):
             vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]

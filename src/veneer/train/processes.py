@@ -1,4 +1,4 @@
-"""Processes of one run: the main one decides and writes. The others wait for it."""
+"""Processes of one run: the main one decides and writes, and the others wait for it."""
 
 from __future__ import annotations
 
@@ -25,28 +25,30 @@ def n_processes() -> int:
 
 
 def is_main() -> bool:
-    """Return True in the process that writes and prints, even before the processes have met."""
+    """Return True in the process that writes and prints. This works before the processes have joined their group."""
     return (distributed.get_rank() if _together() else int(os.environ.get("RANK", "0"))) == 0
 
 
 def meet(args: Any) -> None:
-    """Join the group that a launcher has started, by the settings ``args`` of a trainer; a process alone has none."""
+    """Join the process group that a launcher has started. ``args`` are a trainer's settings. A lone process does
+    nothing.
+    """
     if group_size() > 1:
         _ = args.device
 
 
 def part() -> None:
-    """Leave the processes that trained together; a process that trained alone has nothing to leave."""
+    """Leave the process group, if there is one."""
     if _together():
         distributed.destroy_process_group()
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Raise LostProcessError within the context if another process has ended.
+    """Enter a context that raises LostProcessError if another process of the run has ended.
 
-    In the main process the error has the reason, if the other process could leave one. If a signal ended the other,
-    Interrupted is raised.
+    In the main process the error has the reason, if the other process could leave one. If a signal ended the other
+    process, Interrupted is raised.
     """
     try:
         yield
@@ -61,7 +63,7 @@ def together() -> Iterator[None]:
 
 
 def _says_another_is_gone(error: BaseException) -> bool:
-    """Return True if an error says that another process is gone. gloo has no class of its own for it."""
+    """Return True if an error means that another process has ended. gloo has no exception class for that."""
     lost = isinstance(error, distributed.DistError) or "/gloo/" in str(error)
     return isinstance(error, RuntimeError) and lost and not isinstance(error, VeneerError)
 
@@ -86,7 +88,9 @@ def _lost_process(error: BaseException) -> BaseException:
 
 
 def _heard(told: str) -> str:
-    """Return the first line of the back end's message, without gloo's source position and advice to its developers."""
+    """Return the first line of the communication library's message, without gloo's source position and advice to
+    developers.
+    """
     line = told.strip().partition("\n")[0].partition(" This is typically caused by")[0]
     return re.sub(r"^\[[^\]]*/gloo/[^\]]*\]\s*", "", line)
 
@@ -96,7 +100,7 @@ def _store() -> Any:
 
 
 def by_main(act: Callable[[], T]) -> T:
-    """Return to all processes the result of ``act`` in the main one, for which the others wait.
+    """Call ``act`` in the main process, and return its result in all processes.
 
     Its errors are raised in all processes: a VeneerError unchanged, any other as a TrainingError in the other
     processes.
@@ -119,7 +123,9 @@ def by_main(act: Callable[[], T]) -> T:
 
 
 def require_alike(run: Mapping[str, Any]) -> None:
-    """Raise ConfigError in all processes if they are about to train different runs, told by their facts as JSON."""
+    """Raise ConfigError in all processes if they are about to train different runs. ``run`` holds facts of one, as
+    JSON.
+    """
     found = gathered(dict(run))
 
     def compare() -> None:
@@ -158,7 +164,7 @@ def largest(value: int, device: torch.device) -> int:
 
 
 def gathered(value: T) -> list[T]:
-    """Return the values of all processes in their order, in the main one; elsewhere nothing."""
+    """Return the values of all processes, ordered by rank, in the main process, and an empty list in the others."""
     if n_processes() == 1:
         return [value]
     found: list[Any] | None = [None] * n_processes() if is_main() else None

@@ -8,9 +8,10 @@ from typing import Any
 
 @dataclass
 class Progress:
-    """Losses in nats for each trained token, summed over optimizer steps; ``window`` begins at the last log line.
+    """Counters of a training, summed over optimizer steps. Losses are in nats for each trained token.
 
-    ``seconds`` are those of the training before the checkpoint that this process resumed from.
+    Those with ``window`` begin at the last log line. ``seconds`` is the time of the training before the checkpoint from
+    which this process resumed.
     """
 
     loss: float = 0.0
@@ -27,7 +28,7 @@ class Progress:
         self.window_loss += loss
 
     def add_tokens(self, n_tokens: int, n_trained: int, n_right: int) -> None:
-        """Count the tokens of one micro-batch: all but padding, those trained, those predicted right."""
+        """Count the tokens of one micro-batch: all except padding, those trained, and those predicted right."""
         self.n_tokens += n_tokens
         self.window_trained += n_trained
         self.window_right += n_right

@@ -1,4 +1,4 @@
-"""Uploads of a run to the hub, which may fail without harm to the run."""
+"""Handles uploads of a run to the hub, whose failure must not end the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__mro__[1])
 
 @contextmanager
 def failures_to_push_told(repository: str | None, folder: Path) -> Iterator[None]:
-    """Warn if an upload fails: its files are on disk, so that the run continues without it."""
+    """Enter a context that turns a failed upload into a warning. The files stay on disk, and the run continues."""
     try:
         yield
     except VeneerError:

@@ -1,4 +1,4 @@
-"""Trainer of a recipe, with its rows, its base and its adapter; nothing is trained yet."""
+"""Builds the trainer of a recipe, with its rows, base and adapter. Nothing is trained here."""
 
 from __future__ import annotations
 
@@ -55,9 +55,10 @@ log = logging.getLogger(__name__)
 def make_trainer(
     recipe: Recipe, model: PreTrainedModel | None = None, kind: type[SFTTrainer] | None = None
 ) -> RunTrainer:
-    """Return the trainer of a recipe, before any training. Data is encoded, and the model loaded if none is given.
+    """Return the trainer of a recipe, before any training. Rows are encoded; the model is loaded unless it is given.
 
-    Raises the errors of its parts, and CompositionError if the adapter that is trained on is already in the base.
+    Raises the errors of its parts, and CompositionError if the adapter whose training continues is already merged into
+    the base.
     """
     require_not_in_base(recipe.adapter, recipe.model.source)
     tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
@@ -88,7 +89,7 @@ def make_trainer(
 
 
 def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunTrainer:
-    """Return the trainer of a recipe whose rows are not read as answers."""
+    """Return the trainer of a recipe for preferences, rewards or drawn answers."""
     rows = read_data(recipe.data, recipe.seed, preference_reader(recipe.data, recipe.task))
     args = recipe.training_config()
     rewards = {"reward_funcs": recipe.reward_functions()[0]} if recipe.rewards else {}
@@ -112,8 +113,9 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
 
 
 def _encoding_told(rows: Rows, *, draws: bool = False) -> AbstractContextManager[None]:
-    """Print lines while rows are tokenized; in a terminal datasets shows bars instead. ``draws``: an engine draws
-    answers.
+    """Enter a context that prints lines while rows are tokenized; in a terminal, datasets shows bars instead.
+
+    ``draws``: an engine draws answers, so that building it is mentioned too.
     """
     if draws:
         return waits_told("building the trainer, its rewards and its engine")  # no row is tokenized before a step
@@ -127,7 +129,7 @@ def _encoding_told(rows: Rows, *, draws: bool = False) -> AbstractContextManager
 def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
     """Attach the recipe's saved adapter, or a fresh one if the base is sharded.
 
-    In all other cases the trainer attaches the fresh one, whose config is returned with the base.
+    In all other cases return the base with the config of a fresh adapter, which the trainer attaches.
     """
     saved = FROM in recipe.adapter
     model = with_saved_adapter(recipe.adapter, recipe.task, base) if saved else base
@@ -149,20 +151,20 @@ def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
 
 
 def _cutter(part: DistributedPart, args: Any) -> BaseCutter | None:
-    """Return the object that shards a base while it is loaded; None if the base stays whole."""
+    """Return the object that shards a base while it is loaded, or None if each process has all of the base."""
     shard = part.copy_size(n_processes(), n_on_this_machine())
     return None if shard == 1 else BaseCutter(shard, args.device.type)
 
 
 class _Given(NamedTuple):
-    """Model and method for a trainer. The method is None if the model has its adapter already."""
+    """Model and adapter config for a trainer. The config is None if the model has its adapter already."""
 
     model: PreTrainedModel
     config: MethodConfig | None
 
 
 def with_saved_adapter(part: Mapping[str, Any], task: str, model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model with the adapter of ``adapter.from``, to be trained further.
+    """Attach the adapter of ``adapter.from`` to a model for further training, and return the model.
 
     Raises ConfigError for an adapter of another kind of model than the task trains.
     """
@@ -178,13 +180,13 @@ def with_saved_adapter(part: Mapping[str, Any], task: str, model: PreTrainedMode
 
 
 def require_not_in_base(part: Mapping[str, Any], base: str) -> None:
-    """Raise CompositionError if the adapter that is trained further was merged into its base."""
+    """Raise CompositionError if the adapter whose training continues was already merged into its base."""
     if FROM in part:
         require_not_merged(resolve(base), adapter_folder(part[FROM]))
 
 
 def _require_same_modules(part: Mapping[str, Any], config: Any, model: PreTrainedModel) -> None:
-    """Raise ConfigError if a saved adapter acts on modules other than the recipe's target modules."""
+    """Raise ConfigError if a saved adapter changes other modules than the recipe's target modules."""
     given, index = part["target_modules"], module_index(model, config)
     named = given if isinstance(given, str) else tuple(given)
     meant, own = (set(select_targets(each, index)) for each in (replace(config, target_modules=named), config))
@@ -211,5 +213,5 @@ def _tell_of_odd_settings(part: Mapping[str, Any], method: str, trainer: SFTTrai
 
 
 def _known(rows: Dataset | IterableDataset) -> list[dict[str, Any]]:
-    """Return the rows if they are in memory; none of a stream."""
+    """Return the rows if they are in memory, or an empty list for a stream."""
     return [] if isinstance(rows, IterableDataset) else list(rows)

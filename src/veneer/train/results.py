@@ -1,4 +1,4 @@
-"""Last lines of a run: what it reached, where that lies, and the command that asks it."""
+"""Last lines that a run prints: its results, where they are saved, and the command that queries the model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def result_lines(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
 
 
 def next_command(recipe: Recipe, saved: str) -> str:
-    """Return the command that asks what was trained, as its rows asked; of a reward model, the one that shows it."""
+    """Return the command that queries the trained model in the form of its rows; for a reward model, one that evaluates
+    it.
+    """
     if recipe.task == "reward":
         return f"veneer info {shlex.quote(recipe.output)}"
     name = shlex.quote(saved)

@@ -1,4 +1,4 @@
-"""Checkpoints of a trainer: the part that writes them and continues from them bit for bit."""
+"""Writes checkpoints of a trainer, and continues from them bit for bit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from veneer.train.trained_values import TRAINED_FILE, load_trained, save_trained
 
 
 class EpochEnds(TrainerCallback):  # type: ignore[misc]
-    """Callback that counts a whole epoch as over in the checkpoints written after its end."""
+    """Callback that records an epoch as finished in the checkpoints written after its last step."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self._trainer = trainer
@@ -51,7 +51,7 @@ class EpochEnds(TrainerCallback):  # type: ignore[misc]
 
 
 class ResumableTrainer(Trainer):  # type: ignore[misc]
-    """Mixin for a trainer whose checkpoints are whole or absent, and hold all state that the next step depends on.
+    """Mixin for a trainer whose checkpoints are complete or absent, and hold all state that the next step depends on.
 
     A checkpoint of an adapted model holds the adapter, every trained parameter in its own precision, optimizer,
     schedule, random states and counters. It holds no weight of the base.
@@ -70,7 +70,10 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     _owes_evaluation: bool = False  # that of the beginning, put off until the first step is made
 
     def resolve_resume(self, resume: str | bool | None) -> str | None:
-        """Return the checkpoint to resume from: the latest for True. Raises TrainingError if none fits this run."""
+        """Return the checkpoint to resume from, which is the latest if ``resume`` is True.
+
+        Raises TrainingError if there is none, or if it belongs to another run.
+        """
         run = Path(self.args.output_dir)
         if not resume:
             by_main(lambda: drop_partial(run))
@@ -93,24 +96,24 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         return str(folder)
 
     def seconds_trained(self) -> float:
-        """Return the seconds of the whole training up to now, with those before the checkpoint it resumed from."""
+        """The seconds of the training so far, with those before the checkpoint from which it resumed."""
         return self.progress.seconds + time.perf_counter() - self.began
 
     def counters(self) -> dict[str, Any]:
-        """Return the counters of a checkpoint other than the losses of `Progress`, as JSON."""
+        """Return the counters for a checkpoint, besides the losses of `Progress`, as JSON values."""
         return {}
 
     def restore_counters(self, counted: dict[str, Any], folder: Path) -> None:
         """Restore the `counters` of the checkpoint in ``folder``."""
 
     def _init_training_state(self, max_steps: int, *args: Any, **options: Any) -> Any:
-        """Restore the checkpoint's counters. Intervals of logs, evaluations and saves are this run's own."""
+        """Restore the checkpoint's counters, but keep this run's own intervals of logs, evaluations and saves."""
         found = super()._init_training_state(max_steps, *args, **options)
         self.state.compute_steps(self.args, max_steps)
         return found if has_length(self.train_dataset) else self._place_in_stream()
 
     def _place_in_stream(self) -> tuple[int, int]:
-        """Return the number of finished epochs, and of micro-batches done in the current one.
+        """Return the number of finished epochs, and of the current epoch's finished micro-batches.
 
         Trainer derives them from the number of rows, which it takes to be infinite for a stream.
         """
@@ -119,7 +122,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         return number, 0 if self.args.ignore_data_skip else within
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the state of optimizer and scheduler. Changed settings, such as learning rates, are this run's own."""
+        """Load the state of optimizer and scheduler, but keep this run's own settings, such as learning rates."""
         own = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
         base = list(getattr(self.lr_scheduler, "base_lrs", ()))
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -132,9 +135,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             group.update({**kept, "lr": rate})
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        """Evaluate as Trainer does. The evaluation at the beginning (``skip_scheduler``) is left out in a resumed run.
+        """Evaluate as Trainer does. In a resumed run, skip the evaluation before the first step (``skip_scheduler``).
 
-        If the first step changes nothing, that evaluation comes after the step, which then does not wait for it.
+        If the first step changes nothing, that evaluation comes after the step instead, so that the step need not wait.
         """
         begins = skip_scheduler and self.state.global_step == 0
         self._owes_evaluation = begins and changes_nothing(self.optimizer, self.model)
@@ -143,7 +146,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         return cast("dict[str, float]", super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler))
 
     def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
-        """Log, save and evaluate as Trainer does, after the evaluation that was put off unless one is due anyway."""
+        """Log, save and evaluate as Trainer does. Before that, run the postponed first evaluation unless one is due now
+        anyway.
+        """
         if self._owes_evaluation and not self.control.should_evaluate:
             logs = self.control.should_log
             super()._evaluate(None, None, skip_scheduler=True)
@@ -152,8 +157,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         super()._maybe_log_save_evaluate(*args, **options)
 
     def _run_epoch(self, **options: Any) -> None:
-        """Run the epoch. Run no step if a checkpoint from within an epoch has the last step: Trainer would run one
-        more.
+        """Run the epoch. Run no step if the checkpoint, written within an epoch, is of the last step: Trainer would run
+        one more.
         """
         if self.order is not None:  # accelerate does not reach it within an epoch that several processes go on with
             self.order.set_epoch(options["epoch"])
@@ -193,7 +198,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         by_main(lambda: self._write_checkpoint(run, target, files))
 
     def own_files(self) -> list[tuple[str, bytes]]:
-        """Return name and content of the files of a checkpoint that only this process can give."""
+        """Return name and content of the checkpoint files that each process writes for itself."""
         return [self._random_state()]
 
     def _write_checkpoint(self, run: Path, target: Path, files: Sequence[tuple[str, bytes]]) -> None:
@@ -237,7 +242,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             return file.name, file.read_bytes()
 
     def _save_trained(self, folder: Path) -> None:
-        """Write the state that an adapter's next step needs and that its files do not hold."""
+        """Write state of the trained adapter that the next step needs and the adapter's own files do not hold."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.args.should_save and isinstance(model, PeftModel):
             save_trained(model, folder)
@@ -261,9 +266,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self.state.save_to_json(str(folder / STATE_FILE))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the adapter (or the whole model if it is trained) and the tokenizer, without a pickle of the
-        arguments.
-        """
+        """Save the tokenizer and the adapter, or the model if it is trained whole. The arguments are not pickled."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -290,7 +293,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Restore the random states after the block, which may draw random numbers."""
+    """Enter a context after which the random states are as before, even if the block draws random numbers."""
     states = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):

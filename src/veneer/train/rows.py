@@ -1,4 +1,4 @@
-"""Rows that a recipe trains on and holds out."""
+"""Reads the rows that a recipe trains on and holds out."""
 
 from __future__ import annotations
 
@@ -46,15 +46,16 @@ def read_data(part: DataPart, seed: int, reader: RowReader | PreferenceReader | 
 
 
 class _Only(NamedTuple):
-    """Parts of rows that are trained: only completions, only the assistant's turns, or both flags off for all."""
+    """Which tokens of rows are trained: only completions, only the assistant's turns, or all if both are False."""
 
     completion: bool
     assistant: bool
 
 
 def answers_only(part: DataPart, kind: Kind) -> _Only:
-    """Return the meaning of ``data.train_on`` for rows of a kind. Raises ConfigError if it is given and
-    finds no answers.
+    """Return which tokens ``data.train_on`` trains for rows of a kind.
+
+    Raises ConfigError if it asks for answers and the rows have none.
     """
     if part.train_on == "answers" and kind == "text":
         require_no_answers(part)

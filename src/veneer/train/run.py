@@ -1,4 +1,4 @@
-"""Run of a recipe: load, read, train, evaluate, save, and record the results."""
+"""Runs a recipe: load, read, train, evaluate, save, and record the results."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def run_recipe(
     """Run a recipe and return the content of ``run.json``, with the ``planned`` and the measured memory.
 
     Writes into the recipe's output: ``adapter/`` (``model/`` for a model trained whole), ``run.json``, ``loss.png``,
-    checkpoints and TensorBoard's files. SIGTERM and SIGINT end the step in progress, write a checkpoint and raise
-    Interrupted.
+    checkpoints and TensorBoard's files. After SIGTERM or SIGINT, the current step ends, a checkpoint is written, and
+    Interrupted is raised.
 
-    ``resume="auto"`` begins the run if its output holds no checkpoint, and else continues it; the main process decides.
-    A refused resume leaves the run as it was. A resume of a finished run changes nothing. ``allow_changes`` accepts
-    other settings or data than the run was begun with, and records the changes with their steps.
+    ``resume="auto"`` begins the run if its output holds no checkpoint, and otherwise continues it; the main process
+    decides. A refused resume leaves the run as it was. A resume of a finished run changes nothing. ``allow_changes``
+    accepts other settings or data than the run began with, and records the changes with their steps.
 
     Raises the errors of its parts. Raises ConfigError also if the output holds a run and ``resume`` is false, or if a
     process trains in it. Raises it as well if a resumed run has other settings or data, unless ``allow_changes``.
@@ -88,7 +88,9 @@ def run_recipe(
 
 
 class _FoundOutput(NamedTuple):
-    """The output of a run before it begins: if it is new, if its run goes on, its record, and a note on other files."""
+    """Output folder of a run before it begins. ``goes_on``: the run in it continues. ``record``: that run's record, if
+    any. ``others``: a note on files that do not belong to a run.
+    """
 
     is_new: bool
     goes_on: bool
@@ -122,8 +124,8 @@ def carry_out(
 ) -> dict[str, Any]:
     """Run a recipe as `run_recipe` does, with a given trainer.
 
-    If a run breaks off, ``run.json`` has its status, its step, the ``reason`` and its log. One that is refused before
-    it trains leaves that file unchanged.
+    If the run ends early, ``run.json`` has its status, its step, the ``reason`` and its log. If the run is refused
+    before it trains, that file stays unchanged.
     """
     if (reason := unusable_gpu()) or trainer.args.device.type != "cpu":
         tell(f"device: {told_device(trainer.args.device)}" + (f", not the GPU: {reason}" if reason else ""))
@@ -194,7 +196,9 @@ def _trained(trainer: RunTrainer, saved: Path, adapter: Mapping[str, Any], resum
 
 
 def _explained(error: BaseException, recipe: Recipe, step: int) -> BaseException:
-    """Return the error that the run ends with: that of a GPU in words, an interrupt with the files that are left."""
+    """Return the error that the run ends with. A GPU's failure is explained; an interrupt names the files that are
+    left.
+    """
     failure = gpu_failure(error)
     if failure is not None:
         kept = checkpoints(Path(recipe.output))
@@ -208,7 +212,7 @@ def _explained(error: BaseException, recipe: Recipe, step: int) -> BaseException
 
 
 def describe_run(recipe: Recipe, trainer: RunTrainer) -> dict[str, Any]:
-    """Return the facts of a run before it begins."""
+    """Return the facts about a run that are known before it begins."""
     config, values = recipe.adapter_config(), recipe.model_dump()
     return {
         "format": 1,

@@ -1,4 +1,4 @@
-"""Shared part of all trainers: fused path, optimizers, checks of each step, setup around a run."""
+"""Shared part of all trainers: fused kernels, optimizers, checks of each step, and setup around a run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from veneer.train.undone import model_kept, settings_kept, unwrap_forward
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Settings, adapted model and tokenizer that a trainer is made with."""
+    """Settings, model with its adapter, and tokenizer, for the constructor of a trainer."""
 
     args: Any
     model: PreTrainedModel
@@ -60,8 +60,8 @@ class Ready:
 class RunTrainer(ResumableTrainer):
     """Mixin for TRL's trainers, shared by `veneer.SFTTrainer` and those of preferences and rewards.
 
-    A subclass names it before TRL's class, calls `made_ready`, builds TRL's trainer inside `building`, and ends its
-    ``__init__`` with `surround`.
+    A subclass lists it before TRL's class. Its ``__init__`` calls `made_ready`, calls TRL's ``__init__`` inside
+    `building`, and ends with `surround`.
     """
 
     kind: ClassVar[Kind] = "causal"
@@ -77,7 +77,7 @@ class RunTrainer(ResumableTrainer):
         peft_config: MethodConfig | None,
         optimizers: tuple[Any, Any],
     ) -> Ready:
-        """Return the settings (a copy), the model with a fresh adapter if a config is given, and the tokenizer.
+        """Return a copy of the settings, the model with a fresh adapter if a config is given, and the tokenizer.
 
         Raises ConfigError for arguments that exclude each other.
         """
@@ -102,18 +102,22 @@ class RunTrainer(ResumableTrainer):
     def take_base(
         self, base: PreTrainedModel, args: Any, processing_class: Any, peft_config: MethodConfig | None
     ) -> None:
-        """Prepare the loaded base before a fresh adapter is attached (None: there is none). Here nothing is done."""
+        """Prepare the loaded base before a fresh adapter is attached. Without ``peft_config`` there is none. Does
+        nothing here.
+        """
 
     @contextmanager
     def building(self, ready: Ready) -> Iterator[dict[str, Any]]:
-        """Keep the model and the settings unchanged while TRL's trainer is made in the block, with these arguments."""
+        """Enter a context for TRL's constructor, which leaves the model and the settings unchanged. Yields its
+        arguments.
+        """
         with model_kept(ready.model), settings_kept(ready.args):
             yield {"model": ready.model, "args": ready.args, "processing_class": ready.processing_class}
 
     def surround(self) -> None:
-        """Set up the offload of activations, the display, adapters' schedules and callbacks.
+        """Set up activation offloading, the display, adapters' schedules and callbacks.
 
-        Raises ConfigError if several processes split the model otherwise than by `shard_base`.
+        Raises ConfigError if several processes shard the model otherwise than by `shard_base`.
         """
         require_whole_models(self)
         if is_cut(self.model):
@@ -126,7 +130,7 @@ class RunTrainer(ResumableTrainer):
 
     @property
     def n_tokens_read(self) -> int:
-        """Tokens of the training so far, all but padding."""
+        """The number of tokens read in the training so far, without padding."""
         return self.progress.n_tokens
 
     def _offloading(self) -> ActivationOffload | None:
@@ -196,7 +200,7 @@ class RunTrainer(ResumableTrainer):
     def with_penalty(self, loss: torch.Tensor, *, shared: bool) -> torch.Tensor:
         """Return the loss of a micro-batch plus the training penalties of the active adapters.
 
-        ``shared``: the loss is already this micro-batch's part of the step's, so the penalty is divided likewise.
+        ``shared``: the loss is already this micro-batch's share of its step, so the penalty is divided in the same way.
         """
         term = penalty(self.model, self.model.adapter_state) if self._is_penalized() else None
         if term is None:
@@ -209,7 +213,7 @@ class RunTrainer(ResumableTrainer):
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
         """Evaluate without consuming a random number of the training.
 
-        After training the arithmetic is that of an evaluation within it: the fused path, under autocast.
+        An evaluation after training computes as one during training does: with the fused kernels, under autocast.
         """
         with ExitStack() as stack:
             stack.enter_context(random_state_kept())
@@ -223,7 +227,7 @@ class RunTrainer(ResumableTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a line. Losses come from counters that checkpoints hold, so that a resumed run logs the same ones."""
+        """Log a line. Losses come from counters that checkpoints hold, so that a resumed run logs the same values."""
         if "loss" in logs and self.model.training:
             logs.update(self.progress.close_window(self.state.global_step))
         if "train_loss" in logs:
@@ -231,7 +235,7 @@ class RunTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """Return the optimizer, over LoRA+'s groups if ``lora_plus`` is set."""
+        """Return the optimizer. If ``lora_plus`` is set, it has LoRA+'s parameter groups."""
         if self.optimizer is None and self.args.lora_plus is not None:
             trained = self.model if model is None else model
             choice = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, trained)
@@ -260,7 +264,7 @@ class RunTrainer(ResumableTrainer):
         return [len(ids) for ids in rows["input_ids"]]
 
     def fusing(self) -> AbstractContextManager[object]:
-        """Return a block in which the model runs fused, if it can and ``fused`` allows it."""
+        """Return a context in which the model runs on fused kernels, if it can and ``fused`` allows it."""
         return fused(self.model) if self.args.fused == "auto" else nullcontext()
 
     def _unwrap_forward(self) -> None:
@@ -270,7 +274,7 @@ class RunTrainer(ResumableTrainer):
             self.accelerator.free_memory()
 
     def _stop_updates(self) -> None:
-        """Make sure that no backward pass moves a weight after training."""
+        """Prevent backward passes after training from changing weights."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper around it
         if isinstance(optimizer, LayerwiseGaLoreAdamW):
             optimizer.close()
@@ -280,7 +284,7 @@ class RunTrainer(ResumableTrainer):
 
 
 def _reentrant(args: RunSettings) -> bool:
-    """Return True if blocks are recomputed with reentrant checkpointing, under the setting's old or new name."""
+    """Return True if gradient checkpointing is reentrant, by the setting's old or new name."""
     settings = [args.gradient_checkpointing_kwargs, getattr(args, "activation_checkpointing_kwargs", None)]
     on = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
     return bool(on) and any((given or {}).get("use_reentrant") for given in settings)

@@ -1,4 +1,4 @@
-"""Training rows as a trainer would read them, one of each source, for inspection before a run."""
+"""Training rows as a trainer would read them, one from each source, for inspection before a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _READING = {"prompt", "completion", "chat", "system"}
 
 
 def samples_of(recipe: Recipe) -> tuple[dict[str, Sample], PreTrainedTokenizerBase]:
-    """Return the first training row of every source, or its parts, by name, and the tokenizer that reads them."""
+    """Return the first training row of every source, or the row's parts, by name, and the tokenizer that reads them."""
     tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
     if recipe.task not in OF_ANSWERS:
         return _by_part(recipe, tokenizer), tokenizer
@@ -36,7 +36,7 @@ def samples_of(recipe: Recipe) -> tuple[dict[str, Sample], PreTrainedTokenizerBa
 
 
 def _alone(part: DataPart) -> Iterator[DataPart]:
-    """Yield a data part for each source alone."""
+    """Yield, for each source of rows, a copy of the data part that has this source alone."""
     yield part.model_copy(update={"more": []})
     for each in part.more:
         own = {key: value for key, value in each.model_dump(include=_READING).items() if value is not None}
@@ -78,7 +78,7 @@ def _by_part(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sa
 
 
 def _encoded(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any) -> Dataset:
-    """Encode the rows as TRL's trainer of the task does, with a stand-in that has the few attributes needed."""
+    """Encode the rows as TRL's trainer of the task does, without making a trainer."""
     reader: Any = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False)
     found: Dataset = getattr(trl, KEYS[task].trainer)._prepare_dataset(reader, rows, tokenizer, args, "sample")
     if not len(found):

@@ -1,4 +1,4 @@
-"""Callback that lets methods act after each optimizer step: AdaLoRA's budget in any Trainer."""
+"""Callback that lets methods act after each optimizer step in any Trainer, such as AdaLoRA's allocation of ranks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SCHEDULE_FILE = "schedule.safetensors"
 
 
 class AdapterSchedule(TrainerCallback):  # type: ignore[misc]
-    """Callback that `SFTTrainer` installs, for any other Trainer's ``callbacks`` too. It affects only methods with a
-    schedule.
+    """Callback that lets adapters with a schedule act after each step. `SFTTrainer` installs it; any other Trainer can
+    have it in ``callbacks``.
 
-    ``source``: the checkpoint that the run resumes from, if any; None is that of the run's own folder.
+    ``source``: the checkpoint from which the run resumes, if it is not in the run's own folder.
     """
 
     def __init__(self, source: Path | None = None) -> None:
@@ -32,9 +32,9 @@ class AdapterSchedule(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        """Make the schedules for a run of this length, or those of the checkpoint.
+        """Create the schedules for a run of this length, or restore those of the checkpoint.
 
-        Raises TrainingError if the scores of a resumed run do not exist.
+        Raises TrainingError if a resumed run's checkpoint has no scores of the schedule.
         """
         model: nn.Module = context["model"]
         if isinstance(model, PeftModel):

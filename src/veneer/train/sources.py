@@ -1,4 +1,4 @@
-"""Sources of training rows in a recipe, each with its settings of reading."""
+"""Reads the sources of training rows in a recipe, each with its own reading settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from veneer.recipe.readers import readers_of
 
 
 def sources_of(part: DataPart) -> list[Source]:
-    """Return ``data.train`` and the sources of ``data.more``. Raises ConfigError if weight and count are both given."""
+    """Return ``data.train`` and the sources of ``data.more``. Raises ConfigError if a source has both
+    weight and count.
+    """
     own, *more = readers_of(part)
     found = [Source(name=part.train, reader=own)]
     for each, reader in zip(part.more, more, strict=True):

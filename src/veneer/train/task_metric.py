@@ -1,4 +1,4 @@
-"""Metric of the task on held-out rows during training: the share of right answers of the current model."""
+"""Metric of a task on held-out rows during training: the share of right answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """Questions of a metric, read once."""
+    """A metric with its questions, which are read once."""
 
     part: MetricPart
     tokenizer: Any
@@ -26,7 +26,7 @@ class TaskMetric:
 
     @classmethod
     def of(cls, part: MetricPart, tokenizer: Any, held_out: Sequence[Row], train: Sequence[Row]) -> TaskMetric:
-        """Return the metric over the first held-out rows. If no labels are given, they are the answers of all rows.
+        """Return the metric for the first held-out rows. If no labels are given, all rows' answers are the labels.
 
         Raises DataError if rows hold no answer to compare with.
         """

@@ -1,4 +1,4 @@
-"""Model that a trainer trains: loaded if it is named, adapted if a config is given."""
+"""Loads the model of a trainer if it is given by name, and attaches an adapter if a config is given."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Kind = Literal["causal", "reward"]
 def loaded(
     model: str | PreTrainedModel, args: RunSettings, quantization_config: Any, kind: Kind = "causal"
 ) -> PreTrainedModel:
-    """Return the model, loaded by ``args.model_init_kwargs`` if it is a name; the settings are then used up.
+    """Return the model. If it is a name, load it with ``args.model_init_kwargs``, which are then cleared.
 
-    Raises ConfigError if settings of loading come with a model that is already loaded.
+    Raises ConfigError if loading settings are given for a model that is loaded already.
     """
     if not isinstance(model, str):
         if quantization_config is not None or args.model_init_kwargs:
@@ -42,10 +42,10 @@ def loaded(
 
 
 def adapted(model: PreTrainedModel, peft_config: MethodConfig | None) -> PreTrainedModel:
-    """Return the model with a fresh adapter of ``peft_config``, or unchanged without one.
+    """Attach a fresh adapter of ``peft_config``, if that is given, and return the model.
 
-    Its experts run in the form that their widths allow. Raises ConfigError for a config of another library, and for a
-    model that already has an adapter.
+    If the model has experts, choose their implementation by their widths. Raises ConfigError for a config of another
+    library, and for a model that already has an adapter.
     """
     fit_experts(model)
     if peft_config is None:

@@ -1,4 +1,4 @@
-"""Values of the trained parameters in a checkpoint: small, and strict when read."""
+"""Saves and loads the trained parameters of a checkpoint: they are few, and every mismatch is an error."""
 
 from __future__ import annotations
 

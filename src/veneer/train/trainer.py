@@ -42,9 +42,9 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
 
     The loss of an optimizer step is the mean over all its trained tokens, however they are spread over micro-batches.
     Packed sequences never see one another. Trained weights are float32. A resumed run repeats the uninterrupted run,
-    bit for bit. Nothing is reported to anybody.
+    bit for bit. Nothing is reported to any service by default.
 
-    Raises ConfigError, DataError or TrainingError if the run could not do as asked.
+    Raises ConfigError, DataError or TrainingError if the run is impossible as configured.
     """
 
     task_metric: TaskMetric | None = None  # measured whenever the held-out loss is
@@ -116,7 +116,7 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the summed cross-entropy of a micro-batch over ``num_items_in_batch``, the trained tokens of the whole
+        """Return a micro-batch's summed cross-entropy, divided by ``num_items_in_batch``, the trained tokens of the
         step.
 
         Without that number, it is divided by the micro-batch's own trained tokens.
@@ -139,8 +139,8 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
     def token_loss(self, model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
         """Return the loss of a micro-batch before it is normalized.
 
-        An adapter's own loss holds no auxiliary loss of a router. Raises ConfigError for settings that it does not
-        have.
+        An adapter's own loss does not include the auxiliary loss of a router. Raises ConfigError for settings that such
+        a loss does not have.
         """
         own = has_own_loss(self.model)
         inputs = {**inputs, **({"output_router_logits": not own} if self.aux_loss_enabled else {})}
@@ -194,8 +194,8 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
         return output
 
     def describe_rows(self, rows: Dataset | IterableDataset) -> dict[str, Any]:
-        """Return statistics of the rows of a data set, and a hash of them, for ``run.json``. Streamed rows give only a
-        mark.
+        """Return statistics of the rows of a data set, and a hash of them, for ``run.json``. Streamed rows are only
+        marked so.
         """
         if isinstance(rows, IterableDataset):
             return {"streamed": True}

@@ -1,4 +1,4 @@
-"""Unwanted changes by TRL, Trainer and accelerate to a model and its settings: prevented, or undone."""
+"""Prevents or undoes unwanted changes by TRL, Trainer and accelerate to a model and its settings."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from veneer.train.config import RunSettings
 
 @contextmanager
 def model_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Undo, after the block, TRL's changes of the model: trained weights stay (or become) float32, and ``forward``
-    stays the class's.
+    """Enter a context after which TRL's changes of the model are undone: trained weights are float32, ``forward`` is
+    its own.
 
-    TRL rounds adapters on quantized bases to bfloat16 before the first step. It also replaces the forward by one that
-    reads ``lm_head.weight`` directly, past an adapter on the head. Trainer switches the cache off in the config; here
-    every forward pass sets it itself.
+    TRL rounds adapters on quantized bases to bfloat16 before the first step. It also replaces the forward pass by one
+    that reads ``lm_head.weight`` directly, past an adapter on the head. Trainer switches the cache off in the config;
+    here every forward pass sets it itself.
     """
     use_cache = getattr(model.config, "use_cache", None)
     kept = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
@@ -39,10 +39,10 @@ def model_kept(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def settings_kept(args: RunSettings) -> Iterator[None]:
-    """Hide from TRL, in the block, the settings that veneer implements itself.
+    """Enter a context that hides from TRL the settings that veneer implements itself.
 
-    TRL has selective checkpointing and offload of its own, and refuses templates without generation markers. Veneer
-    finds answers by position.
+    TRL has its own selective checkpointing and offload, and refuses templates without generation markers. Veneer finds
+    answers by position.
     """
     names = [n for n in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs") if hasattr(args, n)]
     switches = [n for n in ("activation_offloading", "assistant_only_loss") if hasattr(args, n)]

@@ -13,9 +13,8 @@ class KTOTrainer(ReferredTrainer, trl.KTOTrainer):  # type: ignore[misc]
 
     Rows hold prompt, completion and label, which is true if the completion is wanted. The reference, log-probabilities
     and checkpoints are those of `veneer.DPOTrainer`.
-
-    Ethayarajh et al. 2024, arXiv:2402.01306. Raises ConfigError, DataError or TrainingError if the run could not do as
-    asked.
+    Ethayarajh et al. 2024, arXiv:2402.01306. Raises ConfigError, DataError or TrainingError if the run is impossible as
+    configured.
     """
 
     task = "kto"

@@ -21,12 +21,11 @@ _START = "start of training"  # no name that an adapter may have
 
 
 class Reference(nn.Module):
-    """Model in its state before training, called as TRL calls a reference model; no gradient flows through it.
+    """The model in its state before training, callable as TRL calls a reference model. No gradient flows through it.
 
-    For a new adapter, it is the model with its adapter off. An adapter that was trained before (``fresh`` is False) is
-    kept in its earlier state, and is active in place of the one in training. A model trained whole is copied.
-
-    Raises ConfigError if several adapters that were trained before are active together.
+    For a new adapter, it is the model with its adapter off. For an adapter that was trained before (``fresh`` is
+    False), it keeps a copy of that adapter's earlier state, which is active during its passes. For a model trained
+    whole, it is a copy. Raises ConfigError if several adapters that were trained before are active together.
     """
 
     def __init__(self, model: PreTrainedModel, scoring: PreferenceScoring, *, fresh: bool) -> None:
@@ -41,7 +40,7 @@ class Reference(nn.Module):
             self._config = model.peft_config[name]
 
     def copies(self) -> list[nn.Module]:
-        """Return the parts of an adapter that are kept in their earlier state."""
+        """Return the modules that hold an adapter's earlier state."""
         return [module for _, module in self._start]
 
     @torch.no_grad()
@@ -77,7 +76,7 @@ class Reference(nn.Module):
 
 
 class Placeholder(nn.Module):
-    """Placeholder for the reference model while TRL makes a trainer, so that it loads no second model."""
+    """Stand-in for the reference model while TRL's constructor runs, so that it loads no second model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()

@@ -26,10 +26,9 @@ from veneer.train.run_trainer import Ready
 class ReferredTrainer(PreferenceTrainer):
     """Mixin for TRL's DPO and KTO trainers, with their arguments.
 
-    The reference is the model in its state before training. With a new adapter, that is the model with the adapter off.
-    With an adapter that was trained before, it has a frozen copy of that adapter. For a model trained whole, it is a
-    copy.
-    No other model is loaded.
+    The reference is the model in its state before training. If the adapter is new, that is the model with the adapter
+    off. If it was trained before, the reference has a frozen copy of it. If the whole model is trained, the reference
+    is a copy of the model. No other model is loaded.
     """
 
     task: ClassVar[Task]
@@ -72,12 +71,14 @@ class ReferredTrainer(PreferenceTrainer):
         self.surround()
 
     def scoring(self) -> PreferenceScoring:
-        """Return the scoring of the tokens of the model in training."""
+        """Return the settings by which log-probabilities of the model in training are computed."""
         return PreferenceScoring(collision=bool(getattr(self.args, "use_weighting", False)))
 
     @contextmanager
     def building(self, ready: Ready) -> Iterator[dict[str, Any]]:
-        """Switch off the reference's scores while TRL's trainer is constructed: the reference does not exist yet."""
+        """Switch off the precomputation of the reference's scores while TRL's constructor runs: the reference does not
+        exist yet.
+        """
         precompute, ready.args.precompute_ref_log_probs = ready.args.precompute_ref_log_probs, False
         try:
             with super().building(ready) as made:
@@ -86,7 +87,9 @@ class ReferredTrainer(PreferenceTrainer):
             ready.args.precompute_ref_log_probs = precompute
 
     def placeholder(self, ready: Ready, ref_model: PreTrainedModel | None) -> nn.Module:
-        """Return the reference that TRL gets. Raises ConfigError if it is the model itself."""
+        """Return the object that TRL's constructor gets as the reference. Raises ConfigError if ``ref_model`` is the
+        model itself.
+        """
         if ref_model is ready.model:
             raise ConfigError(
                 "ref_model is the model in training: leave it out, and the reference is that model as it is now"
@@ -94,7 +97,7 @@ class ReferredTrainer(PreferenceTrainer):
         return Placeholder(ready.model) if ref_model is None else ref_model
 
     def refer(self, ref_model: PreTrainedModel | None, *, fresh: bool) -> None:
-        """Set the reference, and let it score the rows once if ``precompute_ref_log_probs`` asks for it."""
+        """Set the reference. If ``precompute_ref_log_probs`` is set, let it score all rows once."""
         if ref_model is None:
             self.ref_model = Reference(self.model, PreferenceScoring(details=False), fresh=fresh)
         if not self.args.precompute_ref_log_probs:

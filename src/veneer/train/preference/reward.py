@@ -23,12 +23,11 @@ from veneer.train.preference.trainer import PreferenceTrainer
 class RewardTrainer(PreferenceTrainer, trl.RewardTrainer):  # type: ignore[misc]
     """TRL's ``RewardTrainer``, with its arguments. ``peft_config`` is one of veneer's configs.
 
-    Rows hold chosen and rejected, with or without prompt. The head ``score`` is new, so that it is trained and saved
-    whole with the adapter, whose task is SEQ_CLS. ``accuracy`` in the log is the share of pairs in which the chosen one
-    scores higher. Checkpoints, resume and optimizers are those of `veneer.SFTTrainer`.
-
+    Rows hold chosen and rejected, with or without a prompt. The head ``score`` is new, so it is trained and saved
+    completely with the adapter, whose task is SEQ_CLS. ``accuracy`` in the log is the share of pairs whose chosen
+    answer scores higher. Checkpoints, resume and optimizers are those of `veneer.SFTTrainer`.
     Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155. Raises ConfigError, DataError or TrainingError if the
-    run could not do as asked.
+    run is impossible as configured.
     """
 
     kind = "reward"
@@ -82,7 +81,9 @@ def _require_one_output(model: Any) -> None:
 
 
 def for_scores(config: MethodConfig | None) -> MethodConfig | None:
-    """Return the config for a model with a new head, which is then trained and saved whole. Raises ConfigError."""
+    """Return the adapter's config with the new head among the modules that are trained and saved whole. Raises
+    ConfigError.
+    """
     if not isinstance(config, MethodConfig) or config.task_type == TaskType.SEQ_CLS.value:
         return config
     if config.task_type is not None:

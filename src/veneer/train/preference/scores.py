@@ -1,4 +1,4 @@
-"""Models as TRL's trainers call them."""
+"""Wraps models so that TRL's trainers can call them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from veneer.adapters.token_scores import PreferenceScoring, token_scores
 
 
 class ScoredModel:
-    """Model (or the wrapper that joins the gradients of processes), callable as TRL calls one with its fused head.
+    """Wrapper of a model, or of its DDP wrapper, that accepts TRL's call for a fused head.
 
-    ``model(…, labels=labels, fused_lm_head=True)`` gives `TokenScores`; any other call is the model's own.
+    ``model(…, labels=labels, fused_lm_head=True)`` returns `TokenScores`. Any other call is the model's own.
     """
 
     def __init__(self, model: nn.Module, scoring: PreferenceScoring) -> None:

@@ -33,7 +33,7 @@ _LARGEST = 2  # times the batch size: a last batch that is larger is not dealt e
 class PreferenceTrainer(RunTrainer):
     """Mixin for one of TRL's trainers on preferences or rewards.
 
-    Their averages since the last log line are in each checkpoint, so that a resumed run logs the same lines.
+    Each checkpoint holds TRL's averages since the last log line, so that a resumed run logs the same lines.
     """
 
     _metrics: dict[str, dict[str, list[float]]]
@@ -41,7 +41,7 @@ class PreferenceTrainer(RunTrainer):
 
     @staticmethod
     def own_settings(args: Any, kind: type[Settings]) -> Settings:
-        """Return the given settings; fields that TRL's or transformers' own do not have get veneer's defaults.
+        """Convert settings of TRL or transformers to veneer's settings of this ``kind``; new fields get their defaults.
 
         Raises ConfigError for the settings of another trainer.
         """
@@ -71,14 +71,14 @@ class PreferenceTrainer(RunTrainer):
         return found
 
     def surround(self) -> None:
-        """Hash the rows and warn of rows that are counted twice, then do as `RunTrainer.surround`."""
+        """Hash the rows, warn of rows that are counted twice, then do as `RunTrainer.surround`."""
         if isinstance(self.train_dataset, Dataset):
             self.data_digest = _digest(self.train_dataset)
         self.tell_of_repeats()
         super().surround()
 
     def tell_of_repeats(self) -> None:
-        """Warn if accelerate repeats some rows in the last batch to give all processes equally many."""
+        """Warn if accelerate repeats rows in the last batch, so that all processes get equally many."""
         sizes = {"train": self.args.train_batch_size, "held-out": self.args.eval_batch_size}
         for (name, size), rows in zip(sizes.items(), (self.train_dataset, self.eval_dataset), strict=True):
             count = n_processes()
@@ -91,15 +91,18 @@ class PreferenceTrainer(RunTrainer):
                 )  # fmt: skip
 
     def _is_dealt(self, left: int, size: int) -> bool:
-        """Return True if every process can count each of the ``left`` rows of the last batch equally often."""
+        """Return True if the processes can share the ``left`` rows of the last batch so that each row counts equally
+        often.
+        """
         cut = self.args.accelerator_config
         if self.args.dataloader_drop_last or not left:
             return True
         return not (cut.split_batches or cut.dispatch_batches) and last_size(left, n_processes()) <= _LARGEST * size
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **options: Any) -> Any:
-        """Return Trainer's loader. Each process counts every row of the last batch equally often; accelerate would
-        repeat some.
+        """Return Trainer's loader, changed so that every row of the last batch counts equally often over all processes.
+
+        Otherwise accelerate would repeat some rows.
         """
         loader: DataLoader[Any] = super()._get_dataloader(dataset, description, batch_size, *args, **options)
         shard = loader.batch_sampler
@@ -117,7 +120,7 @@ class PreferenceTrainer(RunTrainer):
 
     @property
     def n_tokens_read(self) -> int:
-        """Tokens of the training so far, all but padding."""
+        """The number of tokens read in the training so far, without padding."""
         return int(self._total_train_tokens or self.state.num_input_tokens_seen)
 
     def describe_rows(self, rows: Dataset) -> dict[str, Any]:
@@ -141,7 +144,7 @@ class PreferenceTrainer(RunTrainer):
 
     @contextmanager
     def dropout_as_set(self) -> Iterator[None]:
-        """Context in which no adapter applies dropout, if ``disable_dropout`` says so."""
+        """Enter a context in which adapters apply no dropout, if ``disable_dropout`` is set."""
         if self.args.disable_dropout and isinstance(self.model, PeftModel):
             with self.model.adapter_state.without_dropout():
                 yield
@@ -167,7 +170,7 @@ class PreferenceTrainer(RunTrainer):
         return (loss, found[1]) if return_outputs else loss
 
     def _copies(self) -> int:
-        """Return how often each row of the current micro-batch is counted, over all processes."""
+        """Return how many times the processes together count each row of the current micro-batch."""
         state, size, n = self.accelerator.gradient_state, self.args.train_batch_size, n_processes()
         is_last = state.end_of_dataloader and state.sync_gradients  # it is fetched, and none of the step comes after it
         if n == 1 or not is_last or self.args.dataloader_drop_last or not isinstance(self.train_dataset, Dataset):
@@ -176,14 +179,14 @@ class PreferenceTrainer(RunTrainer):
         return last_size(left, n) * n // left if left and self._is_dealt(left, size) else 1
 
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
-        """Evaluate as `RunTrainer.evaluation_loop` does; counters of the training stay for its next log line."""
+        """Evaluate as `RunTrainer.evaluation_loop` does, and keep the training's counters for its next log line."""
         self._metrics["eval"].clear()
         with _without_old_names():
             return super().evaluation_loop(*args, **options)
 
     def prediction_step(self, *args: Any, **options: Any) -> tuple[Tensor | None, Any, Any]:
-        """Return TRL's result with the loss of all processes: Trainer counts in the last batch only those with the
-        first rows.
+        """Return TRL's result with the mean loss of all processes: Trainer alone would ignore some of them in the last
+        batch.
         """
         loss, logits, labels = super().prediction_step(*args, **options)
         if loss is not None and n_processes() > 1:
@@ -192,7 +195,7 @@ class PreferenceTrainer(RunTrainer):
         return loss, logits, labels
 
     def counters(self) -> dict[str, Any]:
-        """Return the counters of a checkpoint other than the losses: TRL's averages since the last log line, and its
+        """Return the counters for a checkpoint besides the losses: TRL's averages since the last log line, and its
         tokens.
         """
         return {"metrics": dict(self._metrics["train"]), "total_train_tokens": self._total_train_tokens}
@@ -205,7 +208,7 @@ class PreferenceTrainer(RunTrainer):
 
 @contextmanager
 def _without_old_names() -> Iterator[None]:
-    """Silence a warning in the block: at each step TRL enables gradient checkpointing by a deprecated name."""
+    """Enter a context that silences a warning: at each step TRL enables gradient checkpointing by a deprecated name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
         yield

@@ -1,1 +1,1 @@
-"""Record of a run in its folder: its settings, its progress, and the lock on writing."""
+"""Record of a run in its folder: its settings and progress, and the check that no other process writes there."""

@@ -1,4 +1,4 @@
-"""Resumed run: its changes since it was begun, and the check that they are allowed."""
+"""Resumed run: the settings and data that have changed since it began, and the check that they may."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ PROCESSES = "processes"
 
 @dataclass(frozen=True, slots=True)
 class GoingOn:
-    """Resumed run: its record, the settings that have changed since, and the permission to change them."""
+    """A resumed run: its record ``before``, the settings that have changed since, and the permission to change them."""
 
     before: Mapping[str, Any] | None = None
     changes: Sequence[ChangedSetting] = ()
     allow_changes: bool = False
 
     def recorded(self, step: int) -> list[dict[str, Any]]:
-        """Return all changes of the run with their steps, if it is resumed after ``step``."""
+        """Return all changes of the run, earlier and new ones. The new ones are marked with ``step``, after which it
+        resumes.
+        """
         earlier = list((self.before or {}).get("changes", []))
         return [*earlier, *({"step": step, **asdict(each)} for each in self.changes)]
 
 
 def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> list[ChangedSetting]:
-    """Return the settings that differ from those of a record. Raises ConfigError with all of them unless they may
-    differ.
+    """Return the settings of a recipe that differ from a record's.
+
+    Raises ConfigError with all of them if there are any and ``allow`` is False.
     """
     path = Path(recipe.output) / RUN_FILE
     try:
@@ -64,9 +67,9 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
 
 
 def tied_to_its_processes(recipe: Recipe) -> list[str]:
-    """Return the settings for which the rows of a run's steps depend on the number of its processes.
+    """Return the settings that make the rows of each step depend on the number of processes.
 
-    They are: no global batch, streamed rows, rows dropped at the end of an epoch, and tasks other than supervised
+    These are: no global batch, streamed rows, rows dropped at the end of an epoch, and tasks other than supervised
     fine-tuning, whose last batches differ.
     """
     found = {
@@ -91,13 +94,14 @@ def parent_of(adapter: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def is_complete(before: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Return True if the run is finished and is not to become longer."""
+    """Return True if the run is finished and the recipe asks for no more steps."""
     return before["status"] == "finished" and not is_longer(Recipe.model_validate(before["recipe"]), recipe)
 
 
 def with_data(going_on: GoingOn, record: Mapping[str, Any]) -> GoingOn:
-    """Return ``going_on`` with changed data sets added to its changes. Raises ConfigError that names them if changes
-    are not allowed.
+    """Return ``going_on`` with changed data sets added to its changes.
+
+    Raises ConfigError that names them if changes are not allowed.
     """
     old, new = (going_on.before or {}).get("data"), record["data"]
     if old is None:
@@ -119,13 +123,13 @@ def _told_rows(rows: Mapping[str, Any] | None) -> str:
 
 
 def _other_files(before: Mapping[str, Any], data: DataPart) -> list[ChangedSetting]:
-    """Return the files of rows whose content has changed."""
+    """Return the data files whose content has changed, as changes of settings."""
     old, new = before.get("files", {}), files_of(data)
     return [ChangedSetting(key, old[key], new[key]) for key in sorted(old.keys() & new.keys()) if old[key] != new[key]]
 
 
 def files_of(part: DataPart) -> dict[str, str]:
-    """Return the sources that are files, with a hash of their content."""
+    """Return a hash of the content for each source of rows that is a file."""
     found = {key: Path(name) for key, name in part.sources.items() if Path(name).is_file()}
     return {key: f"a file with the hash {_hash_of(path)}" for key, path in found.items()}
 

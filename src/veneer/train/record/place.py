@@ -1,4 +1,4 @@
-"""Place of a run's output: free for a new run, or with one that goes on.
+"""Checks the output folder of a run: it must be free for a new run, or hold the run that is resumed.
 
 Torch is not imported here, so that a run can be refused before that import.
 """
@@ -21,7 +21,9 @@ Resume = bool | Literal["auto"]
 
 
 def continues(output: Path, resume: Resume) -> bool:
-    """Return True if a run is to continue: with ``auto``, if its output holds a checkpoint or a finished run."""
+    """Return True if a run is to continue. With ``auto`` that is so if its output holds a checkpoint or
+    a finished run.
+    """
     if resume != "auto":
         return resume
     record = record_of(output)
@@ -31,10 +33,9 @@ def continues(output: Path, resume: Resume) -> bool:
 def require_fresh(output: Path, resume: Resume) -> None:
     """Make the output folder, or raise if a run cannot use it.
 
-    With ``auto`` a run that broke off before its first checkpoint may begin again.
-
-    Raises ConfigError if a process trains in it, or if a new run would be mixed up with another or overwrite its
-    results. Raises DiskError if the folder cannot be made.
+    With ``auto``, a run that ended before its first checkpoint may begin again. Raises ConfigError if a process trains
+    in the folder, or if a new run would be mixed with another or overwrite its results. Raises DiskError if the folder
+    cannot be made.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -44,7 +45,7 @@ def require_fresh(output: Path, resume: Resume) -> None:
 
 
 def require_unused(output: Path, resume: Resume) -> None:
-    """Check an output folder as `require_fresh` does, and make none. Raises its errors."""
+    """Check an output folder as `require_fresh` does, without making it. Raises the same errors."""
     above = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         reason = os.strerror(errno.EACCES if above.is_dir() else errno.ENOTDIR)
@@ -72,9 +73,9 @@ def require_unused(output: Path, resume: Resume) -> None:
 
 
 def refuse_place(values: Mapping[str, Any], resume: Resume) -> None:
-    """Check the output of a recipe's values before a new run, and its files of rows; nothing is made.
+    """Check the output folder and the data files in a recipe's ``values`` before a new run. Nothing is made.
 
-    Raises the errors of `require_unused`, and DataError if files of rows do not exist.
+    Raises the errors of `require_unused`, and DataError if data files do not exist.
     """
     output = Path(str(values["output"]))
     if continues(output, resume):

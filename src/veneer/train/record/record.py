@@ -1,6 +1,6 @@
-"""Record of a run, ``run.json``, and the state of the run that follows from it during training and after.
+"""Record of a run, ``run.json``, and the run's state as derived from it, during and after training.
 
-Torch is not imported here: `veneer info` reads records, and a run is refused by them before that import.
+Torch is not imported here: `veneer info` reads records, and a run can be refused by them before that import.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Life = Literal["over", "runs", "gone", "elsewhere"]
 
 
 def record_of(output: Path) -> dict[str, Any] | None:
-    """Return the record of the run in an output folder; None if there is none.
+    """Return the record of the run in an output folder, or None if there is none.
 
-    Raises FormatError for a file that is no record.
+    Raises FormatError for a file that is not a record.
     """
     path = output / RUN_FILE
     if not path.exists():
@@ -41,7 +41,7 @@ def record_of(output: Path) -> dict[str, Any] | None:
 
 
 def require_recipe(path: Path) -> None:
-    """Raise ConfigError for a recipe's file that cannot be read, or for a folder without the record of a run."""
+    """Raise ConfigError if a path is neither a recipe's readable file nor a folder with the record of a run."""
     if not path.is_dir():
         read_values(path)
     elif record_of(path) is None:
@@ -49,16 +49,15 @@ def require_recipe(path: Path) -> None:
 
 
 def this_process() -> dict[str, Any]:
-    """Return machine, number and start of this process, which together identify it."""
+    """Return the host name, process id and start time of this process, which together identify it."""
     process = psutil.Process()
     return {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
 
 
 def life_of(record: Mapping[str, Any]) -> Life:
-    """Return the life of a run: over, running, or gone without a final status (killed, or the machine went down).
+    """Return whether a run is over, still running, or gone without a final status (killed, or the machine went down).
 
-    ``elsewhere``: the record gives status running, but on another machine or without its process, so it cannot be
-    checked.
+    ``elsewhere``: its status is running, but its process is on another machine or not named, so it cannot be checked.
     """
     if record["status"] != "running":
         return "over"
@@ -84,7 +83,9 @@ def require_over(record: Mapping[str, Any], output: Path) -> None:
 
 
 def told_life(record: Mapping[str, Any]) -> str:
-    """Return the state of a run in a few words: its status, and for ``running`` whether it still is."""
+    """Return the state of a run in a few words: its status and, if that is ``running``, whether the process still
+    exists.
+    """
     process = record.get("process") or {}
     where = f"process {process.get('pid')} on {process.get('host')}" if process else "a process that it does not name"
     return {
@@ -96,14 +97,14 @@ def told_life(record: Mapping[str, Any]) -> str:
 
 
 def ending_of(error: BaseException) -> str:
-    """Return the status of a run that an error broke off: diverged, failed or interrupted."""
+    """Return the status for a run that ended with an error: diverged, failed or interrupted."""
     if isinstance(error, DivergedError):
         return "diverged"
     return "failed" if isinstance(error, Exception) else "interrupted"
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason why a run broke off: a signal's name, or the message of the error."""
+    """Return the reason why a run ended early: a signal's name, or the error's message."""
     if isinstance(error, Interrupted):
         return signal.Signals(error.number).name
     if isinstance(error, VeneerError | Paused):

@@ -1,4 +1,4 @@
-"""Writing of the record of a run."""
+"""Writes the record of a run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from veneer.train.record.record import RUN_FILE
 
 
 class WrittenRecord:
-    """Record of a run in its ``run.json``, which the main process alone writes.
+    """Writer of a run's record ``run.json``, which acts in the main process alone.
 
-    ``changed`` returns the changes of a resumed run with their steps, given the step that it resumes from.
+    ``changed(step)`` returns the changes of settings of a run that resumes after ``step``.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class WrittenRecord:
         self.record, self._path, self._changed, self._begun = record, output / RUN_FILE, changed, False
 
     def begin(self, step: int) -> None:
-        """Record that training begins after ``step``: from here on the file describes this run."""
+        """Record that training begins after ``step``. From now on the file describes this run."""
         found = [] if self._changed is None else self._changed(step)
         if found:
             self.record["changes"] = found
@@ -38,7 +38,7 @@ class WrittenRecord:
         self._write(self.record)
 
     def end(self, how: Mapping[str, Any]) -> None:
-        """Record that the run has broken off, if it ever began."""
+        """Record that the run ended early, with the facts ``how``, if it had begun."""
         if self._begun:
             with suppress(DiskError):  # where the disk is full, the error that says so is the one to tell
                 self._write({**self.record, **how})

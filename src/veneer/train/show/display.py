@@ -1,4 +1,4 @@
-"""Progress of a run on stderr: in a terminal one bar with the latest values, otherwise plain lines."""
+"""Shows the progress of a run on stderr: in a terminal one bar with the latest values, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
     """Callback that shows the steps of a trainer. ``n_tokens`` returns the number of tokens read so far.
 
     In a terminal it is a bar. If stderr is a file, a pipe or a dumb terminal, or if ``bar`` is false, each log step is
-    one plain line. Tokens a second are those of the optimizer steps: evaluating and saving do not count. ``name`` of
-    one run among several begins its lines.
+    one plain line. The displayed tokens a second leave evaluations and saves out. If several runs train together, lines
+    begin with the run's ``name``.
 
-    ``loss`` returns the mean loss since the last log step, given the step. With it a plain line comes at least every
-    `PAUSE_SECONDS`, or every hundredth of the run if that is longer; within a long step it names the work in progress.
-    A loss of several steps is their mean, and its line says of how many.
+    ``loss(step)`` returns the mean loss since the last log step. If it is given, a plain line comes at least every
+    `PAUSE_SECONDS`, or every hundredth of the run if that is longer. Within a long step, such a line names the current
+    work. If a line's loss is the mean of several steps, the line says of how many.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         self._apart = PAUSE_SECONDS
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
-        """Open the bar of the steps."""
+        """Open the bar that counts the steps."""
         self._trains, self._busy, self._counted = True, 0.0, None
         self._began, self._first_step = time.perf_counter(), int(state.global_step)
         self._said, self._logged = self._began, self._first_step
@@ -93,7 +93,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
             waiting_anew(f"computing step {state.global_step + 1}/{state.max_steps}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop the step's clock, and move the bar, or print a line if there was none for long."""
+        """Stop the step's clock. Move the bar, or print a line if none was printed for long."""
         now = time.perf_counter()
         self._busy += now - self._step_began
         if self._bar is not None:
@@ -107,7 +107,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
             waiting_anew(_next_work(control, state))
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
-        """Move the bar of the held-out batches."""
+        """Move the bar that counts the held-out batches."""
         self._predicted += 1
         total = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None
         if self._trains and self._bar is not None:
@@ -122,22 +122,22 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
                 self._say(f"held out {self._predicted}/{total or '?'}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Remove the bar of the held-out batches."""
+        """Remove the bar that counts the held-out batches."""
         self._evaluated()
         if self._says_between(state) and self._trains:
             waiting_anew(_FIRST_STEP if state.global_step == self._first_step else _next_work(control, state))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Name the work after a checkpoint."""
+        """Set the name of the work that follows a checkpoint."""
         if self._says_between(state) and self._trains:
             waiting_anew(_next_work(control, state))
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-        """Remove the bar of the held-out batches."""
+        """Remove the bar that counts the held-out batches."""
         self._evaluated()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Show the loss in the bar, or on a line if there is none, and a line for the held-out rows."""
+        """Show the loss in the bar, or on a line if there is no bar. Show an evaluation's values on a line."""
         if logs is None or not state.is_world_process_zero:
             return
         if "loss" in logs:
@@ -161,7 +161,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         self.close()
 
     def close(self) -> None:
-        """Restore the terminal, however the run ended."""
+        """Restore the terminal, whatever ended the run."""
         self._trains = False
         self._waits.close()
         self._evaluated()
@@ -213,12 +213,14 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         return (self._counted - counted) / busy if busy else 0.0
 
     def _mean(self, loss: float, state: Any) -> str:
-        """Return the mean loss since the last log step, with the number of steps."""
+        """Return the mean loss since the last log step as text. The text says of how many steps, if
+        there are several.
+        """
         n_steps = int(state.global_step) - self._logged
         return f"loss {loss:.4f}" + (f" (mean of {n_steps} steps)" if n_steps > 1 else "")
 
     def _left(self, state: Any, now: float) -> list[str]:
-        """Return the time left, if enough steps were timed."""
+        """Return the remaining time as text, or nothing if too few steps were timed."""
         if state.global_step - self._first_step < min(_COUNTED_STEPS, state.max_steps - self._first_step):
             return []
         return [f"{duration(self._step_seconds(state, now) * (state.max_steps - state.global_step))} left"]
@@ -227,7 +229,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         return (now - self._began) / max(int(state.global_step) - self._first_step, 1)
 
     def _pause(self, state: Any, now: float) -> float:
-        """Return the seconds between plain lines."""
+        """Return the seconds after which the next plain line is due."""
         return max(PAUSE_SECONDS, _PAUSE_SHARE * self._step_seconds(state, now) * int(state.max_steps))
 
     def _says_between(self, state: Any) -> bool:
@@ -238,7 +240,9 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
 def show_run(
     trainer: Trainer, n_tokens: Callable[[], int], loss: Callable[[int], float] | None = None
 ) -> RunDisplay | None:
-    """Replace transformers' bars and dicts by a `RunDisplay`; in a notebook, which has its own table, by nothing."""
+    """Replace transformers' bars and printed dicts by a `RunDisplay`. A notebook keeps its own table, so None is
+    returned.
+    """
     shown = [kind for kind in (ProgressCallback, PrinterCallback) if trainer.pop_callback(kind) is not None]
     if not shown:
         return None
@@ -249,7 +253,7 @@ def show_run(
 
 
 def _next_work(control: Any, state: Any) -> str:
-    """Return the work between two steps, in Trainer's order."""
+    """Return the name of the work between two steps, such as an evaluation, in Trainer's order."""
     if control.should_evaluate:
         return "measuring the held-out rows"
     if control.should_save:
@@ -258,7 +262,9 @@ def _next_work(control: Any, state: Any) -> str:
 
 
 def _held_out(logs: Mapping[str, Any]) -> str:
-    """Return an evaluation's values as ``loss 1.2345  mean token accuracy 72.7%``; empty if there are none."""
+    """Return an evaluation's values as ``loss 1.2345  mean token accuracy 72.7%``, or an empty text if
+    there are none.
+    """
     if any(key.startswith(("eval_reward/", "eval_rewards/")) for key in logs):
         loss = [f"loss {logs['eval_loss']:.4f}"] if "eval_loss" in logs else []
         return "  ".join([*loss, *_rewards(logs, "eval_")])
@@ -272,6 +278,6 @@ def _held_out(logs: Mapping[str, Any]) -> str:
 
 
 def _rewards(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return the values of preferences and rewards in words, such as ``accuracy 72.7%``."""
+    """Return the logged values of preferences and rewards as words, such as ``accuracy 72.7%``."""
     found = {name: logs[prefix + key] for key, name in _OF_REWARDS.items() if prefix + key in logs}
     return [f"{name} {value:.1%}" if name == "accuracy" else f"{name} {value:.4f}" for name, value in found.items()]

@@ -19,7 +19,7 @@ _WIDEST = 80  # characters of a title
 
 
 def environment() -> dict[str, Any]:
-    """Return the machine and the versions that a run's numbers depend on."""
+    """Return facts about the machine, and versions of packages, on which a run's numbers depend."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
@@ -33,15 +33,16 @@ def environment() -> dict[str, Any]:
 
 
 def draw_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the training loss and, if there is one, the held-out loss over the steps, as a PNG in the folder
-    of a run. Rewards, if there are any, are drawn above them.
+    """Draw a run's training loss, and its held-out loss if there is one, over the steps, as a PNG.
+
+    Rewards, if there are any, are drawn above them.
     """
     drawn = "Reward and loss" if any("reward" in line for line in history) else "Loss"
     loss_figure(history, f"{drawn} of {path.parent}").savefig(path)
 
 
 def loss_figure(history: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Return the picture of `draw_loss`."""
+    """Return the figure that `draw_loss` saves."""
     # Here, as it takes a second to import: no run waits for its picture before the first step.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -61,7 +62,7 @@ def loss_figure(history: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def _draw(axes: Any, history: Sequence[Mapping[str, Any]], key: str, label: str) -> None:
-    """Draw a value over the steps: of training, and of the held-out rows."""
+    """Draw the training curve of ``key`` over the steps, and the held-out one."""
     from matplotlib.ticker import MaxNLocator  # as above
 
     for name, told, style in ((key, "training", "-"), (f"eval_{key}", "held out", "o-")):

@@ -14,10 +14,9 @@ TRAINED, CONTEXT = "bold green", "dim"
 
 
 def shown_sample(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase, *, marks: bool = False) -> Text:
-    """Return the text of an encoded row with trained stretches in green, and with ``marks`` also in 【】, for lack of
-    colour.
+    """Return the text of an encoded row, with trained tokens in green. If ``marks``, also put them in 【】.
 
-    A count of trained tokens follows. For a row without labels, which a model reads whole, it counts all tokens.
+    The number of trained tokens follows. For a row without labels, it is the number of all tokens.
     """
     labels = row.get("labels")
     if labels is None:

@@ -1,4 +1,4 @@
-"""Trained parameters of a model, in one line."""
+"""Describes the trained parameters of a model in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.errors import TrainingError
 
 
 def require_trainable(model: nn.Module) -> None:
-    """Raise TrainingError for a model in which nothing is trainable."""
+    """Raise TrainingError if no parameter of a model is trainable."""
     if not any(p.requires_grad for p in model.parameters()):
         raise TrainingError(
             "nothing would be trained: no parameter requires a gradient. Put an adapter on the model "

@@ -1,7 +1,9 @@
-"""Asynchronous successive halving: the members of a sweep that train beyond a rung.
+"""Asynchronous successive halving: chooses the members of a sweep that train beyond a rung, which is a step to compare
+at.
 
-Source: Li et al. 2018, arXiv 1810.05934, algorithm 2. Departs: the members are given, so the last arrival at a rung is
-known. From then on the promoted share is rounded up, so that at least one member reaches its end.
+Source: Li et al. 2018, arXiv 1810.05934, algorithm 2. It differs from the source: the members are known from the start,
+and so is the last arrival at a rung. From then on the promoted share is rounded up, so that at least one member trains
+to its end.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Progress of a member: its loss at each rung that it has reached, and the number of stretches granted to it.
+    """Progress of a member of a sweep. ``losses``: its loss at each rung that it has reached. ``granted``: the number
+    of stretches that it may train.
 
-    A stretch ends at the next rung, the last one at the end of the run. ``over``: the run has ended by itself.
+    A stretch ends at the next rung, and the last one at the end of the run. ``over``: the run has ended by itself.
     """
 
     losses: tuple[float, ...] = ()
@@ -23,12 +26,14 @@ class Standing:
 
     @property
     def trains(self) -> bool:
-        """Return True if a stretch is left to train."""
+        """Return True if the member may train a further stretch."""
         return not self.over and self.granted > len(self.losses)
 
 
 def n_rungs(n_members: int, reduction: int) -> int:
-    """Return the number of rungs after which fewer than ``reduction`` members are left; at least one for several."""
+    """Return the number of rungs after which fewer than ``reduction`` members are left, at least one if there are
+    several.
+    """
     found = 0
     while reduction ** (found + 1) <= n_members:
         found += 1
@@ -36,12 +41,14 @@ def n_rungs(n_members: int, reduction: int) -> int:
 
 
 def divisor(stretch: int, n_rungs: int, reduction: int) -> int | None:
-    """Return the number that divides a run's steps into those up to the end of a stretch; None for the last stretch."""
+    """Return d so that the stretch ends after 1/d of a run's steps, or None for the last stretch."""
     return int(reduction ** (n_rungs - stretch)) if stretch < n_rungs else None
 
 
 def promotions(standings: Mapping[str, Standing], n_rungs: int, reduction: int) -> list[str]:
-    """Return the members that wait at a rung and are among its best, one in ``reduction``; equals in their order."""
+    """Return the members that wait at a rung and are among its best, one in ``reduction``. Among equals,
+    the first win.
+    """
     found: list[str] = []
     coming = set(standings)
     for rung in range(n_rungs):

@@ -1,4 +1,4 @@
-"""Runs as coroutines of one thread, each with its own random numbers and its own position in accelerate's steps."""
+"""Runs as coroutines in one thread. Each has its own random numbers and its own position in accelerate's steps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ProcessState:
-    """State of the process for one run, restored when it resumes: random states, and accelerate's position within a
-    step.
+    """State of the process that belongs to one run: random states, and accelerate's position within a step.
+
+    It is restored when the run resumes.
     """
 
     python: tuple[Any, ...]
@@ -36,17 +37,17 @@ class ProcessState:
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, steps)
 
     def generator(self) -> torch.Generator:
-        """Return a generator that continues the random numbers of the CPU."""
+        """Return a generator that continues the CPU's random numbers from this state."""
         generator = torch.Generator()
         generator.set_state(self.cpu)
         return generator
 
     def after(self, generator: torch.Generator) -> ProcessState:
-        """Return the state with the CPU's random numbers advanced to the position of a `generator` made from it."""
+        """Return the state with the CPU's random numbers as far advanced as ``generator``, which `generator` made."""
         return replace(self, cpu=generator.get_state())
 
     def restore(self) -> None:
-        """Set this state in the process."""
+        """Make this the state of the process."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
@@ -57,14 +58,14 @@ class ProcessState:
 
 
 class Coroutine(Generic[T]):
-    """Coroutine of a run: a function that may `ask` for something midway and continues with the answer."""
+    """A run as a coroutine: a function that may call `ask` to hand out a request, and continues with the answer."""
 
     def __init__(self, run: Callable[[], T]) -> None:
         self._greenlet = greenlet.greenlet(run)
         self.state = ProcessState.now()
 
     def resume(self, answer: Any = None) -> Any:
-        """Run to the next question, or to the end; return the question, or the result.
+        """Run until the next request or the end, and return the request or the result.
 
         An error of the run is raised here.
         """
@@ -82,13 +83,13 @@ class Coroutine(Generic[T]):
         return bool(self._greenlet.dead)
 
     def close(self) -> None:
-        """End the run at its present point; its ``finally`` blocks run."""
+        """End the run where it is. Its ``finally`` blocks run."""
         if self._greenlet and not self.ended:
             self._greenlet.throw()
 
 
 def ask(question: Any) -> Any:
-    """Suspend the run with a question, from within it; return the answer that it is resumed with."""
+    """Suspend the run that calls this, and hand out a request. Return the answer with which it is resumed."""
     outside = greenlet.getcurrent().parent
     assert outside is not None  # only a run asks
     return outside.switch(question)

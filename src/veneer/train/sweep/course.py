@@ -1,4 +1,4 @@
-"""Course of a sweep: the standing of each member, on disk too, and the jobs that follow from it."""
+"""Course of a sweep: each member's progress, which is also kept on disk, and the jobs that are to be trained next."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ _MOST_LOST = 3  # workers that may die under a member before the sweep gives up
 
 
 class Course:
-    """Standings of the members of a sweep, and the jobs that are left."""
+    """Progress of each member of a sweep, and the jobs that are left. A job trains a member up to its
+    next rung or end.
+    """
 
     def __init__(self, sweep: Sweep, resume: Resume, allow_changes: bool) -> None:
         self._members = {member.name: member for member in sweep.members}
@@ -42,7 +44,10 @@ class Course:
         self._promote()
 
     def next_jobs(self, n_idle: int, n_places: int) -> list[Job]:
-        """Return the jobs of the next pack, which are under way from now on; none if nothing waits."""
+        """Return the jobs that train together next, and mark them as running. The list is empty if no member waits.
+
+        ``n_idle``: the idle workers. ``n_places``: the members for which one worker has memory.
+        """
         behind = {
             name: len(each.losses)
             for name, each in self.standings.items()
@@ -53,7 +58,9 @@ class Course:
         return [self._job(name) for name in names]
 
     def note(self, jobs: Sequence[Job], ended: Sequence[JobEnd]) -> None:
-        """Record the ends of a pack's jobs, and let the members train on that are good enough."""
+        """Record how jobs that trained together ended, and promote the members that are good enough to a further
+        stretch.
+        """
         for job, each in zip(jobs, ended, strict=True):
             name = job.member.name
             self._under_way.discard(name)
@@ -66,9 +73,9 @@ class Course:
         self._promote()
 
     def note_lost(self, jobs: Sequence[Job], reason: str) -> None:
-        """Let the jobs of a worker that has died begin again from their last checkpoints; those that were over stay so.
+        """Restart the jobs of a worker that has died from their last checkpoints, except those that had ended.
 
-        Raises TrainingError for a member under which several have died.
+        Raises TrainingError for a member whose workers have died several times.
         """
         for job in jobs:
             name = job.member.name
@@ -86,7 +93,9 @@ class Course:
         self._promote()
 
     def finish(self) -> list[dict[str, Any]]:
-        """Mark the members that train no further as stopped, and return the records of all, in their order."""
+        """Mark the members that may not train further as stopped, and return the records of all members, in their
+        order.
+        """
         for name, each in self.standings.items():
             if not each.over and each.losses:
                 self.records[name] = self._stopped(name, each)
@@ -110,7 +119,7 @@ class Course:
             write_json(self._output / RUNGS_FILE, self._as_json())
 
     def _stopped(self, name: str, standing: Standing) -> dict[str, Any]:
-        """Write into a member's ``run.json`` that its training has been stopped."""
+        """Record in a member's ``run.json`` that its training was stopped."""
         output = Path(self._members[name].recipe.output)
         record = cast("dict[str, Any]", record_of(output))
         if record["status"] != STOPPED:
@@ -131,7 +140,7 @@ class Course:
         return {"format": 1, "reduction": self._reduction, "members": members}
 
     def _read(self) -> dict[str, Standing]:
-        """Return the standings from which a resumed sweep continues. Raises ConfigError if its members have changed."""
+        """Read the progress from which a resumed sweep continues. Raises ConfigError if its members have changed."""
         path = self._output / RUNGS_FILE
         if not path.exists():
             return dict.fromkeys(self._members, Standing())
@@ -155,13 +164,13 @@ class Course:
 
 
 def _told(loss: float) -> float | None:
-    """Return a loss as JSON has it: null if it is not finite."""
+    """Convert a loss for JSON: null if it is not finite."""
     return loss if math.isfinite(loss) else None
 
 
 def _as_it_was(member: Member, resume: Resume, allow_changes: bool) -> tuple[dict[str, Any] | None, GoingOn | None]:
-    """Return the record of a finished member (or None), and the state from which an unfinished one continues
-    (or None).
+    """Return the record of a finished member, or None, and the state from which an unfinished one
+    continues, or None.
     """
     recipe, output = member.recipe, Path(member.recipe.output)
     require_fresh(output, resume)
@@ -173,10 +182,11 @@ def _as_it_was(member: Member, resume: Resume, allow_changes: bool) -> tuple[dic
 
 
 def next_pack(waiting: Mapping[str, int], n_idle: int, n_places: int) -> list[str]:
-    """Return the members of the next pack, those with the most stretches behind them first, otherwise in their order.
+    """Return the members that train together next: first those that have trained the most stretches, then by their
+    order.
 
-    ``waiting``: the stretches behind each member that waits. The pack has at most ``n_places`` members, and leaves
-    enough of them for the other idle workers.
+    ``waiting``: for each waiting member, the number of stretches that it has trained. At most ``n_places`` members are
+    returned, and enough are left for the other idle workers.
     """
     size = min(n_places, -(-len(waiting) // n_idle))
     return sorted(waiting, key=lambda name: -waiting[name])[:size]

@@ -1,4 +1,4 @@
-"""Pause of a member at a rung: with a checkpoint, and with the loss by which members are compared."""
+"""Pauses a member of a sweep at a rung, with a checkpoint and the loss by which members are compared."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from veneer.train.trainer import SFTTrainer
 
 
 class PauseAtRung(TrainerCallback):  # type: ignore[misc]
-    """Callback that ends the training after one step in ``divisor`` of the run's, rounded up, by raising `Paused`.
+    """Callback that ends the training by raising `Paused`, after 1/``divisor`` of the run's steps, rounded up.
 
-    A run that ends there is not paused.
+    A run that ends at that step is not paused.
     """
 
     def __init__(self, trainer: SFTTrainer, divisor: int) -> None:
         self._trainer, self._divisor = trainer, divisor
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Pause a run that was resumed from the very checkpoint of the rung."""
+        """Pause a run that was resumed from the checkpoint of this very rung."""
         self._pause_if_due(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -41,7 +41,9 @@ class PauseAtRung(TrainerCallback):  # type: ignore[misc]
 
 
 def loss_now(trainer: SFTTrainer) -> float:
-    """Return the loss by which a run is compared: held out; without held-out rows, the mean of its steps."""
+    """Return the loss by which a run is compared: that on the held-out rows, or the mean training loss if there are
+    none.
+    """
     step = trainer.state.global_step
     if trainer.eval_dataset is None:
         return float(trainer.progress.loss / step)

@@ -1,4 +1,4 @@
-"""Sweep: its members read as recipes, and checked for the settings that they share."""
+"""Reads the members of a sweep as recipes, and checks the settings that they must share."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Member:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Runs that train together over one base; ``output`` holds a folder for each.
+    """Runs that train together over one base. ``output`` holds a folder for each.
 
-    By the ``scheduler`` asha, about one in ``reduction`` of the members trains on from each rung.
+    If ``scheduler`` is "asha", about one in ``reduction`` of the members goes on training after each rung.
     """
 
     members: tuple[Member, ...]

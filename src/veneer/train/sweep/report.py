@@ -24,7 +24,7 @@ _WIDEST = 120  # characters of a name below the picture
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Result of one member. ``loss`` is held out if there are held-out rows; None if it diverged or was stopped."""
+    """Result of one member. ``best``: it is on the Pareto front. Losses are None if it diverged or was stopped."""
 
     name: str
     changes: Mapping[str, Any]
@@ -38,15 +38,16 @@ class Outcome:
 
     @property
     def loss(self) -> float | None:
-        """Loss by which members are compared."""
+        """The loss by which members are compared: the held-out loss, or the training loss if there is none."""
         if self.status == STOPPED:
             return None
         return self.train_loss if self.eval_loss is None else self.eval_loss
 
 
 def outcomes(sweep: Sweep, records: Sequence[Mapping[str, Any]]) -> list[Outcome]:
-    """Return the members in their order. ``best`` are those that no other beats with at most as many trained
-    parameters.
+    """Return the members' results in their order.
+
+    ``best`` is True for members that no other beats with at most as many trained parameters.
     """
     found = [_outcome(member.name, member.changes, r) for member, r in zip(sweep.members, records, strict=True)]
     front = pareto_front([(each.n_trained, each.loss) for each in found])
@@ -54,8 +55,9 @@ def outcomes(sweep: Sweep, records: Sequence[Mapping[str, Any]]) -> list[Outcome
 
 
 def pareto_front(points: Sequence[tuple[int, float | None]]) -> list[bool]:
-    """Return True for each point on the Pareto front. Another point dominates it with at most its size and loss, and
-    less of one.
+    """Return True for each point on the Pareto front.
+
+    A point is not on it if another point has at most its size and its loss, and less of one of them.
     """
     known = [(size, loss) for size, loss in points if loss is not None]
     return [
@@ -75,7 +77,7 @@ def write_report(sweep: Sweep, found: Sequence[Outcome]) -> None:
 
 
 def quality(found: Sequence[Outcome]) -> str:
-    """Return the name of the displayed loss."""
+    """Return the name of the loss that the report shows."""
     held_out = all(each.eval_loss is not None for each in found if each.status == "finished")
     return "held-out loss" if held_out else "training loss (no held-out rows for all)"
 
@@ -115,9 +117,9 @@ def _outcome(name: str, changes: Mapping[str, Any], record: Mapping[str, Any]) -
 
 
 def pareto_figure(found: Sequence[Outcome]) -> Figure:
-    """Return a figure of loss over trained parameters: the front in one colour, joined; the rest in another.
+    """Return a figure of loss over trained parameters. The Pareto front is joined and has its own colour.
 
-    Points have numbers, in the order of the table; the names are printed below the picture.
+    Points have numbers in the order of the table; the names are printed below the picture.
     """
     # Here, as it takes a second to import: no run waits for it before the first step.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

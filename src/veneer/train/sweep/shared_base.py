@@ -1,4 +1,4 @@
-"""One pass over a base for the batches of several members, each with an adapter of its own."""
+"""Computes the batches of several members in one pass over a base. Each member has its own adapter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Micro-batch of one member, its scoring, and the generator of its dropout."""
+    """Micro-batch of one member, its loss settings, and the generator of its dropout."""
 
     inputs: Batch
     scoring: Scoring
@@ -32,25 +32,25 @@ class Part:
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of the modules of ``model`` that shares its parameters and buffers, which are not copied.
+    """Copy the modules of ``model`` without its parameters and buffers, which the copy shares.
 
-    Each member's model can thus have its own adapter over the same weights.
+    Each member's model can thus have its own adapter on the same weights.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, dict(shared))
 
 
 class SharedBase:
-    """Base model that carries the same adapters as the members' own models, by the members' names."""
+    """Base model that has the adapters of all members, each under its member's name."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: PeftModel = become_peft_model(model)
         self.state = self.model.adapter_state
 
     def add(self, name: str, member: PeftModel, title: str) -> None:
-        """Add the adapter of a member's model, with the same parameters, so that gradients reach them.
+        """Add the adapter of a member's model. It shares the member's parameters, so that gradients reach them.
 
-        ``title`` is the member's own name. Raises ConfigError for an adapter with a loss of its own.
+        ``title`` names the member in messages. Raises ConfigError for an adapter with a loss of its own.
         """
         (own,) = member.adapter_state.configs
         if member.adapter_state.configs[own].has_own_loss:
@@ -70,13 +70,13 @@ class SharedBase:
         detach(self.model, self.state, name)
 
     def checkpoint(self, options: dict[str, Any]) -> None:
-        """Switch on gradient checkpointing: activations are computed again in the backward pass."""
+        """Switch on gradient checkpointing, which computes activations again in the backward pass."""
         model = cast(PreTrainedModel, self.model)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         model.enable_input_require_grads()
 
     def losses(self, parts: Mapping[str, Part]) -> dict[str, TokenLoss]:
-        """Return the loss of each member's micro-batch, from one pass. All members train: dropout acts."""
+        """Return the loss of each member's micro-batch, from one pass in training mode."""
         self.model.train()
         inputs, shares = joined(parts)
         names = tuple(name for name, share in shares.items() for _ in range(share.rows.stop - share.rows.start))
@@ -88,10 +88,11 @@ class SharedBase:
 
 
 def joined(parts: Mapping[str, Part]) -> tuple[Batch, dict[str, Share]]:
-    """Return all rows as one batch, padded to the widest, and each member's share of it.
+    """Join the members' micro-batches into one batch, padded to the widest, and return it with each member's share of
+    it.
 
-    Rows whose positions mark the starts of sequences keep them. In such a batch, rows with a mask get positions too.
-    Raises ConfigError for inputs that rows of one batch cannot have together.
+    Positions that mark the starts of packed sequences are kept. If some rows have them, the other rows get positions
+    too. Raises ConfigError for inputs that cannot be together in one batch.
     """
     batches = {name: part.inputs for name, part in parts.items()}
     unknown = {key for batch in batches.values() for key in batch} - {
@@ -113,9 +114,7 @@ def joined(parts: Mapping[str, Part]) -> tuple[Batch, dict[str, Share]]:
 
 
 def _positioned(batch: Batch) -> Batch:
-    """Add positions to a batch, so that its padding counts as a sequence of its own, as in the collator's
-    packed rows.
-    """
+    """Add positions to a batch. Its padding counts as a sequence of its own, as in packed rows of the collator."""
     if "position_ids" in batch:
         return batch
     ids, mask = batch["input_ids"], batch.get("attention_mask")
@@ -126,7 +125,7 @@ def _positioned(batch: Batch) -> Batch:
 
 
 def _widened(batch: Batch, width: int) -> Batch:
-    """Pad the rows at their ends to ``width``."""
+    """Pad the rows of a batch at their ends to ``width`` columns."""
     more = width - batch["input_ids"].shape[1]
     if not more:
         return batch

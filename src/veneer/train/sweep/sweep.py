@@ -1,4 +1,4 @@
-"""Sweep: members in packs, on one worker or several, until each has come to its end or is stopped."""
+"""Trains the members of a sweep in groups, on one worker or several, until each has ended or is stopped."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from veneer.train.sweep.together import Job, JobEnd, told, train_together
 
 
 class Workers(Protocol):
-    """Workers, each of which trains one pack at a time. ``n_places``: members for which one has memory."""
+    """Workers, each of which trains one group of members at a time. ``n_places``: members for which a worker has
+    memory.
+    """
 
     n_workers: int
     n_places: int
 
     def begin(self, jobs: Sequence[Job]) -> None:
-        """Let an idle worker train a pack."""
+        """Start jobs together on an idle worker."""
 
     def wait(self) -> tuple[Sequence[Job], Sequence[JobEnd] | str]:
-        """Wait for the next pack that ends; return its jobs, with their ends, or the reason why its worker died."""
+        """Wait until a worker ends. Return its jobs with how they ended, or with the reason why the worker died."""
 
 
 Engine = Callable[[Sweep, Tell, Stop], AbstractContextManager[Workers]]
@@ -44,16 +46,15 @@ def run_sweep(
 ) -> list[dict[str, Any]]:
     """Train all members and return the content of each one's ``run.json``, in their order.
 
-    Each member writes into a folder of its name the files of a run of its own. One whose loss is not finite leaves with
-    the status ``diverged``. One that stops early or comes to its end leaves too; the others train on.
+    Each member writes the files of a single run into a folder of its name. A member ends early with the status
+    ``diverged`` if its loss is not finite; the others train on.
 
-    ``engine`` gives the workers; without one, this process trains all members together. By the scheduler ``asha``,
-    members wait at rungs, and those that train no further get the status ``stopped``.
+    ``engine`` gives the workers; without one, this process trains all members together. With the scheduler ``asha``,
+    members wait at rungs to be compared, and those that may not go on get the status ``stopped``.
 
-    With ``resume`` members that are over stay as they are, and the others continue from their last checkpoints.
-    ``"auto"`` also begins a sweep. They keep the settings that they were begun with, unless ``allow_changes``. SIGTERM
-    and SIGINT end each member after its step in progress, with a checkpoint, and raise Interrupted.
-
+    With ``resume``, members that have ended stay as they are, and the others continue from their last checkpoints.
+    ``"auto"`` also begins a new sweep. Members keep the settings with which they began, unless ``allow_changes``. After
+    SIGTERM or SIGINT each member ends its current step, writes a checkpoint, and Interrupted is raised.
     Raises ConfigError if several processes were started, DataError if files of rows do not exist.
     """
     if n_processes() > 1:

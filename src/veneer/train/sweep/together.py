@@ -1,6 +1,7 @@
-"""Runs over one base, trained together.
+"""Trains several runs over one base together.
 
-Each is a trainer of its own. Their forward and backward passes are computed at once, by routing the rows of one batch.
+Each run has its own trainer. Their forward and backward passes are computed at once, each row of a batch with its run's
+adapter.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from veneer.train.undone import unwrap_forward
 
 @dataclass(frozen=True, slots=True)
 class LossRequest:
-    """Request of a member for the loss of a micro-batch."""
+    """A member's request for the loss of its micro-batch."""
 
     inputs: dict[str, Tensor]
     scoring: Scoring
@@ -44,16 +45,16 @@ class LossRequest:
 
 @dataclass(frozen=True, slots=True)
 class Backward:
-    """Request of a member for the gradients of its parameters, given the gradient of its loss."""
+    """A member's request for the gradients of its parameters, given the gradient of its loss."""
 
     grad: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Stretch of a member's run. ``going_on``: the run that it resumes, if any.
+    """Part of a member's run that is trained in one go. ``going_on``: the earlier run that it resumes, if any.
 
-    It is paused after one in ``divisor`` of the steps of its run; None: it trains to its end.
+    It pauses after 1/``divisor`` of the run's steps; if that is None, it trains to the end.
     """
 
     member: Member
@@ -63,14 +64,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class JobEnd:
-    """End of a job: the content of ``run.json``, and the loss of a run that is paused."""
+    """How a job ended: the content of ``run.json``, and the loss if the run is paused, else None."""
 
     record: dict[str, Any]
     loss: float | None = None
 
 
 class MemberTrainer(SFTTrainer):
-    """Trainer that asks the sweep for the loss and the gradients of each of its micro-batches."""
+    """Trainer that requests loss and gradients of each micro-batch from the sweep instead of computing them."""
 
     _shared: TokenLoss | None = None
 
@@ -91,7 +92,7 @@ class MemberTrainer(SFTTrainer):
 
 
 class Together:
-    """Members that run in alternation, and the base that they share."""
+    """Runs that take turns, and the base that they share."""
 
     def __init__(self, base: PreTrainedModel, tell: Tell, stop: Stop) -> None:
         self.base, self.tell, self.stop = base, tell, stop
@@ -101,7 +102,7 @@ class Together:
         self.ended: dict[str, JobEnd] = {}
 
     def start(self, name: str, job: Job) -> None:
-        """Let a member make its trainer, with its own random numbers."""
+        """Start a member, which makes its trainer, with its own random numbers."""
         run = Coroutine(lambda: _run(job, self.base, self.stop))
         self.runs[name], self.trainers[name] = run, run.resume()
         self.titles[name] = job.member.name
@@ -127,7 +128,7 @@ class Together:
             run.close()
 
     def _in_step(self, shared: SharedBase) -> None:
-        """Run one micro-batch of every member in turn, until the last member has ended."""
+        """Compute one micro-batch of every member after another, until all members have ended."""
         asked = self._resume(shared, dict.fromkeys(self.runs))
         while asked:
             totals, answers = self._losses(shared, asked)
@@ -141,9 +142,9 @@ class Together:
     def _losses(
         self, shared: SharedBase, asked: Mapping[str, LossRequest]
     ) -> tuple[dict[str, Tensor], dict[str, TokenLoss]]:
-        """Return the members' losses, and detached copies of them.
+        """Return the members' losses, detached for the members and attached for the backward pass.
 
-        A member's backward pass fills its copy's gradient.
+        A member's own backward pass fills the gradient of its detached loss.
         """
         parts = {}
         for name, question in asked.items():
@@ -157,7 +158,7 @@ class Together:
         return {name: loss.total for name, loss in found.items()}, leaves
 
     def _resume(self, shared: SharedBase, answers: Mapping[str, Any]) -> dict[str, Any]:
-        """Give each member its answer and take its next request. A member that has ended is removed."""
+        """Give each member its answer and return the members' next requests. Remove members that have ended."""
         asked = {}
         for name, answer in answers.items():
             question = self.runs[name].resume(answer)
@@ -172,9 +173,9 @@ class Together:
 
 
 def train_together(jobs: Sequence[Job], tell: Tell, stop: Stop) -> list[JobEnd]:
-    """Train members over one base, and return the end of each, in their order.
+    """Train members over one base, and return how each ended, in their order.
 
-    A member whose loss is not finite leaves; the others train on. A signal ends all of them after a step.
+    A member whose loss is not finite ends; the others train on. After a signal, all end after their current step.
     """
     first = jobs[0].member.recipe
     args = first.training_config()
@@ -188,7 +189,7 @@ def train_together(jobs: Sequence[Job], tell: Tell, stop: Stop) -> list[JobEnd]:
 
 
 def told(ended: JobEnd) -> str:
-    """Return the end of a member's job, in a few words."""
+    """Describe how a member's job ended, in a few words."""
     record = ended.record
     if ended.loss is not None:
         return f"waits after step {record['step']}, loss {ended.loss:.4f}"
