@@ -32,6 +32,7 @@ The support for each model type of transformers, tried on a tiny random model in
   base and of the merged model. **plan**: bytes of a sequence in `veneer plan --serve`, compared with the engine's.
   "more": the engine finds, by values, that the cache of transformers' code is wrong, and keeps only tokens.
 - **GGUF**: a merged model can be written as a GGUF file ([gguf.md](gguf.md)).
+- **not whole, because**: why halves of blocks run transformers' code in training, as the log says it.
 
 `seq2seq/…` is an encoder with a decoder; the name without this prefix is its decoder alone. `classes/…` is an encoder
 with a classification head. "not made here": the type was not tried, because the test's tiny config breaks its rules for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from veneer.errors import VeneerError
 from veneer.model.batch.encoded import first_ids
 from veneer.model.batch.own_cache import Way
 from veneer.model.blueprint.describe import UNMADE
+from veneer.model.fused import decoder as fusing
 from veneer.model.fused.block import FusedBlock
 from veneer.model.fused.decoder import fuse, fuse_as_described
 from veneer.ops.traced import tracing
@@ -35,7 +37,7 @@ from veneer.store.gguf.registry import by_model_type
 from veneer.store.kinds import auto_class
 
 MOST = 4_000_000  # parameters: of the few types that hold more whatever their config says, nothing is made
-COLUMNS = ("type", "attach", "train", "fused", "serve", "greedy", "plan", "GGUF")
+COLUMNS = ("type", "attach", "train", "fused", "serve", "greedy", "plan", "GGUF", "not whole, because")
 _UNFIT = (*UNMADE, StrictDataclassError)  # of a tiny model of a type that goes by other rules
 
 
@@ -100,10 +102,30 @@ def row_of(model_type: str) -> tuple[str, ...]:
             with torch.no_grad():
                 plain = model(**_inputs(model)).logits
     except (*_UNFIT, VeneerError) as error:
-        return (model_type, *([f"not made here: {_short(error)}"] + ["–"] * 5), gguf)
+        return (model_type, *([f"not made here: {_short(error)}"] + ["–"] * 5), gguf, "–")
+    why = why_not_whole(deepcopy(model))
     with TemporaryDirectory() as folder, at_most(300):
         trained = _trained(model_type, adapted, merged, deepcopy(empty), plain, folder)
-        return (model_type, *trained, *_served(served, (merged, model, merged), empty, folder), gguf)
+        return (model_type, *trained, *_served(served, (merged, model, merged), empty, folder), gguf, why)
+
+
+def why_not_whole(model: PreTrainedModel) -> str:
+    """Return the reasons, in words, why `fuse` leaves halves of blocks to the model's own code; a dash if there are
+    none. The model is fused afterwards.
+    """
+    told: list[str] = []
+    heard = logging.Handler()
+    heard.emit = lambda record: told.append(str(record.args[-1]))  # type: ignore[method-assign,index]
+    level = fusing.log.level
+    fusing.log.addHandler(heard)
+    fusing.log.setLevel(logging.INFO)
+    try:
+        fuse(model)
+    finally:
+        fusing.log.removeHandler(heard)
+        fusing.log.setLevel(level)
+    reasons = [each for said in told for each in said.removeprefix("a block does not fit: ").split("; ")]
+    return "; ".join(dict.fromkeys(reasons)) or "–"
 
 
 def _trained(

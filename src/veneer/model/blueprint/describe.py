@@ -93,7 +93,8 @@ def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     holders = dict.fromkeys((model.base_model, model.get_decoder()))  # the text half, in a model with images
     lists = [(h, part) for h in holders for part in h.children() if isinstance(part, nn.ModuleList) and len(part)]
     if len(lists) != 1 or model.config.is_encoder_decoder:
-        raise DescriptionError(f"it has {len(lists)} lists of layers: exactly one is supported")
+        told = "an encoder and a decoder, two" if model.config.is_encoder_decoder else f"{len(lists)}"
+        raise DescriptionError(f"its main module holds {told} lists of layers: exactly one is supported")
     return lists[0]
 
 

@@ -30,11 +30,10 @@ def read_block(source: BlockSource, block: nn.Module, layer: int) -> Block:
         return _single_part(source, block, cast(nn.Module, getattr(block, single)), layer)
     in_block = not feeding and any(has_all(block, inner.all) for inner in names.inner)
     if not mixing or not (feeding or in_block):
-        tried = f"no {', '.join(names.feed_forward)} and one of {', '.join((*names.attention, *names.mixers))} in it"
-        return _unknown(path, tried)
+        return _unknown(path, "no attention and feed-forward part of known names in it")
     norm_names = next((each for each in names.norms if _fits(block, each)), None)
     if norm_names is None:
-        return _unknown(path, f"no {', or '.join(' and '.join(each.all) for each in names.norms)} in it")
+        return _unknown(path, "no norms of known names in it")
     norms = _norms(source, block, norm_names)
     if norms is None:
         return _unknown(path, "its norms are not RMSNorms or LayerNorms")
@@ -110,7 +109,7 @@ def _mixing(source: BlockSource, module: nn.Module, layer: int) -> Attention | S
         reason = f"it is of type {layer_type}, which {kind} computes by its own code"
         found = Mixer(path=source.path(module), reason=reason, layer_type=layer_type)
     else:
-        return f"it is of type {layer_type}, where {', '.join(MAKERS)} are known"
+        return f"it is of type {layer_type}, whose mask is not known"
     if isinstance(found, Strange) and not takes_hidden_states(module):
         return f"its attention does not take hidden_states by that name, and {found.reason}"
     return found
