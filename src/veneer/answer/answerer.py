@@ -14,9 +14,10 @@ from veneer.evaluate.scoring import Answering, OnProgress, ignore_progress
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """Sampling settings. A ``temperature`` of 0 takes the likeliest token.
+    """Sampling settings. If ``temperature`` is 0, the likeliest token is taken.
 
-    Otherwise tokens are sampled with ``top_p``, ``top_k`` (0: all) and ``seed`` (None: a new one each time).
+    Otherwise tokens are sampled with ``top_p`` and ``top_k``; a ``top_k`` of 0 is no limit. If ``seed`` is None, a
+    random one is chosen.
     """
 
     temperature: float = 0.0
@@ -37,11 +38,14 @@ class Answerer(ABC):
 
     @abstractmethod
     def stream(self, prompt: Sequence[int], max_new_tokens: int) -> str:
-        """Print the answer to stdout while it is generated, and return it. Raises ConfigError if it has no room."""
+        """Print the answer to stdout while it is generated, and return it.
+
+        Raises ConfigError if the context has no room for it.
+        """
 
     @abstractmethod
     def answers_to(self, asked: Sequence[Asked], answering: Answering, on_progress: OnProgress) -> list[str]:
-        """Return the answer to each prompt. Raises ConfigError if an answer has no room."""
+        """Return the answer to each prompt. Raises ConfigError if the context has no room for an answer."""
 
     def answers(
         self,
@@ -50,9 +54,10 @@ class Answerer(ABC):
         on_progress: OnProgress = ignore_progress,
         adapters: Sequence[Path | None] = (),
     ) -> list[str]:
-        """Return the answer to each prompt. ``adapters``: the folder of each prompt's adapter (None: the base alone).
+        """Return the answer to each prompt.
 
-        Without ``adapters`` the first adapter answers all prompts. Raises ConfigError if an answer has no room.
+        ``adapters``: the folder of each prompt's adapter; None means the base alone. Without ``adapters`` the first
+        adapter answers all prompts. Raises ConfigError if the context has no room for an answer.
         """
         folders = adapters or [self.default] * len(prompts)
         return self.answers_to(list(zip(prompts, folders, strict=True)), answering, on_progress)

@@ -116,7 +116,7 @@ class EngineAnswerer(Answerer):
     ) -> list[list[CompletionOutput]]:
         """Return ``n`` answers to each prompt, by its seed, as ids with `SamplingParams.policy_logprobs`.
 
-        Raises ConfigError if an answer has no room.
+        Raises ConfigError if the context has no room for an answer.
         """
         require_room([prompt for prompt, _ in asked], self._limit)
         params = replace(

@@ -20,7 +20,7 @@ ADAPTER, ANSWER = "adapter", "answer"  # the fields that a row may have, and get
 
 @dataclass(frozen=True)
 class PromptRow:
-    """Row with its prompt, and the adapter for its answer (None: the base alone)."""
+    """Row with its prompt as token ids, and the folder of the adapter that answers it; None means the base alone."""
 
     row: Row
     ids: Sequence[int]
@@ -43,7 +43,8 @@ def read_asked(
 
 
 def adapters_of(rows: Sequence[Row], source: Path, default: Path | None) -> list[Path | None]:
-    """Return the adapter of each row: its field ``adapter`` (empty: none), or the default.
+    """Return the adapter of each row: its field ``adapter``, or the default if it has no such field. An empty field
+    means none.
 
     A folder is searched for next to the file, then in the working directory. Raises DataError that names the row.
     """

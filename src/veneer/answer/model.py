@@ -70,7 +70,7 @@ class ModelAnswerer(Answerer):
         return [found[at] for at in range(len(asked))]
 
     def _acting(self, folder: Path | None) -> AbstractContextManager[None]:
-        """Enter a context in which this folder's adapter acts; for None, the base alone."""
+        """Enter a context in which only the adapter of this folder acts; if ``folder`` is None, no adapter does."""
         if not self._names:
             return nullcontext()
         return acting_alone(self.model, BASE if folder is None else self._names[folder])

@@ -68,7 +68,7 @@ def _asked(metric: Metric, subject: Subject, args: EvalArguments) -> Asked:
 
 
 def _facts(subjects: Sequence[Subject]) -> dict[str, str | None]:
-    """Return the facts of all subjects, each distinct value once."""
+    """Return the facts of all subjects by name. If they differ in a fact, each distinct value is listed once."""
     found = {}
     for name in subjects[0].facts:
         values = dict.fromkeys(subject.facts[name] for subject in subjects)

@@ -36,13 +36,13 @@ def choose(model: str, adapters: Sequence[Path] = (), **how: Any) -> Chosen:
 
 
 def told(chosen: Chosen) -> Chosen:
-    """Print the warnings of a choice, and return it."""
+    """Print the warnings about the chosen model and adapters, and return ``chosen``."""
     warn(chosen.warnings)
     return chosen
 
 
 def loaded(chosen: Chosen, *, encodes: bool = False) -> ModelParts:
-    """Return the parts of a choice, loaded. ``encodes``: an encoder-decoder is accepted too."""
+    """Load the chosen base and adapters. ``encodes``: an encoder-decoder is accepted too."""
     with waits_told(f"loading {chosen.source}"):
         parts = chosen.load(encodes=encodes)
     tell_of_device(parts)
@@ -66,7 +66,7 @@ def load(model: str, adapter: Path | None = None, **how: Any) -> LoadedModel:
 
 
 def joined(parts: ModelParts) -> LoadedModel:
-    """Join the parts, and print a note if float32 would be faster."""
+    """Put the adapter on the base, and print a note if float32 would be faster."""
     _tell_of_float32(parts)
     with quiet(), waits_told("attaching the adapter"):
         return parts.joined()
@@ -88,10 +88,10 @@ def adapter_list(adapter: Path | None) -> list[Path]:
 
 
 def require_of_one_base(adapters: Sequence[Path], base: str | None, use: str) -> None:
-    """Raise ConfigError or FormatError for one that is not an adapter, or if bases differ in size.
+    """Raise FormatError for a folder that is not an adapter, or ConfigError if the adapters' bases differ in size.
 
-    Their bases are compared with each other and with ``base``. Bases of equal sizes whose names may mean two models
-    give a warning on stderr. ``use`` names the subject of the warning. No weight is loaded.
+    The bases are compared with each other and with ``base``. If bases of equal size have names that may mean two
+    models, a warning on stderr says so. ``use`` names the subject of the warning. No weight is loaded.
     """
     named = require_one_base(adapters) if base is None else []
     if base is not None:

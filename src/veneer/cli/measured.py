@@ -49,7 +49,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Measured:
-    """Results of a metric, and facts of the measured model and data."""
+    """Results of one metric, with facts ``about`` the measured model and data."""
 
     metric: str
     columns: Sequence[Column]
@@ -68,7 +68,7 @@ class Measured:
 
     @property
     def names(self) -> list[str]:
-        """Columns by name."""
+        """Names of the columns."""
         return [column.name for column in self.columns]
 
     def differences(self) -> list[Difference]:

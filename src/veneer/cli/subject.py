@@ -40,7 +40,7 @@ class Subject:
 
     @property
     def names(self) -> list[str]:
-        """Columns by name."""
+        """Names of the columns."""
         alone = BASE if self.adapters else str(self.facts["adapter"] or self.facts["model"])
         return [alone if folder is None else str(folder) for folder in self.columns]
 
@@ -77,7 +77,7 @@ def _require_comparable(subjects: Sequence[Subject], args: EvalArguments) -> Non
 
 
 def _answer(row: Mapping[str, Any]) -> object:
-    """Return the right answer of a row that has one of training's forms."""
+    """Return the right answer of a row in a training format."""
     return row["messages"][-1] if "messages" in row else row.get("completion", row.get("text"))
 
 
@@ -118,5 +118,5 @@ def _of_recipe(path: Path, args: EvalArguments) -> Subject:
 
 
 def _as_trained(rows: Rows, args: EvalArguments) -> Rows:
-    """Convert the rows to training's forms; leave them as they are if a template makes the prompts."""
+    """Convert the rows to a training format; leave them unchanged if a template makes their prompts."""
     return as_trained(rows, reader_of(args)) if args.prompt is None else rows

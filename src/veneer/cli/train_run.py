@@ -186,7 +186,7 @@ class _Planned(NamedTuple):
 
 
 def _prepared(recipe: Recipe, asked: TrainOptions, console: Console) -> _Planned | None:
-    """Check that a run can start, and plan it, in its first process. None for a run that has ended.
+    """In a run's first process, check that the run can start, and plan it. Return None if the run has ended already.
 
     The other processes wait, and raise the first one's errors.
     """

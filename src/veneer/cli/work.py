@@ -1,4 +1,7 @@
-"""Verb of the program, made from its arguments. Its work imports torch, which takes seconds that help pages avoid."""
+"""Command of the program, made from its arguments.
+
+Its work imports torch, which takes seconds that help pages avoid.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +47,11 @@ def verb(arguments: type, place: str | Callable[[Any], str], name: str, *, hears
 
 @contextmanager
 def _ends_told() -> Iterator[None]:
-    """Raise Interrupted on SIGTERM, and add to it and to Ctrl-C the files left on disk.
+    """Enter a context in which SIGTERM raises Interrupted; its message, and that of Ctrl-C, name the files left on
+    disk.
 
-    A signal that is ignored stays ignored. In a thread other than the main one Python handles no signals.
+    If SIGTERM is ignored, it stays ignored. Nothing changes in a thread other than the main one, where Python handles
+    no signals.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         yield

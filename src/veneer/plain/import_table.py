@@ -28,7 +28,9 @@ Read = Callable[[Any], Any]
 
 @contextmanager
 def table_kept() -> Iterator[None]:
-    """Let an import of transformers in the block take its table from the cache, or leave it there."""
+    """Make an import of transformers in the block read its table of names from the cache, or write it there if it is
+    missing.
+    """
     finder = TableFinder()
     sys.meta_path.insert(0, finder)
     try:
@@ -38,12 +40,12 @@ def table_kept() -> Iterator[None]:
 
 
 class TableFinder(MetaPathFinder):
-    """Finder of the one module of transformers that reads the table. Other modules are found as ever."""
+    """Import hook for the one module of transformers that reads the table of names. It finds no other module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec of that module, whose reader asks the cache first."""
+        """Return the spec of that module, with a loader that looks in the cache first; None for other modules."""
         spec = PathFinder.find_spec(fullname, path, target) if fullname == _READER else None
         if spec is None or spec.loader is None:
             return None

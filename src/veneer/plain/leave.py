@@ -1,7 +1,7 @@
-"""End of a command: hooks and output as ever, without tearing down the modules.
+"""End of a command without tearing down its modules: exit hooks run and output is flushed as usual.
 
-The interpreter frees every object of torch, transformers and their like one by one: 2 s of computing after the last
-line, for memory that the system takes back at once.
+Otherwise the interpreter would free every object of torch, transformers and other libraries one by one: 2 s of
+computing after the last line, for memory that the system takes back at once.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def left_at_once() -> Iterator[None]:
-    """End the process when the block raises SystemExit with a code; hooks of atexit run, and output is flushed.
+    """End the process at once if the block raises SystemExit with a code; hooks of atexit run, and output is flushed.
 
-    If threads must end first, or if output cannot be written, the interpreter ends in its own way.
+    If other threads must end first, or if output cannot be written, the interpreter ends in its usual way.
     """
     try:
         yield

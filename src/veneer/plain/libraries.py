@@ -16,8 +16,9 @@ _read = importlib.metadata.packages_distributions
 
 
 class _WhenAsked(Mapping[str, list[str]]):
-    """Mapping of packages to their distributions. All metadata is read only for a package unlike its distribution's
-    name.
+    """Mapping from packages to the distributions that provide them.
+
+    The metadata of all packages is read only if a package is asked for that no distribution of its own name provides.
     """
 
     def __init__(self) -> None:
@@ -50,11 +51,11 @@ def _has_own_name(package: str) -> bool:
 
 @contextmanager
 def libraries_loading() -> Iterator[None]:
-    """Tell the wait for imports in the block, and leave out work that they do not need.
+    """Show progress while the block imports torch, transformers or TRL, and skip work that the imports do not need.
 
-    Imports leave no garbage, and looking for it takes a tenth of their time. Later looks pass over what the first
-    imports of a process made. TRL reads the metadata of all packages for questions
-    that it asks of few.
+    The garbage collector is off, since imports leave no garbage and the search takes a tenth of their time. It ignores
+    their objects later. TRL asks for the distributions of a few packages: the metadata of all packages is not read for
+    that.
     """
     collects, first = gc.isenabled(), "torch" not in sys.modules
     importlib.metadata.packages_distributions = _WhenAsked

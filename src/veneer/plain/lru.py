@@ -1,4 +1,4 @@
-"""Memory of a bounded number of values, those used last. No torch."""
+"""Least-recently-used cache of a bounded number of values. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Value = TypeVar("Value")
 
 
 class LruCache(Generic[Key, Value]):
-    """Values by key, of which the ``most`` that were found or put last are kept. Any thread may call it."""
+    """Values by key; the ``most`` that were used last are kept. Any thread may call it."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -27,7 +27,7 @@ class LruCache(Generic[Key, Value]):
             return iter(list(self._values))
 
     def get(self, key: Key) -> Value | None:
-        """Return the value of a key, which is then the last to go; None if there is none."""
+        """Return the value of a key, which then counts as used last; None if there is none."""
         with self._lock:
             value = self._values.pop(key, None)
             if value is not None:
@@ -35,7 +35,10 @@ class LruCache(Generic[Key, Value]):
             return value
 
     def put(self, key: Key, value: Value) -> None:
-        """Keep a value, in place of the key's earlier one. The first to go goes if there are too many."""
+        """Set the value of a key, which then counts as used last.
+
+        If there are too many, drop the one that was used first.
+        """
         with self._lock:
             self._values.pop(key, None)
             self._values[key] = value
@@ -43,7 +46,7 @@ class LruCache(Generic[Key, Value]):
                 self._drop_first()
 
     def drop_first(self) -> None:
-        """Drop the value that was used before all others, if there is one."""
+        """Drop the value that has not been used for longest, if there is one."""
         with self._lock:
             if self._values:
                 self._drop_first()

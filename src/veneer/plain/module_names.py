@@ -16,7 +16,8 @@ def matches_any(name: str, patterns: Collection[str] | str) -> bool:
 
 
 def nearest_modules(pattern: str, paths: Sequence[str]) -> list[str]:
-    """Return the nearest last names, or whole paths if the last name is one that exists."""
+    """Return the last names of modules that resemble the pattern's; or whole paths, if the pattern's last name
+    exists."""
     last = pattern.rpartition(".")[2]
     same = [path for path in paths if path.rpartition(".")[2] == last]
     return (nearest(pattern, same) or same[:1]) if same else nearest(last, (p.rpartition(".")[2] for p in paths))

@@ -1,4 +1,4 @@
-"""Names nearest to one that is not known."""
+"""Known names that resemble an unknown one."""
 
 from __future__ import annotations
 

@@ -32,12 +32,13 @@ def draws_bars(console: Console) -> bool:
 
 @contextmanager
 def progress_bar(title: str, *columns: ProgressColumn, opens_with: str | None = None) -> Iterator[Tell]:
-    """Show a bar while the block runs. The block moves it by the function that it gets: steps done, and their total.
+    """Show a progress bar while the block runs. The block calls the function that it gets with steps done and their
+    total.
 
-    The bar appears with the first step, so that another may come and go before it; until then it is a wait for
-    ``title``. A wait around the block pauses for the bar. If no bar can be drawn, a line reports the steps every
-    ``LINE_SECONDS``. A block of less than ``QUIET_SECONDS`` prints nothing but ``opens_with``, if given, which replaces
-    the wait. Of several processes, which torchrun numbers, the first one prints.
+    The bar appears with the first step, so that another bar may run before it; until then ``title`` is shown as a wait.
+    A wait around the block (`waits_told`) pauses while the bar is there. If no bar can be drawn, a line reports the
+    steps every ``LINE_SECONDS``. A block of less than ``QUIET_SECONDS`` prints nothing but ``opens_with``, if given,
+    which replaces the wait. If torchrun has started several processes, only the first one prints.
     """
     # this file and no other: what takes long may have sys.stderr redirected
     console = _stderr()
@@ -92,8 +93,9 @@ def _say(console: Console, line: str) -> None:
 def waits_told(what: str) -> Iterator[None]:
     """Report a wait for ``what`` on stderr while the block runs: by a spinner, or by lines after ``QUIET_SECONDS``.
 
-    `waiting_for` names the next work, and `waiting_over` ends the report before the block ends. A wait inside of
-    another names that one's work. Of several processes, which torchrun numbers, the first one prints.
+    `waiting_for` names the next work, and `waiting_over` ends the report before the block ends. Within another wait, no
+    second report begins: ``what`` is shown in the outer one. If torchrun has started several processes, only the first
+    one prints.
     """
     outer = _WAIT.get()
     if outer is not None:
@@ -128,14 +130,14 @@ def waiting_anew(what: str) -> None:
 
 
 def waiting_heard(seconds: float) -> None:
-    """Put off the next plain line of a wait: another line was printed, and in so many seconds there is one again."""
+    """Print the next line of a wait in ``seconds`` at the earliest, since another line has just been printed."""
     wait = _WAIT.get()
     if wait is not None:
         wait.put_off(seconds)
 
 
 def waiting_over() -> None:
-    """End the report of a wait, if there is one: from here on others print, or a bar is drawn."""
+    """End the report of a wait, if there is one, before other output is printed or a bar is drawn."""
     wait = _WAIT.get()
     if wait is not None:
         wait.end()
@@ -149,7 +151,7 @@ def _pause() -> None:
 
 @contextmanager
 def _paused_by_steps() -> Iterator[None]:
-    """Let an outer wait go on after the block, if the block has paused it."""
+    """Enter a context at whose end an outer wait resumes, if the context has paused it."""
     outer = _WAIT.get()
     goes_on = outer is not None and not outer.paused
     try:
@@ -186,7 +188,7 @@ class _Spinner:
         self._progress.reset(self._task)
 
     def put_off(self, seconds: float) -> None:
-        """Do nothing: the line is there all the time."""
+        """Do nothing: a spinner is shown all the time."""
 
     def pause(self) -> None:
         """Remove the line until `go_on`."""
@@ -206,7 +208,7 @@ class _Spinner:
 
 
 class _Lines:
-    """A thread that prints the current stage and its seconds so far."""
+    """Reporter of a wait: a thread that prints the current work and its seconds so far as plain lines."""
 
     def __init__(self, what: str, console: Console) -> None:
         self._console, self._over = console, threading.Event()
@@ -221,7 +223,7 @@ class _Lines:
         self.what, self._began = what, time.monotonic()
 
     def put_off(self, seconds: float) -> None:
-        """Print the next line in so many seconds, and later ones as far apart, but at least `LINE_SECONDS`."""
+        """Print the next line in ``seconds``, and later ones at this interval, but at least `LINE_SECONDS` apart."""
         self._due, self._apart = time.monotonic() + seconds, max(seconds, LINE_SECONDS)
 
     def pause(self) -> None:

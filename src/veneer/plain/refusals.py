@@ -36,9 +36,10 @@ _IS = {"missing": "is missing", "extra_forbidden": "is unknown"}
 
 
 def allowed(problems: Iterable[Mapping[str, Any]]) -> str:
-    """Return ``"must be A or B"`` for the ``errors()`` about one value: each is what one type of a union allows.
+    """Return ``"must be A or B"`` for pydantic's ``errors()`` about one value, one alternative for each type of a
+    union.
 
-    If one of them is of a kind without words here, all keep pydantic's.
+    If this module has no words for one of the errors, pydantic's own messages are joined instead.
     """
     found = list(problems)
     if all(problem["type"] in _BY_TYPE for problem in found):
@@ -47,15 +48,19 @@ def allowed(problems: Iterable[Mapping[str, Any]]) -> str:
 
 
 def unfit(value: Any, problems: Iterable[Mapping[str, Any]]) -> str:
-    """Return ``"3 does not fit: it must be text"`` for the ``errors()`` about a value; other words are in brackets."""
+    """Return ``"3 does not fit: it must be text"`` for pydantic's ``errors()`` about a value.
+
+    Its own words are put in brackets.
+    """
     reason = allowed(problems)
     return f"{value!r} does not fit{f': it {reason}' if reason.startswith(('must ', 'is ')) else f' ({reason})'}"
 
 
 def by_place(value: Any, problems: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
-    """Return the ``errors()`` about a value by the place within it that they refuse, a tuple of keys and indices.
+    """Group pydantic's ``errors()`` about a value by the place within it, a tuple of keys and indices.
 
-    Parts of a union that refuse the whole value are left out if another part refuses places within it alone.
+    Errors about the whole value are left out if there are others: then one type of a union is wrong only in places
+    within it.
     """
     found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for each in problems:
@@ -64,7 +69,9 @@ def by_place(value: Any, problems: Iterable[Mapping[str, Any]]) -> dict[tuple[An
 
 
 def place_in(value: Any, loc: Iterable[Any]) -> tuple[Any, ...]:
-    """Return the keys and indices of pydantic's ``loc`` that lead into a value; others name parts of a union."""
+    """Return the keys and indices of pydantic's ``loc`` that lead into a value; its other entries name types of a
+    union.
+    """
     found: list[Any] = []
     for part in loc:
         if part in value if isinstance(value, Mapping) else isinstance(value, list | tuple) and isinstance(part, int):

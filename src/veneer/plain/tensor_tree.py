@@ -22,9 +22,9 @@ def bytes_of(held: object) -> int:
 
 
 def told_bytes(held: object) -> int:
-    """Return the bytes of the tensors in an object and all objects that it holds, each tensor once, as its shape says.
+    """Return the bytes of all tensors that an object holds, at any depth, by their shapes; each tensor counts once.
 
-    Those on the meta device count too.
+    Tensors on the meta device count too.
     """
     found: dict[int, Tensor] = {}
     seen: dict[int, object] = {}
@@ -51,7 +51,7 @@ def in_own_memory(held: Held) -> Held:
 
 
 def moved(held: Held, device: torch.device) -> Held:
-    """Return an object whose tensors are on a device; those that are one tensor stay one."""
+    """Return a copy of an object with its tensors on a device. A tensor that occurs twice is moved once."""
     made = dict[tuple[object, ...], Tensor]()
 
     def there(x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def moved(held: Held, device: torch.device) -> Held:
 
 
 def in_one_copy(held: Held, device: torch.device) -> Held:
-    """Return an object whose tensors of whole numbers are on a device, all brought there by one copy."""
+    """Return an object whose tensors of whole numbers are on a device; a single copy transfers all of them."""
     found = list[Tensor]()
     mapped(held, lambda x: _noted(x, found))
     sent = torch.cat([x.reshape(-1) for x in found]).to(device, non_blocking=True)  # the driver has its own copy

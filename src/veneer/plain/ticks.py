@@ -1,4 +1,4 @@
-"""Ticks of a picture at exactly the points that it shows, labelled if there is room."""
+"""Ticks of a logarithmic axis at exactly the plotted points, labelled if there is room."""
 
 from __future__ import annotations
 

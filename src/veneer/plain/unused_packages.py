@@ -12,13 +12,13 @@ _UNUSED = (
 
 
 def hide_unused() -> None:
-    """Let this process find none of them, as if they were not installed."""
+    """Make this process see the unused packages as not installed."""
     for name in _UNUSED:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # as the import system has it
 
 
 def show_unused() -> None:
-    """Let code of a user, which may use them, find them again."""
+    """Make the hidden packages visible again, for a user's code that may import them."""
     for name in _UNUSED:
         if name in sys.modules and sys.modules[name] is None:
             del sys.modules[name]

@@ -13,7 +13,7 @@ MOST_SECONDS = 20.0
 
 @dataclass(slots=True)
 class MeasuringTime:
-    """Seconds in which measurements may begin, counted from the first; none with ``seconds`` 0."""
+    """Time in which measurements may begin: ``seconds`` from the first one on. If it is 0, none may begin."""
 
     seconds: float = MOST_SECONDS
     _ends: float | None = None

@@ -19,11 +19,10 @@ from veneer.recipe.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """Repetition in ``n_blocks`` blocks of a model: ``lead`` different ones, then identical groups of ``period``
-    blocks.
+    """Repetition in a model's ``n_blocks`` blocks: first ``lead`` that differ, then equal groups of ``period`` blocks.
 
-    Llama: no lead, period 1. Gemma 3: period 6, five windows and one of full attention. Some mixtures of experts: a
-    lead of dense blocks.
+    In Llama the lead is 0 and the period 1. In Gemma 3 the period is 6: five windows and one of full attention. Some
+    mixtures of experts have a lead of dense blocks.
     """
 
     n_blocks: int
@@ -32,9 +31,9 @@ class Pattern:
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Two depths, one group apart, that end in the same block of a group as the whole model.
+        """Return two depths, one group apart, whose last block has the same place in its group as the whole model's.
 
-        If the model is not deeper than the second depth, there is only its own.
+        If the model is not deeper than the second depth, return its own depth alone.
         """
         low = self.lead + (self.n_blocks - self.lead) % self.period + self.period
         if low == 1:  # the first block and the last are two: in front of the first no gradient is made
@@ -42,7 +41,9 @@ class Pattern:
         return (low, low + self.period) if low + self.period < self.n_blocks else (self.n_blocks,)
 
     def places(self, n_blocks: int) -> dict[int, list[str]]:
-        """Return names of blocks that hold at any depth: the first group from the front, the last from the end."""
+        """Return names of blocks that mean the same at any depth, by block number: ``first 0`` from the front, ``last
+        0`` from the end.
+        """
         found: dict[int, list[str]] = {}
         for k in range(min(self.lead + self.period, n_blocks)):
             found.setdefault(k, []).append(f"first {k}")
@@ -52,10 +53,10 @@ class Pattern:
 
 
 def pattern_of(recipe: Recipe, config: PreTrainedConfig, n_blocks: int) -> Pattern:
-    """Return the repetition in the blocks of a recipe's model; one group of all if nothing repeats, or if it is
-    unknown.
+    """Return the repetition in the blocks of a recipe's model.
 
-    Recipes that differ only in their batches share one result.
+    If nothing repeats, or if the repetition is unknown, all blocks are one group. Recipes that differ only in their
+    batches share one result.
     """
     args = recipe.training_config()
     again = (args.gradient_checkpointing_kwargs or {}).get("every_n_layers") or 1
@@ -65,7 +66,7 @@ def pattern_of(recipe: Recipe, config: PreTrainedConfig, n_blocks: int) -> Patte
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """A model with its adapter, identified by ``text``. One block in every ``again`` blocks is recomputed."""
+    """A model with its adapter, identified by ``text``. Checkpointing recomputes one block in every ``again``."""
 
     text: str
     again: int
@@ -136,16 +137,14 @@ def peaks_by_place(shallow: Shallow, pattern: Pattern) -> dict[str, Peak]:
 
 
 def between(low: Peak, high: Peak, more: float) -> Peak:
-    """Return the point on the line through two peaks that is ``more`` times their distance from the first.
+    """Extrapolate two peaks linearly, kind by kind: ``low`` plus ``more`` times the difference to ``high``.
 
-    No kind is below 0. The two peaks may be of moments at which slightly different numbers of its bytes were alive.
+    No kind is below 0: the peaks may be of moments at which slightly different tensors were alive.
     """
     kinds = {kind: line(low.kinds.get(kind, 0), high.kinds.get(kind, 0), more) for kind in KINDS}
     return Peak({kind: n for kind, n in kinds.items() if n > 0})
 
 
 def line(low: float, high: float, more: float) -> int:
-    """Return the point on the line through two numbers that is ``more`` times their distance from the
-    first, rounded.
-    """
+    """Extrapolate two numbers linearly: ``low`` plus ``more`` times the difference to ``high``, rounded."""
     return round(low + more * (high - low))

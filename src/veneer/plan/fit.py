@@ -29,7 +29,8 @@ SPARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Recipe that fits: the changed settings, its plan, its bytes, and seconds a token."""
+    """Settings that fit: the ``changes`` of the recipe, their plan, the bytes of the process, and the seconds a
+    token."""
 
     changes: Mapping[str, Any]
     plan: Plan
@@ -42,11 +43,11 @@ Cost = Callable[[Plan], float]
 
 
 def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes, cost: Cost) -> list[Fit]:
-    """Return settings within ``budget`` bytes with `SPARE` left, the quickest a token first.
+    """Return settings that fit ``budget`` bytes with `SPARE` of it left free, the least time a token first.
 
-    An optimizer step keeps its rows. Knobs: storage of the base, checkpointing, rows of a micro-batch. ``bytes_of`` and
-    ``cost`` (seconds of a micro-batch) belong to the machine. Raises ConfigError if nothing fits, with a suggestion
-    that would.
+    They vary the storage of the base, checkpointing, and the rows of a micro-batch. The rows of an optimizer step stay
+    the same. ``bytes_of`` and ``cost`` (seconds of a micro-batch) are the machine's. Raises ConfigError if nothing
+    fits, with a suggestion that would.
     """
     given, budget = budget, int(budget / (1 + SPARE))
     args = recipe.training_config()
@@ -70,7 +71,9 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
 
 
 def _missing(recipe: Recipe, needed: int, changes: Mapping[str, Any], plan: Plan, budget: int) -> str:
-    """Return the bytes of the smallest setting, the budget that would suffice, and the remaining knobs."""
+    """Return a message that nothing fits: the least bytes, the budget that would suffice, and the settings left to
+    change.
+    """
     args, weights = recipe.training_config(), plan.held.n_bytes
     told = ", ".join(f"{key}={value}" for key, value in changes.items()) or "the recipe as it is"
     kind = recipe.model.quantization

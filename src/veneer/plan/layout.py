@@ -18,18 +18,16 @@ from veneer.recipe.distributed_part import DistributedPart
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Number of processes of a plan, and the bytes a second that each receives (None: unknown)."""
+    """Number of processes of a plan, and the bytes a second that each receives; None if that is unknown."""
 
     n_processes: int
     bandwidth: float | None = None
 
 
 def rank_facts(plan: Plan, machine: Machine, ranks: Ranks, seconds_a_batch: float | None) -> dict[str, Any]:
-    """Return memory and traffic of one process, and those of each layout, as plain numbers.
+    """Return the memory and traffic of one process as plain numbers, for the recipe's layout and for each possible one.
 
-    The layout is the recipe's; ``auto`` is reported as its choice on one machine. ``seconds_a_batch``: of a
-    micro-batch.
-
+    If the layout is ``auto``, its choice on one machine is reported. ``seconds_a_batch`` are those of a micro-batch.
     Raises ConfigError for a layout that depends on the machines, or does not fit the number of processes.
     """
     n, part = ranks.n_processes, plan.recipe.distributed

@@ -102,7 +102,11 @@ class Rates:
         return not self.known
 
     def at_best(self) -> Rates:
-        """Return the rates as if other processes had slowed the rough ones by their whole share of the cores."""
+        """Return the fastest rates that the measurements allow.
+
+        For each disturbed measurement, the seconds are multiplied by the share of the cores that other processes left
+        free.
+        """
         return Rates(self.path, {key: value * self.rough.get(key, 1.0) for key, value in self.known.items()})
 
     def save(self) -> None:
@@ -257,7 +261,10 @@ def _product_seconds(m: int, k: int, n: int, dtype: str) -> float:
 
 
 def _in_turns(x: Tensor, n_bytes: int) -> Iterator[Tensor]:
-    """Cycle through copies for ever. They take more than ``n_bytes`` together, unless `MOST_COPIES` are fewer."""
+    """Cycle through copies of x without end.
+
+    Together they take more than ``n_bytes``, unless that needs over `MOST_COPIES`.
+    """
     return itertools.cycle([x.clone() for _ in range(1 + min(MOST_COPIES, n_bytes // x.nbytes))])
 
 

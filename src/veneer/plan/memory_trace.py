@@ -40,9 +40,10 @@ KINDS = (BASE, EMBEDDINGS, HEAD, NORMS, TRAINED, ADAPTERS, GRADIENTS, STATE, ACT
 
 @dataclass(frozen=True, slots=True)
 class Shallow:
-    """Findings of two steps of a model with ``n_blocks`` blocks; peaks are those of the second step, by mark.
+    """Results of tracing two steps of a model that has only ``n_blocks`` blocks.
 
-    ``reaches_all``: each trained parameter has a gradient.
+    ``peaks`` are those of the second step, by the name of each part of it. If ``reaches_all``, each trained parameter
+    got a gradient.
     """
 
     n_blocks: int
@@ -67,8 +68,9 @@ def trace(
 ) -> Shallow:
     """Trace a recipe's step on a model of this config, which is built without values.
 
-    The evaluation of a ``held_out`` batch is traced too. ``warm``: a shallower model of the recipe was traced before,
-    and `Shallow.reaches_all`. Errors of building and adapting the model are raised.
+    The evaluation of a ``held_out`` batch is traced too. ``warm``: another depth of this recipe's model was traced
+    before in this process, and each of its trained parameters got a gradient. Errors of building and adapting the model
+    are raised.
     """
     live, counted = LiveBytes(), CountWork()
     with tracing(counted.kernel, isa) as mode:
@@ -144,9 +146,9 @@ def run_steps(
 ) -> bool:
     """Run two steps and an evaluation, and report the kinds of tensors to ``live``. Return `Step.reaches_all`.
 
-    The second step has the optimizer's state. If gradients of several micro-batches are summed, it has two of them, and
-    gradients exist from the start of the second. If ``warm``, the process has made all that it makes once. Only the
-    update of the first step is then run, unless the optimizer updates within the backward pass.
+    Only the second step has the optimizer's state from its start. If a run sums gradients of several micro-batches, the
+    second step has two, and gradients exist from its start. If ``warm``, the process has run such a step before: of the
+    first step only the update is run, unless the optimizer updates within the backward pass.
     """
     offload = ActivationOffload(model, "disk") if args.activation_offloading else None
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -193,7 +195,7 @@ def run_steps(
 
 
 def n_passes(args: SFTConfig) -> int:
-    """Return the number of micro-batches in the second step."""
+    """Return the number of micro-batches in the second step of `run_steps`."""
     return min(2, int(args.gradient_accumulation_steps))
 
 

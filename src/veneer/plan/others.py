@@ -1,4 +1,4 @@
-"""Use of the cores by other processes."""
+"""Share of the CPU cores that other processes use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LEAST_SHARE = 0.05
 
 
 class _Looked(NamedTuple):
-    """Seconds so far: by the clock, of all processes' CPU time, and of this process's CPU time."""
+    """Seconds so far: by the clock, of the CPU time of all processes, and of this process's CPU time."""
 
     clock: float
     all: float
@@ -20,7 +20,7 @@ class _Looked(NamedTuple):
 
 
 class Others:
-    """Other processes, and the share of the cores that they leave from here on."""
+    """Use of the cores by other processes since this object was created."""
 
     def __init__(self) -> None:
         self._first = _looked()

@@ -53,10 +53,10 @@ USEFUL = 6
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Machine of a plan: this one, its GPU, or a card by its data sheet; ``timed`` if seconds are wanted.
+    """Machine that a plan is for: this one, its GPU, or a ``card`` by its data sheet. ``timed``: seconds are wanted.
 
-    ``budget`` is the time for measuring its rates. The plan of a run has none, and sets ``starts_here``: this process
-    will train.
+    ``budget`` is the time for measuring this machine's rates. The plan of a run has none, and sets ``starts_here``:
+    this process will train.
     """
 
     card: Card | None
@@ -84,7 +84,7 @@ class Machine:
 
     @property
     def measures(self) -> bool:
-        """Return True if a plan will measure this machine's rates, which is slow and happens once."""
+        """Return True if a plan will measure this machine's rates, which is slow and happens once for a machine."""
         return self.card is None and self.timed and self.budget.is_open and Rates.here().is_new
 
     def note(self, part: ModelPart, config: PreTrainedConfig) -> str | None:
@@ -127,7 +127,7 @@ class Machine:
 
     @property
     def knows_seconds(self) -> bool:
-        """Return True if seconds are wanted, and for a card, whose seconds are computed from its data sheet."""
+        """Return True if seconds are wanted, or if the machine is a card, whose seconds follow from its data sheet."""
         return self.timed or self.card is not None
 
     def cost(self, plan: Plan) -> float:
@@ -196,7 +196,7 @@ class Machine:
 
 
 def start_of_this() -> int:
-    """Return the bytes of this process at the start of its training, once a plan is made in it."""
+    """Return the bytes that this process will have when it begins to train, after the plan is made."""
     return known_start() or (high_water() or 0) + RUN_BYTES
 
 

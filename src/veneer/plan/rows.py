@@ -40,10 +40,10 @@ class OwnRows:
 
 
 def own_rows(recipe: Recipe, full: Batch) -> OwnRows | None:
-    """Return the micro-batch of a recipe's own rows; ``full`` is one whose rows all have the maximal length.
+    """Return the average micro-batch of a recipe's own rows. ``full`` is one whose rows all have the maximal length.
 
-    None if they fill it (packed rows), if they lie in no file or in several, or if they cannot be read here. A run
-    reports the reason.
+    Return None if the rows fill it (packed rows), if they are in no file or in several, or if they cannot be read here.
+    A run reports the reason.
     """
     args, source = recipe.training_config(), recipe.model.source
     is_here = hub_id_of(source) is None

@@ -51,7 +51,9 @@ class Batch:
 
 @contextmanager
 def as_accelerate(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Wrap the model's forward as accelerate does, within the block: autocast to ``dtype``, outputs in float32."""
+    """Wrap the model's forward as accelerate does, while the context is open: autocast to ``dtype``, outputs in
+    float32.
+    """
     if dtype is None:
         yield
         return
@@ -64,9 +66,9 @@ def as_accelerate(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]
 
 
 class Step:
-    """Training steps in phases, each reported to ``mark``: forward, loss, backward, optimizer.
+    """Training steps of a model. `run` and `evaluate` call ``mark`` with the name of each phase as it begins.
 
-    `evaluate` is a phase of its own.
+    The phases of `run` are forward, loss, backward and optimizer; `evaluate` is one phase.
     """
 
     def __init__(
@@ -89,7 +91,10 @@ class Step:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     def begin(self) -> None:
-        """Let the optimizer make its state, as a first step that `reaches_all` does: no pass is computed."""
+        """Let the optimizer allocate its state without computing a pass.
+
+        All trained parameters must get gradients in a step.
+        """
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
         self.after_backward()
@@ -135,7 +140,7 @@ class Step:
 
     @contextmanager
     def marked(self) -> Iterator[None]:
-        """Context in which each block of the model is a mark of its own, in the forward and the backward pass."""
+        """Enter a context in which each block of the model calls ``mark`` in the forward and the backward pass."""
         found = blocks(self.model)
         handles = [block.register_forward_pre_hook(self._enters(k)) for k, block in enumerate(found)]
         handles += [block.register_forward_hook(self._leaves(k, len(found))) for k, block in enumerate(found)]

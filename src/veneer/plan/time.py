@@ -52,14 +52,20 @@ def seconds_here(work: Work, rates: Rates) -> Seconds:
 
 
 def seconds_by(run: Observed, tokens: float | None) -> Seconds:
-    """Return the seconds of a micro-batch of so many tokens by an earlier run of the same settings."""
+    """Return the seconds of a micro-batch of ``tokens`` tokens, from an earlier run of the same settings.
+
+    If ``tokens`` is None, the micro-batch has as many as the run's.
+    """
     low, middle, high = run.of_tokens(tokens)
     between = (low, high) if low < WIDE * high else None
     return Seconds({STEPS: middle}, "as an earlier run of these settings took", between)
 
 
 def seconds_like(flops: float, rates: tuple[float, float]) -> Seconds:
-    """Return the seconds of so many FLOPs by the least and the most FLOPs a second of earlier runs."""
+    """Return the seconds of ``flops`` FLOPs, as a range.
+
+    ``rates`` are the least and the most FLOPs a second of earlier runs.
+    """
     low, high = flops / rates[1], flops / rates[0]
     return Seconds({STEPS: math.sqrt(low * high)}, "by earlier runs of other settings", (low, high))
 

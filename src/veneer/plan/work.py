@@ -71,14 +71,14 @@ class Codec:
 
 @dataclass(slots=True)
 class Work:
-    """Sums over a step, or a part of one.
+    """Amount of work in a step, or in a part of one, by kind.
 
-    Attention is in FLOPs, by the kernel and, for each length of a row, by torch. ``moved`` and ``updated`` are bytes.
-    ``updated`` are those of the optimizer, whose tensors are large if the whole model is trained: they go at the rate
-    of memory. ``updated_8bit`` is in values. So are ``decoded``, by a kernel that writes what a product reads, and
-    ``decoded_tiles`` by their codec, in float32 and then cast. ``on_disk`` is bytes that wait in a file from the
-    forward pass to the backward pass. ``n_ops`` counts the ops of torch's dispatcher, and ``n_watched`` those that
-    selective checkpointing intercepts. ``n_general`` counts those of the model's own code, not of a fused block.
+    ``attention`` is FLOPs of the kernel, ``torch_attention`` FLOPs of torch by length of a row. ``moved`` is bytes of
+    elementwise ops. ``updated`` is bytes of the optimizer, which pass at the rate of memory. ``updated_8bit`` is values
+    of an optimizer with 8-bit moments. ``decoded`` is values of 4 bits that a kernel decodes for a product,
+    ``decoded_tiles`` values decoded in tiles, by codec. ``on_disk`` is bytes that wait in a file from the forward pass
+    to the backward pass. ``n_ops`` counts the ops of torch's dispatcher, and ``n_watched`` those that selective
+    checkpointing intercepts. ``n_general`` counts those of the model's own code, outside of fused blocks.
     """
 
     products: Counter[MatrixProduct] = field(default_factory=Counter)
@@ -122,11 +122,11 @@ class Work:
 
 
 class CountWork(SilentMode):  # type: ignore[no-untyped-call]
-    """Context that counts while ``on``: ``passes`` over the micro-batches of a step, one by one, and the ``update``.
+    """Context that counts the work of a step while ``on``: ``passes`` for each micro-batch, and ``update``.
 
     Kernels that are not run are reported to `kernel`. ``watched``: selective checkpointing intercepts each op now, and
-    will again when it is computed again. ``updating``: the optimizer runs. ``general``: the model's own code runs now.
-    `mark` reads it from ``general_blocks``, by number, and from ``general_outside`` elsewhere.
+    again when it is recomputed. ``updating``: the optimizer runs. ``general``: the model's own code runs, not a fused
+    block. `mark` sets it: by ``general_blocks`` within a numbered block, and by ``general_outside`` elsewhere.
     """
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
         self.general_outside, self.general_blocks = False, dict[str, bool]()
 
     def mark(self, name: str) -> None:
-        """Begin a part of a step."""
+        """Note that the part of the step with this name begins."""
         self.updating = name == "optimizer"
         if self.on and name == BEGIN and self.passes[-1].n_ops:
             self.passes.append(Work())
@@ -147,17 +147,17 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
         self.general = self.general_blocks.get(name.rpartition(".")[2], self.general_outside)
 
     def of_one(self, n_a_step: int) -> Work:
-        """Return the mean work of one of the micro-batches of a step, with its share of the update.
+        """Return the mean work of one micro-batch of a step that has ``n_a_step``, with its share of the update.
 
-        The first micro-batch counts as itself. Further ones count as the last one, whose gradients are added to
-        existing ones.
+        The first micro-batch counts as itself. All others count as the last one, which adds its gradients to existing
+        ones.
         """
         first, last = self.passes[0], self.passes[-1]
         return first.plus(last.plus(first, -1.0), 1 - 1 / n_a_step).plus(self.update, 1 / n_a_step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Count nothing within the block."""
+        """Count nothing while the context is open."""
         before, self.on = self.on, False
         try:
             yield

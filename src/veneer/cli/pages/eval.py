@@ -31,7 +31,7 @@ def _unescaped(text: str) -> str:
 
 
 class MetricName(StrEnum):
-    """Metrics by name."""
+    """Name of a metric."""
 
     PERPLEXITY = "perplexity"
     EXACT_MATCH = "exact-match"

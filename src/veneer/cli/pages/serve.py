@@ -49,7 +49,7 @@ _TrustTemplates = Annotated[
 
 
 class MetricsPrefix(StrEnum):
-    """Prefixes of the names of metrics."""
+    """Prefix of the names of metrics."""
 
     VENEER = "veneer"
     VLLM = "vllm"
