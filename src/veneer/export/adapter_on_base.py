@@ -1,4 +1,5 @@
-"""Adapter beside its base's files: places with the weights that a method reads, and tensors that are not copies."""
+"""Adapter beside the files of its base: the base's weights for methods that read them, and tensors that are no
+copies."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from veneer.store.checkpoint import Checkpoint
 
 
 def with_weights(places: Mapping[str, Placed], skeleton: PreTrainedModel, base: Path) -> dict[str, Placed]:
-    """Return places of linear layers with the weights of a base's files, each read when it is needed."""
+    """Give the linear layers among the adapted modules their weights from a base's files, each read when it is
+    needed."""
     weights, kinds, modules = BaseWeights(base, skeleton), look_at(skeleton).kinds, dict(skeleton.named_modules())
 
     def read(path: str) -> FrozenWeight:

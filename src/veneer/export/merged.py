@@ -19,8 +19,10 @@ from veneer.store.source import parse_dtype
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeOptions:
-    """Options of a merge. ``dtype`` of the result's floating tensors; None keeps the base's (16 bits for a
-    quantized base).
+    """Options of a merge.
+
+    ``dtype`` is that of the result's floating-point tensors. If it is None, it is the base's (16 bits for a quantized
+    base).
     """
 
     dtype: str | torch.dtype | None = None

@@ -30,7 +30,7 @@ class Devices(NamedTuple):
 
 @contextmanager
 def connected(place: RayCluster) -> Iterator[None]:
-    """Connect this process to a cluster during the block, unless it is already connected.
+    """Connect this process to a cluster while the context is open, unless it is already connected.
 
     Raises ConfigError if the cluster refuses, for example since it runs another version of Ray.
     """
@@ -72,7 +72,7 @@ def devices(use_cpu: bool) -> Devices:
 
 
 def n_workers(place: RayCluster, found: Devices) -> int:
-    """Return the number of workers to take now. Raises ConfigError if there are not enough devices."""
+    """Return the number of workers to start. Raises ConfigError if there are not enough devices."""
     if not found.n:
         raise ConfigError(f"the Ray cluster has no device ({found.kind}) for a worker: add a node that has one")
     n = place.n_workers or found.n

@@ -18,9 +18,11 @@ _HOST = re.compile(r"(?:ray://)?(?P<host>[^/\s]+):(?P<port>\d+)")
 
 @dataclass(frozen=True, slots=True)
 class RayCluster:
-    """Ray cluster. ``address``: of its client server; None: RAY_ADDRESS, this machine's cluster, or a new one.
+    """Ray cluster to train on, and the number of workers to take from it.
 
-    ``n_workers``: number of workers to take; None: all. ``least``: smallest number to run with if there are not more.
+    ``address`` is that of its client server. If it is None, the cluster is that of RAY_ADDRESS, else this machine's,
+    else a new one. ``n_workers`` is the number of workers; if it is None, all devices are taken. ``least`` is the
+    smallest number to train with if fewer devices are available; if it is None, ``n_workers`` are needed.
     """
 
     address: str | None = None

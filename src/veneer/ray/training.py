@@ -133,7 +133,10 @@ def train_on(place: RayCluster, loop: Loop, recipe: Recipe) -> dict[str, Any]:
 
 
 def _in_worker(config: Mapping[str, Any]) -> None:
-    """Train. An error that a restart would not mend is written to a file, and the worker then ends normally."""
+    """Train in a worker.
+
+    If a restart would not mend an error, it is written to a file, and the worker ends normally.
+    """
     loop = loop_of({key: value for key, value in config.items() if key != _REFUSAL})
     if Path(config[_REFUSAL]).exists():
         return
@@ -179,9 +182,9 @@ def _interruptible() -> Iterator[None]:
 
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
-    """Yield a folder for Ray's own state, on a disk that all nodes see.
+    """Yield a folder for Ray's own state in the run's output folder, which all nodes see.
 
-    If the output folder was created for it and stays empty, it is removed too.
+    If the output folder had to be created and stays empty, it is removed too.
     """
     made = not output.exists()
     try:

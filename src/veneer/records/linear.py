@@ -72,9 +72,10 @@ def apply_projected(
     base: Float[Tensor, "*batch o"],
     bias: Float[Tensor, " o"] | None = None,
 ) -> Float[Tensor, "*batch o"]:
-    """Return `apply_linear_sum`, given W x as ``base`` and ``products``, the added terms applied to their inputs.
+    """Return the output of `apply_linear_sum`, given its products.
 
-    ``whole`` is `compose_linear` of the records. Convolutions use this, so that patches need not be laid out.
+    ``base`` is W x, and ``products`` are the added terms applied to their inputs. ``whole`` is `compose_linear` of the
+    records. Convolutions use this, so that their input need not be unfolded into patches.
     """
     return _finished(whole, sum(products, base), bias).to(base.dtype)
 
@@ -131,7 +132,7 @@ def fold_linear(
     bias: Float[Tensor, " o"] | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "*experts o i"], Float[Tensor, " o"] | None]:
-    """Return ``output (W + Σ adds) input`` and the bias, in ``dtype`` (None: W's).
+    """Return ``output (W + Σ adds) input`` and the bias, in ``dtype``, or in W's dtype if it is None.
 
     Computed in at least float32; without autograd, by blocks of rows. Pairs and scales then need no temporary matrix as
     large as W. Other changes are materialized whole, and a rotation of outputs needs all rows at once.

@@ -20,9 +20,11 @@ def replace_leading(
 def weighed_loss(
     logits: Float[Tensor, "rows length v"], labels: Int[Tensor, "rows length"], weights: Float[Tensor, "rows length"]
 ) -> Float[Tensor, ""]:
-    """Return the mean over all labels but -100 of each one's cross-entropy, in float32, times its weight.
+    """Return the cross-entropy of the labels times their weights, summed and divided by the number of labels, in
+    float32.
 
-    Labels stand at their own positions, and each is predicted by the logits before it.
+    Labels of -100 do not count. ``labels`` and ``weights`` are at the labels' own positions. Each label is predicted by
+    the logits before it.
     """
     targets = labels[:, 1:].to(logits.device)
     each = torch.nn.functional.cross_entropy(

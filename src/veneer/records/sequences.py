@@ -17,9 +17,9 @@ MEMBERS = "members"
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences in an input of ``shape`` (rows, n). ``members`` is 1 if a token belongs to a sequence, otherwise 0.
+    """Sequences in an input of ``shape`` (rows, n). A packed row holds several; padding belongs to none.
 
-    Padding belongs to no sequence. A packed row holds several sequences.
+    ``members`` has a row for each token and a column for each sequence: 1 if the token belongs to it, otherwise 0.
     """
 
     shape: tuple[int, int]
@@ -48,7 +48,8 @@ class Sequences:
         return cls((rows, n), members.to(device or mask.device, torch.float32))
 
     def at(self, shape: Sequence[int]) -> Float[Tensor, "tokens sequences"] | None:
-        """Return the members for an input of shape (rows, n) or (rows · n); None for rows of other tokens.
+        """Return the members for an input of shape (rows, n) or (rows · n); None for any other input with a first axis
+        of rows.
 
         Raises ShapeError for other tokens without rows, such as the input of an expert.
         """

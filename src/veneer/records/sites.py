@@ -1,4 +1,4 @@
-"""Places in a frozen model that a method can change, described by shapes, without references to modules."""
+"""Parts of a frozen model that a method can change (sites), described by shapes, without references to modules."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ class AttendingSite:
 class InputSite:
     """Input embeddings of the model, of width ``features``, and the size of their vocabulary.
 
-    ``embed`` looks token ids up (None in planning). ``text_ids`` are the tokens of the text that a method starts from.
-    ``layers`` and ``heads``: their numbers in the model, if known.
+    ``embed`` looks token ids up; it is None in planning. ``text_ids`` are the tokens of the text that a method starts
+    from. ``layers`` and ``heads`` are the model's numbers of layers and of heads, if known.
     """
 
     name: str

@@ -16,7 +16,7 @@ from veneer.records.terms.term import RowsProduct
 def put_rows(
     table: Float[Tensor, "n_tokens d"], index: Int[Tensor, " n"], rows: Float[Tensor, "n d"]
 ) -> Float[Tensor, "n_tokens d"]:
-    """Return a copy of the whole table with the rows replaced, in the table's dtype."""
+    """Return a copy of a table in which ``rows`` replace the rows ``index``, in the table's dtype."""
     return table.index_copy(0, index, rows.to(table.dtype))
 
 
@@ -27,7 +27,8 @@ def look_up_rows(
     rows: Float[Tensor, "n d"],
     padding_id: int | None = None,
 ) -> Float[Tensor, "*batch d"]:
-    """Return the look-up in `put_rows`, given the look-up in the table itself. The table is not copied.
+    """Look token ids up in the table of `put_rows`, without copying it. ``looked_up`` is their look-up in the frozen
+    table.
 
     The row of ``padding_id`` gets no gradient, as in torch's embedding.
     """
@@ -47,7 +48,7 @@ def project_rows(
     bias: Float[Tensor, " n_tokens"] | None = None,
     linear: RowsProduct = torch.nn.functional.linear,
 ) -> Float[Tensor, "*batch n_tokens"]:
-    """Return the output of a head whose weight is `put_rows`, given the output with its own weight.
+    """Return the output of a head whose weight is the table of `put_rows`. ``y`` is its output with the frozen weight.
 
     ``linear`` multiplies x by the rows. Only the rows get a gradient; that of the whole table is never formed.
     """

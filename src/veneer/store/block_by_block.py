@@ -101,9 +101,9 @@ class _Waiting:
 
 
 class _InTurn:
-    """Tensor of a checkpoint. Before it is read, the blocks that are loaded are passed on.
+    """Tensor of a checkpoint. Before it is read, all blocks that are loaded are passed on.
 
-    They are passed on here, since the loader hides errors of its later steps.
+    This is the place for it, since the loader hides errors of its later steps.
     """
 
     def __init__(self, tensor: Any, waiting: _Waiting) -> None:

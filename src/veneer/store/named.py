@@ -58,7 +58,7 @@ def _holds(folder: Path, digest: str) -> bool:
 
 
 def file_of(name: str) -> Path | None:
-    """Return the GGUF file that a model's name means, if its weights stay there; None for other models."""
+    """Return the GGUF file that a model's name means, if the model's weights are read from it in place; else None."""
     path = Path(name).expanduser()
     if path.is_file():
         return path if path.suffix == ".gguf" else None

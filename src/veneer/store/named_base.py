@@ -21,10 +21,11 @@ _LONGEST = 256  # characters of a name that is compared
 
 
 class GivenBase:
-    """Base given by the caller: ``root`` is its name in the request, ``names`` its other names, ``folder`` its folder.
+    """Base model that a user gave for adapters, to compare with the bases that they name.
 
-    Two names differ only if both are names of models, not paths: a folder may hold any model. Two folders on this
-    machine are compared by their files. A fetched model has such a folder too.
+    ``root`` is the name that was given, ``names`` are its other names, and ``folder`` is its folder. Two names differ
+    only if both are names of models, not paths: a folder may hold any model. Two folders on this machine are compared
+    by their files, and so are fetched models.
     """
 
     def __init__(self, root: str = "", names: Collection[str] = (), folder: Path | None = None) -> None:

@@ -51,7 +51,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return None
 
     def grouped(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
-        """Group tensor names by quantized layer or stack: ``{layer: {part: name}}``."""
+        """Group tensor names by quantized layer or stack of experts: ``{layer: {part: name}}``."""
         raise NotImplementedError
 
     def stored_shape(self, layer: str, parts: Mapping[str, Stored]) -> tuple[int, ...] | None:

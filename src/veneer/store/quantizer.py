@@ -372,7 +372,8 @@ def register() -> None:
 
 @functools.cache
 def watch_loading() -> None:
-    """Let transformers' loader take its tensors from the quantizer, and hand on the blocks of a dense model, once."""
+    """Wrap transformers' loader, once: it takes tensors from the quantizer, and passes on the blocks of a dense
+    model."""
     load = PreTrainedModel._load_pretrained_model
 
     @functools.wraps(load)

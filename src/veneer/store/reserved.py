@@ -16,7 +16,7 @@ UNCHANGED = "Nothing was changed: make room or choose another disk, and run it a
 
 
 def reserve(file: FileIO, n_bytes: int) -> None:
-    """Make a file this large, so that a full disk shows now. Raises OSError."""
+    """Extend a file to ``n_bytes``, so that a full disk shows now. Raises OSError."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, n_bytes)
     else:
@@ -32,7 +32,7 @@ def write_at(file: FileIO, start: int, data: memoryview) -> None:
 
 @contextmanager
 def disk_errors_told(target: Path, n_bytes: int, left: Callable[[], str]) -> Iterator[None]:
-    """Context that raises DiskError for an error of the disk while ``n_bytes`` are written to ``target``.
+    """Enter a context that turns a disk's error into DiskError while ``n_bytes`` are written to ``target``.
 
     ``left`` names the files left in place, and the next step.
     """

@@ -29,7 +29,7 @@ from veneer.store.gguf.names import gguf_name, places_of, text_name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectOptions:
-    """Windows of ``chunk_size`` tokens, of which the first ``n_chunks`` are used; None for all."""
+    """Windows of ``chunk_size`` tokens, of which the first ``n_chunks`` are used; all of them if it is None."""
 
     chunk_size: int = 512
     n_chunks: int | None = None

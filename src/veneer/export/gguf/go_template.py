@@ -15,10 +15,11 @@ _SYSTEM, _USER, _ANSWER, _NEXT = "Xsystem0X", "Xuser1X", "Xanswer2X", "Xuser3X"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatShape:
-    """Texts around messages. ``opening`` starts a conversation without a system message.
+    """Texts that a chat template puts around messages.
 
-    ``system`` (None: not supported), ``user`` and ``answer`` are the texts before and after such a message. ``prompt``
-    precedes the answer to come. ``system_in_user``: a system message goes into the first user's turn, before its text.
+    ``opening`` starts a conversation without a system message. ``system``, ``user`` and ``answer`` are the texts before
+    and after such a message; ``system`` is None if the template takes no system message. ``prompt`` precedes the answer
+    to come. If ``system_in_user``, a system message goes into the first user's turn, before its text.
     """
 
     opening: str

@@ -32,9 +32,9 @@ from veneer.store.adapter.records import StoredAdapter
 class VllmOptions:
     """Options of an export.
 
-    ``base``: None is the base that the adapter names. ``rank``: the largest rank to write, one of `RANKS`. It is needed
-    for adapters that are not low-rank factors, and truncates those of a larger rank. ``ends`` permits updates of
-    embeddings and head.
+    ``base`` is the base's name; if it is None, the name in the adapter's config is taken. ``rank`` is the largest rank
+    to write, one of `RANKS`. It is needed for adapters that are not low-rank factors, and truncates those of a larger
+    rank. ``ends`` permits updates of embeddings and head.
     """
 
     base: str | None = None
@@ -48,10 +48,11 @@ class VllmOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmReport:
-    """Written folder: the adapter's method before, the base that it names, rank, layers and bytes.
+    """Result of an export: the adapter's ``method``, the base that it names, and the rank, layers and bytes that were
+    written.
 
-    ``copied``: the tensors are those of the input, bit for bit. ``error``: the relative error of all updates together.
-    ``worst``: that of the layer ``worst_layer``. Both errors are 0 for an exact export.
+    If ``copied``, the tensors are those of the input, bit for bit. ``error`` is the relative error of all updates
+    together, and ``worst`` that of the layer ``worst_layer``. Both errors are 0 for an exact export.
     """
 
     method: str

@@ -21,7 +21,7 @@ _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def is_plain(fields: Mapping[str, Any]) -> bool:
-    """Return True if both read an adapter with these fields of ``adapter_config.json`` as it was trained."""
+    """Return True if vLLM and LoRAX read an adapter with these fields of ``adapter_config.json`` as it was trained."""
     return (
         fields.get("peft_type") == "LORA"
         and {"r", "lora_alpha"} <= fields.keys()

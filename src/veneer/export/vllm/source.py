@@ -43,9 +43,10 @@ class AdapterSource:
 
     @classmethod
     def read(cls, adapter: Path, given: str | None) -> AdapterSource:
-        """Read an adapter folder. ``given``: the base's name; None is the one that the adapter names.
+        """Read an adapter folder. ``given`` is the base's name; if it is None, the name in the adapter's config is
+        taken.
 
-        Raises CompositionError if it changes no weights, or depends on a base that is not on this machine.
+        Raises CompositionError if the adapter changes no weights, or depends on a base that is not on this machine.
         """
         fields = read_fields(adapter)
         _require_known_start(adapter, fields)
@@ -115,7 +116,10 @@ def _on_base(adapter: Path, fields: Mapping[str, Any], method: MethodConfig, bas
 
 
 def _started(method: MethodConfig, places: Mapping[str, Placed]) -> dict[str, Tensor]:
-    """Return the initial factors of a start. PEFT subtracts them from the base on loading, and does not save them."""
+    """Return the adapter's fixed parameters, computed as its initialization does, by their keys in a file.
+
+    An initialization such as PiSSA subtracts them from the base on loading. PEFT does not save them.
+    """
     found: dict[str, Tensor] = {}
     for placed in places.values():
         first = method.init(placed.site, torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Homes of adapters among replicas, by rendezvous hashing with bounded load. No torch, no Ray."""
+"""Homes of adapters (the few replicas that serve each), by rendezvous hashing with bounded load. No torch, no Ray."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def bound(loads: Mapping[str, int]) -> int:
 
 
 class Traffic:
-    """Shares of names in recent requests: counts that are halved every 256 requests."""
+    """Share of each adapter's name in recent requests, by counts that are halved every 256 requests."""
 
     def __init__(self) -> None:
         self._counts: dict[str, float] = {}
@@ -60,11 +60,14 @@ class Traffic:
             self._counts = {name: count / 2 for name, count in self._counts.items() if count >= 2}
 
     def share(self, name: str) -> float:
-        """Return the share of a name, 0 to 1. Before the first window is full, no name has a large one."""
+        """Return the share of a name, 0 to 1.
+
+        It is computed of at least a full window, so that it is small after few requests.
+        """
         return self._counts.get(name, 0.0) / max(self._total, _WINDOW)
 
     def n_homes(self, name: str, n_replicas: int) -> int:
-        """Return the number of homes of a name: the name is to make up at most a quarter of a replica's mean load."""
+        """Return the number of homes of a name, so many that it makes up at most a quarter of a replica's mean load."""
         return min(n_replicas, max(1, math.ceil(4 * n_replicas * self.share(name))))
 
 

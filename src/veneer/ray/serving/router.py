@@ -1,4 +1,5 @@
-"""Ray Serve's choice of a replica, by the homes of the adapter that a request names."""
+"""Ray Serve's choice of a replica by adapter: requests go to the adapter's homes, the few replicas that keep it
+loaded."""
 
 from __future__ import annotations
 
@@ -9,9 +10,10 @@ from veneer.serve.http.call import Call
 
 
 class AdapterRouter(RequestRouter):  # type: ignore[misc]
-    """Router that sends a request to a home of its adapter. Requests for the base go to the least loaded replica.
+    """Router that sends a request to one of its adapter's homes, the few replicas that keep the adapter loaded.
 
-    Loads are Ray's: the requests of all ingresses that a replica last reported, and the requests sent since.
+    Requests for the base go to the least loaded replica. Loads are Ray's: the requests of all ingresses that a replica
+    last reported, and the requests sent since.
     """
 
     def initialize_state(self) -> None:

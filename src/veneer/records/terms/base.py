@@ -8,7 +8,10 @@ from veneer.records.frozen import FrozenWeight
 
 
 class Base:
-    """Reference of a record to the frozen weight of its layer; it is not counted, copied or packed with the record."""
+    """Reference to the frozen weight that a change is computed from.
+
+    The weight is not counted, copied or packed with the change.
+    """
 
     def __init__(self, weight: FrozenWeight) -> None:
         self.weight = weight

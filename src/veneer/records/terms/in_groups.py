@@ -17,7 +17,7 @@ from veneer.records.terms.pair import Pair
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InGroups(Change):
-    """Change of the kernel of a grouped convolution: ``of`` changes the stacked blocks (o, i / groups).
+    """Change of the kernel of a grouped convolution. ``of`` is the change of its stacked blocks (o, i / groups).
 
     As a matrix (o, i) it is zero outside the blocks.
     """

@@ -16,8 +16,8 @@ from veneer.records.terms.term import RowsProduct, Term
 class Pair(Term):
     """Low-rank pair ``scale * diag(b_scale) B diag(core) A`` with A (r, i) and B (o, r).
 
-    The vectors ``core`` (between A and B) and ``b_scale`` (applied after B) let layers share one A and B (VeRA); None
-    is ones. Experts stacked in one tensor have one A and one B each, stacked likewise.
+    The vectors ``core`` (between A and B) and ``b_scale`` (applied after B) let layers share one A and B (VeRA). A
+    vector that is None counts as ones. For experts stacked in one tensor, A and B have the experts as first axis.
     """
 
     a: Float[Tensor, "*experts r i"]

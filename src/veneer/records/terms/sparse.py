@@ -22,7 +22,7 @@ class Sparse(Change):
 
     @property
     def takes_dropout(self) -> bool:
-        """Return False: dropout acts only on the input of a pair beside it, as in PEFT."""
+        """Return False: as in PEFT, dropout acts only on the input of a low-rank pair in the same record."""
         return False
 
     @property

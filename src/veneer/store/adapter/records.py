@@ -59,14 +59,13 @@ def read_records(
 ) -> StoredAdapter:
     """Return the records of a saved adapter, equal to those of the adapter loaded on its model.
 
-    If the method reads the base's weights, which are on ``device``, so are the records; all others are in host memory.
-
-    ``places`` are its places in the base; the sites hold weights if the method reads them (see
-    `model.sites.places.placed_on`). None: places from the file alone; a record's ``bias`` is then the difference to
-    the layer's own. ``lacking``: tensors to use for keys that the file lacks.
+    ``places`` are the modules of the base that it acts on, with weights if the method reads them (see
+    `model.sites.places.placed_on`). If it is None, they follow from the file alone; a record's ``bias`` is then the
+    difference to the layer's own. ``lacking`` are tensors to use for keys that the file lacks. If the method reads the
+    base's weights, which are on ``device``, so are the records; all others are in host memory.
 
     Raises CompositionError if a weight is needed, and NeedsBaseError if neither the caller nor the file gives the
-    places. Raises FormatError for a damaged folder.
+    modules. Raises FormatError for a damaged folder.
     """
     tensors = {**(lacking or {}), **once_each(read_tensors(folder))}
     return records_of(folder, read_config(folder), tensors, places, device=device)

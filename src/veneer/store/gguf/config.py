@@ -20,10 +20,10 @@ from veneer.store.gguf.registry import by_architecture
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufContents:
-    """Model description in a GGUF file.
+    """Description of a model in a GGUF file.
 
-    ``pairs``: values by key, without the architecture's prefix. ``shapes``: of the tensors, in torch's order.
-    ``factors``: float32 tensors of rotary frequency factors, by name.
+    ``pairs`` are values by key, without the architecture's prefix. ``shapes`` are those of the tensors, in torch's
+    order of axes. ``factors`` are float32 tensors of rotary frequency factors, by name.
     """
 
     architecture: str
@@ -35,9 +35,8 @@ class GgufContents:
 def mended_config(config: Any, contents: GgufContents, family: GgufFamily | None = None) -> Any:
     """Return a config that computes the file's model, made from the one that transformers reads.
 
-    ``family``: None means the family that transformers reads for the file's architecture.
-
-    Raises FormatError, with every key at once, if the family's code does not compute the file's model.
+    If ``family`` is None, it is the family that transformers reads for the file's architecture. Raises FormatError,
+    with every key at once, if the family's code does not compute the file's model.
     """
     family = family or by_architecture().get(contents.architecture)
     if family is None:

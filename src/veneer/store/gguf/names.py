@@ -35,7 +35,8 @@ def _name_map(architecture: str, n_layers: int) -> gguf.TensorNameMap:
 
 
 def places_of(family: GgufFamily, config: Any, name: str, prefix: str) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Return the file's tensors for a parameter, and the part of it that each holds; [] if there are none."""
+    """Return the names of a parameter's tensors in the file, each with a function that takes its part of the
+    parameter."""
     parts = list(family.parts(name))
     if parts:
         layer = next(piece for piece in name.split(".") if piece.isdigit())

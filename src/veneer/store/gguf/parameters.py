@@ -78,7 +78,10 @@ class GgufParameter:
         return (whole.T.contiguous() if self.is_turned else whole).reshape(self.shape)
 
     def blocks(self, n_values: int) -> Iterator[Tensor]:
-        """Yield the rows (k, …) of the parameter in order, about so many values at a time if they lie in that order."""
+        """Yield the rows (k, …) of the parameter in order, in blocks of about ``n_values`` values.
+
+        If the file has the rows in another order, the whole parameter is read first.
+        """
         [tensor, *others] = self.tensors
         if (
             len(self.shape) == 2

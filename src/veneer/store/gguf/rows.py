@@ -22,5 +22,5 @@ def stored_rows(tensor: GgufTensor, path: Path) -> StoredTensor:
 
 
 def places_of_rows(family: GgufFamily, leaf: str, n_rows: int, config: Any) -> Tensor:
-    """Return for each row of a parameter its place in the file's tensor."""
+    """Return for each row of a parameter its index in the file's tensor."""
     return torch.argsort(family.rows(leaf, torch.arange(n_rows, device="cpu")[:, None], config).reshape(-1))

@@ -26,7 +26,7 @@ _OF_RUNNING = ("backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exl
 
 @dataclass(frozen=True)
 class AwqLayers(StoredLayers):
-    """Layers in AWQ. ``group`` None: a group is a whole row."""
+    """Settings of a checkpoint's layers in AWQ. If ``group`` is None, a group is a whole row."""
 
     parts: ClassVar[frozenset[str]] = PARTS
     marks: ClassVar[frozenset[str]] = frozenset({"qweight"})

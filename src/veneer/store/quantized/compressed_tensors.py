@@ -53,7 +53,10 @@ _GROUP = ("targets", "weights", "input_activations", "output_activations", "form
 
 @dataclass(frozen=True)
 class Group:
-    """Layers of one group of settings. ``block`` is a block of FP8; ``size`` None: a group of inputs is a row."""
+    """Settings of one group of layers.
+
+    ``block`` is the size of an FP8 block. If ``size`` is None, a scale holds for a row.
+    """
 
     targets: tuple[str, ...]
     kind: Kind
@@ -96,7 +99,7 @@ class Group:
 
 @dataclass(frozen=True)
 class CompressedLayers(StoredLayers):
-    """Layers of several groups, less those of ``ignore``."""
+    """Settings of a checkpoint's layers in several groups. The layers in ``ignore`` are dense."""
 
     parts: ClassVar[frozenset[str]] = frozenset(
         {"weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"}

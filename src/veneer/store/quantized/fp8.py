@@ -37,7 +37,7 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class Fp8Layers(StoredLayers):
-    """Layers in FP8. ``block`` None: a scale for each matrix or row."""
+    """Settings of a checkpoint's layers in FP8. If ``block`` is None, a scale holds for a whole matrix or row."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"weight", *SCALES, "activation_scale", "input_scale"})
     marks: ClassVar[frozenset[str]] = frozenset(SCALES)

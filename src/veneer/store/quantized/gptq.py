@@ -39,9 +39,10 @@ _IN_A_BLOCK = re.compile(r"\.\d+\.")
 
 @dataclass(frozen=True)
 class GptqLayers(StoredLayers):
-    """Layers of the blocks in GPTQ. ``dynamic``: settings of the modules that match a pattern; None leaves them out.
+    """Settings of a checkpoint's layers in GPTQ.
 
-    ``within``: only layers whose path ends with one of these suffixes are quantized; None: all are.
+    ``dynamic`` gives other settings for modules that match a pattern; None leaves such modules dense. If ``within`` is
+    given, only layers whose path ends with one of these suffixes are quantized.
     """
 
     parts: ClassVar[frozenset[str]] = PARTS

@@ -26,7 +26,10 @@ _WEIGHT_SETTINGS = ("nbits", "group_size", "axis", "channel_wise", "optimize", "
 
 @dataclass(frozen=True)
 class HqqLayers(StoredLayers):
-    """Layers in HQQ. ``settings`` by name of a kind of layer (``self_attn.q_proj``); under None for all."""
+    """Settings of a checkpoint's layers in HQQ.
+
+    ``settings`` are those of each kind of layer (``self_attn.q_proj``) by name. The key None holds those of all layers.
+    """
 
     parts: ClassVar[frozenset[str]] = PARTS
     marks: ClassVar[frozenset[str]] = frozenset({"W_q"})

@@ -22,7 +22,8 @@ _SAID = frozenset({"quant_method", "dequantize", "run_compressed"})
 class StoredLayers(ABC):
     """Description of a checkpoint's quantized layers.
 
-    ``parts`` are the last names of a layer's tensors, ``marks`` those that every quantized layer has one of.
+    ``parts`` are the last parts of the names of a layer's tensors. Every quantized layer has a tensor that ends in one
+    of ``marks``.
     """
 
     parts: ClassVar[frozenset[str]]
@@ -55,7 +56,7 @@ class StoredLayers(ABC):
         return None
 
     def is_stack(self, layer: str) -> bool:
-        """Return True if what `grouped` calls a layer is a stack of experts."""
+        """Return True if ``layer``, a key of `grouped`, is a stack of experts."""
         return False
 
     @abstractmethod

@@ -37,7 +37,10 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class ModeloptLayers(StoredLayers):
-    """Layers in one format, less those that match a name or a wildcard of ``ignore``."""
+    """Settings of a checkpoint's layers in one format.
+
+    Layers that match a name or a wildcard of ``ignore`` are dense.
+    """
 
     parts: ClassVar[frozenset[str]] = frozenset(
         {"weight", "weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale"}
