@@ -60,7 +60,10 @@ def bytes_from(text: str, option: str) -> int:
 
 
 def unread(asked: Mapping[str, bool], given: Mapping[str, Any]) -> list[str]:
-    """Return the problems of ``given`` options (None: not given) that the ``asked`` question does not read."""
+    """Return the problems of given options that the ``asked`` question does not read.
+
+    An option that is None is not given.
+    """
     chosen = [name for name, is_asked in asked.items() if is_asked]
     found = []
     if len(chosen) > 1:

@@ -70,7 +70,7 @@ class BaseWeights:
         return [key for key, value in module._parameters.items() if value is not None]
 
     def stored_name(self, name: str, own: bool) -> str:
-        """Return the name in the files. ``own=False``: the name of a tied tensor's copy, which is written
+        """Return a parameter's name in the files; if not ``own``, the name for a tied tensor's copy, which is written
         separately.
         """
         stored = self._stored[name]

@@ -47,10 +47,9 @@ def adamw_8bit_(
     """Update a parameter and its two moments in place (Dettmers et al. 2022, arXiv:2110.02861, section 2).
 
     Moments are dequantized to float32, updated, used unrounded, and quantized to 8 bits again. The first takes the
-    signed dynamic map, the second the unsigned one. Decay comes before the update.
-
-    Raises ShapeError if tensors do not fit each other, and NonFiniteError if a moment becomes NaN or infinite. On a GPU
-    the host would wait for that: a flag is returned, which `require_finite` reads.
+    signed dynamic map, the second the unsigned one. Decay comes before the update. Raises ShapeError if tensors do not
+    fit each other, and NonFiniteError if a moment becomes NaN or infinite. On a GPU this error would make the host
+    wait: instead a flag is returned, for `require_finite`.
     """
     n_blocks = -(param.numel() // -BLOCK_SIZE)
     for moment in moments:

@@ -24,9 +24,9 @@ N_PARTS = 3  # of a slope in 16 bits: as exact as float32
 class AttentionOptions:
     """Options of attention: scale, window and soft cap of the scores.
 
-    ``scale`` multiplies q·k (None: 1/√head_dim). A query attends to itself and ``window - 1`` tokens before it, or to
-    all if ``window`` is None. ``softcap`` is c of ``c * tanh(score / c)`` (Gemma 2, arXiv 2408.00118). ``slopes``, one
-    for each query head, add ``-slope · distance`` to the scores (ALiBi). They exclude ``softcap``.
+    ``scale`` multiplies q·k; if it is None, 1/√head_dim does. A query attends to itself and ``window - 1`` tokens
+    before it, or to all if ``window`` is None. ``softcap`` is c of ``c * tanh(score / c)`` (Gemma 2, arXiv 2408.00118).
+    ``slopes``, one for each query head, add ``-slope · distance`` to the scores (ALiBi). They exclude ``softcap``.
     """
 
     scale: float | None = None

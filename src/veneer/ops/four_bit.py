@@ -90,7 +90,8 @@ def dequantize_4bit(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "..."]:
-    """Return the weight in its shape: ``table[code] * absmax`` in float32, rounded once to dtype (None: layout.dtype).
+    """Return the weight in its shape: ``table[code] * absmax`` in float32, rounded once to dtype, or to layout.dtype if
+    it is None.
 
     packed: any shape that holds layout.n_bytes bytes. Raises ShapeError if sizes or dtypes do not fit the layout.
     """

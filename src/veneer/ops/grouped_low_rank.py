@@ -58,7 +58,7 @@ class AdapterRuns:
             yield Run(-1, reached, self.n_rows)
 
     def row_to_adapter(self, device: torch.device) -> Int[Tensor, " n"]:
-        """Return the adapter of each row, -1 for none."""
+        """Return the index of each row's adapter; -1 for a row without one."""
         found = torch.full((self.n_rows,), -1)
         for adapter, start, stop in self.runs:
             found[start:stop] = adapter
@@ -117,7 +117,8 @@ def grouped_low_rank_backward(
     input_grad: bool = True,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "n i"] | None, list[Gradients], list[Gradients]]:
-    """Return the gradients of `add_grouped_low_rank` in x (None if not asked for), and in the a and b of each group.
+    """Return the gradients of `add_grouped_low_rank` in x, or None unless ``input_grad``, and in the a and b of each
+    group.
 
     Those in a and b are in at least float32.
     """

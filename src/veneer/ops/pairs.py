@@ -98,7 +98,7 @@ class PackedPairs:
         dtype: torch.dtype = torch.bfloat16,
         backend: str | None = None,
     ) -> PackedPairs:
-        """Return the packed pairs of a version, at most one a layer (None: no pair there).
+        """Return the packed pairs of a version: for each layer one pair, or None if the version has none there.
 
         ``scale * b`` is rounded once, to ``dtype``. If the pairs of all layers have the same a, in the same memory, it
         is packed and multiplied once. Raises the errors of `PairsPacker.add`.

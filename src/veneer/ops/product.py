@@ -20,11 +20,11 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyp
 
 
 def visible(schema: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """Register a product as an op of torch. A call uses the op only if a mode watches torch's dispatcher.
+    """Register a product as an op of torch, so that selective checkpointing can keep its result.
 
-    Selective checkpointing, such a mode, can then keep the result. It does not see kernels, and cannot keep results
-    that are written in place. The first argument is the operand. If nothing watches, the function is called directly:
-    the dispatcher takes time, and transforms without a rule would pass through it without an error.
+    Such a mode of torch's dispatcher does not see kernels, and cannot keep results that are written in place. The first
+    argument is the operand. If no mode watches the dispatcher, a call runs the function directly. The dispatcher takes
+    time, and a transform without a rule for the op would pass through it without an error.
     """
 
     def register(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

@@ -26,7 +26,10 @@ def put_back(rows: Tensor, x: Tensor) -> None:
 
 
 def listed_rows(order: Tensor, n_rows: int) -> Tensor:
-    """Return numbers of rows as kernels read them. Raises IndexError; torch itself checks those on a GPU."""
+    """Return row numbers as int32, as kernels read them.
+
+    Raises IndexError on the CPU; on a GPU torch checks the numbers.
+    """
     if order.is_cpu and len(order) and not is_tracing():
         low, high = (int(end) for end in order.aminmax())
         if low < 0 or high >= n_rows:

@@ -26,15 +26,15 @@ WORD = 32  # ids in a word of a bit mask
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowRule:
-    """Rule for the token of one row of logits; effects have the order of the fields.
+    """Rule for the token of one row of logits. Effects apply in the order of the fields.
 
     ``allowed`` are bit masks of ids (`bit_mask`), ``banned`` ids, ``biased`` ids with their biases. ``repetition``
     divides the positive and multiplies the other logits of ``seen`` ids, each listed once. ``frequency`` times the
     count, and ``presence``, are subtracted for ``counted`` ids. Ids and counts are arrays of C ints, biases of floats.
-
-    ``temperature`` 0 takes the likeliest token, the first of equal ones. Otherwise ``min_p``, ``top_k`` and ``top_p``
-    leave some ids, and ``key`` and ``place`` determine the random number that draws one. A ``target`` is the token
-    itself: nothing is drawn. ``n_likeliest`` asks for the log-probabilities of the token and of the likeliest ids.
+    If ``temperature`` is 0, the likeliest token is taken, the first of equal ones. Otherwise ``min_p``, ``top_k`` and
+    ``top_p`` exclude ids, and a random number draws one of the rest. ``key`` and ``place`` determine that number. If
+    ``target`` is given, it is the token, and nothing is drawn. ``n_likeliest`` requests the log-probabilities of the
+    token and of this many likeliest ids.
     """
 
     allowed: tuple[Tensor, ...] = ()

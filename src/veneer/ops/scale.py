@@ -24,7 +24,7 @@ def scale_columns(
 ) -> Float[Tensor, "n d"]:
     """Return ``scale * z + bias`` in z's dtype, written into ``out``, which may be z.
 
-    A scale of None is one, a bias of None zero. Raises ShapeError if something does not fit z.
+    If ``scale`` is None, it counts as one; if ``bias`` is None, as zero. Raises ShapeError if something does not fit z.
     """
     y = torch.empty_like(z) if out is None else out
     _check(z, y, scale, bias)

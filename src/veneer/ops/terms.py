@@ -58,7 +58,10 @@ class PackedTerm:
 
     @property
     def is_sound(self) -> bool:
-        """Return True if kernels read this term within its memory. It may come from a damaged file."""
+        """Return True if its sizes and indices keep the kernels within its memory.
+
+        A term may come from a damaged file.
+        """
         if self.kind not in _N_SIZES or len(self.sizes) != _N_SIZES[self.kind] or min(self.sizes) < 1:
             return False
         if self.values.dtype != torch.float32 or not self.values.is_contiguous():

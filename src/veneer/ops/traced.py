@@ -213,8 +213,8 @@ def not_done(name: str, *arguments: Any) -> None:
 def row_slices(n: int, size: int) -> Iterator[slice]:
     """Yield slices of ``n`` rows, ``size`` at a time.
 
-    While a step is traced, the slices between the second and the last are left out. The tracer is told to count the
-    second once for each, so that the time of a trace does not grow with the rows.
+    While a step is traced, the slices between the second and the last are left out, and the tracer counts the second
+    once more for each of them. So the time of a trace does not grow with the rows.
     """
     starts = range(0, n, size)
     left_out = starts[2:-1] if is_tracing() else starts[:0]

@@ -32,11 +32,11 @@ def planned_facts(
     *,
     timed: bool = True,
 ) -> tuple[dict[str, Any] | None, str]:
-    """Return the facts of `veneer plan --json` for a recipe, and one line; no facts if it cannot be planned.
+    """Return the facts of `veneer plan --json` for a recipe, and one line. The facts are None if it cannot be planned.
 
-    ``shards``: numbers of the ``n_processes`` that may share one copy of the base; each has its bytes in the facts.
-    ``tell`` takes a line if float32 would be faster. Nothing is measured: seconds are told if rates, or earlier runs,
-    are known, and if ``timed``.
+    ``shards``: possible numbers of processes, of ``n_processes``, that share one copy of the base; the facts have the
+    bytes of each. ``tell`` is called with a line if float32 would be faster. Nothing is measured: the facts have
+    seconds if ``timed``, and if rates or earlier runs are known.
     """
     try:
         machine = Machine.of_run(recipe.training_config(), timed=timed)

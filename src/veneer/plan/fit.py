@@ -121,7 +121,7 @@ def _largest(
 ) -> tuple[dict[str, Any], Plan]:
     """Find the largest micro-batch that fits and divides the rows of a step.
 
-    Memory is convex in it, so each is tried.
+    Sizes are planned one by one, the largest first, since memory is not linear in the rows.
     """
     args = recipe.training_config()
     least, *more = _row_counts(args)

@@ -27,9 +27,9 @@ class MatrixProduct:
 
 
 def kernel_products(name: str, arguments: tuple[Any, ...]) -> list[MatrixProduct]:
-    """Return the products of a call of a kernel that maps rows by forms or pairs, or makes a matrix of a form.
+    """Return the matrix products that equal a kernel's call; none for kernels that are not listed here.
 
-    Other kernels have none.
+    Listed are the kernels that apply linear maps or low-rank pairs to rows, or compute a map's matrix.
     """
     if name == "terms_map":
         form, _, n = arguments[:3]

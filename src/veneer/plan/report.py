@@ -67,7 +67,7 @@ class Machine:
 
     @classmethod
     def of(cls, name: str | None, *, timed: bool) -> Machine:
-        """Return the machine of a card's name; None is this machine. Raises ConfigError."""
+        """Return the machine of a card with this name; this machine if ``name`` is None. Raises ConfigError."""
         return cls(None if name is None else card_of(name), timed)
 
     @classmethod
@@ -139,7 +139,10 @@ class Machine:
         return plan_recipe(plan.recipe, config=plan.config, batch=batch, isa=self.isa, evaluated=False)
 
     def facts(self, plan: Plan, n_rows: int | None) -> dict[str, Any]:
-        """Return process and time as plain numbers; time is that of the recipe's own rows, if they can be read."""
+        """Return memory and time of a process as plain numbers.
+
+        The time is that of the recipe's own rows, if they can be read.
+        """
         found: dict[str, Any] = {"process": {"bytes": self.bytes_of(plan), "free": self.memory}}
         if self.card is not None:
             found["process"]["source"] = self.card.told

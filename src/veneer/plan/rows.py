@@ -67,9 +67,9 @@ def own_rows(recipe: Recipe, full: Batch) -> OwnRows | None:
 
 
 def filled(full: Batch, recipe: Recipe) -> Batch:
-    """Return ``full`` with as many rows as the recipe's file of training rows can fill; packed rows are not counted.
+    """Return ``full`` with at most as many rows as the recipe's file of training rows has; packed rows are not counted.
 
-    It stays as it is if the rows lie in no file or in several, or if they cannot be read here.
+    It is returned unchanged if the rows are in no file or in several, or if they cannot be read here.
     """
     data, most = recipe.data, recipe.training_config().per_device_train_batch_size
     if full.packed or data.more or not _is_file(data):

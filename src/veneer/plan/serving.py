@@ -55,7 +55,7 @@ class Serving:
         return max(0, left) // self.page * self.block
 
     def sequences(self, n_tokens: int) -> int:
-        """Return the number of sequences of so many tokens that fit without adapters."""
+        """Return the number of sequences of ``n_tokens`` tokens that fit without adapters."""
         return self.room // max(1, self.sequence + -(-n_tokens // self.block) * self.page)
 
     def adapters(self, n_tokens: int) -> int:

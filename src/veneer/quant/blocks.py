@@ -64,7 +64,10 @@ class BlockWeight(CodedWeight):
         return torch.empty(self.shape, dtype=dtype or self.dtype) if out is None else out
 
     def tiles(self, n_values: int | None = None) -> Iterator[tuple[slice, Float32[Tensor, "k i"]]]:
-        """Yield (slice of rows, decoded rows) in order, about ``n_values`` values (None: `TILE_VALUES`) at a time."""
+        """Yield slices of rows in order, each with its decoded rows.
+
+        A slice has about ``n_values`` values, or `TILE_VALUES` if it is None.
+        """
         o, i = self.shape
         step = max(1, (n_values or TILE_VALUES) // max(1, i))
         for start in range(0, o, step):

@@ -15,9 +15,10 @@ from veneer.plain.autocast import autocast_dtype
 
 @dataclass(frozen=True, slots=True)
 class DenseWeight:
-    """``W (o, i)`` as one tensor. A layer that stores Wᵀ (GPT-2's Conv1D) passes a transposed view.
+    """Frozen weight ``W (o, i)`` as one tensor. A layer that stores Wᵀ (GPT-2's Conv1D) passes a transposed view.
 
-    Its products are computed in ``compute_dtype`` (None: that of the tensor), and under autocast in autocast's dtype.
+    Products are computed in ``compute_dtype``, or in the tensor's dtype if it is None; under autocast, in autocast's
+    dtype.
     """
 
     tensor: Float[Tensor, "o i"]

@@ -60,9 +60,10 @@ class Fp8Weight(ScaledWeight):
 
 @dataclass(frozen=True, slots=True)
 class Fp8Spec:
-    """Specification of a matrix in FP8. ``block`` None: a scale for each row or for the matrix, as the file has it.
+    """Storage format of a matrix in FP8.
 
-    ``suffix`` names the scale on disk.
+    If ``block`` is None, a scale holds for each row or for the whole matrix, as the file has it. ``suffix`` ends the
+    name of the scale's tensor on disk.
     """
 
     shape: tuple[int, int]

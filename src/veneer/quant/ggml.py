@@ -27,9 +27,11 @@ UNDIVIDED = "F16"  # llama-quantize's type of a matrix whose rows no block divid
 
 @dataclass(frozen=True, slots=True)
 class GgmlWeight(BlockWeight):
-    """``W (o, i)`` in ggml's type ``kind``: row r is decoded from ``blocks[order[r]]``; order None: from ``blocks[r]``.
+    """Frozen weight ``W (o, i)`` in ggml's type ``kind``. Row r is decoded from ``blocks[r]``, or from
+    ``blocks[order[r]]`` if ``order`` is given.
 
-    ``source`` is the mapped file that the blocks lie in. Reading raises FormatError once it has changed.
+    ``source`` is the mapped file that holds the blocks, if there is one. Reading raises FormatError once the file has
+    changed.
     """
 
     blocks: UInt8[Tensor, "o bytes"]
@@ -57,7 +59,7 @@ class GgmlWeight(BlockWeight):
 
     @property
     def is_narrow(self) -> bool:
-        """Return True if values have levels and scales: of all types but F32, F16 and BF16."""
+        """Return True if values have levels and scales, which is so for all types except F32, F16 and BF16."""
         return GGML_TYPES[self.kind].block > 1
 
     def groups(self, rows: slice) -> CodeGroups:
@@ -80,7 +82,7 @@ class GgmlWeight(BlockWeight):
 
 @dataclass(frozen=True, slots=True)
 class GgmlSpec:
-    """Specification of a matrix in ggml's type ``kind``. ``reordered``: rows are stored in another order."""
+    """Storage format of a matrix in ggml's type ``kind``. If ``reordered``, the file has the rows in another order."""
 
     shape: tuple[int, int]
     kind: str

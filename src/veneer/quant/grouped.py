@@ -22,10 +22,10 @@ from veneer.quant.spec import Parts, scale_problems
 
 @dataclass(frozen=True, slots=True)
 class GroupedWeight(ScaledWeight):
-    """``W[o, i] = (codes[o, i] - zero) * scale``, computed in the scales' dtype.
+    """Frozen weight ``W[o, i] = (codes[o, i] - zero) * scale``, computed in the scales' dtype.
 
-    ``zeros`` None: all are ``2 ** (bits - 1)``. ``order``: the columns of W in the order of the codes, in which each
-    group lies together; inputs are reordered once for each product.
+    If ``zeros`` is None, every zero is ``2 ** (bits - 1)``. If ``order`` is given, codes are stored in this order of
+    W's columns, so that each group is contiguous. Inputs are reordered once for each product.
     """
 
     codes: UInt8[Tensor, "o bytes"]
@@ -64,9 +64,10 @@ class GroupedWeight(ScaledWeight):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupedSpec:
-    """Specification of a matrix in groups of whole numbers. ``group`` None: a group is a whole row.
+    """Storage format of a matrix of whole numbers with a scale for each group of inputs.
 
-    ``zeros``: the dtype of the zeros; None if there are none. ``ordered``: groups are not neighbouring columns.
+    If ``group`` is None, a group is a whole row. ``zeros`` is the dtype of the zeros; None if there are none. If
+    ``ordered``, a group's columns are not neighbours.
     """
 
     shape: tuple[int, int]

@@ -15,8 +15,8 @@ from veneer.ops.product import recorded_product
 class CodedWeight(ABC):
     """Frozen weight ``W (o, i)`` in codes.
 
-    Its products are computed in ``compute_dtype`` (None: that of the input) and returned in the input's dtype. Autocast
-    overrules both, as for a dense layer.
+    Products are computed in ``compute_dtype``, or in the input's dtype if it is None, and returned in the input's
+    dtype. Autocast overrules both, as for a dense layer.
     """
 
     __slots__ = ()

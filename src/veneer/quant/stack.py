@@ -23,7 +23,7 @@ PROBLEMS_TOLD = 4  # of experts with one problem each
 
 @dataclass(frozen=True, slots=True)
 class DenseStack:
-    """``W (experts, o, i)`` as one tensor. A module that stores the transposes passes a view."""
+    """Frozen weights ``W (experts, o, i)`` as one tensor. A module that stores the transposes passes a view."""
 
     tensor: Float[Tensor, "experts o i"]
 
@@ -45,7 +45,7 @@ class DenseStack:
 
 @dataclass(frozen=True, slots=True)
 class JoinedWeight:
-    """``W (o, i)`` whose rows are those of several weights, one below the other: gate and up of an expert."""
+    """Frozen weight ``W (o, i)`` made of several weights, whose rows follow one another: an expert's gate and up."""
 
     pieces: tuple[FrozenWeight, ...]
 
@@ -71,7 +71,7 @@ class JoinedWeight:
 
 @dataclass(frozen=True, slots=True)
 class CodedWeights:
-    """``W (experts, o, i)`` in the codes that ``spec`` describes."""
+    """Frozen weights ``W (experts, o, i)`` of a layer's experts, in the codes that ``spec`` describes."""
 
     spec: StackSpec
     parts: Parts
@@ -97,11 +97,11 @@ class CodedWeights:
 
 @dataclass(frozen=True, slots=True)
 class StackSpec:
-    """Specification of the weights ``W (experts, o, i)`` in one storage format, without their tensors.
+    """Storage format of the weights ``W (experts, o, i)`` of a layer's experts, without their tensors.
 
-    The rows of an expert are those of its ``pieces``, one below the other. Part ``p`` of piece k > 0 is named ``p_k``.
-    On disk each expert has tensors of its own, ``{expert}.{name}.…`` below the path of the experts, with ``names`` for
-    the pieces.
+    An expert's matrix consists of one or more matrices (``pieces``), whose rows follow one another. A tensor ``p`` of
+    piece k > 0 is named ``p_k``. On disk each expert has tensors of its own, ``{expert}.{name}.…`` below the path of
+    the experts, with ``names`` for the pieces.
     """
 
     n_experts: int

@@ -36,8 +36,9 @@ class FrozenWeight(Protocol):
         ...
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:
-        """Return the whole weight as a matrix; None keeps the format's dtype. It may share memory: do not write into
-        it.
+        """Return the whole weight as a matrix in ``dtype``; in the format's own dtype if it is None.
+
+        The matrix may share memory with the weight: do not write to it.
         """
         ...
 
@@ -61,7 +62,8 @@ class FrozenStack(Protocol):
         ...
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "experts o i"]:
-        """Return all weights as one tensor; None keeps the format's dtype. It may share memory: do not write into
-        it.
+        """Return all weights as one tensor in ``dtype``; in the format's own dtype if it is None.
+
+        The tensor may share memory with the weights: do not write to it.
         """
         ...

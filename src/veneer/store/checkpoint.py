@@ -40,7 +40,7 @@ class Stored(Protocol):
         ...
 
     def blocks(self, n_values: int) -> Iterator[Tensor]:
-        """Yield the rows (k, …) in order, about so many values at a time. Raises FormatError as `read` does."""
+        """Yield the rows (k, …) in order, about ``n_values`` values at a time. Raises FormatError as `read` does."""
         ...
 
 
@@ -80,8 +80,9 @@ class Checkpoint:
         return _finite(name, self._stored(name).read())
 
     def blocks(self, name: str, n_values: int) -> Iterator[Tensor]:
-        """Yield the rows (k, …) of a tensor in order, in blocks of about so many values. Raises FormatError
-        as `read` does.
+        """Yield the rows (k, …) of a tensor in order, about ``n_values`` values at a time.
+
+        Raises FormatError as `read` does.
         """
         return (_finite(name, block) for block in self._stored(name).blocks(n_values))
 

@@ -141,9 +141,10 @@ def load_in_blocks(
 def put_in_blocks(
     model: PreTrainedModel, parameters: Mapping[str, GgufParameter], source: MappedFile | None
 ) -> dict[str, GgufParameter]:
-    """Replace the layers, tables and stacks of a model without storage whose weights can stay in blocks.
+    """Replace the layers, tables and stacks of a model without storage whose weights can stay in the file's blocks.
 
-    Returns their parameters by the name of the weight. Heads and tables that share blocks are no longer tied by name.
+    Return the parameters of these weights by name. A head and a table that share blocks are no longer tied by
+    transformers.
     """
     tied, coded = model.all_tied_weights_keys, {}
     fitting = {path for path, module in model.named_modules() if _stays(module, parameters.get(f"{path}.weight"))}

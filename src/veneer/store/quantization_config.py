@@ -55,8 +55,10 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         raise NotImplementedError
 
     def stored_shape(self, layer: str, parts: Mapping[str, Stored]) -> tuple[int, ...] | None:
-        """Return the shape (o, i) or (experts, o, i) of the weight of a layer or stack in the files, as its tensors
-        tell it; None if they do not.
+        """Return the shape of the weight of a layer (o, i) or a stack (experts, o, i), inferred from its tensors in the
+        files.
+
+        Return None if they do not determine it.
         """
         raise NotImplementedError
 

@@ -128,7 +128,9 @@ def _listed(
 def _listed_specs(
     places: Mapping[str, Place], listed: Mapping[str, ListedExperts], config: QuantizationConfig, skip: Sequence[str]
 ) -> dict[str, StackSpec]:
-    """Return the formats of stacks whose experts all have one format."""
+    """Return the storage formats of the stacks whose experts are listed one by one, if all experts of a stack have one
+    format.
+    """
     found = {}
     for name, experts in listed.items():
         if not _quantizes(name, skip):

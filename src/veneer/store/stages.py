@@ -19,7 +19,9 @@ _BYTES = "download"  # the stage that counts bytes
 
 @contextmanager
 def stages_shown() -> Iterator[OnProgress]:
-    """Yield a progress callback that takes a stage, the amount done, and the total (0: not known yet)."""
+    """Yield a progress callback that takes a stage, the amount done, and the total, which is 0 as long as it is
+    unknown.
+    """
     console = Console(file=sys.stderr, highlight=False)
     if not draws_bars(console):
         yield _Lines(console).tell

@@ -39,8 +39,8 @@ class InfoArguments:
 
 
 def _no_folder(what: str) -> ConfigError | None:
-    """Return an error if a missing path lies in an existing folder: it means a run or an adapter, not a model of the
-    hub.
+    """Return an error if a missing path is within an existing folder: then it means a run or an adapter, not an id on
+    the hub.
     """
     path = Path(what).expanduser()
     if "/" not in what or not path.parent.is_dir() or path.exists():

@@ -9,7 +9,10 @@ import typer
 
 
 def unset(metavar: str, help: str, *names: str, **how: Any) -> Any:
-    """Return an option that shows no default: it has none, or ``help`` tells it. ``how``: further settings of typer."""
+    """Return an option whose help shows no default, because it has none or ``help`` names it.
+
+    ``how``: further settings of typer.
+    """
     return typer.Option(*names, metavar=metavar, show_default=False, help=help, **how)
 
 

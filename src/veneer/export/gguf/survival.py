@@ -1,4 +1,4 @@
-"""Share of an adapter's update that a GGUF file keeps, if the base lies in the blocks of a GGUF file as well."""
+"""Share of an adapter's update that a GGUF file keeps, if the base's weights are also in the blocks of a GGUF file."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def mapped_input(x: Float[Tensor, "n i"], layer: LinearLayer, *, overwrite: bool
 
 
 def mapped_rows(x: Float[Tensor, "n i"], layer: LinearLayer, *, copies: bool = False) -> list[Tensor | None]:
-    """Return the rows of x in each of `LinearLayer.spans`; None if its record does not map them.
+    """Return the rows of x in each of `LinearLayer.spans`, or None if the span's record does not map them.
 
     ``copies``: return copies, for a caller that writes over x.
     """

@@ -26,7 +26,7 @@ FactorGradients = dict[str, Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class LowRankGradients:
-    """Gradients in A's input (None if not asked for), and in the tensors of each record's pair, layer by layer."""
+    """Gradients in the input of A, if requested, and in the tensors of each record's pair, layer by layer."""
 
     x: Tensor | None
     factors: list[list[FactorGradients]]

@@ -58,7 +58,7 @@ class SavedForBackward:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Kept tensors in one tuple, for autograd to save."""
+        """All kept tensors as one tuple, for autograd to save."""
         return (*self.us, *self.products)
 
     def without_products(self) -> SavedForBackward:
@@ -74,7 +74,7 @@ class SavedForBackward:
 
 @dataclass(frozen=True, slots=True)
 class LinearGradients:
-    """Gradients of `forward`: in x (None if not asked for), and in the records as `tensors_of` lists them."""
+    """Gradients of `forward`: in x, if requested, and in the records' tensors as `tensors_of` lists them."""
 
     x: Tensor | None
     records: tuple[Tensor | None, ...]

@@ -36,7 +36,10 @@ def iq4_xs(x: Float32[Tensor, "blocks 256"], qw: Float32[Tensor, "blocks 256"] |
 
 
 def _weights(groups: Groups, qw: Groups | None, blocks: Tensor) -> Groups:
-    """Return x², or ``importance * sqrt(σ² + x²)``, where σ² is twice the block's mean square."""
+    """Return the weights of the search: x², or ``importance * sqrt(σ² + x²)`` if ``qw`` is given.
+
+    σ² is twice the block's mean square.
+    """
     if qw is None:
         return groups * groups
     variance = ordered_sum(blocks * blocks) * (2.0 / blocks.shape[1])

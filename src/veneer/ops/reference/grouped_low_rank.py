@@ -22,7 +22,7 @@ def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Se
 def backward(
     dys: Sequence[Tensor], x: Tensor, u: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, input_grad: bool
 ) -> tuple[Tensor | None, list[Gradients], list[Gradients]]:
-    """Return the gradients in x (None if not asked for), and in every a and b in at least float32."""
+    """Return the gradients in x, or None unless ``input_grad``, and in every a and b in at least float32."""
     dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if input_grad else None
     das, dbs = [], []
     for group, dy in zip(groups, dys, strict=True):

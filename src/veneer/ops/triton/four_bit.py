@@ -86,8 +86,9 @@ def matmul_t_4bit(
 
 
 def _is_few(x: Tensor, layout: FourBitLayout) -> bool:
-    """Return True if a kernel multiplies so many rows straight from the codes. The weight's rows must start with a
-    byte.
+    """Return True if x has few enough rows for the kernel that reads codes.
+
+    Each row of the weight must begin with a whole byte.
     """
     return 0 < len(x) <= _FEW_ROWS and layout.shape[1] % 2 == 0 and not slow_products()
 

@@ -1,7 +1,8 @@
-"""Low-rank pairs of many versions in Triton: two products for the rows of each segment, from panels as they lie.
+"""Low-rank pairs of many versions in Triton: two products for the rows of each segment, on the packed panels as they
+are.
 
-The first product is split along its depth, in parts of one length, and the second adds the parts up in their order. So
-a row's result does not depend on the rows beside it.
+The first product is split along its depth into parts of one length, and the second adds the parts up in order. So a
+row's result does not depend on the other rows.
 """
 
 from __future__ import annotations

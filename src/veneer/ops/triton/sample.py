@@ -303,7 +303,9 @@ def _drawn(numbers, row, d, top, BLOCK: tl.constexpr):
 
 @triton.jit
 def _largest(row, d, most, BLOCK: tl.constexpr):
-    """Return a row's largest value, capped at ``most``, the first place that has it, and True if a value is NaN."""
+    """Return a row's largest value, capped at ``most``, the index of its first occurrence, and True if any value is
+    NaN.
+    """
     best = tl.full([BLOCK], _NEVER, tl.float32)
     place, odd = tl.full([BLOCK], d, tl.int64), tl.zeros([BLOCK], tl.int32)
     for first in range(0, d, BLOCK):

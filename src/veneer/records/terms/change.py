@@ -31,7 +31,7 @@ class Change(Term, ABC):
 
     @abstractmethod
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:
-        """Return ΔW, differentiable in the tensors; None keeps their dtype."""
+        """Return ΔW in ``dtype``, differentiable in the tensors; in their own dtype if it is None."""
 
     def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         """Return ``ΔW x`` on the last axis."""
@@ -94,7 +94,7 @@ class Change(Term, ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Derived(Change, ABC):
-    """A change derived from another, whose tensors it uses."""
+    """Change that is computed from another one (``of``), and has that change's tensors."""
 
     of: Change
 

@@ -1,8 +1,8 @@
 """Layouts of adapter files: if two files differ only in values, the second is read and packed by a table.
 
-Reading an adapter of a new layout examines every tensor: its place, its shape, its packing. All of this follows from
-the config and the file's header. If a file holds only low-rank factors, as LoRA's does, the next one with the same
-config and header takes a few calls for each megabyte.
+Reading an adapter of a new layout examines every tensor: the layer that it is for, its shape, its packing. All of this
+follows from the config and the file's header. If a file holds only low-rank factors, as LoRA's does, the next one with
+the same config and header takes a few calls for each megabyte.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _parts(ordered: Sequence[Factor]) -> Iterator[list[Factor]]:
 
 
 def _stretch(factors: Sequence[Factor], memory: Tensor, block: int) -> _Stretch:
-    """Return the stretch of consecutive factors, packed in the block at the address ``block``."""
+    """Return the memory for consecutive factors of a file, which are packed into the block at the address ``block``."""
     found, at = list[tuple[Factor, slice]](), 0
     for factor in factors:
         n, panels = factor.rows.numel(), factor.panels

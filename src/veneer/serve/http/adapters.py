@@ -286,7 +286,7 @@ def _json(answer: BaseModel) -> Response:
 
 
 def _beside(work: Callable[[], Result]) -> Future[Result]:
-    """Start work on a separate thread, for which the server does not wait at its end."""
+    """Start work on a separate thread. A server that stops does not wait for it."""
     told: Future[Result] = Future()
 
     def run() -> None:

@@ -70,7 +70,10 @@ class AnswerCall:
         return self._places[output.request_id] * self.asked[0].params.n + answer.index
 
     def answers(self, output: RequestOutput) -> list[CompletionOutput]:
-        """Return the answers of an output: emptied if the route does not tell answers."""
+        """Return the answers of an output.
+
+        Their texts are empty if the route does not return answers, only the prompt's scores.
+        """
         return output.outputs if self.shape.tells_answers else [_emptied(answer) for answer in output.outputs]
 
     @cached_property

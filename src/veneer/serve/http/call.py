@@ -17,7 +17,10 @@ _LOG = logging.getLogger("uvicorn.error")  # of the server, whose lines go to st
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """Request with its whole body, as plain values. ``name`` chooses the replica; None: any replica."""
+    """Request with its whole body, as plain values.
+
+    ``name`` chooses the replica; if it is None, any replica may answer.
+    """
 
     name: str | None
     method: str

@@ -40,11 +40,11 @@ class ConnectionLimits:
     """Limits of one connection, and of the number of connections.
 
     ``head_bytes``: size of the request line and headers. ``headers``: number of headers. ``head_seconds``: time to
-    receive them. ``chunks``: number of chunks of a body, plus one for each ``chunk_bytes`` received.
-    ``body_seconds``: time to receive a body, plus a second for each ``body_rate`` bytes received.
-    ``unread_seconds``: time for the client to read a response, plus a second for each ``body_rate`` bytes read.
-    ``linger_seconds``: time for a refused client to read the reason. ``idle_seconds``: time between two requests.
-    ``connections``: number at once; None: the process's limit of open files, less a reserve.
+    receive them. ``chunks``: number of chunks of a body, plus one for each ``chunk_bytes`` received. ``body_seconds``:
+    time to receive a body, plus a second for each ``body_rate`` bytes received. ``unread_seconds``: time for the client
+    to read a response, plus a second for each ``body_rate`` bytes read. ``linger_seconds``: time for a refused client
+    to read the reason. ``idle_seconds``: time between two requests. ``connections``: number of open connections; if it
+    is None, the process's limit of open files, less a reserve.
     """
 
     head_bytes: int = 1 << 16
@@ -80,7 +80,7 @@ class Connections:
         return len(self._open)
 
     def add(self, connection: Connection) -> bool:
-        """Add a new connection; return False if there is no place for it."""
+        """Add a new connection; return False if there are too many and none can be closed."""
         if len(self._open) >= self.most and not self._evict():
             return False
         self._open.add(connection)
@@ -108,7 +108,7 @@ class Connections:
         self._open.discard(connection)
 
     def refusal(self) -> BusyError:
-        """Return the error for a connection that has no place, with the seconds until one may be free."""
+        """Return the error for a connection beyond the limit, with the seconds until another may be accepted."""
         seconds = self._places.seconds(1, self.most, lambda ahead: 1 + _TURN * ahead / self.most)
         return BusyError(
             f"this server has {self.most} connections, and all wait for answers: ask again in {math.ceil(seconds)} s",

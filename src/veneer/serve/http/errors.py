@@ -110,7 +110,7 @@ class TooManyRequestsError(RetryLaterError):
 
 
 class BusyError(RetryLaterError):
-    """Request for which the server has no place now."""
+    """Request for which the server has no free thread or connection now."""
 
     status = 503
 

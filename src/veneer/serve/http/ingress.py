@@ -1,4 +1,7 @@
-"""Application in front of several replicas: it checks a request's key and sends it where its adapter is. No Ray."""
+"""Application in front of several replicas: it checks a request's key, and forwards it to a replica by its adapter.
+
+No Ray.
+"""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def _turns(place: str, message: Mapping[str, Any], names: dict[str, str]) -> Ite
 
 
 def _blocks(place: str, content: Any, read: Collection[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield each block of a content with its place."""
+    """Yield each block of a message's content, with its path in the body for errors."""
     if isinstance(content, str):
         yield place, {"type": "text", "text": content}
         return

@@ -219,7 +219,7 @@ class Catalogue:
         return self._loaded.get(name)
 
     def place(self, name: str) -> str:
-        """Return the place of an adapter: its folder, its id on the hub, or the weights of its mix as JSON."""
+        """Return where an adapter comes from: its folder, its id on the hub, or the weights of its mix as JSON."""
         loaded = self._loaded.get(name)
         if loaded is not None and loaded.weights is not None:
             return json.dumps(loaded.weights, ensure_ascii=False)

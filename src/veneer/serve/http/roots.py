@@ -1,4 +1,4 @@
-"""Places from which adapters may be loaded over HTTP: folders, and ids on the hub by patterns."""
+"""Sources from which adapters may be loaded over HTTP: folders, and ids on the hub by patterns."""
 
 from __future__ import annotations
 

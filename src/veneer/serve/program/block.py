@@ -83,9 +83,10 @@ class Blocks:
     def block(
         self, changes: Sequence[GroupChange | None], factors: Sequence[Factor]
     ) -> tuple[VersionBlock, list[Factor]]:
-        """Return the block of a version, and the factors that were packed for it with their places in the block.
+        """Return a version's block, and the factors that were packed for it, with the part of the block that each
+        takes.
 
-        Factors on other devices have no place in the block: they stay beside it.
+        Factors on other devices are not in the block: they are kept beside it.
         """
         laying = Laying(changes)
         layout = self.shared(laying.layout)

@@ -125,7 +125,9 @@ class Interpreter:
         return cast(LogitRows, frame["logits"])
 
     def segments(self, step: PassRows) -> dict[tuple[int, AdapterRuns], Segments]:
-        """Return the low-rank pairs of a step's rows at all groups of layers, if their numbers go to another device."""
+        """Return the low-rank pairs for a step's rows at each group of layers; empty on a CPU, which needs no copies of
+        their numbers.
+        """
         if self.device.type == "cpu" or not step.versions:
             return {}
         *inner, head = self._linears
@@ -134,7 +136,7 @@ class Interpreter:
         return {key: segments for key, segments in each if segments is not None}
 
     def _operations(self, step: PassRows, *, by_ids: bool = True) -> list[Call]:
-        """Return the operations of a pass. Those that the C++ step supports are grouped in stretches."""
+        """Return the operations of a pass. Consecutive operations that the C++ step supports are one call."""
         if self.native is None:
             return list(self._bound)
         partly = self.native.partly and self.native.partly.intersection(step.versions)

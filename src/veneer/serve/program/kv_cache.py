@@ -119,7 +119,9 @@ class SlotRows:
     seen: dict[int | None, SeenKeys] = field(default_factory=dict)
 
     def within(self, window: int | None) -> SeenKeys:
-        """Return the keys that each token attends to: the last ``window`` ones up to its own; None: all of them."""
+        """Return the keys that each token attends to: the last ``window`` ones up to its own, or all if ``window`` is
+        None.
+        """
         if window not in self.seen:
             self.seen[window] = SeenKeys(lambda _batch, _head, query, key: _near(query, key, window))
         return self.seen[window]

@@ -189,9 +189,10 @@ class GeneralRunner(OwnCodeRunner):
         return list(passes.values())
 
     def _outputs(self, sequences: Sequence[PlannedSequence]) -> tuple[Tensor, Tensor]:
-        """Return logits and hidden states of the wanted tokens, in the order of the sequences, then of pooled tokens.
+        """Return logits and hidden states: rows for the wanted tokens in the order of the sequences, then for pooled
+        tokens.
 
-        If no token is wanted, there is one row.
+        If there are no such tokens, both have one row, which is not used.
         """
         device = self.base.device
         for sequence in sequences:

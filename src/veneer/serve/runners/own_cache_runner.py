@@ -26,7 +26,9 @@ from veneer.serve.schedule.step_plan import PlannedSequence, StepPlan
 
 @dataclass(slots=True)
 class _Progress:
-    """A sequence in progress, with the version that acted on each stretch of its tokens."""
+    """A sequence in progress: its cache, and the tokens computed so far, grouped by the adapter version that acted on
+    them.
+    """
 
     held: Held = field(default_factory=Held)
     stretches: list[tuple[str | None, tuple[int, ...]]] = field(default_factory=list)

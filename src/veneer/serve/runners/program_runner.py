@@ -1,7 +1,8 @@
-"""Runner of plans by the model's program: the fast runner, with the general one for parts outside the program.
+"""Runner of plans by the model's program, which is fast. Adapters that the program cannot express take the general
+runner.
 
-The program is verified on the model when the runner is made. An adapter with a part that has no place in it is loaded
-into the general runner, on the same weights and the same pages. Its requests are run there, in the same steps.
+The program is verified on the model when the runner is created. The general runner has the same weights and the same
+pages, and its requests run in the same steps.
 """
 
 from __future__ import annotations
@@ -144,10 +145,10 @@ class ProgramRunner(DrawingRunner):
     def pack(
         self, config: MethodConfig, tensors: Mapping[str, Tensor], told: str
     ) -> tuple[ProgramAdapter, list[Factor]]:
-        """Return an adapter for `load` from its config and its tensors by their keys on disk, and its packed factors.
+        """Return an adapter for `load`, and its packed factors, from its config and its tensors by their keys on disk.
 
-        ``told`` names it in errors. Raises FormatError, TargetError, and `UnsaidError` for a part without a place in
-        the program.
+        ``told`` names it in errors. Raises FormatError, TargetError, and `UnsaidError` if the program cannot express
+        it.
         """
         with self._modules:
             effects = effects_of(self._lookup, self.interpreter.program, Path(told), config, tensors)

@@ -18,7 +18,8 @@ _LOG = logging.getLogger(__name__)
 def way_of(model: PreTrainedModel) -> tuple[Way | None, KeptBytes]:
     """Return how a model without a program continues its sequences, and the bytes that each sequence holds.
 
-    None means attention over pages. Raises TargetError for a model that predicts no next token from token ids.
+    The first result is None if attention reads pages. Raises TargetError for a model that predicts no next token from
+    token ids.
     """
     if model.config.is_encoder_decoder:
         way = proved_encoding(model)

@@ -25,9 +25,10 @@ class AdapterCount:
 
 
 class AdapterCounts:
-    """Counts of the first ``most`` names; later ones are counted together under `OTHER`.
+    """Counts of the first ``most`` names. Further names are counted together under `OTHER`.
 
-    A forgotten name leaves its place to the next. If it comes again, it starts at zero.
+    If a name is forgotten, the next new name gets counts of its own. A forgotten name that is used again starts at
+    zero.
     """
 
     def __init__(self, most: int = MOST_NAMES) -> None:

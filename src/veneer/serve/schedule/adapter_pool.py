@@ -173,7 +173,7 @@ class AdapterPool:
         self.counts.forget(name)
 
     def pin(self, name: str) -> None:
-        """Keep the version of a name loaded once it is, and any later version of the name in its place.
+        """Keep the version of a name loaded, once it is, and later versions of the name likewise.
 
         Raises AdapterNameError for an unknown name.
         """

@@ -100,7 +100,7 @@ class Queues:
         return [version for version in list(self._queues) if version is not None]
 
     def key(self, request: Request) -> Key:
-        """Return a request's place in the order."""
+        """Return a request's sort key: a lower one comes first."""
         return request.priority, self._clients[request.client].counter, request.arrival
 
     def add(self, request: Request) -> None:

@@ -19,10 +19,10 @@ Mode = Literal["none", "auto", "required"]
 
 @dataclass(frozen=True, kw_only=True)
 class Function:
-    """Function that a model may call. ``parameters`` is the JSON schema of its arguments; None: it has no arguments.
+    """Function that a model may call.
 
-    If it is ``strict``, arguments always fit the schema. Raises ConfigError for an invalid name, and for a schema that
-    does not describe an object.
+    ``parameters`` is the JSON schema of its arguments; if it is None, the function has none. If ``strict``, arguments
+    always fit the schema. Raises ConfigError for an invalid name, and for a schema that does not describe an object.
     """
 
     name: str

@@ -235,7 +235,7 @@ def _less_one(found: Match) -> Match:
 
 
 def _with_and_without_id(parts: Parts) -> list[Parts]:
-    """Return the ways in which a model may write parts: some models leave out a call's id, which means nothing here."""
+    """Return a format's parts with the slot of a call's id, and without it, since some models leave the id out."""
     if Slot.ID not in parts:
         return [parts]
     place = parts.index(Slot.ID)

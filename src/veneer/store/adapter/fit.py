@@ -166,9 +166,9 @@ def base_named_by(adapter: Path) -> str | None:
 
 
 def base_warnings(adapters: Sequence[Path], base: str, place: Path | str) -> list[str]:
-    """Return a warning for each adapter that names another base, as far as names and files tell.
+    """Return a warning for each adapter that names another base, as far as names and files show.
 
-    ``base`` is the name that was given, ``place`` its folder or its id on the hub. A model has many names, so that this
+    ``base`` is the name that was given, ``place`` its folder or its id on the hub. A model may have many names, so this
     is no error.
     """
     given = GivenBase(base, (str(place),), place if isinstance(place, Path) else None)

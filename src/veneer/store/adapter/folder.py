@@ -21,7 +21,7 @@ NEEDS_BASE = frozenset(
 
 
 def require_adapter(adapter: Path | None) -> None:
-    """Raise ConfigError for an adapter whose folder does not exist. None is no adapter, and allowed."""
+    """Raise ConfigError if the folder of an adapter does not exist. None is allowed: it means no adapter."""
     if adapter is not None and not adapter.is_dir():
         near = near_paths(adapter, folders=True)
         meant = (
@@ -36,9 +36,10 @@ def needs_base(adapter: Path) -> str:
 
 
 def require_whole(*adapters: Path | None) -> None:
-    """Raise ConfigError for an adapter whose folder does not exist, FormatError if its files are missing or damaged.
+    """Raise an error for adapters whose folder does not exist (ConfigError) or whose files are missing or damaged
+    (FormatError).
 
-    None is no adapter, and allowed.
+    None is allowed: it means no adapter.
     """
     for adapter in adapters:
         require_adapter(adapter)

@@ -34,7 +34,7 @@ _DEEPEST = 4  # arrays within arrays
 
 @dataclass(frozen=True, slots=True)
 class Long:
-    """Length of an array too long to be kept."""
+    """Stand-in for an array that is too long to be kept: only its length."""
 
     n_values: int
 

@@ -61,7 +61,7 @@ class StoredLayers(ABC):
 
     @abstractmethod
     def shape(self, path: str, parts: StoredParts) -> tuple[int, ...]:
-        """Return the shape (o, i) or (experts, o, i) of the weight of a layer or stack, as its tensors tell it."""
+        """Return the shape of the weight of a layer (o, i) or a stack (experts, o, i), inferred from its tensors."""
 
     def grouped(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
         """Group tensor names by quantized layer: ``{layer: {part: name}}``."""
