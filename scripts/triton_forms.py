@@ -121,6 +121,10 @@ def _elementwise_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
                 f"rotary {interleaved=} {inverse=}",
                 lambda i=interleaved, back=inverse: rotary.rotate(heads, tables, tables, i, False, back),
             )
+        yield (
+            f"rotary {interleaved=} of queries and keys",
+            lambda i=interleaved: rotary.rotate_both(heads, heads[:, :3], tables, tables, i, True),
+        )
     logits, labels = torch.empty(8, 49152, dtype=dtype), torch.empty(8, dtype=torch.int64)
     for softcap in (30.0,) if quick else (None, 30.0):
         yield (
@@ -194,6 +198,9 @@ def _paged_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
                 args = store, 1, q, rows, *numbers
                 yield f"paged attention {features} {n} rows {numbers[1:]}", lambda a=args: paged_attention.attend(*a)
         yield f"pages written {features}", lambda a=(store, 1, kv, kv, rows): paged_attention.append(*a)
+        angles = torch.empty(1, len(q), features // 2)
+        turned = store, 1, (q, kv, kv), rows, (angles, angles), False
+        yield f"pages written {features}, turned", lambda a=turned: paged_attention.append_turned(*a)
 
 
 def _pair_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:

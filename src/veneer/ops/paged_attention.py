@@ -22,6 +22,8 @@ from veneer.ops.dispatch import implementation
 
 DTYPES = (torch.float32, torch.bfloat16)
 PLAIN = AttentionOptions()
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values of rows: (n, heads, head_dim) each."""
 UNIT = 16  # tokens of a page, and values of a head, come in multiples of it
 
 
@@ -193,6 +195,35 @@ def append(
     shape = (rows.n_rows, store.kv_heads, store.head_dim)
     _check(store, layer, {"k": (k, shape), "v": (v, shape)})
     implementation("paged_attention.append", k.device, backend)(store, layer, k, v, rows)
+
+
+def append_turned(
+    store: PagedStore,
+    layer: int,
+    heads: Heads,
+    rows: PagedRows,
+    tables: tuple[Float[Tensor, "1 n half"], Float[Tensor, "1 n half"]],
+    *,
+    interleaved: bool = False,
+    backend: str | None = None,
+) -> None:
+    """Rotate the queries and keys of ``heads`` by each row's angles, then write keys and values as `append` does.
+
+    ``heads`` are (n, q_heads, head_dim), (n, kv_heads, head_dim) and (n, kv_heads, head_dim). Queries are rotated in
+    place; the memory of the keys may be overwritten. ``tables`` are cosines and sines, as
+    `veneer.ops.rotary.rotate` takes them. A GPU computes all by one launch. Raises ShapeError.
+    """
+    (q, k, v), shape = heads, (rows.n_rows, store.kv_heads, store.head_dim)
+    own = (rows.n_rows, q.shape[1] if q.ndim == 3 else 0, store.head_dim)
+    _check(store, layer, {"q": (q, own), "k": (k, shape), "v": (v, shape)})
+    sizes = [tuple(table.shape) for table in tables]
+    half = sizes[0][-1] if sizes[0] else 0
+    if sizes != [(1, rows.n_rows, half)] * 2 or 2 * half > store.head_dim or any(x.stride(-1) != 1 for x in tables):
+        raise ShapeError(
+            f"cos and sin must be (1, {rows.n_rows}, half), their last axes contiguous, with 2 * half at most "
+            f"{store.head_dim}; given {sizes}"
+        )
+    implementation("paged_attention.append_turned", q.device, backend)(store, layer, heads, rows, tables, interleaved)
 
 
 def paged_attention(

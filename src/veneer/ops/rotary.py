@@ -34,6 +34,22 @@ def rotate(
     return out
 
 
+def rotate_both(
+    q: Float[Tensor, "b heads t d"],
+    k: Float[Tensor, "b kv_heads t d"],
+    cos: Float[Tensor, "#b t half"],
+    sin: Float[Tensor, "#b t half"],
+    *,
+    interleaved: bool = False,
+    inverse: bool = False,
+    backend: str | None = None,
+) -> None:
+    """Rotate queries and keys in place, as `rotate` does, on a GPU by one launch. Raises ShapeError."""
+    for x in (q, k):
+        _check(x, cos, sin)
+    implementation("rotary.rotate_both", q.device, backend)(q, k, cos, sin, interleaved, inverse)
+
+
 def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     fits = (
         x.ndim == 4

@@ -8,7 +8,16 @@ import torch
 
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.attention import AttentionOptions
-from veneer.ops.paged_attention import UNIT, PagedRows, PagedStore, PageTables, append, paged_attention
+from veneer.ops.paged_attention import (
+    UNIT,
+    PagedRows,
+    PagedStore,
+    PageTables,
+    append,
+    append_turned,
+    paged_attention,
+)
+from veneer.ops.rotary import rotate
 
 OP = "paged_attention.attend"
 LAYER, LAYERS = 1, 3
@@ -150,6 +159,27 @@ def test_layouts_of_the_back_ends_agree(backend):
     assert torch.equal(*(s.data.view(torch.int16) for s in stores))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("heads", "half"), [((6, 2, 40), 20), ((18, 3, 17), 5), ((1, 1, 64), 32)])
+def test_heads_are_turned_where_they_are_written(heads, half, interleaved, dtype, backend):
+    """As by a rotation before, with features that do not turn, and rows of prompts beside single tokens."""
+    lengths, angles = (21, 40, 3), torch.randn(1, 22, half, generator=torch.Generator().manual_seed(half))
+    turned, expected = (Cache(lengths, heads, dtype, 16, backend) for _ in range(2))
+    parts = [(0, 3, 21), (1, 39, 40), (2, 0, 3)]
+    tables = angles.cos(), angles.sin()
+    rows = PagedRows.of([(turned.pages[s], a, b - a) for s, a, b in parts], turned.store)
+    q, k, v = (torch.cat([x[s][a:b] for s, a, b in parts]) for x in (turned.q, turned.k, turned.v))
+    q_expected, k_expected = (
+        rotate(x.transpose(0, 1)[None], *tables, interleaved=interleaved, backend=backend)[0].transpose(0, 1)
+        for x in (q, k)
+    )
+    append(expected.store, LAYER, k_expected, v, rows, backend=backend)
+    append_turned(turned.store, LAYER, (q, k, v), rows, tables, interleaved=interleaved, backend=backend)
+    assert torch.equal(q, q_expected)
+    assert torch.equal(*(s.data.view(torch.int16) for s in (turned.store, expected.store)))
+
+
 def test_pages_behind_a_window_are_not_read(backend):
     cache, options = Cache((100,), (2, 1, 16), torch.float32, 16, backend), AttentionOptions(window=9)
     expected = cache.step([(0, 0, 100)], options)[0][99:]
@@ -190,6 +220,9 @@ def test_what_does_not_fit_is_refused():
         append(store, 0, k, k[:1], rows)
     with pytest.raises(ShapeError, match=r"q must be.*bfloat16"):
         paged_attention(store, 0, q.bfloat16(), rows)
+    for table in (torch.ones(1, 2, 5), torch.ones(1, 3, 4), torch.ones(2, 4)):
+        with pytest.raises(ShapeError, match=r"cos and sin must be \(1, 2, half\)"):
+            append_turned(store, 0, (q, k, k), rows, (table, table))
     with pytest.raises(ShapeError, match="3 query heads do not fit"):
         paged_attention(store, 0, q[:, :3], rows)
 

@@ -5,7 +5,7 @@ import torch
 
 from bench.kernels.differentiable import rotary
 from veneer.errors import ShapeError
-from veneer.ops.rotary import rotate
+from veneer.ops.rotary import rotate, rotate_both
 
 OP = "rotary.rotate"
 
@@ -67,6 +67,18 @@ def test_transposed_view_in_place_and_shared_tables(backend):
     back = rotate(out, cos[:1], sin[:1], inverse=True, backend=backend)
     assert torch.allclose(back, x, rtol=0, atol=2e-6)
     assert torch.allclose(rows.transpose(1, 2), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 1), (18, 18), (1, 5)])
+def test_queries_and_keys_turn_together(heads, kv_heads, inverse, backend):
+    q, cos, sin = draw(torch.bfloat16, heads=heads)
+    k = draw(torch.bfloat16, heads=kv_heads)[0].transpose(1, 2).contiguous().transpose(1, 2)
+    how = {"interleaved": inverse, "inverse": inverse, "backend": backend}
+    expected = [rotate(x, cos, sin, **how) for x in (q, k)]
+    rotate_both(q, k, cos, sin, **how)
+    assert torch.equal(q, expected[0])
+    assert torch.equal(k, expected[1])
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 5, 8), (0, 3, 5, 8), (2, 3, 0, 8)])

@@ -143,9 +143,11 @@ def test_draws_of_every_kind_come_back_by_one_read(device: Crossings, adapters: 
     assert set(steps) == {(2, 1)}
 
 
-DECODES = 12  # launches of a block in a decode step, whatever the adapters: the aim
-HELD = {"none": 13, "lora": 21, "dora": 25}
-"""Launches of such a block today, those of DoRA for two adapters: fewer are written here, more are a fault."""
+HELD = {"none": 9, "lora": 17, "dora": 22}
+"""Launches of a block in a decode step, those of DoRA for two adapters. The aim is 12, whatever the adapters.
+
+Fewer are written here, more are a fault.
+"""
 
 
 def decoded(n_blocks: int, kind: str, folder: Path, monkeypatch: Any) -> Counter[str]:
@@ -179,7 +181,7 @@ def test_a_decode_block_launches_no_more_than_it_may(
     with stand_in(EVERY):
         one, two = (decoded(n, kind, tmp_path, monkeypatch) for n in (1, 2))
     launched = two - one
-    assert launched.total() == max(HELD[kind], DECODES), launched.most_common()
+    assert launched.total() == HELD[kind], launched.most_common()
 
 
 def test_a_step_takes_more_tokens_on_a_device(device: Crossings) -> None:

@@ -19,7 +19,7 @@ from veneer.model.program.rows import PassRows
 from veneer.model.program.stretch import ActingStretch, Keep, Kept, Tape, Trained
 from veneer.ops.attention import AttentionOptions, alibi_slopes, attention_backward, attention_forward
 from veneer.ops.cpu.step import StepProgram, norm_parts
-from veneer.ops.rotary import rotate
+from veneer.ops.rotary import rotate_both
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
@@ -68,25 +68,34 @@ class Attend(Trained):
         return AttendWeights(q_norm, k_norm, None if part.rotary is None else to.turns[part.rotary])
 
     def forward(self, weights: AttendWeights, rows: PassRows, frame: Frame) -> None:
-        q, k, v = self._heads(weights, rows, self.source.read(frame))
-        rows.cache.append(self.layer, k, v, rows.rows)
+        q, k, v = self._heads(weights, self.source.read(frame))
+        rotary = self.attention.rotary if weights.turns is not None else None
+        turns = None if rotary is None or weights.turns is None else rows.turns(weights.turns, rotary)
+        if turns is not None and rotary is not None and rows.written is None:
+            rows.cache.append_turned(self.layer, (q, k, v), rows.rows, turns, interleaved=rotary.interleaved)
+        else:
+            if turns is not None and rotary is not None:
+                rotate_both(_by_head(q), _by_head(k), turns[0], turns[1], interleaved=rotary.interleaved)
+            rows.cache.append(self.layer, k, v, rows.rows)
         if rows.written is not None:
             rows.written.append((k.clone(), v.clone()))  # their memory may be the next layer's too
+        q = self._warmed(q, rows)
         frame[self.target.name] = rows.cache.attend(self.layer, q, rows.rows, self.attention)
 
-    def _heads(self, weights: AttendWeights, rows: PassRows, ys: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, weights: AttendWeights, ys: list[Tensor]) -> Heads:
         part = self.attention
         if part.clip is not None:
             ys = [y.clamp_(-part.clip, part.clip) for y in ys]
         q, k, v = part.heads.split(ys)
-        q, k = _normed(weights.q_norm, q), _normed(weights.k_norm, k)
-        if part.rotary is not None and weights.turns is not None:
-            cos, sin = rows.turns(weights.turns, part.rotary)
-            q, k = (_rotated(x, cos, sin, part.rotary.interleaved) for x in (q, k))
-        if part.temperature is not None:
-            turns = torch.floor(rows.positions / part.temperature.original_max_positions)
-            q = q * (1 + part.temperature.beta * torch.log1p(turns))[:, None, None].to(q.dtype)
-        return q, k, v
+        return _normed(weights.q_norm, q), _normed(weights.k_norm, k), v
+
+    def _warmed(self, q: Tensor, rows: PassRows) -> Tensor:
+        """Return queries times the temperature of their positions."""
+        part = self.attention.temperature
+        if part is None:
+            return q
+        turns = torch.floor(rows.positions / part.original_max_positions)
+        return q * (1 + part.beta * torch.log1p(turns))[:, None, None].to(q.dtype)
 
     def emit(self, weights: AttendWeights, step: StepProgram) -> bool:
         part, heads, rotary = self.attention, self.attention.heads, self.attention.rotary
@@ -151,9 +160,10 @@ class Attend(Trained):
         at, dout = tape.run.positions, dy.view(attended.shape)
         dq, dk, dv = attention_backward(dout, qkv, (attended, lse), at.cu_seqlens, weights.options, at.forks)
         del qkv, heads
+        self._rotate(dq, dk, tape.run, inverse=True)
         n_of_q = 0 if weights.q_norm is None else 2
-        dq = self._turned_back(weights.q_norm, tape.run, dq, kept[:n_of_q])
-        dk = self._turned_back(weights.k_norm, tape.run, dk, kept[n_of_q:])
+        dq = _unnormed(weights.q_norm, dq, kept[:n_of_q])
+        dk = _unnormed(weights.k_norm, dk, kept[n_of_q:])
         tape.give(self.source, self.attention.heads.join((dq, dk, dv)))
 
     def _turned(
@@ -163,34 +173,34 @@ class Attend(Trained):
         overwritten.
         """
         q, k, v = self.attention.heads.split(ys)
-        turned, kept = [], []
+        turned, kept = list[Tensor](), list[Tensor]()
         for heads, norm in ((q, weights.q_norm), (k, weights.k_norm)):
             if norm is not None:
                 rows = _rows(heads, norm)
                 normed, statistics = norm.forward(rows)
                 kept += [rows, statistics]
                 heads = normed.view(heads.shape)
-            self._rotate(heads, run)
             turned.append(heads)
-        return (turned[0], turned[1], v), tuple(kept)
+        q, k = turned
+        self._rotate(q, k, run)
+        return (q, k, v), tuple(kept)
 
-    def _turned_back(
-        self, norm: ActingNorm | None, run: ActingStretch, grad: Tensor, kept: tuple[Tensor, ...]
-    ) -> Tensor:
-        self._rotate(grad, run, inverse=True)
-        return grad if norm is None else norm.backward(_rows(grad, norm), *kept).view(grad.shape)
-
-    def _rotate(self, heads: Tensor, run: ActingStretch, *, inverse: bool = False) -> None:
-        """Rotate heads (n, heads, d) in place."""
+    def _rotate(self, q: Tensor, k: Tensor, run: ActingStretch, *, inverse: bool = False) -> None:
+        """Rotate queries and keys (n, heads, d) in place."""
         cos, sin, part = run.positions.cos, run.positions.sin, self.attention.rotary
         if cos is not None and sin is not None and part is not None:
-            view = heads.view(*run.size[:2], *heads.shape[1:]).transpose(1, 2)
-            rotate(view, cos, sin, interleaved=part.interleaved, inverse=inverse, in_place=True)
+            q, k = (x.view(*run.size[:2], *x.shape[1:]).transpose(1, 2) for x in (q, k))
+            rotate_both(q, k, cos, sin, interleaved=part.interleaved, inverse=inverse)
 
 
 def _rows(heads: Tensor, norm: ActingNorm) -> Tensor:
     """View heads (n, heads, d) as the rows that a norm acts on: each head, or all heads of a token at once."""
     return heads if len(norm.weight) == heads.shape[-1] else heads.reshape(len(heads), -1)
+
+
+def _unnormed(norm: ActingNorm | None, grad: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+    """Return the gradient in front of a norm of heads."""
+    return grad if norm is None else norm.backward(_rows(grad, norm), *kept).view(grad.shape)
 
 
 def _grows(attention: Attention) -> bool:
@@ -208,8 +218,9 @@ def _normed(norm: NormWeights | None, heads: Tensor) -> Tensor:
     return norm.normed(x, *norm.own).view(heads.shape)
 
 
-def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    return rotate(heads.transpose(0, 1)[None], cos, sin, interleaved=interleaved, in_place=True)[0].transpose(0, 1)
+def _by_head(heads: Tensor) -> Tensor:
+    """View heads (n, heads, d) as one sequence (1, heads, n, d)."""
+    return heads.transpose(0, 1)[None]
 
 
 def _places(layout: HeadLayout, first: int) -> list[list[int]]:

@@ -122,8 +122,11 @@ class Linears:
         return ys
 
     def onto(self, h: Tensor, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> Tensor:
-        """Return the sum of ``h`` and the single layer's output, for versions for which `adds` holds."""
-        y = cast(PackedGroup, self.group).parts[0].matmul(x, onto=h)
+        """Return the sum of ``h`` and the single layer's output, for versions for which `adds` holds.
+
+        On a GPU ``h`` is overwritten: its product adds to what is there.
+        """
+        y = cast(PackedGroup, self.group).parts[0].matmul(x, onto=h, out=None if h.is_cpu else h)
         add_pairs(x, self._segments([self.own(version) for version in versions], runs), [y])
         return y
 

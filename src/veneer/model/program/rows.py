@@ -10,6 +10,7 @@ from torch import Tensor
 
 from veneer.model.blueprint.parts import Attention
 from veneer.ops.grouped_low_rank import AdapterRuns
+from veneer.ops.paged_attention import Heads
 from veneer.ops.pairs import Segments
 
 
@@ -18,6 +19,14 @@ class Pages(Protocol):
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: Any) -> None:
         """Write the keys and values (n, kv_heads, width) of a pass's rows into their positions in the pages."""
+
+    def append_turned(
+        self, layer: int, heads: Heads, rows: Any, tables: tuple[Tensor, Tensor], *, interleaved: bool
+    ) -> None:
+        """Rotate queries and keys (n, heads, width) in place by ``tables``, and write keys and values as `append` does.
+
+        The keys' memory may hold anything afterwards.
+        """
 
     def attend(self, layer: int, queries: Tensor, rows: Any, part: Attention) -> Tensor:
         """Return attention of queries (n, heads, width) to their sequences, as (n, heads · width).

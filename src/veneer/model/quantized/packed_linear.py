@@ -15,6 +15,7 @@ from veneer.model.quantized.frozen_weight import frozen_weight
 from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.model.quantized.stack import PackedExpertStack, give_parameter
 from veneer.ops.dispatch import backends
+from veneer.ops.matmul import add_matmul
 from veneer.ops.packed import BLOCK, BLOCKS, ROWS, PackedWeight
 from veneer.ops.packed_codes import PackedCodes
 from veneer.quant.blocks import BlockWeight
@@ -123,7 +124,9 @@ class PlainProduct:
         return self.weight.shape
 
     def matmul(self, x: Tensor, *, onto: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """Return ``onto + W x``, written into ``out`` if given."""
+        """Return ``onto + W x``, written into ``out`` if given: into ``onto`` itself by one launch if W is dense."""
+        if out is not None and out is onto and isinstance(self.weight, DenseWeight):
+            return add_matmul(out, x, self.weight.dense(x.dtype).T)
         y = self.weight.matmul(x)
         y = y if onto is None else y + onto
         return y if out is None else out.copy_(y)

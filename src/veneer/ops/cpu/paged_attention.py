@@ -6,12 +6,21 @@ import torch
 from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
+from veneer.ops.cpu.rotary import rotate_both
 from veneer.ops.memory import address
-from veneer.ops.paged_attention import PagedRows, PagedStore
+from veneer.ops.paged_attention import Heads, PagedRows, PagedStore
 
 
 def append(store: PagedStore, layer: int, k: Tensor, v: Tensor, rows: PagedRows) -> None:
     kernels().paged_attention_append(*_store(store), layer, *_rows(rows), *_heads(k), *_heads(v))
+
+
+def append_turned(
+    store: PagedStore, layer: int, heads: Heads, rows: PagedRows, tables: tuple[Tensor, Tensor], interleaved: bool
+) -> None:
+    q, k, v = heads
+    rotate_both(q.transpose(0, 1)[None], k.transpose(0, 1)[None], *tables, interleaved, False)
+    append(store, layer, k, v, rows)
 
 
 def attend(

@@ -33,3 +33,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in_place: boo
         interleaved,
     )
     return out
+
+
+def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> None:
+    for x in (q, k):
+        rotate(x, cos, sin, interleaved, True, inverse)

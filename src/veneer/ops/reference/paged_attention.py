@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from veneer.ops.paged_attention import PagedRows, PagedStore, padded
+from veneer.ops.paged_attention import Heads, PagedRows, PagedStore, padded
+from veneer.ops.reference.rotary import rotate_both
 
 
 def append(store: PagedStore, layer: int, k: Tensor, v: Tensor, rows: PagedRows) -> None:
@@ -20,6 +21,14 @@ def append(store: PagedStore, layer: int, k: Tensor, v: Tensor, rows: PagedRows)
             if slot % pair == 0 and row + 1 == stop:
                 values[page, :, slot // pair] = 0  # in its pair a former holder may have left what is no number
             values[page, :, slot // pair, slot % pair] = functional.pad(v[row], filling)
+
+
+def append_turned(
+    store: PagedStore, layer: int, heads: Heads, rows: PagedRows, tables: tuple[Tensor, Tensor], interleaved: bool
+) -> None:
+    q, k, v = heads
+    rotate_both(q.transpose(0, 1)[None], k.transpose(0, 1)[None], *tables, interleaved, False)
+    append(store, layer, k, v, rows)
 
 
 def attend(

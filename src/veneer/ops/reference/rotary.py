@@ -18,3 +18,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in_place: boo
     turned = (x1 * c - x2 * s, x2 * c + x1 * s)  # both before either overwrites x
     out[(..., *first)], out[(..., *second)] = (t.to(x.dtype) for t in turned)
     return out
+
+
+def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> None:
+    for x in (q, k):
+        rotate(x, cos, sin, interleaved, True, inverse)

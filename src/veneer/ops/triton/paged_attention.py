@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.ops.paged_attention import PagedRows, PagedStore, padded
+from veneer.ops.paged_attention import Heads, PagedRows, PagedStore, padded
 from veneer.ops.reference import paged_attention as reference
 from veneer.ops.triton.attention import scored
 from veneer.ops.triton.launch import block, launch
+from veneer.ops.triton.rotary import MOST_HEADS, pair_at, turn
 
 _MOST_FEATURES = 256
 _OF_A_STEP = ["pages", "first_page", "first_row", "positions", "n"]  # sizes and places that vary are no variants
@@ -23,6 +24,21 @@ def append(store: PagedStore, layer: int, k: Tensor, v: Tensor, rows: PagedRows)
     grid = rows.n_rows, store.kv_heads
     heads = k, *k.stride()[:2], v, *v.stride()[:2]
     launch(_append_kernel, grid, store.data, *_place(store, layer), *_numbers(rows), *heads, **_forms(store))
+
+
+def append_turned(
+    store: PagedStore, layer: int, heads: Heads, rows: PagedRows, tables: tuple[Tensor, Tensor], interleaved: bool
+) -> None:
+    n_heads, half = heads[0].shape[1], tables[0].shape[-1]
+    size = block(n_heads, most=MOST_HEADS)
+    grid = rows.n_rows, triton.cdiv(n_heads, size) + store.kv_heads
+    places = [number for x in heads for number in (x, *x.stride()[:2])]
+    angles = [number for x in tables for number in (x, x.stride(-2))]
+    sizes = {"HEADS": size, "HALF": block(half), "INTERLEAVED": interleaved}
+    launch(
+        _append_turned_kernel, grid, store.data, *_place(store, layer), *_numbers(rows), *places, *angles, n_heads,
+        half, **sizes, **_forms(store),
+    )  # fmt: skip
 
 
 def attend(
@@ -141,16 +157,90 @@ def _append_kernel(
     page, slot = tl.load(pages + tl.load(first_page + sequence) + at // BLOCK), at % BLOCK
     features = tl.arange(0, FEATURES)
     own = data + page * page_values + layer_at + head * 2 * head_values
-    there = features < PADDED  # zeros behind a head's values
     x = tl.load(k + row * k_row + head * k_head + features, mask=features < D, other=0.0)
-    tl.store(own + _key_at(slot, features, BLOCK, PAIR), x, mask=there)
+    tl.store(own + _key_at(slot, features, BLOCK, PAIR), x, mask=features < PADDED)  # zeros behind a head's values
     x = tl.load(v + row * v_row + head * v_head + features, mask=features < D, other=0.0)
-    own += head_values
-    tl.store(own + _value_at(slot, features, PADDED, PAIR), x, mask=there)
+    is_last = row + 1 == tl.load(first_row + sequence + 1)
+    _put_value(own + head_values, slot, features, x, is_last, PADDED, PAIR)
+
+
+@triton.jit
+def _put_value(own, slot, features, x, is_last, PADDED: tl.constexpr, PAIR: tl.constexpr):
+    """Write the value of a token, of which ``is_last`` says if a later one of the step is in its pair."""
+    tl.store(own + _value_at(slot, features, PADDED, PAIR), x, mask=features < PADDED)
     # in its pair a former holder may have left what is no number
-    is_alone = (slot % PAIR + 1 < PAIR) & (row + 1 == tl.load(first_row + sequence + 1))
+    is_alone = (slot % PAIR + 1 < PAIR) & is_last
     there = features < tl.where(is_alone, PADDED, 0)
     tl.store(own + _value_at(slot + 1, features, PADDED, PAIR), tl.zeros_like(x), mask=there)
+
+
+@triton.jit(do_not_specialize=_OF_A_STEP)
+def _append_turned_kernel(
+    data,
+    page_values,
+    layer_at,
+    head_values,
+    pages,
+    first_page,
+    first_row,
+    positions,
+    n,
+    q,
+    q_row,
+    q_head,
+    k,
+    k_row,
+    k_head,
+    v,
+    v_row,
+    v_head,
+    cos,
+    cos_row,
+    sin,
+    sin_row,
+    n_heads,
+    half,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PAIR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rotate a few query heads of a row in place, or write a rotated key and its value into the pages."""
+    row = tl.program_id(0).to(tl.int64)
+    pairs = tl.arange(0, HALF)
+    inside = pairs < half
+    c = tl.load(cos + row * cos_row + pairs, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + row * sin_row + pairs, mask=inside, other=0.0).to(tl.float32)
+    first, second = pair_at(pairs, half, INTERLEAVED)
+    tile, tiles = tl.program_id(1), tl.cdiv(n_heads, HEADS)
+    if tile < tiles:
+        heads = (tile * HEADS + tl.arange(0, HEADS))[:, None]
+        own_heads = q + row * q_row + heads * q_head
+        there = (heads < n_heads) & inside[None, :]
+        turn(own_heads, 1, own_heads, 1, first[None, :], second[None, :], c[None, :], s[None, :], there)
+    else:
+        head = (tile - tiles).to(tl.int64)
+        sequence = _sequence_of(first_row, n, row)
+        at = tl.load(positions + sequence) + row - tl.load(first_row + sequence)
+        page, slot = tl.load(pages + tl.load(first_page + sequence) + at // BLOCK), at % BLOCK
+        own = data + page * page_values + layer_at + head * 2 * head_values
+        key = k + row * k_row + head * k_head
+        x1 = tl.load(key + first, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(key + second, mask=inside, other=0.0).to(tl.float32)
+        dtype = data.dtype.element_ty
+        tl.store(own + _key_at(slot, first, BLOCK, PAIR), (x1 * c - x2 * s).to(dtype), mask=inside)
+        tl.store(own + _key_at(slot, second, BLOCK, PAIR), (x2 * c + x1 * s).to(dtype), mask=inside)
+        features = tl.arange(0, FEATURES)
+        x = tl.load(key + features, mask=features < D, other=0.0)
+        behind = (features >= 2 * half) & (features < PADDED)  # features that do not turn, and zeros
+        tl.store(own + _key_at(slot, features, BLOCK, PAIR), x, mask=behind)
+        x = tl.load(v + row * v_row + head * v_head + features, mask=features < D, other=0.0)
+        is_last = row + 1 == tl.load(first_row + sequence + 1)
+        _put_value(own + head_values, slot, features, x, is_last, PADDED, PAIR)
 
 
 @triton.jit(do_not_specialize=_OF_A_STEP)

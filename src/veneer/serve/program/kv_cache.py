@@ -20,6 +20,7 @@ from veneer.model.program.rows import Pages
 from veneer.ops import paged_attention as kernel
 from veneer.ops.attention import AttentionOptions
 from veneer.ops.dispatch import backends
+from veneer.ops.rotary import rotate_both
 
 
 class KVCache(Pages, Protocol):
@@ -81,6 +82,11 @@ class PageCache:
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: kernel.PagedRows) -> None:
         kernel.append(self.store, layer, keys, values, rows)
 
+    def append_turned(
+        self, layer: int, heads: kernel.Heads, rows: Any, tables: tuple[Tensor, Tensor], *, interleaved: bool
+    ) -> None:
+        kernel.append_turned(self.store, layer, heads, rows, tables, interleaved=interleaved)
+
     def attend(self, layer: int, queries: Tensor, rows: kernel.PagedRows, part: Attention) -> Tensor:
         options = AttentionOptions(scale=part.scale, window=part.window, softcap=part.softcap)
         return kernel.paged_attention(self.store, layer, queries, rows, options).flatten(1)
@@ -138,6 +144,14 @@ class SlotCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: SlotRows) -> None:
         self.store.write(layer, rows.step.slots, keys, values)
+
+    def append_turned(
+        self, layer: int, heads: kernel.Heads, rows: Any, tables: tuple[Tensor, Tensor], *, interleaved: bool
+    ) -> None:
+        q, k, v = heads
+        cos, sin = tables
+        rotate_both(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin, interleaved=interleaved)
+        self.append(layer, k, v, rows)
 
     def attend(self, layer: int, queries: Tensor, rows: SlotRows, part: Attention) -> Tensor:
         out, seen = torch.empty_like(queries), rows.within(part.window)
