@@ -120,7 +120,10 @@ _OWN: dict[str, dict[str, Any]] = {
     "pp_chart2table": {"vision_config": {"image_size": 64}},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}},
     "granite4_vision": {"deepstack_layer_map": []},
-    "step3p7": {"text_config": {"layer_types": ["full_attention"] * 2, "sliding_window": 16}},
+    "step3p7": {
+        "text_config": {"layer_types": ["full_attention"] * 2, "sliding_window": 16},
+        "vision_config": {"mlp_ratio": 1.5},
+    },
     **{name: {"text_config": _THREE_AXES} for name in _OF_THREE_AXES},
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [16, 16], **_THREE_AXES}},
     "reformer": {"axial_pos_embds": False, "attention_head_size": 8},

@@ -77,6 +77,8 @@ def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
     """Run the op on the meta device. A real tensor that it would write to keeps its values."""
     if func is _aten._local_scalar_dense.default and args[0].dtype == torch.bool:
         return True  # checks, such as that all values are finite, pass
+    if func is _aten.nonzero.default:
+        return _found(args[0])
     place = next((x.device for x in tensors_in(args) if isinstance(x, Traced)), _CPU)
     written: Any = kwargs["out"] if kwargs and "out" in kwargs else next(iter(args), None)
     call = call_of(func, args, kwargs) if repeats(func) else None
@@ -93,6 +95,19 @@ def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
     elif call is not None and out.shape == written.shape:
         remember_written(call)
     return dressed
+
+
+def _found(mask: Tensor) -> Tensor:
+    """Return the places that are not zero, as a loop over experts asks for them: each of ``n`` experts is chosen, and
+    in its row of the mask an ``n``-th of the places is its own.
+
+    Code reads the numbers of the chosen ones: all are 0, which any mixture has.
+    """
+    whole = mask.untyped_storage().nbytes() // mask.element_size()
+    if mask.ndim == 1 and len(mask) == whole:
+        return torch.zeros(whole, 1, dtype=torch.int64)
+    found = -(-(mask.numel() ** 2) // max(whole, 1))
+    return Traced(torch.empty(found, mask.ndim, dtype=torch.int64, device=META), mask.device)
 
 
 def _bare(x: Any, given: dict[int, tuple[Tensor, Tensor]]) -> Any:
