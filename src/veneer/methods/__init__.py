@@ -1,7 +1,7 @@
-"""Methods, one file each, found by name: dropping ``x.py`` here adds the method.
+"""Methods, one file each, found by name: a new file ``x.py`` here adds the method.
 
-A file offers a subclass of one of the contracts in `veneer.contract`. A variant of LoRA is a function on LoRA's
-record instead, see `methods.variants`.
+A file defines a subclass of one of the contracts in `veneer.contract`. A variant of LoRA is a function on LoRA's record
+instead, see `methods.variants`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from veneer.contract.discovery import concrete
 
 @functools.cache
 def all_methods() -> dict[str, type[MethodConfig]]:
-    """Return every method by its ``peft_type``: those in this folder, and any other defined before."""
+    """Return every method by its ``peft_type``: those in this folder, and those registered before from elsewhere."""
     for info in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
         importlib.import_module(info.name)
     return concrete(MethodConfig)

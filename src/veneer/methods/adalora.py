@@ -1,9 +1,10 @@
-"""AdaLoRA: ``W + (alpha / r) B diag(e) A`` with a budget of ranks that goes by importance (Zhang et al. 2023,
+"""AdaLoRA: ``W + (alpha / r) B diag(e) A`` with a budget of ranks spent by importance (Zhang et al. 2023,
 arXiv:2303.10512).
 
-The update has the form of a singular value decomposition, P Λ Q = B diag(e) A (eq. 3). `Budget` scores each triplet by
-the smoothed sensitivity of its entries (eq. 8 to 11). It sets the weakest e to zero until the budget of the step is met
-(eq. 6 and 12). `orthogonality` (eq. 4), added to the loss, pulls B and A towards orthogonal columns and rows.
+The update has the form of a singular value decomposition, P Λ Q = B diag(e) A (eq. 3). A triplet is an entry of e with
+its column of B and row of A. `Budget` scores each triplet by the smoothed sensitivity of its numbers (eq. 8 to 11), and
+sets the weakest entries of e to zero until the step's budget is met (eq. 6 and 12). `orthogonality` (eq. 4), added to
+the loss, pulls B and A towards orthogonal columns and rows.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ RANK_OFFSET = 1e-5  # PEFT divides by the rank plus this
 class AdaLoraConfig(LinearMethod):
     """AdaLoRA in PEFT's fields.
 
-    ``init_r`` is the rank that every layer starts with, ``target_r`` the mean rank at the end. The budget stays whole
-    for ``tinit`` steps. Then it falls with the cube of the time left, every ``deltaT`` steps. For the last ``tfinal``
-    of ``total_step`` steps it stays at its target. ``total_step`` None is the length of the run. ``beta1`` and
-    ``beta2`` smooth the sensitivity and its uncertainty. ``orth_reg_weight`` is the weight of the pull towards
-    orthogonality. ``rank_pattern`` marks the triplets of each layer that were kept, by ``<path>.lora_E``, as in PEFT's
-    files. The others are not on disk.
+    ``init_r`` is the rank with which every layer starts, ``target_r`` the mean rank at the end. The budget of ranks
+    stays at its full size for ``tinit`` steps. Then it falls with the cube of the time left, every ``deltaT`` steps.
+    For the last ``tfinal`` of ``total_step`` steps it stays at its target. If ``total_step`` is None, it is the length
+    of the run. ``beta1`` and ``beta2`` smooth the sensitivity and its uncertainty. ``orth_reg_weight`` is the weight of
+    the pull towards orthogonality. ``rank_pattern`` marks the ranks of each layer that were kept, by ``<path>.lora_E``,
+    as in PEFT's files, which hold only these.
     """
 
     peft_type: ClassVar[str] = "ADALORA"
@@ -113,7 +114,7 @@ class AdaLoraConfig(LinearMethod):
         return GroupChecks()
 
     def rank(self, site: LinearSite) -> int:
-        """Return the number of triplets at a site: only the kept ones if the config marks them."""
+        """Return the rank of a layer. If the config marks the kept ranks, it is their number."""
         kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E")
         return self.init_r if kept is None else sum(kept)
 
@@ -151,7 +152,7 @@ class AdaLoraConfig(LinearMethod):
 
 @dataclass(frozen=True)
 class BudgetedTraining(Training):
-    """AdaLoRA's part in a run: the pull towards orthogonality, and a budget that falls."""
+    """AdaLoRA during a training run: a penalty that pulls towards orthogonality, and a budget of ranks that falls."""
 
     config: AdaLoraConfig
 
@@ -167,19 +168,19 @@ class BudgetedTraining(Training):
 
 
 def orthogonality(layers: Sequence[Params]) -> Tensor:
-    """Return the mean of ``|A Aᵀ - I|`` and ``|Bᵀ B - I|`` (Frobenius) over all factors, to be weighed and added to a
-    loss.
+    """Return the mean of ``|A Aᵀ - I|`` and ``|Bᵀ B - I|`` (Frobenius norms) over all factors, as a
+    penalty for a loss.
     """
     factors = [(params["lora_A"], params["lora_B"]) for params in layers]
     return torch.stack([part for a, b in factors for part in distances_from_orthonormal(a, b)]).mean()
 
 
 class Budget:
-    """Budget that allots ranks to all adapted layers; ``layers`` are the parameters of each by its path.
+    """Budget that distributes ranks over all adapted layers. ``layers`` are each layer's parameters by its path.
 
-    After each backward pass and optimizer step, before the gradients are set to zero, call `step` with the number of
-    the step. ``kept`` marks the triplets of each layer that still count. Raises ConfigError without a ``total_step``,
-    and if there is nothing to cut.
+    After each backward pass and optimizer step, before gradients are set to zero, call `step` with the number of the
+    step. ``kept`` marks the ranks of each layer that are still in use. Raises ConfigError without a ``total_step``, and
+    if the start has no more ranks than the target.
     """
 
     def __init__(self, config: AdaLoraConfig, layers: Mapping[str, Params]) -> None:
@@ -201,7 +202,7 @@ class Budget:
         self.kept: dict[str, Tensor] = {}
 
     def ranks(self, step: int) -> int:
-        """Return the budget of a step (eq. 12)."""
+        """Return the number of ranks that all layers may have together at a step (eq. 12)."""
         first, last = self.config.tinit, self.total_step - self.config.tfinal
         if step <= first:
             return self.start
@@ -212,7 +213,7 @@ class Budget:
 
     @torch.no_grad()
     def step(self, step: int) -> None:
-        """Score the triplets, and cut some if this step is one for cutting."""
+        """Score the ranks. If it is time to, set the weakest ones to zero."""
         last = self.total_step - self.config.tfinal
         if step > last:
             self._apply()
@@ -223,7 +224,7 @@ class Budget:
             self._cut(self.ranks(step))
 
     def state(self) -> dict[str, Tensor]:
-        """Return the scores, and the marks of the kept triplets, by name."""
+        """Return the scores, and the marks of the kept ranks, by name."""
         scores = {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
         found = {f"{what}/{p}/{n}": value for what, of in scores.items() for (p, n), value in of.items()}
         return found | {f"kept/{path}": value for path, value in self.kept.items()}

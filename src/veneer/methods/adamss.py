@@ -1,9 +1,9 @@
-"""AdaMSS: rows of W in clusters, each with a pair of its own, ``W + Σₖ Bₖ Aₖ V`` (NeurIPS 2025,
+"""AdaMSS: rows of W in clusters, each with a low-rank pair, ``W + Σₖ Bₖ Aₖ V`` (NeurIPS 2025,
 neurips.cc/virtual/2025/poster/119606).
 
-V (r, i) are the first right singular vectors of the weight, with the bias as one more column. The rows of the left ones
-are clustered, and Bₖ changes the rows of cluster k alone. So the update is a low-rank pair, whose rank is the sum of
-theirs, and a bias.
+V (r, i) holds the first right singular vectors of the weight, with the bias as one more column. The rows of the matrix
+of left singular vectors are clustered, and Bₖ changes only the weight's rows in cluster k. So the update is a low-rank
+pair, whose rank is the sum of the clusters' ranks, and a bias.
 """
 
 from __future__ import annotations
@@ -42,14 +42,13 @@ _LEAST_ALIKE = 0.25  # another weight has about 1 / i, this one with codes of 4 
 class AdamssConfig(LinearMethod):
     """AdaMSS in PEFT's fields.
 
-    ``r`` singular vectors are taken, their rows fall into ``num_subspaces`` clusters, and each has a pair of rank
-    ``subspace_rank`` at most. ``use_dynamic_rank`` takes as many as the cluster has singular values whose square is
-    above ``svd_threshold`` times the largest's. ``random_seed`` is that of the decomposition. The clusters are in no
-    file: they are found again in the base's weights, whose V must be that of the file. ``init_weights``: "orthogonal"
-    starts B at zero; None (False is the same) draws it. ``use_asa`` freezes clusters in training until the
-    ``asa_target_subspaces`` most important are left. ``stored`` (the shapes of a file's parameters) is filled in when
-    one is read.
-
+    ``r`` singular vectors are taken, their rows fall into ``num_subspaces`` clusters, and each cluster has a pair of
+    rank ``subspace_rank`` at most. With ``use_dynamic_rank``, a cluster's rank counts its singular values whose square
+    is above ``svd_threshold`` times the largest's. ``random_seed`` is that of the decomposition. No file holds the
+    clusters: they are found again in the base's weights, whose V must equal the file's. ``init_weights``: "orthogonal"
+    starts B at zero; None (or False) draws it at random. ``use_asa`` freezes clusters in training until the
+    ``asa_target_subspaces`` most important are left. ``stored`` (the shapes of a file's parameters) is filled in when a
+    file is read.
     Departs: the rank of a pair is r if ``subspace_rank`` is above it. PEFT's forward pass fails there.
     """
 
@@ -118,7 +117,7 @@ class AdamssConfig(LinearMethod):
         return replace(self, stored=known.shapes or None)
 
     def n_clusters(self, site: LinearSite) -> int:
-        """Return the number of clusters at a site: no more than it has outputs."""
+        """Return the number of clusters of a layer, at most its number of outputs."""
         return min(self.num_subspaces, site.out_features)
 
     def shapes(self, site: LinearSite) -> Shapes:
@@ -155,7 +154,9 @@ class AdamssConfig(LinearMethod):
         return found
 
     def derived(self, site: LinearSite, params: Params) -> dict[str, Tensor]:
-        """Return the place of each row of the weight among the rows of all clusters, one after another."""
+        """Return, for each row of the weight, its index in the list of all clusters' rows, one cluster
+        after another.
+        """
         if is_tracing():  # of a plan, before weights have values
             return {_ORDER: torch.arange(site.out_features)}
         order = torch.cat(self._parts(site).rows).argsort()
@@ -175,7 +176,7 @@ class AdamssConfig(LinearMethod):
         return replace(record, bias=added if site.bias is None else site.bias + added)
 
     def decomposed(self, site: LinearSite) -> tuple[Float[Tensor, "o r"], Float[Tensor, " r"], Float[Tensor, "r i"]]:
-        """Return the first left singular vectors, singular values and right singular vectors of a site's weight."""
+        """Return the first left singular vectors, singular values and right singular vectors of a layer's weight."""
         w = needed_weight(site, "AdaMSS").dense(torch.float32).detach()
         if site.bias is not None:
             w = torch.cat([w, site.bias.detach().to(w.device, w.dtype)[:, None]], dim=1)
@@ -186,14 +187,14 @@ class AdamssConfig(LinearMethod):
         return u, s, v.T.contiguous()
 
     def _parts(self, site: LinearSite) -> WeightParts:
-        """Return the parts of a site's weight. Decomposing takes long, so the site keeps them until `derived` is
-        called.
+        """Return the decomposition of a layer's weight. It takes long, so the site caches it until
+        `derived` is called.
         """
         kept = site.found.get(self._key)
         return kept if isinstance(kept, WeightParts) else self._decomposed(site)[1]
 
     def _decomposed(self, site: LinearSite) -> tuple[Float[Tensor, "o r"], WeightParts]:
-        """Return the left singular vectors of a site's weight, and its parts, which the site keeps."""
+        """Decompose a layer's weight. Return the left singular vectors, and the other parts, which the site caches."""
         u, s, v = self.decomposed(site)
         rows = clustered(u, self.n_clusters(site), site.name)
         parts = WeightParts(s, v, rows, [self._rank(u[each]) for each in rows])
@@ -202,7 +203,7 @@ class AdamssConfig(LinearMethod):
 
     @property
     def _key(self) -> Hashable:
-        """Return the settings that the parts of a weight depend on, as a key."""
+        """Return the settings that determine the decomposition of a weight, as a key of a cache."""
         ranks = self.subspace_rank, self.use_dynamic_rank, self.svd_threshold
         return type(self), self.r, self.num_subspaces, self.random_seed, ranks
 
@@ -217,8 +218,9 @@ class AdamssConfig(LinearMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class _Vectors(Packing):
-    """Packing that compares V in the file with the base's. Another weight's clusters may have the same shapes by
-    chance.
+    """Packing that compares V in the file with V of the base's weight.
+
+    Clusters of another weight may have the same shapes by chance.
     """
 
     config: AdamssConfig
@@ -239,7 +241,9 @@ class _Vectors(Packing):
 
 @dataclass(frozen=True)
 class WeightParts:
-    """Singular values and right singular vectors of a weight, the ``rows`` of its clusters and their ranks."""
+    """Singular values ``s`` and right singular vectors ``v`` of a weight, the ``rows`` of its clusters, and the
+    clusters' ranks.
+    """
 
     s: Float[Tensor, " r"]
     v: Float[Tensor, "r i"]
@@ -248,9 +252,10 @@ class WeightParts:
 
 
 def clustered(u: Float[Tensor, "o r"], n: int, name: str) -> list[Int[Tensor, " n"]]:
-    """Return the indices of the rows of each of n clusters, found by k-means as PEFT finds them.
+    """Return the indices of the rows in each of n clusters, found by k-means as PEFT finds them.
 
-    ``name`` is that of the layer. Raises ConfigError without scikit-learn, and if there are fewer clusters.
+    ``name`` is that of the layer, for messages. Raises ConfigError without scikit-learn, and if k-means finds fewer
+    clusters.
     """
     try:
         from sklearn.cluster import KMeans  # optional, and slow to import
@@ -268,7 +273,7 @@ def clustered(u: Float[Tensor, "o r"], n: int, name: str) -> list[Int[Tensor, " 
 
 
 def _start(u: Float[Tensor, "n r"], rank: int) -> Float[Tensor, "rank r"]:
-    """Return A of a cluster: an orthonormal basis of the directions that its rows have most in common."""
+    """Return the initial A of a cluster: an orthonormal basis of the main directions of its rows ``u``."""
     left, _, _ = torch.svd_lowrank(u @ u.T, q=rank, niter=2)
     basis: Tensor = torch.linalg.qr(u.T @ left).Q
     return basis.T.contiguous()
@@ -276,7 +281,9 @@ def _start(u: Float[Tensor, "n r"], rank: int) -> Float[Tensor, "rank r"]:
 
 @contextmanager
 def _drawing(generator: torch.Generator | None) -> Iterator[None]:
-    """Seed torch's global generator from this one: the randomized decomposition uses no other."""
+    """Enter a context in which torch's global generator is seeded from this one, as the randomized
+    decomposition needs.
+    """
     if generator is None:
         yield
         return
@@ -290,7 +297,7 @@ def _has_values(site: LinearSite) -> bool:
 
 
 def _fit(stored: Mapping[str, tuple[int, ...]], site: LinearSite) -> bool:
-    """Return True if a file's shapes can be those of clusters of this layer's rows."""
+    """Return True if the shapes in a file are possible for clusters of this layer's rows."""
     if _V not in stored or any(len(shape) != 2 for shape in stored.values()):
         return False
     (r, width), n = stored[_V], (len(stored) - 1) // 2
@@ -311,7 +318,7 @@ def _b(k: int) -> str:
 
 @dataclass(frozen=True)
 class SubspaceTraining(Training):
-    """AdaMSS's part in a run with ``use_asa``: clusters are frozen one after another."""
+    """AdaMSS during a training run with ``use_asa``: clusters are frozen one after another."""
 
     config: AdamssConfig
 
@@ -322,10 +329,10 @@ class SubspaceTraining(Training):
 class SubspaceSchedule:
     """Adaptive subspace allocation: it freezes the least important clusters of all layers.
 
-    ``layers`` are the parameters of each layer by its path. After each backward pass and optimizer step, before the
-    gradients are set to zero, call `step`. Between ``init_warmup`` and ``final_warmup`` the importance ``|w g|`` of
-    each number and its uncertainty are averaged. Every ``mask_interval`` steps only the best clusters stay trained.
-    Their number falls from all to ``asa_target_subspaces``, and the averages start again.
+    ``layers`` are the parameters of each layer by its path. After each backward pass and optimizer step, before
+    gradients are set to zero, call `step`. Between ``init_warmup`` and ``final_warmup``, the importance ``|w g|`` of
+    each number and its uncertainty are averaged. Every ``mask_interval`` steps, all clusters but the best are frozen.
+    The number of trained clusters falls to ``asa_target_subspaces``, and the averages start again.
     """
 
     def __init__(self, config: AdamssConfig, layers: Mapping[str, Params]) -> None:
@@ -342,7 +349,7 @@ class SubspaceSchedule:
 
     @torch.no_grad()
     def step(self, step: int) -> None:
-        """Score the clusters, and freeze some if this step is one for it."""
+        """Score the clusters. If it is time to, freeze the least important ones."""
         if not self.config.init_warmup <= step <= self.config.final_warmup:
             return
         for path, name, value in self._trained():

@@ -29,7 +29,9 @@ _ITERATIONS, _LEAST = 15, 1e-8  # PEFT's
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenMixture(Mixture):
-    """Change ``Σₑ wₑ sₑ Bₑ Aₑ``, w a softmax of ``|pₑ · x| / temperature`` over the ``top_k`` largest, else 0."""
+    """Change ``Σₑ wₑ sₑ Bₑ Aₑ`` for each token x. w is a softmax of ``|pₑ · x| / temperature`` over the ``top_k``
+    largest; the other weights are 0.
+    """
 
     a: Float[Tensor, "e r i"]
     b: Float[Tensor, "e o r"]
@@ -57,8 +59,8 @@ class ArrowConfig(LinearMethod):
 
     ``top_k`` pairs act on a token, weighted by a softmax of temperature ``router_temperature``. `create_arrow_model`
     fills in ``n_experts``, the number of pairs, and their rank ``r``; without it ``n_experts`` is ``top_k``.
-    ``use_gks`` subtracts the mean of general adapters from each pair. ``rng_seed`` is that of the search for
-    prototypes, as in PEFT. An adapter without saved LoRAs has random A, and B zero.
+    ``use_gks`` subtracts the mean of general adapters from each pair. ``rng_seed`` seeds the search for prototypes, as
+    in PEFT. An adapter without saved LoRAs has a random A and a zero B.
     """
 
     peft_type: ClassVar[str] = "ARROW"
@@ -118,7 +120,7 @@ class ArrowConfig(LinearMethod):
 def of_experts(
     a: Float[Tensor, "e r i"], b: Float[Tensor, "e o r"], scales: Float[Tensor, " e"], seed: int | None
 ) -> dict[str, Tensor]:
-    """Return the parameters of a layer, given the pairs of its adapters and their scales."""
+    """Return the parameters of a layer, given its adapters' pairs and their scales."""
     directions = [amplified(one, other, seed=seed) for one, other in zip(a, b, strict=True)]
     return {_A: a, _B: b, _SCALES: scales, _PROTOTYPES: torch.stack(directions)}
 

@@ -16,10 +16,10 @@ from veneer.records.sites import LinearSite
 
 @dataclass(frozen=True, kw_only=True)
 class BeftConfig(LinearMethod):
-    """BEFT in PEFT's fields. By default it adapts the value projections. ``init_weights`` starts at zero; False draws
-    from a normal distribution.
+    """BEFT in PEFT's fields. By default it adapts the value projections.
 
-    Layers without a bias get one when the adapter is merged. PEFT refuses to merge there.
+    ``init_weights``: True starts the bias at zero, False draws it from a normal distribution. Merging adds a bias to
+    layers that have none; PEFT refuses to merge there.
     """
 
     peft_type: ClassVar[str] = "BEFT"

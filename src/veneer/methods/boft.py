@@ -65,10 +65,9 @@ class BOFTConfig(LinearMethod):
     """BOFT in PEFT's fields.
 
     ``boft_block_size`` is the size of the blocks and ``boft_block_num`` their number: one of them is 0 and follows from
-    the other. ``boft_n_butterfly_factor`` is the number m of factors. ``boft_dropout``: share of the
-    blocks of one factor that are the identity in a training pass. The factor and these blocks are drawn at random.
-
-    Departs: PEFT takes one factor, whatever m is, if it cannot compile its CUDA code. Here m factors are m factors.
+    the other. ``boft_n_butterfly_factor`` is the number m of factors. ``boft_dropout``: in a training pass, one random
+    factor has this share of its blocks, drawn at random, replaced by the identity.
+    Departs: PEFT uses one factor, whatever m is, if it cannot compile its CUDA code. Here m factors are used.
     """
 
     peft_type: ClassVar[str] = "BOFT"
@@ -91,7 +90,7 @@ class BOFTConfig(LinearMethod):
     init_weights: bool = True
 
     def told(self) -> dict[str, object]:
-        """Return the settings that are shown to people, without the one that is 0: it follows from the other."""
+        """Return the settings to show to people, without the one of block size and number that is 0."""
         return {name: value for name, value in super().told().items() if value != 0 or name not in _SIZES}
 
     def problems(self) -> list[str]:
@@ -121,7 +120,7 @@ class BOFTConfig(LinearMethod):
         return {"boft_R": drawn[0], "boft_s": 1 + drawn[1]}
 
     def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the marks of dropped blocks in all factors, drawn as PEFT draws them."""
+        """Return marks of the blocks that dropout replaces in a pass, for all factors, drawn as PEFT draws them."""
         if not self.boft_dropout:
             return {}
         m, n, _, _ = self.shapes(site)["boft_R"]
@@ -145,11 +144,11 @@ class BOFTConfig(LinearMethod):
 
 @functools.lru_cache(maxsize=64)
 def orders(width: int, size: int, m: int, *, device: torch.device) -> Tensor:
-    """Return the features (m, width) that each factor's blocks rotate, in their order. The result is shared: do not
-    write it.
+    """Return, for each factor, the order (m, width) in which its blocks take the features. Do not write to it: it is
+    shared.
 
     Factor k takes the features in groups of 2ᵏ blocks. It interleaves the half blocks of a group's first half with
-    those of its second half, so that it mixes what factor k - 1 keeps apart. A single factor keeps the order.
+    those of its second half, so that it mixes features that factor k - 1 does not mix. A single factor keeps the order.
     """
     with torch.inference_mode(False):
         features = torch.arange(width, device="cpu")
@@ -164,7 +163,10 @@ class _Checks(Checks):
     config: BOFTConfig
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Return a problem for each layer whose inputs the blocks do not divide, or not evenly for several factors."""
+        """Return a problem for each layer whose inputs cannot be divided into such blocks.
+
+        Several factors also need blocks of even size, and enough of them.
+        """
         given, m = self.config, self.config.boft_n_butterfly_factor
         name = "boft_block_size" if given.boft_block_size else "boft_block_num"
         value, found = given.boft_block_size or given.boft_block_num, grouped(sites)

@@ -36,7 +36,7 @@ class BottleneckConfig(ResidualMethod):
 
     ``after_attention``, ``after_mlp``, ``after_cross_attention`` choose the sub-layers that get one.
     ``placement``: "serial" (x = h) or "parallel" (x is the sub-layer's input).
-    ``size`` is r; None takes ``features // reduction_factor``.
+    ``size`` is the inner width r; if it is None, r is ``features // reduction_factor``.
     ``init_weights``: "bert", "mam_adapter" (exactly the identity) or "houlsby".
     ``dropout``: probability of zeroing an output of the bottleneck in training.
     """
@@ -115,7 +115,7 @@ class BottleneckConfig(ResidualMethod):
         return (wanted,) if isinstance(wanted, int) else None if wanted is None else tuple(wanted)
 
     def width(self, site: ResidualSite) -> int:
-        """Return the width r at this site."""
+        """Return the inner width r of the bottleneck after this sub-layer."""
         return bottleneck_width(site.features, self.reduction_factor) if self.size is None else self.size
 
     def shapes(self, site: ResidualSite) -> Shapes:

@@ -28,7 +28,9 @@ from veneer.records.terms.form import Form
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Circulant(Change):
-    """Change of m by n blocks (b, b): entry (p, j) of a block is its kernel at ``(j - p) mod b``, times ``scale``."""
+    """Change made of m by n circulant blocks (b, b). Entry (p, j) of a block is ``scale`` times its kernel at ``(j - p)
+    mod b``.
+    """
 
     kernel: Float[Tensor, "m n b"]
     scale: float
@@ -70,7 +72,7 @@ class Circulant(Change):
 
 
 class _Blocks(torch.autograd.Function):
-    """Function from kernels (m, n, b) to the rows of their circulant blocks, (m, b, n, b)."""
+    """Autograd function from kernels (m, n, b) to the rows of their circulant blocks, (m, b, n, b)."""
 
     @staticmethod
     def forward(ctx: Any, kernel: Tensor) -> Tensor:
@@ -79,7 +81,9 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """Sum along diagonals. If each row is written twice, a diagonal's entries lie 2 b + 1 numbers apart."""
+        """Sum the gradient along the blocks' diagonals. In rows written twice, a diagonal's entries are 2 b + 1 numbers
+        apart.
+        """
         blocks = grads[0].transpose(1, 2)
         b = blocks.shape[3]
         return torch.cat([blocks, blocks], dim=3).flatten(2).unfold(2, b, 2 * b + 1).sum(dim=2)
@@ -89,8 +93,8 @@ class _Blocks(torch.autograd.Function):
 class C3AConfig(LinearMethod):
     """C3A in PEFT's fields.
 
-    ``block_size`` divides the inputs and the outputs of each layer. ``init_weights``: "xavier_uniform" (False is the
-    same), "kaiming_uniform" and "gaussian" start with a change of the model, True with none.
+    ``block_size`` must divide the inputs and the outputs of each layer. ``init_weights``: True starts at zero, without
+    a change of the model. "xavier_uniform" (or False), "kaiming_uniform" and "gaussian" start with a change.
     """
 
     peft_type: ClassVar[str] = "C3A"
@@ -117,7 +121,7 @@ class C3AConfig(LinearMethod):
         return _Checks({"block_size_pattern": self.block_size_pattern}, self)
 
     def size(self, site: LinearSite) -> int:
-        """Return the size of the blocks at a site."""
+        """Return the size of the blocks in a layer."""
         return first_match(self.block_size_pattern, site.name, self.block_size)
 
     def shapes(self, site: LinearSite) -> Shapes:

@@ -1,8 +1,8 @@
 """Cartridge: the keys and values of a long text, trained as a prefix of every attention layer (Eyuboglu et al. 2025,
 arXiv:2506.06266, section 3).
 
-The first tokens stay as they started: attention collects there, and moving them harms training (section 3.2). A file
-holds all tokens in one matrix, as that of prefix tuning does.
+The first tokens are not trained: attention collects there, and moving them harms training (section 3.2). A file holds
+all tokens in one matrix, as that of prefix tuning does.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class CartridgeConfig(PrefixMethod):
         return {**first, _TRAINED: (n - self.num_frozen_tokens, width)}
 
     def disk_names(self, site: Sequence[AttentionSite]) -> dict[str, str]:
-        """Return the keys of a plain save, or PEFT's names of frozen and trained tokens."""
+        """Return the names of the parameters on disk: one matrix in an adapter's file, frozen and trained tokens
+        otherwise.
+        """
         return {name: _NAMES.get(name, name) for name in self.shapes(site)}
 
     def init(self, sites: Sequence[AttentionSite], generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -82,7 +84,7 @@ class CartridgeConfig(PrefixMethod):
 
     @property
     def _is_split(self) -> bool:
-        """Return True if frozen and trained tokens are separate parameters, as in an adapter that is trained."""
+        """Return True if frozen and trained tokens are separate parameters, as in an adapter in training."""
         return not self.inference_mode
 
     def _joined(self, params: Params) -> Tensor:
@@ -92,7 +94,7 @@ class CartridgeConfig(PrefixMethod):
 
 @dataclass(frozen=True)
 class _Joined(Packing):
-    """Packing of frozen and trained tokens in one matrix."""
+    """Packing that stores frozen and trained tokens in one matrix."""
 
     config: CartridgeConfig | None = None
 

@@ -1,11 +1,10 @@
 """Context-aware prompt tuning: the embeddings of a context's tokens, each trained within a ball around its start (Blau
 et al. 2024, arXiv:2410.17222, section 3.3).
 
-The model is trained to predict the labels within the context too, with less weight on earlier ones (section 3.4).
-Tokens have types: 1 and 3 modulo 4 are of templates, 2 modulo 4 is of an input, and 4, 8, 12 … are labels, one group
-after another. Labels are not trained. After each step a token that has left its ball is moved back onto it.
-
-Departs: the labels of a row are those of the batch, as one last group. PEFT takes those that ``input_type_mask`` marks,
+The model is also trained to predict the labels within the context, with less weight on earlier ones (section 3.4).
+Tokens have types: 1 and 3 modulo 4 belong to templates, 2 modulo 4 to an input, and 4, 8, 12 … are labels, one group
+after another. Labels are not trained. After each step, a token that has left its ball is moved back onto it.
+Departs: the labels of a row are those of the batch, as one last group. PEFT uses those that ``input_type_mask`` marks,
 and none of them if the greatest type of the context is not a multiple of 4.
 """
 
@@ -171,14 +170,14 @@ def _is_label(kind: int) -> bool:
 
 
 def within(delta: Tensor, radii: Tensor) -> Tensor:
-    """Shorten rows (n, d) to at most these lengths (n, 1), keeping their directions."""
+    """Shorten each row of ``delta`` (n, d) that is longer than its radius (n, 1) to that length."""
     length: Tensor = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
     return delta * (radii / length.clamp(min=radii))
 
 
 @dataclass(frozen=True)
 class _CPTTraining(Training):
-    """Training with a projection after each step."""
+    """Training with a projection of the tokens onto their balls after each step."""
 
     config: CPTConfig
 

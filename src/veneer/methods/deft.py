@@ -1,6 +1,6 @@
-"""DEFT: ``W - Q Pᵀ W + s Q R``, a subspace of the weight taken off and another put in (PEFT's method; no paper).
+"""DEFT: ``W - Q Pᵀ W + s Q R``, a subspace of the weight is removed and another one added (PEFT's method; no paper).
 
-It is a pair of rank r: ``B = Q`` and ``A = s R - Pᵀ W``. Q and P follow from one trained matrix.
+The update is a pair of rank r: ``B = Q`` and ``A = s R - Pᵀ W``. Q and P follow from one trained matrix.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class DeftConfig(LinearMethod):
 
     ``decomposition_method``: with "relu", Q is the trained matrix and P its positive part; with "qr", both are its
     orthogonal factor. ``para`` only subtracts the subspace (PaRa), so that a new adapter changes outputs. ``alpha``:
-    the scale s is ``alpha / r``, or 1. ``init_weights`` starts R so that nothing changes; False draws it, times
-    ``init_scale``. ``deft_dropout`` is read from files; training with it is refused.
+    the scale s is ``alpha / r``, or 1 if it is None. ``init_weights`` starts R so that nothing changes; False draws R
+    at random, times ``init_scale``. ``deft_dropout`` is read from files; training with it is refused.
     """
 
     peft_type: ClassVar[str] = "DEFT"
@@ -105,7 +105,7 @@ class DeftConfig(LinearMethod):
         return 1.0 if self.alpha is None else self.alpha / r
 
     def _sides(self, p: Float[Tensor, "o r"]) -> tuple[Float[Tensor, "o r"], Float[Tensor, "o r"]]:
-        """Return Q, and the other side of the projector."""
+        """Return Q and P, the two sides of the projector ``Q Pᵀ``."""
         if self.decomposition_method == "relu":
             return p, p.relu()
         q: Tensor = torch.linalg.qr(p).Q

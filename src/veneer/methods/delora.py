@@ -102,7 +102,7 @@ class DeloraConfig(LinearMethod):
 
 
 def _column_norms(site: LinearSite) -> Tensor:
-    """Return the norms of the weight's columns; ones in planning, before the weight is loaded."""
+    """Return the norms of the weight's columns, or ones when planning, before the weight is loaded."""
     if site.weight is None:
         return torch.ones(site.in_features)
     norms: Tensor = site.weight.dense(torch.float32).detach().norm(dim=0).to("cpu")

@@ -1,7 +1,7 @@
 """FourierFT: ``W + scaling · Re(F⁻¹(S))``, S a spectrum of n trained numbers at random places (Gao et al. 2024,
 arXiv:2405.03003, eq. 2 to 4).
 
-The change has full rank. Its products go through the two transforms of a vector instead of making ΔW.
+The change has full rank. Its products Fourier-transform a vector twice instead of forming ΔW.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class FourierFTConfig(LinearMethod):
         return _Checks({"n_frequency_pattern": self.n_frequency_pattern}, self)
 
     def frequencies(self, site: LinearSite) -> int:
-        """Return the count of numbers trained at a site."""
+        """Return how many numbers are trained in a layer."""
         return first_match(self.n_frequency_pattern, site.name, self.n_frequency)
 
     def shapes(self, site: LinearSite) -> Shapes:

@@ -1,8 +1,8 @@
-"""FRoD: ``U (diag(l) + S) Vᵀ`` in place of W, V shared by the layers of a kind, l and a sparse S trained (AAAI 2026,
+"""FRoD: ``U (diag(l) + S) Vᵀ`` replaces W; layers of a kind share V; l and a sparse S are trained (AAAI 2026,
 doi.org/10.1609/aaai.v40i31.39813, section 3).
 
 V comes from a joint decomposition of the weights of all layers of a kind, such as all ``q_proj``. U and the first l are
-then those with ``W = U diag(l) Vᵀ``. So the change of the weight is ``U (diag(l - l₀) + S) Vᵀ``, of full rank.
+chosen so that ``W = U diag(l) Vᵀ``. The change of the weight is then ``U (diag(l - l₀) + S) Vᵀ``, of full rank.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class FrodConfig(LinearMethod):
     """FRoD in PEFT's fields.
 
     ``sparse_rate`` is the share of the entries of S that are trained, at places drawn from ``projection_prng_key``.
-    ``regularization_alpha`` steadies the decomposition. V and the places are in the file: ``save_projection=False`` is
+    ``regularization_alpha`` stabilizes the decomposition. The file holds V and the places: ``save_projection=False`` is
     not supported. ``frod_dropout``: probability in training of zeroing an input of the change.
     """
 
@@ -186,7 +186,7 @@ class FrodConfig(LinearMethod):
         return torch.stack([rows, left + (left >= rows)])
 
     def _basis(self, sites: list[LinearSite]) -> Float[Tensor, "i i"]:
-        """Return V of these layers' weights; the identity in planning, before the weights have values."""
+        """Return V of these layers' weights, or the identity when planning, before the weights have values."""
         if is_tracing() or any(site.weight is None for site in sites):
             return torch.eye(sites[0].in_features)
         weights = [site.weight.dense(torch.float32).detach().cpu() for site in sites if site.weight is not None]
@@ -209,9 +209,7 @@ class FrodConfig(LinearMethod):
 
 class _Checks(Checks):
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Return a problem for each layer whose inputs differ in number from others of its kind: layers of a kind share
-        V.
-        """
+        """Return a problem for each layer with another number of inputs than others of its kind, since they share V."""
         first: dict[str, LinearSite] = {}
         for site in sites:
             first.setdefault(kind_of(site.name), site)
@@ -225,7 +223,7 @@ class _Checks(Checks):
 
 @dataclass(frozen=True)
 class _Places(Packing):
-    """Packing whose places in the file must lie in S."""
+    """Packing that checks that the file's places of trained entries lie within S."""
 
     def problems(self, site: LinearSite, params: Params) -> list[str]:
         n, places, size = site.in_features, params["frod_s_indices"], params["frod_s_size"]
@@ -235,7 +233,7 @@ class _Places(Packing):
 
 
 def kind_of(path: str) -> str:
-    """Return the kind of a layer, whose layers share V: the last two names of its path, as PEFT joins them."""
+    """Return the kind of a layer: the last two names of its path, as PEFT joins them. Layers of a kind share V."""
     parts = path.split(".")
     if len(parts) == 1 or parts[-2].isdigit():
         return parts[-1]
@@ -245,7 +243,9 @@ def kind_of(path: str) -> str:
 
 
 def block_of(path: str, order: int) -> int:
-    """Return the index of a layer's block: the number after ``layers``, else the first in its path, else ``order``."""
+    """Return the index of a layer's block: the number after ``layers``, or else the first number in its path, or
+    ``order``.
+    """
     parts = path.split(".")
     after = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
     return next((int(part) for part in (*after, *parts) if part.isdigit()), order)
@@ -254,7 +254,8 @@ def block_of(path: str, order: int) -> int:
 def joint_basis(weights: list[Float[Tensor, "_ i"]], ridge: float) -> Float[Tensor, "i i"]:
     """Return V of matrices with one width: the common eigenvectors of their parts in a joint QR decomposition.
 
-    If together they have fewer rows than columns, V holds their right singular vectors.
+    If the matrices together have fewer rows than columns, V holds their right singular vectors. ``ridge`` stabilizes
+    the decomposition.
     """
     stacked = torch.cat(weights)
     if stacked.shape[0] < stacked.shape[1]:

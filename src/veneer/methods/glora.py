@@ -1,7 +1,7 @@
-"""GLoRA: ``W + W ⊙ A + B`` and a bias ``c + c ⊙ D + E + W C``, each of the five a matrix, a vector, a number, or left
-out (Chavan et al. 2023, arXiv:2306.07967, eq. 10).
+"""GLoRA: ``W + W ⊙ A + B`` and a bias ``c + c ⊙ D + E + W C`` (Chavan et al. 2023, arXiv:2306.07967, eq. 10).
 
-B is a low-rank pair. A multiplies the weight entrywise, so that the update reads the weight of its base.
+Each of A to E is a matrix, a vector, a number, or left out. B is a low-rank pair. A multiplies the weight entrywise, so
+that the update depends on the weight of its base.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _OF_BIAS = ("glora_C_X", "glora_D_X", "glora_E_X")
 class GloraConfig(LinearMethod):
     """GLoRA in PEFT's fields.
 
-    ``config_A_B``, ``config_C`` and ``config_D_E`` choose what A and B, C, and D and E are. "lora" is a product of rank
-    r, "vector" a number for each output (C: each input). "constant" is one number, and "none" leaves them out. C, D and
-    E act on layers that have a bias. ``init_weights`` starts all of them at zero. False draws them, so that the start
-    changes the model.
+    ``config_A_B``, ``config_C`` and ``config_D_E`` choose the form of A and B, of C, and of D and E. "lora" is a
+    product of rank r, "vector" a number for each output (for C, each input), "constant" one number, and "none" leaves
+    the part out. C, D and E act in layers that have a bias. ``init_weights`` starts all parts at zero. False draws them
+    at random, so that the start changes the model.
     """
 
     peft_type: ClassVar[str] = "GLORA"
@@ -70,12 +70,12 @@ class GloraConfig(LinearMethod):
 
     @property
     def samples(self) -> tuple[LinearSite, ...]:
-        """Layers without a bias and with one, which have other keys."""
+        """Example layers, without a bias and with one: their files have different keys."""
         return tuple(LinearSite(name="", in_features=1, out_features=1, has_bias=has) for has in (False, True))
 
     @property
     def packing(self) -> Packing:
-        """PEFT's files hold zeros in place of the terms that are left out."""
+        """Packing that writes zeros for the parts that are left out, as PEFT's files have them."""
         return Packing(fixed=tuple(f"glora_{path}_zeros" for path in "ABCDE"))
 
     def shapes(self, site: LinearSite) -> Shapes:

@@ -108,7 +108,7 @@ class GraloraConfig(LinearMethod):
 
 
 def spread(a: Float[Tensor, "k i r"], b: Float[Tensor, "k r o"]) -> tuple[Tensor, Tensor]:
-    """Return the pair of all blocks, A (k r, k i) and B (k o, k r).
+    """Return all blocks as one pair, A (k r, k i) and B (k o, k r).
 
     Block (m, n) of the change reads the r / k columns of ``a[n]`` that belong to m, and the rows of ``b[m]`` that
     belong to n.

@@ -1,7 +1,7 @@
 """HiRA: ``W + W ⊙ (B A)``, a low-rank pair that multiplies the weight entrywise (Huang et al. 2025, ICLR,
 openreview.net/forum?id=TwJrTz9cRS, eq. 4).
 
-The change has full rank, and reads the weight of its base.
+The change has full rank, and depends on the weight of its base.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from veneer.records.terms.hadamard import Hadamard
 class HiraConfig(LinearMethod):
     """HiRA in PEFT's fields.
 
-    ``init_weights``: True starts with B zero (at embeddings A). "gaussian" draws A from a normal distribution. False
-    makes both random, so that the start changes the model. ``hira_dropout``: probability in training of zeroing an
-    input of the change, at embeddings of none.
+    ``init_weights``: True starts B at zero (in embeddings, A). "gaussian" draws A from a normal distribution. False
+    draws both, so that the start changes the model. ``hira_dropout``: probability in training of zeroing an input of
+    the change; it does not act on embeddings.
     """
 
     peft_type: ClassVar[str] = "HIRA"

@@ -27,11 +27,10 @@ from veneer.records.sites import LinearSite
 class HRAConfig(LinearMethod):
     """HRA in PEFT's fields. ``r`` is the number of reflections.
 
-    ``apply_GS`` makes the vectors orthogonal, one after the other (Gram and Schmidt). With ``init_weights`` and an even
+    ``apply_GS`` makes the vectors orthogonal, one after the other (Gram-Schmidt). With ``init_weights`` and an even
     ``r`` they start as equal pairs, whose reflections cancel.
-
-    Departs: with ``apply_GS`` all vectors start random, for equal ones cannot be made orthogonal. PEFT normalizes their
-    rounding error instead.
+    Departs: with ``apply_GS`` all vectors start at random, because equal vectors cannot be made orthogonal. PEFT
+    normalizes their rounding error instead.
     """
 
     peft_type: ClassVar[str] = "HRA"

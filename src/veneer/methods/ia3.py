@@ -32,7 +32,8 @@ from veneer.records.terms.scale import Scale
 class IA3Config(LinearMethod):
     """IA3 in PEFT's fields. ``feedforward_modules``, whose input is scaled, must be among ``target_modules``.
 
-    Left out, they are the layers among the targets that project back from the feed-forward width: known on a model.
+    If it is left out, it is found when the adapter is attached: the target layers that project back from the
+    feed-forward width.
     """
 
     peft_type: ClassVar[str] = "IA3"
@@ -72,7 +73,7 @@ class IA3Config(LinearMethod):
 
         They are whole paths if names do not determine them, or if layers are chosen: PEFT's IA3 cannot choose layers.
         If a file does not give them, they are the targets whose vectors are rows, (1, i). Vectors of a convolution are
-        (1, channels, 1, …) in either case: they scale outputs, as on a model.
+        (1, channels, 1, …) in either case; they are taken to scale outputs.
         """
         if known.shapes and self.feedforward_modules is None:
             scaled_by_rows = {p: own["ia3_l"] for p, own in known.shapes.items() if len(own["ia3_l"]) == 2}

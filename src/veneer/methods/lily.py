@@ -1,8 +1,8 @@
-"""Lily: ``W x + s Σₑ πₑ Bₑ A x``, A of several layers and the experts Bₑ of all layers of a kind shared (Zhong et al.
+"""Lily: ``W x + s Σₑ πₑ Bₑ A x``. Several layers share A, and all layers of a kind share the experts Bₑ (Zhong et al.
 2024, arXiv:2407.09946).
 
 The weights π of the experts are the mean, over the tokens of a sequence, of a softmax of ``R A x``. Departs: PEFT takes
-the mean over all tokens of a batch, padding too, so that a row depends on the rows beside it.
+the mean over all tokens of a batch, padding too, so that a row depends on the other rows.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _A, _B, _ROUTER = "lily_A", "lily_B", "lily_router"
 class SequenceMixture(LowRankMixture):
     """Change ``scale · Σₑ πₑ Bₑ A``, where π is the mean of ``softmax(router A x)`` over a sequence.
 
-    ``b`` holds the experts (r, o), one below another. ``members`` are those of `records.sequences.Sequences`. Without
-    them the last axis but one of the input is a sequence.
+    ``b`` holds the experts (r, o), one below another. ``members`` says which tokens belong to which sequence, see
+    `records.sequences.Sequences`. Without it, the last axis but one of the input is a sequence.
     """
 
     router: Float[Tensor, "e r"]
@@ -67,10 +67,10 @@ class LilyConfig(LinearMethod):
     """Lily in PEFT's fields.
 
     ``stride_A`` layers of one kind, one after another, share an A. All layers of a kind share the ``num_B`` experts.
-    Layers are of a kind if the same name in ``target_modules`` matches them and their weights have one shape.
-    ``scaling`` is the scale s. ``init_weights`` starts with B zero; False draws it.
-    ``groups`` (of each layer: the first layer that has its A, and the first that has its B) is filled in when the
-    adapter is attached.
+    Layers are of one kind if the same name in ``target_modules`` matches them and their weights have one shape.
+    ``scaling`` is the scale s. ``init_weights`` starts B at zero; False draws it at random.
+    ``groups`` is filled in when the adapter is attached. It names, for each layer, the first layer with its A and the
+    first with its B.
     """
 
     peft_type: ClassVar[str] = "LILY"
@@ -135,7 +135,9 @@ class LilyConfig(LinearMethod):
         return of_a if parameter == _A else of_b
 
     def _name(self, site: LinearSite) -> str:
-        """Return the entry of ``target_modules`` that matches a layer, the longest of several. A regex is one entry."""
+        """Return the entry of ``target_modules`` that matches a layer, the longest if there are several. A regex is one
+        entry.
+        """
         targets = self.target_modules or ()
         if isinstance(targets, str):
             return targets

@@ -21,10 +21,10 @@ def _named(*names: str) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class LNTuningConfig(WholeMethod):
-    """LN tuning in PEFT's fields. ``target_modules`` are trained whole; by default they are the norms.
+    """LN tuning in PEFT's fields. ``target_modules`` are trained completely; by default they are the norms.
 
-    Departs: beside a 16-bit base the trained copies are in float32 (autocast_adapter_dtype=False keeps the base's
-    dtype, as PEFT does).
+    Departs: beside a 16-bit base the trained copies are float32. With autocast_adapter_dtype=False they have the base's
+    dtype, as in PEFT.
     """
 
     peft_type: ClassVar[str] = "LN_TUNING"

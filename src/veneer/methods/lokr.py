@@ -1,6 +1,7 @@
 """LoKr: ``W + (alpha / r) (W₁ ⊗ W₂)``, a Kronecker product (Yeh et al. 2024, arXiv:2309.14859, section 3.2).
 
-W₁ (o₁, i₁) is small. W₂ (o₂, i₂), and W₁ on request, is a product of two factors of rank r if that is smaller.
+W₁ (o₁, i₁) is small. W₂ (o₂, i₂) is a product of two factors of rank r if that has fewer numbers, and so is W₁ on
+request.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class Kronecker(Change):
         return made
 
     def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
-        """Return True if a dense matrix is faster: in 16 bits, if its own products save less than a matrix unit
-        gains.
+        """Return True if products with ``n_rows`` rows are faster with W₁ ⊗ W₂ as a dense matrix.
+
+        That is so in 16 bits if a matrix unit speeds up the dense product more than the Kronecker form saves.
         """
         (o, i), o2, i1 = self.shape, len(self.w2), self.w1.shape[1]
         saved = o * i / (i * o2 + i1 * o)
@@ -61,8 +63,9 @@ class Kronecker(Change):
 
 
 class _Made(torch.autograd.Function):
-    """Function ``W₁ ⊗ W₂``, given both repeated to its rows' width. Gradients are matrix-vector products, unlike
-    torch.kron's.
+    """Autograd function ``W₁ ⊗ W₂``, given both repeated to the width of its rows.
+
+    Its gradients are matrix-vector products, unlike those of torch.kron.
     """
 
     @staticmethod
@@ -157,7 +160,9 @@ class LoKrConfig(LycorisMethod):
 
     @property
     def samples(self) -> tuple[LinearSite, ...]:
-        """Sites for each form of a file: whole factors, W₂ in two, both in two (``decompose_both``), W₂ with a core."""
+        """Example layers for each form of a file: whole factors, W₂ in two, both in two (``decompose_both``), and W₂
+        with a core.
+        """
         plain = tuple(LinearSite(name="", in_features=n, out_features=n) for n in (1, 2 * 524287, 2**20))
         if not self.use_effective_conv2d:
             return plain
@@ -187,7 +192,7 @@ class LoKrConfig(LycorisMethod):
 def factors_of(n: int, factor: int) -> tuple[int, int]:
     """Return two numbers whose product is n: ``factor`` and its cofactor if ``factor`` divides n.
 
-    Otherwise they are the pair of least sum whose smaller number is at most ``factor`` (-1: any).
+    Otherwise, return the pair of least sum whose smaller number is at most ``factor``. With -1 there is no such limit.
     """
     if factor > 0 and n % factor == 0:
         return factor, n // factor

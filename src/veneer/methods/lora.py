@@ -1,6 +1,6 @@
 """LoRA: ``W + (alpha / r) B A`` with A (r, i) and B (o, r) trained (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
-The file holds its settings, their checks and its record; variants (rsLoRA, DoRA, …) lie in `methods.variants`.
+This file has its settings, their checks and its record; variants (rsLoRA, DoRA, …) are in `methods.variants`.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class LoraConfig(LinearMethod):
         return found + broken({"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern})
 
     def rank(self, site: LinearSite) -> int:
-        """Return the rank r at this site."""
+        """Return the rank r in this layer."""
         return first_match(self.rank_pattern, site.name, self.r)
 
     @property
@@ -162,11 +162,11 @@ class LoraConfig(LinearMethod):
         return max((self.r, *self.rank_pattern.values())) * math.prod(v.ranks for v in variants_of(self))
 
     def alpha(self, site: LinearSite) -> float:
-        """Return alpha at this site."""
+        """Return alpha in this layer."""
         return first_match(self.alpha_pattern, site.name, self.lora_alpha)
 
     def scale(self, site: LinearSite) -> float:
-        """Return the factor of B A: alpha / r or a variant's form of it, times the repeats of the update."""
+        """Return the factor of B A: alpha / r, or as a variant defines it, times the repeats of the update."""
         r = self.rank(site)
         scale = self.alpha(site) / r
         for variant in variants_of(self):
@@ -175,20 +175,20 @@ class LoraConfig(LinearMethod):
 
     @property
     def token_rows(self) -> dict[str | None, tuple[int, ...]]:
-        """Rows of tables that are trained, by the end of the table's path; None is the path of the input embeddings."""
+        """The table rows that are trained, by the end of the table's path. The key None means the input embeddings."""
         given = self.trainable_token_indices
         tables = given if isinstance(given, Mapping) else {None: given}
         return {name: tuple(rows) for name, rows in tables.items() if rows is not None}
 
     @property
     def data_start(self) -> EvaConfig | CordaConfig | LoraGAConfig | None:
-        """Settings of the start that needs a pass over data; None if the start needs no data."""
+        """The settings of the initialization if it needs a pass over data, else None."""
         found = _FROM_DATA.get(str(self.init_lora_weights))
         return None if found is None else getattr(self, found[0]) or found[1]()
 
     @property
     def start(self) -> Start:
-        """Initialization of A and B."""
+        """The initialization of A and B."""
         return cast(Start, find_start(self.init_lora_weights))  # None alone while problems() looks
 
     def shapes(self, site: LinearSite) -> Shapes:
@@ -241,7 +241,9 @@ class LoraConfig(LinearMethod):
 
     @property
     def packing(self) -> Packing:
-        """Plain LoRA, which fits the plain base in any library. A start that is subtracted doubles the rank."""
+        """Packing of plain LoRA, which fits the plain base in any library. If the start is subtracted, the rank
+        doubles.
+        """
         fixed = (*["lora_B"] * self.start.keeps_b, *(name for variant in variants_of(self) for name in variant.fixed))
         plain = {"init_lora_weights": True, **{name: None for name, _ in _FROM_DATA.values()}}
         if not self.start.taken_off:
@@ -289,7 +291,9 @@ class LoraConfig(LinearMethod):
 
     @classmethod
     def raised(cls, records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised | None:
-        """Return plain factors with a scale of 1, and a bias on B. They are zero if only biases change."""
+        """Convert updates to a LoRA: plain factors with scale 1, and a bias on B. If only biases change, the factors
+        are zero.
+        """
         if not all(record.only_adds and not record.changes for record in records.values()):
             return None
         ranks = {path: max(record.rank, 1) for path, record in records.items()}
@@ -325,7 +329,9 @@ class LoraConfig(LinearMethod):
     def _with_ranks(
         self, sites: Mapping[str, LinearSite], ranks: Mapping[str, int], keep_scale: bool
     ) -> Mapping[str, object]:
-        """Return the settings with these ranks (`LateStart`). If layers are dropped, the others are named by path."""
+        """Return the settings with these ranks (see `LateStart`). If layers are dropped, the remaining ones are named
+        by path.
+        """
         left = [path for path in sites if ranks[path]]
         patterned = replace(self, rank_pattern={path: ranks[path] for path in left if ranks[path] != self.r})
         alphas = {path: self.alpha(sites[path]) for path in left}
@@ -339,7 +345,7 @@ class LoraConfig(LinearMethod):
         }
 
     def _read(self, site: LinearSite) -> LinearSite:
-        """Return the site with the inputs that A reads."""
+        """Return a description of the layer as A sees it, with the inputs that A reads."""
         for variant in variants_of(self):
             site = variant.read_site(self, site)
         return site
@@ -380,7 +386,9 @@ class LoraChecks(PatternChecks):
     config: LoraConfig
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Return the problems of factors that do not fit, and of starts from the weight at convolutions in groups."""
+        """Return the problems of ranks that do not fit layers, and of starts from the weight in grouped
+        convolutions.
+        """
         grouped = [site for site in sites if site.groups > 1]
         found = [
             f"r={self.config.rank(site)} at {site.name}, a convolution in {site.groups} groups: a rank that "
@@ -397,7 +405,9 @@ class LoraChecks(PatternChecks):
         return found
 
     def advice(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Return advice if the rank is above both widths of every layer; above one width it may be intended."""
+        """Return advice if the rank is above both widths of every layer. It may be intended if it is above one width
+        only.
+        """
         ranks = [self.config.rank(site) for site in sites]
         if not ranks or min(ranks) <= max(max(site.in_features, site.out_features) for site in sites):
             return []
@@ -417,7 +427,7 @@ class LoraChecks(PatternChecks):
 
 @dataclass(frozen=True)
 class TakenOff(Packing):
-    """Packing of a subtracted start, ``- B₀ A₀``, as more rows of A and columns of B."""
+    """Packing for a start that is subtracted, ``- B₀ A₀``: it becomes more rows of A and columns of B."""
 
     def pack(self, params: Params) -> dict[str, Tensor]:
         a, b = _joined(params)
@@ -430,7 +440,9 @@ class TakenOff(Packing):
 
 
 def _joined(params: Params) -> tuple[Tensor, Tensor]:
-    """Return A and B; ``[A; A₀]`` and ``[B, -B₀]`` if the start is subtracted, whose product is ``B A - B₀ A₀``."""
+    """Return A and B. If the start is subtracted, return ``[A; A₀]`` and ``[B, -B₀]``, whose product is ``B A - B₀
+    A₀``.
+    """
     a, b = params["lora_A"], params["lora_B"]
     if "lora_A_start" not in params:
         return a, b
@@ -443,7 +455,7 @@ def _turned(params: Params) -> dict[str, Tensor]:
 
 
 def _raised_at(site: LinearSite, record: LinearDelta, with_bias: bool) -> dict[str, Tensor]:
-    """Return the parameters whose update is this record."""
+    """Return the LoRA parameters whose update equals this record."""
     like = record.tensors[0]
     zeros = like.new_zeros(1, site.in_features), like.new_zeros(site.out_features, 1)
     a, b = record.factors() if record.adds else zeros

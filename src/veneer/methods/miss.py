@@ -53,12 +53,11 @@ class BlockProduct(Change):
 class MissConfig(LinearMethod):
     """MiSS in PEFT's fields.
 
-    ``init_weights``: True starts with M zero, False with M random. "mini" trains ``mini_r`` columns of M, which are
-    repeated over the outputs. "bat" starts with M zero and adds `BlockProduct`. ``miss_dropout``: probability in
-    training of zeroing an input of the update.
-
-    Departs: "bat" with ``miss_dropout`` drops nothing in PEFT. Several adapters with "bat" on one layer are summed;
-    PEFT lets each multiply the weight that those before it have changed.
+    ``init_weights``: True starts M at zero; False draws M at random. "mini" trains ``mini_r`` columns of M, which are
+    repeated over the outputs. "bat" starts M at zero and adds `BlockProduct`. ``miss_dropout``: probability in training
+    of zeroing an input of the update.
+    Departs: PEFT ignores ``miss_dropout`` with "bat". Several adapters with "bat" on one layer are summed; PEFT lets
+    each multiply the weight that the earlier ones have changed.
     """
 
     peft_type: ClassVar[str] = "MISS"

@@ -87,7 +87,7 @@ class MultitaskPromptTuningConfig(EmbeddedPrompt):
 
     @property
     def packing(self) -> Packing:
-        """A start from a file is written as random: whoever loads the adapter need not have that file."""
+        """Packing that writes a start from a file as "RANDOM", so that the adapter can be loaded without that file."""
         if self.prompt_tuning_init not in OF_SOURCE:
             return Packing()
         return Packing({"prompt_tuning_init": "RANDOM", "prompt_tuning_init_state_dict_path": None})

@@ -36,17 +36,14 @@ _MOST_TERMS = 100  # of a Neumann series; a handful are enough
 class OFTConfig(LinearMethod):
     """OFT in PEFT's fields.
 
-    ``r`` is the number of blocks, ``oft_block_size`` their size: one of them is 0 and follows from the other. One that
-    does not divide a layer's inputs becomes the nearest that does. ``block_share``: all blocks of a layer are one.
-    ``coft`` keeps each block within ``eps`` of the identity: the update uses the nearest block within, and each step of
-    a run moves the parameters there. At an embedding the outputs are rotated, at a convolution the patches.
-
+    ``r`` is the number of blocks, ``oft_block_size`` their size: one of them is 0 and follows from the other. If the
+    other does not divide a layer's inputs, it becomes the nearest divisor. ``block_share``: all blocks of a layer are
+    one. ``coft`` keeps each block within ``eps`` of the identity: the update uses the nearest block within, and each
+    step of a run moves the parameters there. At an embedding the outputs are rotated, at a convolution the patches.
     ``module_dropout``: share of a layer's blocks that are the identity in a training pass, rounded down to a whole
-    number of them. One block, or shared ones, are never dropped.
-
+    number. One block, or shared ones, are never dropped.
     Departs: at a kernel wider than 1, PEFT's forward pass sums overlapping patches, so that its model changes when
-    merged.
-    Here both passes equal PEFT's merged model. ``module_dropout`` has no effect in PEFT.
+    merged. Here both passes equal PEFT's merged model. ``module_dropout`` has no effect in PEFT.
     """
 
     peft_type: ClassVar[str] = "OFT"
@@ -70,7 +67,7 @@ class OFTConfig(LinearMethod):
     num_cayley_neumann_terms: int = 5
 
     def told(self) -> dict[str, object]:
-        """Return the settings that are shown to people. Of rank and block size, the one that is 0 is left out."""
+        """Return the settings to show to people, without the one of block number and size that is 0."""
         return {name: value for name, value in super().told().items() if value != 0 or name not in _SIZES}
 
     def problems(self) -> list[str]:
@@ -83,7 +80,7 @@ class OFTConfig(LinearMethod):
         return found + no_rates(self, "module_dropout")
 
     def blocks(self, site: LinearSite) -> tuple[int, int]:
-        """Return the number of blocks at a site, and their size."""
+        """Return the number of blocks in a layer, and their size."""
         n = site.out_features if site.kind == "embedding" else site.in_features
         if self.r:
             r = nearest_divisor(n, self.r)
@@ -104,7 +101,7 @@ class OFTConfig(LinearMethod):
         return {"oft_R": "oft_embedding_R.weight" if site.kind == "embedding" else "oft_R.weight"}
 
     def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the marks of dropped blocks, drawn as PEFT draws them."""
+        """Return marks of the blocks that dropout replaces in a pass, drawn as PEFT draws them."""
         n = 1 if self.block_share else self.blocks(site)[0]
         return {DROPPED: dropped_blocks(n, self.module_dropout, generator)} if self.module_dropout and n > 1 else {}
 

@@ -78,9 +78,10 @@ class Triplets(Change):
 class OSFConfig(LinearMethod):
     """OSF in PEFT's fields.
 
-    ``effective_rank`` triplets of each weight stay, and all others are trained: a whole number, or a share of the
-    smaller width; None is half of it. ``rank_pattern`` overrides it where its expression is found in the module path.
-    ``init_weights=False`` draws what is trained, so that the start changes the model.
+    ``effective_rank`` is the number of singular triplets of each weight that stay fixed; all others are trained. It may
+    be a share of the smaller width; None is half of it. ``rank_pattern`` overrides it for layers whose path contains
+    the key, a regular expression. ``init_weights=False`` draws the trained values at random, so that the start changes
+    the model.
     """
 
     peft_type: ClassVar[str] = "OSF"
@@ -120,7 +121,7 @@ class OSFConfig(LinearMethod):
         return True
 
     def kept(self, site: LinearSite) -> int:
-        """Return the count of singular triplets that stay at a site."""
+        """Return the number of singular triplets of a layer that stay fixed."""
         least = min(site.out_features, site.in_features)
         own = (rank for key, rank in (self.rank_pattern or {}).items() if re.search(key, site.name))
         given = next(own, self.effective_rank)
@@ -149,7 +150,8 @@ class OSFConfig(LinearMethod):
         """Return the initial values of the trained triplets, and the fixed vectors to which gradients are made
         orthogonal.
 
-        If U or V is square together with these, the trained vectors span the complement and suffice.
+        If U or V is square together with the fixed vectors, these are left out: the trained vectors span the
+        complement.
         """
         o, i, kept = site.out_features, site.in_features, self.kept(site)
         if is_tracing():
@@ -221,8 +223,9 @@ def projected(
 
 
 class _Projected(torch.autograd.Function):
-    """Identity whose gradient is projected: off the span of ``high``, or onto the span of ``low`` if ``high``
-    is None.
+    """Autograd function: the identity, whose gradient is made orthogonal to ``high``.
+
+    If ``high`` is None, the gradient is projected onto the span of ``low``.
     """
 
     @staticmethod

@@ -1,7 +1,6 @@
-"""PEANuT: ``W + s B f(A W)``, f a small network on the columns of ``A W`` (Zhong et al. 2024, arXiv:2410.01870,
-eq. 4).
+"""PEANuT: ``W + s B f(A W)``, f a small network on the columns of ``A W`` (Zhong et al. 2024, arXiv:2410.01870, eq. 4).
 
-It is a pair of rank r, whose second factor follows from the weight of the base: ``f(A W)``.
+The update is a pair of rank r. Its second factor, ``f(A W)``, depends on the weight of the base.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ class PolyConfig(LinearMethod):
     """Poly in PEFT's fields.
 
     Each of ``n_tasks`` tasks weights ``n_skills`` pairs of rank ``r``, separately in each of ``n_splits`` equal parts
-    of the inputs and of the outputs. ``poly_type`` has one value. ``init_weights`` starts with B zero; False makes all
-    factors random.
+    of the inputs and of the outputs. ``poly_type`` can only be "poly". ``init_weights`` starts B at zero; False draws
+    all factors at random.
     """
 
     peft_type: ClassVar[str] = "POLY"
@@ -125,7 +125,7 @@ class PolyConfig(LinearMethod):
 
 
 def _open_interval(dtype: torch.dtype) -> tuple[float, float]:
-    """Return the least and the largest uniform number with a finite logit."""
+    """Return the smallest and the largest uniform random number whose logit is finite."""
     least = torch.finfo(dtype).eps
     return least, 1 - least
 

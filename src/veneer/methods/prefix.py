@@ -35,8 +35,9 @@ NETWORK = {
 class PrefixTuningConfig(PrefixMethod):
     """Prefix tuning in PEFT's fields.
 
-    ``num_virtual_tokens`` is n, the number of pairs. ``prefix_projection``: an MLP with ``encoder_hidden_size`` inner
-    units (None: as wide as one layer's keys) makes the prefix in training. ``init_weights``: None (normal) or "zero".
+    ``num_virtual_tokens`` is n, the number of pairs. ``prefix_projection``: in training, an MLP makes the prefix. It
+    has ``encoder_hidden_size`` inner units; if that is None, as many as one layer's keys are wide. ``init_weights``:
+    None (normal) or "zero".
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
@@ -103,9 +104,10 @@ class PrefixTuningConfig(PrefixMethod):
 
 
 def _stored_layer(sites: Sequence[AttentionSite], index: int) -> int:
-    """Return the stored layer that a layer reads: its own, or 2 i mod L for layer i of L beside cross-attention (PEFT).
+    """Return the index of the stored layer that layer i reads: i itself, or 2 i mod L beside cross-attention, as in
+    PEFT.
 
-    PEFT repeats the stored matrices, takes four of them for each layer, and drops the two for cross-attention. If L is
-    even, every other stored layer is therefore unused, and PEFT's files rely on it.
+    PEFT repeats the stored matrices, takes four of them for each layer, and drops the two for cross-attention. If the
+    number L of layers is even, every other stored layer is unused, and PEFT's files rely on it.
     """
     return 2 * index % len(sites) if sites[index].cross else index

@@ -32,11 +32,11 @@ from veneer.records.sites import LinearSite
 class PsoftConfig(LinearMethod):
     """PSOFT in PEFT's fields.
 
-    A and B follow from the weight of the base and are in no file. Another device or library may give their pairs other
-    signs, which changes the update: ``save_as_lora`` fixes them. ``ab_svd_init="pissa_init"`` shares the singular
-    values among both. ``psoft_svd="lowrank"`` finds them by ``psoft_svd_lowrank_niter`` steps of a randomized method,
-    drawn from ``random_seed``. ``psoft_orth=False`` makes R a free matrix. ``psoft_mag_a`` and ``psoft_mag_b`` train
-    scales of its columns and rows.
+    A and B follow from the weight of the base and are not in the file. On another device or in another library their
+    singular vectors may have other signs, which changes the update: ``save_as_lora`` stores the factors instead.
+    ``ab_svd_init="pissa_init"`` divides the singular values between A and B. ``psoft_svd="lowrank"`` finds A and B by
+    ``psoft_svd_lowrank_niter`` steps of a randomized method, drawn from ``random_seed``. ``psoft_orth=False`` makes R a
+    free matrix. ``psoft_mag_a`` and ``psoft_mag_b`` train scales of its columns and rows.
     """
 
     peft_type: ClassVar[str] = "PSOFT"

@@ -105,7 +105,7 @@ class PromptEncoderConfig(PromptMethod):
         return site.features if self.encoder_hidden_size is None else self.encoder_hidden_size
 
     def _network(self, width: int) -> Mapping[str, nn.Module]:
-        """Build the layers under PEFT's names without values: they are called with given parameters."""
+        """Build the layers without values, under PEFT's names. They are called with given parameters."""
         h = width if self.encoder_hidden_size is None else self.encoder_hidden_size
         with torch.device("meta"):
             if self.encoder_reparameterization_type == "MLP":

@@ -35,10 +35,10 @@ _BLOCK = 64  # rows whose noise is drawn together, even if fewer are there: numb
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledMixture(Mixture):
-    """Change whose inner activations are drawn: ``b_scale ⊙ B (μ + ε exp(ρ / 2))`` with ``(μ, ρ) = core ⊙ A x``.
+    """Change whose inner activations are random: ``b_scale ⊙ B (μ + ε exp(ρ / 2))`` with ``(μ, ρ) = core ⊙ A x``.
 
-    ``key`` (), of int64, gives the noise ε, and the mask of a dropout with probability ``p`` on x. ``first`` is the
-    place of x's first row among the rows of the adapter in the pass.
+    ``key`` (), of int64, determines the noise ε, and the mask of a dropout with probability ``p`` on x. ``first`` is
+    the index of x's first row among the adapter's rows in the pass.
     """
 
     a: Float[Tensor, "2r i"]
@@ -132,7 +132,7 @@ class PveraConfig(ProjectedMethod):
         return {_B: torch.zeros(site.out_features), _D: torch.full((n,), self.d_initial)}
 
     def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the key of the noise of a layer in a training pass, of 62 bits."""
+        """Return a random key of 62 bits, from which a training pass draws the noise of a layer."""
         return {_KEY: torch.randint(2**62, (), generator=generator)}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:

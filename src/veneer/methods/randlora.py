@@ -1,8 +1,8 @@
 """RandLoRA: ``W + s Σⱼ Bⱼ Λⱼ A Γⱼ``, random A and Bⱼ shared by all layers, diagonals Λⱼ and Γⱼ trained (Albert et al.
 2025, arXiv:2502.00987, eq. 4).
 
-There are as many terms as give the change full rank. A and Bⱼ are drawn once, from ``projection_prng_key``, as large as
-the largest layer needs. A has the smaller width of a layer, whichever that is.
+The sum has as many terms as full rank needs. A and Bⱼ are drawn once, from ``projection_prng_key``, for the largest
+layer. A has a layer's smaller width, be it the inputs or the outputs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from veneer.records.terms.change import Change
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """Draw of A (r, 1, small) and B (large, n, r) of the largest layer, from a seed."""
+    """Description of a random draw of A (r, 1, small) and B (large, n, r), for the largest layer, from a seed."""
 
     seed: int
     r: int
@@ -62,8 +62,7 @@ class Draw:
 class Bases:
     """A and B of a draw, on each device that has needed them. They are shared: do not write to them.
 
-    Adapters of one draw share the object. It is freed with its tensors when the last adapter and the last record that
-    use it are gone.
+    Adapters with the same draw share the object. It is freed when the last adapter and record that use it are gone.
     """
 
     def __init__(self, draw: Draw) -> None:
@@ -87,7 +86,7 @@ _ALIVE: WeakValueDictionary[Draw, Bases] = WeakValueDictionary()
 
 
 def bases(draw: Draw) -> Bases:
-    """Return the bases of a draw, shared with others if they exist already."""
+    """Return the A and B of a draw, shared with other adapters if they exist already."""
     found = _ALIVE.get(draw)
     if found is None:
         found = _ALIVE[draw] = Bases(draw)
@@ -96,10 +95,11 @@ def bases(draw: Draw) -> Bases:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomBases(Change):
-    """Change ``scale · B A'``, where A' (n r, small) has the rows of A times those of λ and γ; or its transpose.
+    """Change ``scale · B A'`` or its transpose. A' (n r, small) has the rows of all Λⱼ A Γⱼ.
 
-    It is the transpose if the outputs are the smaller width. A and B belong to all layers: the record does not hold
-    them as tensors, but as ``bases``. A traced step has the `Draw` instead, and its products draw them.
+    ``scales`` are the diagonals Λⱼ and ``columns`` the Γⱼ. The change is transposed if the outputs are the smaller
+    width. A and B belong to all layers, so the record holds them as ``bases`` instead of as tensors. A traced step has
+    the `Draw` instead, and its products draw them.
     """
 
     scales: Float[Tensor, "r n"]
@@ -131,7 +131,7 @@ class RandomBases(Change):
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the layer's two factors: A' (n r, small) and B (large, n r).
 
-        A' has the rows of all Λⱼ A Γⱼ, B the columns of all Bⱼ, both cut to the layer's size.
+        A' has the rows of all Λⱼ A Γⱼ, and B the columns of all Bⱼ. Both are cut to the layer's size.
         """
         n, small = self.columns.shape
         all_a, all_b = self.bases.on(self.scales.device)
@@ -226,7 +226,7 @@ class RandLoraConfig(LinearMethod):
         return {"randlora_A": a, "randlora_B": b}
 
     def _held(self, draw: Draw) -> Bases:
-        """Return the bases of a draw, which this config keeps from now on."""
+        """Return the A and B of a draw, and keep them alive as long as this config."""
         kept: dict[Draw, Bases] = vars(self).setdefault("_kept", {})
         return kept.setdefault(draw, bases(draw))
 

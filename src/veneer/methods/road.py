@@ -106,7 +106,9 @@ class RoadConfig(LinearMethod):
         return LinearDelta(output=rotation, bias=None if site.bias is None else rotation.apply(site.bias))
 
     def _by_column(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two values for each output: of the column that keeps it, and of the one that crosses over."""
+        """Return, for each output, the two entries in its column of the pair's matrix: the diagonal one
+        and the other.
+        """
         if self.variant == "road_4":
             first, second = values.view(-1, 2, self.group_size).unbind(1)
             return first.flatten(), second.flatten()

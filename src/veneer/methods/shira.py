@@ -29,8 +29,9 @@ class ShiraConfig(LinearMethod):
     """SHiRA in PEFT's fields.
 
     ``r``: as many numbers are trained as LoRA has at that rank. Their places are drawn, from ``random_seed`` if it is
-    given, and kept in the file. ``init_weights`` starts at zero; False draws from a normal distribution. Another
-    ``mask_type`` is read from files, which hold its places; a new adapter is refused.
+    given, and stored in the file. ``init_weights`` starts the numbers at zero; False draws them from a normal
+    distribution. Files with another ``mask_type`` can be read, since they hold the places; a new adapter with one is
+    refused.
     """
 
     peft_type: ClassVar[str] = "SHIRA"
@@ -80,7 +81,7 @@ class ShiraConfig(LinearMethod):
 
 @dataclass(frozen=True)
 class _Places(Packing):
-    """Packing whose places in the file must lie in the weight, none of them twice."""
+    """Packing that checks the file's places: they must lie within the weight, none of them twice."""
 
     def problems(self, site: LinearSite, params: Params) -> list[str]:
         o, i = size = site.out_features, site.in_features

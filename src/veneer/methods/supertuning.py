@@ -38,9 +38,9 @@ _VALUES, _PLACES, _A, _B = (f"supertuning_{name}" for name in ("values", "indice
 class SupertuningConfig(LinearMethod):
     """Super-Tuning in PEFT's fields.
 
-    ``sparsity`` is the share of the weights that stay as they are. ``select_top`` trains the rest with the largest
+    ``sparsity`` is the share of the weights that are not trained. ``select_top`` trains the weights with the largest
     magnitudes; False trains the smallest. ``r`` adds a low-rank pair, whose ``lora_alpha`` is 2 r if left out.
-    ``lora_dropout`` acts on its input. ``init_weights`` starts at zero; False draws S and B too.
+    ``lora_dropout`` acts on its input. ``init_weights`` starts at zero; False draws S and B at random.
     ``save_precomputed_indices=False`` leaves the places out of the file: they are found again in the base's weights.
     """
 
@@ -87,7 +87,7 @@ class SupertuningConfig(LinearMethod):
         return _Places(fixed=(_PLACES,), whole={_PLACES: torch.int32}) if self.save_precomputed_indices else Packing()
 
     def count(self, site: LinearSite) -> int:
-        """Return the number of weights that S changes at a site."""
+        """Return the number of weights that S changes in a layer."""
         return int(site.out_features * site.in_features * (1 - self.sparsity))
 
     def shapes(self, site: LinearSite) -> Shapes:
@@ -129,7 +129,7 @@ class SupertuningConfig(LinearMethod):
         return replace(site, in_features=shapes[_A][1], out_features=shapes[_B][0])
 
     def _places(self, site: LinearSite) -> Int[Tensor, " n"]:
-        """Return the places of the trained weights in torch's order, as in PEFT."""
+        """Return the indices of the trained weights in torch's order, as in PEFT."""
         n = self.count(site)
         if is_tracing():  # of a plan, before weights have values
             return torch.arange(n, dtype=torch.int32)
@@ -139,7 +139,7 @@ class SupertuningConfig(LinearMethod):
 
 @dataclass(frozen=True)
 class _Places(Packing):
-    """Packing whose places in the file must lie in the weight, none of them twice."""
+    """Packing that checks the file's places: they must lie within the weight, none of them twice."""
 
     def problems(self, site: LinearSite, params: Params) -> list[str]:
         size = site.out_features, site.in_features

@@ -96,11 +96,13 @@ class TinyLoraConfig(LinearMethod):
         return replace(self, order={site.name: index for index, site in enumerate(sites)})
 
     def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
-        """Return None: the order of layers in the model decides which layers share v, and how P is drawn."""
+        """Return None: the order of layers in the model, which a file does not hold, decides which layers share v and
+        how P is drawn.
+        """
         return None
 
     def group(self, site: LinearSite) -> int:
-        """Return the number of the v that a site uses, counted as in PEFT."""
+        """Return the index of the vector v that a layer uses, counted as in PEFT."""
         n = len(self.order or ()) or 1
         n_groups = max(1, round(n * (1 - self.weight_tying)))
         return min(self._index(site) // max(1, n // n_groups), n_groups - 1)

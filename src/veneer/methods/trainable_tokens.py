@@ -16,8 +16,8 @@ from veneer.contract.whole import WholeMethod
 class TrainableTokensConfig(WholeMethod):
     """Trainable tokens in PEFT's fields.
 
-    ``token_indices`` are the rows of the tables that ``target_modules`` names; by default it is the input embeddings. A
-    tied head has the same rows. ``init_weights=False`` starts from random rows, so that the start changes the model.
+    ``token_indices`` are the rows of the tables that ``target_modules`` names; by default that is the input embeddings.
+    A tied head shares the rows. ``init_weights=False`` starts from random rows, so that the start changes the model.
     """
 
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"

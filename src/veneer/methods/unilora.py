@@ -33,7 +33,8 @@ _THETA = "unilora_theta_d"
 
 
 class EntryChoice:
-    """Index in θ of each entry of all layers' factors, and its scale. They are shared: do not write to them.
+    """For each entry of all layers' factors, its index in θ, and for each number of θ, its scale. Do not write: it is
+    shared.
 
     Adapters of one seed and one size share the object. It is freed with the last of them.
     """
@@ -69,11 +70,10 @@ class UniLoraConfig(LinearMethod):
     """Uni-LoRA in PEFT's fields.
 
     θ has ``theta_d_length`` numbers. ``proj_seed`` and the order of layers in the model decide which of them an entry
-    is;
-    ``save_indices`` writes it. ``init_weights`` draws θ in ±``init_theta_d_bound``, and False from a normal
-    distribution.
-    Both change the model.
-    ``first`` (where each layer's entries begin) and ``count`` (of all) are filled in when the adapter is attached.
+    is; ``save_indices`` writes that to the file. ``init_weights`` draws θ uniformly in ±``init_theta_d_bound``; False
+    draws it from a normal distribution. Both change the model.
+    ``first`` (where each layer's entries begin) and ``count`` (of all entries) are filled in when the adapter is
+    attached.
     """
 
     peft_type: ClassVar[str] = "UNILORA"
@@ -135,7 +135,7 @@ class UniLoraConfig(LinearMethod):
         return replace(self, first=first, count=count)
 
     def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
-        """Return None: the order of layers in the model decides what an entry means."""
+        """Return None: the order of layers in the model, which a file does not hold, decides what an entry means."""
         return None
 
     def shapes(self, site: LinearSite) -> Shapes:
@@ -185,7 +185,7 @@ class UniLoraConfig(LinearMethod):
         return index[start : start + n], scale
 
     def _held(self, count: int) -> EntryChoice:
-        """Return the choice for ``count`` entries, which this config keeps from now on."""
+        """Return the choice for ``count`` entries, and keep it alive as long as this config."""
         kept: dict[int, EntryChoice] = vars(self).setdefault("_kept", {})
         if count not in kept:
             key = self.proj_seed, self.theta_d_length, count
@@ -195,7 +195,7 @@ class UniLoraConfig(LinearMethod):
 
 @dataclass(frozen=True)
 class _Indices(Packing):
-    """Packing whose indices in the file must lie in θ."""
+    """Packing that checks that the file's indices lie within θ."""
 
     def problems(self, site: LinearSite, params: Params) -> list[str]:
         length = len(params[_THETA])

@@ -1,5 +1,5 @@
-"""VB-LoRA: ``W + B A``, both put together of vectors of one bank that all layers share (Li et al. 2024,
-arXiv:2405.15179, section 3.2).
+"""VB-LoRA: ``W + B A``, both composed of vectors from one bank that all layers share (Li et al. 2024, arXiv:2405.15179,
+section 3.2).
 
 Each piece of A and B is a mixture of the k vectors with the largest logits. Their softmax is the weights.
 """
@@ -128,7 +128,7 @@ class _Checks(Checks):
     size: int
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Return a problem for each layer whose widths the length of the bank's vectors does not divide."""
+        """Return a problem for each layer whose widths are not multiples of the length of the bank's vectors."""
         return [
             f"vector_length={self.size} does not divide the {site.in_features} inputs and {site.out_features} outputs "
             f"of {site.name}: give a divisor of {math.gcd(site.in_features, site.out_features)}"

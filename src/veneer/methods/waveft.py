@@ -1,7 +1,7 @@
-"""WaveFT: ``W + scaling · T(C)``, T a wavelet transform back and C a matrix of n trained numbers at random places
+"""WaveFT: ``W + scaling · T(C)``, T an inverse wavelet transform and C a matrix of n trained numbers at random places
 (Bilican et al. 2025, arXiv:2505.12532, section 3).
 
-The change has full rank. Its products go through the transforms of a vector instead of making ΔW.
+The change has full rank. Its products transform a vector instead of forming ΔW.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from veneer.records.wavelets import LOW, filters
 class Coefficients(Change):
     """Change ``scaling · T(C)``; C has ``values`` at ``rows`` and ``columns`` and is zero elsewhere.
 
-    T is the transform back by the wavelet of this name, in both directions; None: C itself. C (p, q) is larger than the
-    change (o, i) by what the filters overlap. It holds the low band of each direction first, then the high one.
+    T is the inverse transform by the wavelet of this name, along both axes. If the name is None, T(C) is C itself. C
+    (p, q) is larger than the change (o, i), since filters overlap its ends. Along each axis it holds the low band
+    first, then the high one.
     """
 
     values: Float[Tensor, " n"]
@@ -73,7 +74,7 @@ class Coefficients(Change):
 
 
 def padded(n: int, wavelet: str | None) -> int:
-    """Return the count of coefficients of n numbers, which is even."""
+    """Return how many wavelet coefficients n numbers have: an even number."""
     if wavelet is None:
         return n
     with_overlap = n + len(LOW[wavelet]) - 2
@@ -81,7 +82,7 @@ def padded(n: int, wavelet: str | None) -> int:
 
 
 def _back(x: Float[Tensor, "*batch p"], n: int, wavelet: str) -> Float[Tensor, "*batch n"]:
-    """Return the first n numbers of the inverse transform, behind the overlap of the filters."""
+    """Return the inverse transform's n numbers, without those by which the filters overlap its start."""
     bands = x.reshape(-1, 2, x.shape[-1] // 2)
     bank = _bank(wavelet, x)
     made = functional.conv_transpose1d(bands, bank, stride=2, padding=bank.shape[-1] - 2)
@@ -105,7 +106,7 @@ class WaveFTConfig(LinearMethod):
     """WaveFT in PEFT's fields.
 
     ``n_frequency`` numbers are trained in each layer, at places drawn from ``random_loc_seed``. With
-    ``proportional_parameters`` that is the mean, and layers have numbers in proportion to their weights.
+    ``proportional_parameters`` that is the mean, and each layer has numbers in proportion to its weights.
     ``use_idwt=False`` leaves the transform out. ``init_weights`` starts the numbers at zero. False draws them from a
     normal distribution, so that the start changes the model.
     ``allotted`` (the numbers of each layer, if they are in proportion) is filled in when the adapter is attached.
@@ -153,7 +154,7 @@ class WaveFTConfig(LinearMethod):
         return replace(self, allotted={name: max(1, round(n / weights * budget)) for name, n in sizes.items()})
 
     def frequencies(self, site: LinearSite) -> int:
-        """Return the count of numbers trained at a site."""
+        """Return how many numbers are trained in a layer."""
         own = first_match(self.n_frequency_pattern, site.name, self.n_frequency)
         return (self.allotted or {}).get(site.name, own)
 
@@ -194,9 +195,9 @@ class _Checks(PatternChecks):
 def places(
     seed: int, o: int, i: int, n: int, wavelet: str | None, *, device: torch.device
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """Return rows and columns in C of n of the o·i numbers, drawn on the CPU as PEFT draws them. Do not write.
+    """Return rows and columns in C of n of the o·i numbers, drawn on the CPU as PEFT draws them. Do not write to them.
 
-    PEFT has the bands that are high in one direction alone in each other's place, and so in its files.
+    In PEFT, and so in its files, the two bands that are high along one axis alone are swapped.
     """
     with torch.inference_mode(False):
         drawn = torch.randperm(o * i, generator=torch.Generator().manual_seed(seed), device="cpu")[:n]

@@ -1,4 +1,4 @@
-"""Frozen weight in blocks of codes, as a file holds it: some rows at a time are decoded, multiplied and dropped."""
+"""Frozen weight in blocks of codes, as a file holds it. Products decode a few rows at a time and then drop them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class BlockWeight(CodedWeight):
         """Return the decoded rows at an index, bit-equal to those of the format's own library."""
 
     def few_rows(self, x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"] | None:
-        """Return ``x Wᵀ`` for at most `FEW_ROWS` rows by the format's own kernel; None if there is none for x."""
+        """Return ``x Wᵀ`` for at most `FEW_ROWS` rows by the format's own kernel, or None if it has none for this x."""
         return None
 
     def multiply(self, x: Tensor, transposed: bool) -> Tensor:
@@ -81,7 +81,9 @@ class BlockWeight(CodedWeight):
         return y
 
     def _transposed(self, dy: Float[Tensor, "n o"]) -> Float[Tensor, "n i"]:
-        """Sum the tiles' products in at least float32. Each product is rounded as a dense weight's is."""
+        """Return ``dy W``, summed over tiles of rows in at least float32. Each tile's product is rounded as a dense
+        weight's is.
+        """
         wide, exact = operand(dy), torch.promote_types(dy.dtype, torch.float32)
         dx = dy.new_zeros(len(dy), self.shape[1], dtype=exact)
         for rows, tile in self.tiles(tile_values(dy.device)):
@@ -95,14 +97,16 @@ def tile_values(device: torch.device) -> int:
 
 
 class ScaledWeight(BlockWeight):
-    """Base of frozen weights stored as small numbers with scales. A format defines ``shape`` and `scaled`."""
+    """Base of frozen weights stored as integers or small floats with scales. A format defines ``shape``
+    and `scaled`.
+    """
 
     __slots__ = ()
 
     @property
     @abstractmethod
     def scaled(self) -> ScaledCodes:
-        """Codes and scales in the kernels' form."""
+        """Codes and scales in the form that the kernels take."""
 
     def rows(self, index: slice | Int[Tensor, " k"]) -> Float32[Tensor, "k i"]:
         return decode_scaled(self.scaled, index)

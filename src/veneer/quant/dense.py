@@ -42,7 +42,7 @@ class DenseWeight:
         return self.tensor if dtype is None else self.tensor.to(dtype)
 
     def _product(self, x: Tensor, transposed: bool) -> Tensor:
-        """Compute the product in the weight's dtype or in a given one. Autocast chooses its own."""
+        """Compute the product in ``compute_dtype`` or the weight's dtype, or in autocast's."""
         asked = autocast_dtype(x.device)
         dtype = asked or self.compute_dtype or self.tensor.dtype
         if widens(x, dtype) and not self.tensor.requires_grad and not torch.compiler.is_compiling():

@@ -38,7 +38,7 @@ class CompressedAbsmax:
 
 
 def compress_absmax(absmax: Float32[Tensor, " n"]) -> CompressedAbsmax:
-    """Return absmax in 8 bits, 1 + 4/256 bytes a block. Raises ShapeError if it is empty or no vector of float32."""
+    """Return absmax in 8 bits, 1 + 4/256 bytes a block. Raises ShapeError unless it is a nonempty float32 vector."""
     if absmax.dtype != torch.float32 or absmax.ndim != 1 or not len(absmax):
         raise ShapeError(f"absmax must be a vector of float32, got {absmax.dtype} {tuple(absmax.shape)}")
     offset = absmax.mean()
@@ -66,13 +66,15 @@ def _table(device: torch.device) -> Float32[Tensor, "256"]:
 
 @cache
 def _table_on_gpu(device: torch.device) -> Float32[Tensor, "256"]:
-    """Return the table on a GPU. It is sent once: every product with a double-quantized weight reads it."""
+    """Return the table on a GPU. It is copied there only once, since every product with a double-quantized weight reads
+    it.
+    """
     return dynamic_map().to(device)
 
 
 @cache
 def _codes_of_grid() -> UInt8[Tensor, "65536"]:
-    """Return the nearest table index of each grid point ``-1 + 2 k / 65535``."""
+    """Return, for each grid point ``-1 + 2 k / 65535``, the index of the nearest table value."""
     grid = -1.0 + torch.arange(_GRID_STEPS + 1, dtype=torch.float32) * (2.0 / _GRID_STEPS)
     code = dynamic_map().double()
     return torch.bucketize(grid.double(), (code[:-1] + code[1:]) / 2).to(torch.uint8)

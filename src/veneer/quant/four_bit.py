@@ -51,8 +51,8 @@ _NESTED: dict[str, Callable[[Any], bool]] = {"nested_offset": _is_number, "neste
 class FourBitWeight(CodedWeight):
     """``W (o, i)`` in packed 4-bit codes.
 
-    ``absmax`` is float32, or uint8 codes that ``nested_absmax`` and ``nested_offset`` scale and shift.
-    ``compute_dtype`` None computes in the dtype of the input.
+    ``absmax`` is float32, or uint8 codes that ``nested_absmax`` and ``nested_offset`` scale and shift. If
+    ``compute_dtype`` is None, products are computed in the dtype of the input.
     """
 
     packed: UInt8[Tensor, "bytes 1"]
@@ -200,7 +200,7 @@ def quantize(
 
 
 def _alone(part: Tensor) -> Tensor:
-    """Copy the part: a view would keep the memory of the whole blocks that it was cut from."""
+    """Copy a tensor: a view would keep the memory of all blocks that it is part of."""
     return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
 
 
@@ -230,8 +230,8 @@ def _read_state(tensors: Parts) -> dict[str, Any]:
 
 
 def _layout_of(state: dict[str, Any], shape: tuple[int, int]) -> tuple[FourBitLayout, bool, list[str]]:
-    """Return the layout that a quant_state describes, whether absmax is quantized too, and the problems of
-    reading it.
+    """Return the layout that a stored quant_state describes, whether absmax is quantized too, and the
+    state's problems.
     """
     problems = []
     dtype = getattr(torch, state["dtype"], None)

@@ -26,7 +26,7 @@ _BOUNDS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False
 class Fp4BlockWeight(ScaledWeight):
     """``W (o, i) = values[codes] * scale`` in float32, with a scale for each block of inputs.
 
-    ``overall`` multiplies all scales, or ``divides`` them; None is 1.
+    ``overall`` multiplies all scales, or divides them if ``divides``. If it is None, the scales are used as they are.
     """
 
     codes: UInt8[Tensor, "o bytes"]
@@ -70,7 +70,7 @@ def stored_blocks(
     scale_dtypes: Collection[torch.dtype],
     packed: str = "weight_packed",
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return codes and scales of a weight on disk, and their problems."""
+    """Return the codes and scales of a weight on disk, and a list of what is wrong with them."""
     (o, i), problems = shape, []
     if i % block:
         return {}, [f"{i} inputs are not a multiple of {block}"]

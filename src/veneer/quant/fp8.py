@@ -31,7 +31,7 @@ _FIRST_NAN = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 class Fp8Weight(ScaledWeight):
     """``W (o, i) = codes * scale``, with a scale for each ``block`` of rows and columns.
 
-    ``rounded``: the product is rounded to the scale's dtype, as compressed-tensors defines it.
+    If ``rounded``, the product is rounded to the scale's dtype, as compressed-tensors defines it.
     """
 
     codes: Float[Tensor, "o i"]
@@ -136,7 +136,7 @@ class Fp8Spec:
         return self._grid() if self.scale_shape is None else self.scale_shape
 
     def _grid(self) -> tuple[int, int]:
-        """Return the shape that scales have unless a file gives another: one for each block, or for each row."""
+        """Return the shape of the scales if the file does not say it: one scale for each block, or for each row."""
         height, width = self.block or (1, self.shape[1])
         return -(-self.shape[0] // height), -(-self.shape[1] // width)
 

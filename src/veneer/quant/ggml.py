@@ -63,7 +63,7 @@ class GgmlWeight(BlockWeight):
         return GGML_TYPES[self.kind].block > 1
 
     def groups(self, rows: slice) -> CodeGroups:
-        """Return the levels and scales of some rows, of a type for which `is_narrow` holds."""
+        """Return the levels and scales of some rows. The type must be one for which `is_narrow` is True."""
         self._require_unchanged()
         if self.order is None:
             return groups_ggml(self.blocks[rows], self.kind)
@@ -134,7 +134,7 @@ class GgmlSpec:
 def quantize(
     weight: Float[Tensor, "o i"], kind: str = "Q8_0", *, compute_dtype: torch.dtype | None = None
 ) -> GgmlWeight:
-    """Return a weight in ggml's type ``kind``, or in F16 (as llama-quantize does) if its blocks do not divide a row.
+    """Return a weight in ggml's type ``kind``. If its blocks do not divide a row, it is in F16, as llama-quantize does.
 
     Raises ConfigError (unknown type), ShapeError, NonFiniteError.
     """

@@ -22,8 +22,8 @@ PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqSpec(GroupedSpec):
-    """Specification of a matrix stored by GPTQ. ``less_one``: zeros are stored less one. ``symmetric``: every zero
-    is the middle code.
+    """Specification of a matrix stored by GPTQ. ``less_one``: zeros are stored minus one. ``symmetric``: every zero is
+    the middle code.
     """
 
     less_one: bool = True
@@ -79,10 +79,10 @@ class GptqSpec(GroupedSpec):
         return problems + scales_problems(tensors, (groups, o))
 
     def _zeros(self, stored: Tensor) -> tuple[Tensor, list[str]]:
-        """Return the zeros (o, groups), and the problems with them.
+        """Return the zeros (o, groups), and a list of what is wrong with them.
 
-        A single zero above the largest code counts as 0, as in AutoGPTQ's kernels. If most are, or if a symmetric
-        weight's zeros lie beside the middle, the file follows another convention.
+        A single zero above the largest code counts as 0, as in AutoGPTQ's kernels. If most zeros are above it, or if a
+        symmetric weight's zeros are one beside the middle, the file follows another convention.
         """
         zeros = unpack(stored.contiguous().view(torch.uint8), self.bits, self.shape[0])
         middle, named = 1 << self.bits - 1, "gptq" if self.less_one else "gptq_v2"

@@ -102,7 +102,7 @@ class GroupedSpec:
         return layout
 
     def quantize(self, weight: Float[Tensor, "o i"]) -> NoReturn:
-        """Raise ConfigError: only the format's own library quantizes a weight in it, from example inputs."""
+        """Raise ConfigError: only the format's own library quantizes into it, since that needs example inputs."""
         raise ConfigError(
             "a weight of this format cannot be quantized again here: merge into 16 bits, and quantize the result by "
             "the format's own library"
@@ -122,7 +122,7 @@ class GroupedSpec:
 
 
 def group_problems(spec: GroupedSpec) -> list[str]:
-    """Return a problem if groups of this width do not divide a row."""
+    """Return a problem if the group width does not divide a row."""
     _, i = spec.shape
     if spec.group is None or i % spec.group == 0:
         return []
@@ -138,7 +138,9 @@ def scales_problems(tensors: Parts, shape: tuple[int, int]) -> list[str]:
 
 
 def order_of(g_idx: Tensor, group: int, n_groups: int) -> tuple[Int32[Tensor, " i"] | None, list[str]]:
-    """Return the order that sorts columns by group (None if they are sorted), and the problems found in ``g_idx``."""
+    """Return the order that sorts columns by group, or None if they are sorted, and a list of what is wrong in
+    ``g_idx``.
+    """
     index = g_idx.long()
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < n_groups:
         return None, [f"g_idx holds groups {int(index.min())} to {int(index.max())}, allowed: 0 to {n_groups - 1}"]

@@ -107,9 +107,10 @@ class HqqSpec(GroupedSpec):
 
 
 def _stacked(codes: UInt8[Tensor, "rows group"], bits: int, per_word: int) -> Tensor:
-    """Pack ``per_word`` parts of the rows into each word, the first part in the highest bits.
+    """Split the rows into ``per_word`` equal parts, and pack one value of each into a word, the first in the highest
+    bits.
 
-    Zeros pad the last part.
+    The last part is padded with zeros.
     """
     dtype = torch.int32 if bits == 3 else torch.uint8
     filled = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % per_word)).to(dtype)

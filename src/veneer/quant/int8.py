@@ -24,7 +24,9 @@ CHUNK_VALUES = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Int8Weight(CodedWeight):
-    """``W (o, i) = codes * absmax / 127``. ``compute_dtype`` None computes in the dtype of the input."""
+    """``W (o, i) = codes * absmax / 127``. If ``compute_dtype`` is None, products are computed in the dtype of the
+    input.
+    """
 
     codes: Int8[Tensor, "o i"]
     absmax: Float32[Tensor, " o"]

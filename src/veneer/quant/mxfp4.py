@@ -22,7 +22,7 @@ SCALES = (torch.uint8, torch.float8_e8m0fnu)
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4Spec:
-    """Specification of a matrix in MXFP4. A width that is no multiple of 32 is refused."""
+    """Specification of a matrix in MXFP4. A width that is not a multiple of 32 is an error."""
 
     shape: tuple[int, int]
     dtype: torch.dtype = torch.float32
@@ -34,7 +34,8 @@ class Mxfp4Spec:
         return {"weight": (torch.uint8, (o, i // 2)), "scale": (self.scale_dtype, (o, i // BLOCK))}
 
     def quantize(self, weight: Float[Tensor, "o i"]) -> dict[str, Tensor]:
-        """Return codes and scales as the specification computes them (section 6.3): the exponent of the largest value.
+        """Return codes and scales as the specification computes them (section 6.3): from the exponent of a block's
+        largest value.
 
         Raises ShapeError, NonFiniteError.
         """

@@ -18,9 +18,10 @@ from veneer.quant.stack import StackSpec
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4StackSpec(StackSpec):
-    """Specification of experts in MXFP4 that are stacked on disk too, under the one name in ``names``.
+    """Specification of experts in MXFP4 that are stacked on disk too, under the only name in ``names``.
 
-    ``{name}_blocks (experts, o, i / 32, 16)`` holds two codes a byte, ``{name}_scales (experts, o, i / 32)`` exponents.
+    ``{name}_blocks (experts, o, i / 32, 16)`` holds two codes a byte, and ``{name}_scales (experts, o, i / 32)`` the
+    scales' exponents.
     """
 
     @classmethod

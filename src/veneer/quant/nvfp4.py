@@ -22,9 +22,10 @@ SCALE = torch.float8_e4m3fn
 
 @dataclass(frozen=True, slots=True)
 class Nvfp4Spec:
-    """Specification of a matrix in NVFP4. ``divides``: compressed-tensors' names, whose global scale divides.
+    """Specification of a matrix in NVFP4.
 
-    ``overall`` is the one number of a stored matrix, as its file has it.
+    ``divides``: the tensors have compressed-tensors' names, and the matrix's float32 scale divides. ``overall`` is that
+    scale, as a stored matrix has it.
     """
 
     shape: tuple[int, int]
@@ -41,10 +42,10 @@ class Nvfp4Spec:
         }  # fmt: skip
 
     def quantize(self, weight: Float[Tensor, "o i"]) -> dict[str, Tensor]:
-        """Return codes and scales: the largest value of the matrix gets the largest scale and the largest code.
+        """Return codes and scales. The largest value of the matrix gets the largest scale and the largest code.
 
-        A stored matrix keeps its overall number while its values fit: other programs read q, k and v, or gate and up,
-        with one number for all. Raises ShapeError, NonFiniteError.
+        A stored matrix keeps its float32 scale if its values fit: other programs expect one such scale for q, k and v,
+        or for gate and up. Raises ShapeError, NonFiniteError.
         """
         if self.shape[1] % BLOCK:
             raise ShapeError(
@@ -85,7 +86,7 @@ class Nvfp4Spec:
         return replace(self, overall=float(overall)), parts
 
     def _number(self, peak: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """Return the overall number to store for a matrix whose largest magnitude is ``peak``."""
+        """Return the float32 scale to store for a matrix whose largest magnitude is ``peak``."""
         largest = torch.finfo(SCALE).max
         if self.overall is not None:
             divisor = self.overall if self.divides else 1.0 / self.overall

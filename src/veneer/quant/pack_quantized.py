@@ -1,6 +1,6 @@
-"""compressed-tensors' whole numbers: ``pack-quantized`` (words of 32 bits) and ``int-quantized`` (a byte each).
+"""compressed-tensors' integers: ``pack-quantized`` (several in a word of 32 bits) and ``int-quantized`` (a byte each).
 
-Codes are stored with a sign, and packed ones with ``2 ** (bits - 1)`` added, which their zeros have too.
+Codes are signed. Packed ones are stored with ``2 ** (bits - 1)`` added, and so are their zeros.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NO_GROUP = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackQuantizedSpec(GroupedSpec):
-    """Specification of a matrix in whole numbers of compressed-tensors. ``packed``: several codes a word."""
+    """Specification of a matrix of integers in compressed-tensors' formats. ``packed``: a word holds several codes."""
 
     packed: bool = True
 

@@ -1,4 +1,4 @@
-"""Frozen weights in the layout of the serving kernels, bit-exact: dense ones, and codes."""
+"""Frozen weights in the layout of the serving kernels: dense ones and quantized ones, both without a loss."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from veneer.ops.product import recorded_product
 
 @dataclass(frozen=True, slots=True)
 class PackedDense:
-    """``W (o, i)`` in bfloat16, float16 or float32, packed in panels.
+    """``W (o, i)`` in bfloat16, float16 or float32, packed in panels of rows.
 
-    Products accumulate in float32; transposed products, for gradients, unpack the weight.
+    Products accumulate in float32. Transposed products, for gradients, unpack the weight.
     """
 
     packed: PackedWeight
@@ -75,10 +75,10 @@ class PackedExperts:
 
 @dataclass(frozen=True, slots=True)
 class PackedCoded:
-    """``W (o, i)`` in packed codes.
+    """``W (o, i)`` in packed quantized codes.
 
-    Products are computed in the dtype to which the values are rounded, and returned in the input's. Transposed
-    products, for gradients, dequantize the weight.
+    Products are computed in the dtype to which decoded values are rounded, and returned in the input's dtype.
+    Transposed products, for gradients, dequantize the weight.
     """
 
     packed: PackedCodes

@@ -25,11 +25,12 @@ PACKED_VALUES = 1 << 22
 
 
 def packed_codes(weight: CodedWeight, dtype: torch.dtype) -> PackedCodes | None:
-    """Return packed codes of a weight, for values rounded to ``dtype``; None if they have no packed form.
+    """Pack a quantized weight for the kernels, with decoded values rounded to ``dtype``. Return None if that is
+    impossible.
 
-    A doubly quantized absmax is expanded to float32. There is no packed form of codes in an order of columns (GPTQ's
-    ``g_idx``), of groups that are no multiple of 16 inputs, of scales beyond 1e±30, and of whole numbers that may be
-    infinite as halves.
+    A doubly quantized absmax is expanded to float32. These cannot be packed: columns sorted by group (GPTQ's
+    ``g_idx``), groups that are not a multiple of 16 inputs, scales beyond 1e±30, and integers whose values may be
+    infinite in float16.
     """
     if isinstance(weight, FourBitWeight):
         absmax = weight.scales()
@@ -52,7 +53,7 @@ def _packed_groups(weight: BlockWeight, dtype: torch.dtype) -> PackedCodes | Non
 
 
 def unpacked_codes(weight: CodedWeight, packed: PackedCodes) -> Tensor | None:
-    """Return packed codes in the weight's own layout; None if that layout mixes codes with scales.
+    """Return packed codes in the weight's own layout, or None if that layout mixes codes with scales.
 
     ``weight`` may have its codes on the meta device.
     """
@@ -72,8 +73,9 @@ def _parts(groups_of: Callable[[slice], CodeGroups], o: int, i: int) -> Iterator
 
 
 def _groups_of(weight: BlockWeight) -> Callable[[slice], CodeGroups] | None:
-    """Return a function from a slice of rows to codes and scales; None if the format cannot be expressed as
-    `CodeGroups`.
+    """Return a function that gives the codes and scales of a slice of rows.
+
+    Return None if the format cannot be expressed as `CodeGroups`.
     """
     if isinstance(weight, GgmlWeight):
         return weight.groups if weight.is_narrow else None
@@ -96,7 +98,10 @@ def _groups_of(weight: BlockWeight) -> Callable[[slice], CodeGroups] | None:
 
 
 def _form(w: ScaledCodes) -> tuple[str, str]:
-    """Return the numbers and the formula of `CodeGroups`: whole numbers, signed if there are no zeros."""
+    """Return the names of the number type and of the decoding formula with which `CodeGroups` describes these codes.
+
+    Integers without zeros are signed; formats of floats keep their own type.
+    """
     if w.coding != "whole":
         return w.coding, "scaled"
     width = _width(w)
@@ -107,9 +112,10 @@ def _form(w: ScaledCodes) -> tuple[str, str]:
 
 
 def _raised(w: ScaledCodes) -> int:
-    """Return the number to add to a code.
+    """Return the number that packing adds to each code, so that 0 is where the kernels expect it.
 
-    Without zeros, the code ``2 ** (bits - 1)`` means 0. It is moved to the middle, or to 0 in a signed byte.
+    In a weight without zeros, the code ``2 ** (bits - 1)`` means 0. The kernels expect the middle of the packed width,
+    or 0 in a signed byte.
     """
     if w.coding != "whole" or w.zeros is not None:
         return 0
@@ -118,18 +124,18 @@ def _raised(w: ScaledCodes) -> int:
 
 
 def _width(w: ScaledCodes) -> int:
-    """Return the width, in bits, in which whole numbers are packed."""
+    """Return the number of bits in which integers are packed: 2, 3, 4 or 8."""
     return next(width for width in (2, 3, 4, 8) if w.bits <= width)
 
 
 def _by_row(x: Tensor, w: ScaledCodes) -> Tensor:
-    """Return scales or zeros as (o, groups)."""
+    """Return scales or zeros as (o, groups), with one row for each row of the weight."""
     x = x.reshape(-1, w.groups)
     return x if w.height == 1 else x.repeat_interleave(w.height, dim=0)[: len(w.codes)]
 
 
 def _by_unit(x: Tensor, w: ScaledCodes) -> Tensor | None:
-    """Return scales or zeros for groups of a multiple of 16 inputs, in the kernels' order."""
+    """Return scales or zeros, one for each group of a multiple of 16 inputs, or None if groups cannot be divided so."""
     if x.dtype == torch.float8_e8m0fnu:
         x = x.view(torch.uint8)
     if x.dtype == torch.float8_e4m3fn or w.overall is not None:

@@ -13,7 +13,7 @@ from veneer.ops.product import recorded_product
 
 
 class CodedWeight(ABC):
-    """Frozen weight ``W (o, i)`` in codes.
+    """Frozen weight ``W (o, i)`` in quantized codes.
 
     Products are computed in ``compute_dtype``, or in the input's dtype if it is None, and returned in the input's
     dtype. Autocast overrules both, as for a dense layer.
@@ -24,7 +24,7 @@ class CodedWeight(ABC):
 
     @abstractmethod
     def multiply(self, x: Tensor, transposed: bool) -> Tensor:
-        """Return ``W x``, or ``Wᵀ x``, on the last axis in x's own dtype. Autograd records nothing."""
+        """Multiply the last axis of x by W, or by Wᵀ if ``transposed``, in x's own dtype. Autograd records nothing."""
 
     def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         return self._product(x, False)

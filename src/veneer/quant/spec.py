@@ -1,4 +1,4 @@
-"""Specification of a storage format: the tensors of a module, how to make them, their names on disk."""
+"""Specification of a storage format: which tensors hold a matrix, how they are made, and their names on disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class StorageSpec(Protocol):
     """Specification of one matrix in one storage format, without its tensors.
 
-    Laws: ``bind(quantize(w))`` has w's shape. ``from_disk(to_disk(parts))`` is the same spec and bit-equal parts. The
+    ``bind(quantize(w))`` has w's shape. ``from_disk(to_disk(parts))`` returns the same spec and bit-equal parts. The
     tensors of ``quantize`` have the shapes and dtypes of ``part_layout``.
     """
 
@@ -35,7 +35,7 @@ class StorageSpec(Protocol):
         ...
 
     def part_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Return the layouts of the stored tensors, ``"weight"`` first."""
+        """Return dtype and shape of each stored tensor by name, ``"weight"`` first."""
         ...
 
     def quantize(self, weight: Float[Tensor, "o i"]) -> dict[str, Tensor]:
@@ -47,15 +47,19 @@ class StorageSpec(Protocol):
         ...
 
     def owns(self, key: str) -> bool:
-        """Return True if a tensor of this name after the module's path may be part of the weight on disk."""
+        """Return True if ``key``, the part of a tensor's name after the module's path, may belong to the weight on
+        disk.
+        """
         ...
 
     def to_disk(self, parts: Parts) -> dict[str, Tensor]:
-        """Return the tensors by the suffixes that the format's library adds to the module path; no two share memory."""
+        """Return the tensors by the suffixes with which the format's library stores them. No two share memory."""
         ...
 
     def from_disk(self, tensors: Parts) -> tuple[StorageSpec, dict[str, Tensor]]:
-        """Return spec and stored tensors: the inverse of `to_disk`. Raises FormatError that lists every misfit."""
+        """Return spec and stored tensors: the inverse of `to_disk`. Raises FormatError, which lists everything that
+        does not fit.
+        """
         ...
 
 
@@ -81,7 +85,9 @@ def scale_problems(
     allowed: Collection[torch.dtype] = FLOATS,
     value: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> list[str]:
-    """Return the problems of scales: another dtype, NaN, infinity, zero, or negative. ``value`` makes them float32."""
+    """Return the problems of scales: another dtype, NaN, infinity, zero, or negative. ``value`` converts them to
+    float32.
+    """
     if scale.dtype not in allowed:
         return [f"{name} is {scale.dtype}, allowed: {', '.join(str(dtype) for dtype in allowed)}"]
     values = value(scale)
@@ -92,7 +98,7 @@ def scale_problems(
 
 
 def not_finite(shape: tuple[int, int]) -> NonFiniteError:
-    """Return the error for a weight that cannot be quantized, since a value is NaN or infinite."""
+    """Return the error for a weight that cannot be quantized because it holds NaN or infinity."""
     return NonFiniteError(
         f"cannot quantize a weight of shape {shape}: it holds NaN or infinity. Save or fetch the weights again"
     )
@@ -101,7 +107,7 @@ def not_finite(shape: tuple[int, int]) -> NonFiniteError:
 def unreadable(
     name: str, shape: tuple[int, int], problems: Collection[str], correct: str = "quantization_config in config.json"
 ) -> FormatError:
-    """Return the error for a weight that cannot be read. ``correct`` names other possible causes than the file."""
+    """Return the error for a weight that cannot be read. ``correct`` names what may be wrong other than the file."""
     return FormatError(
         f"a weight of shape {shape} in {name} cannot be read: {'; '.join(problems)}. Fetch the file again, or correct "
         f"{correct}"

@@ -1,7 +1,7 @@
-"""Frozen weights of a layer's experts in one stack: dense, or in codes of one storage format.
+"""Frozen weights of a layer's experts in one stack: dense, or in the codes of one storage format.
 
-Checkpoints list experts one by one, or stack their codes too. In memory every part of the format is one tensor with the
-experts as its first axis, and an expert's weight is a view of it.
+Checkpoints store experts one by one, or stacked. In memory each tensor of the format has the experts as its first axis,
+and an expert's weight is a view of it.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class StackSpec:
         return self.pieces[0].dtype
 
     def part_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Return the layouts of the stored tensors, ``"weight"`` first."""
+        """Return dtype and shape of each stored tensor by name, ``"weight"`` first."""
         return {
             _numbered(name, k): (dtype, (self.n_experts, *shape))
             for k, piece in enumerate(self.pieces)
@@ -127,7 +127,9 @@ class StackSpec:
         }
 
     def quantize(self, weight: Float[Tensor, "experts o i"]) -> dict[str, Tensor]:
-        """Return the stored tensors for the weights of all experts, quantized one by one. Raises as the pieces do."""
+        """Return the stored tensors for the weights of all experts, quantized one by one. Raises the errors of the
+        pieces.
+        """
         made = [
             {
                 _numbered(name, k): part
@@ -139,7 +141,7 @@ class StackSpec:
         return _stacked(made)
 
     def parts_of(self, pieces: Sequence[Parts]) -> dict[str, Tensor]:
-        """Return the stored tensors, given those of each piece with the experts as their first axis."""
+        """Return the stored tensors. ``pieces`` holds those of each piece, with the experts as their first axis."""
         return {_numbered(name, k): part for k, parts in enumerate(pieces) for name, part in parts.items()}
 
     def bind(self, parts: Parts) -> CodedWeights:
@@ -147,7 +149,7 @@ class StackSpec:
         return CodedWeights(self, parts)
 
     def owns(self, key: str) -> bool:
-        """Return True if a tensor of this name below the path of the experts may be part of the weights on disk."""
+        """Return True if ``key``, a tensor's name below the path of the experts, may be part of the weights on disk."""
         number, _, rest = key.partition(".")
         name, _, part = rest.partition(".")
         return number.isdecimal() and name in self.names and self.pieces[self.names.index(name)].owns(part)
@@ -164,7 +166,9 @@ class StackSpec:
         }
 
     def from_disk(self, tensors: Parts) -> tuple[StackSpec, dict[str, Tensor]]:
-        """Return spec and stored tensors: the inverse of `to_disk`. Raises FormatError that lists every misfit."""
+        """Return spec and stored tensors: the inverse of `to_disk`. Raises FormatError, which lists everything that
+        does not fit.
+        """
         held = _by_expert(tensors)
         problems: list[str] = []
         specs: list[tuple[StorageSpec, ...]] = []

@@ -1,4 +1,4 @@
-"""Variants of LoRA, one file each: a class of functions on its parameters and record. Dropping a file here adds one."""
+"""Variants of LoRA, one file each: a class with functions on LoRA's parameters and record. A new file here adds one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from veneer.records.sites import LinearSite
 
 
 class Variant(Training):
-    """Variant that the field ``switch`` of a `LoraConfig` turns on: by True, or by settings, which are then the
-    variant.
+    """Variant that the field ``switch`` of a `LoraConfig` turns on, by True or by settings, which are then the variant.
 
-    ``excludes``: fields that it cannot be combined with. ``whole``: those that need A and B of plain LoRA.
-    ``linear_only``: it acts only at linear layers. ``fixed`` parameters are never trained, ``outward`` are those of
-    `LinearMethod.outward`. The update has ``ranks`` times the rank. ``is_product``: it is B A of its factors.
-    ``reads_weight``: `lower` needs the frozen weight. ``inert``: adapters that differ only in the switch mean the same
-    update. ``has_penalty``: it adds to the loss of a run, as `Training` says.
+    ``excludes``: fields with which it cannot be combined. ``whole``: fields that need A and B of plain LoRA.
+    ``linear_only``: it acts only in linear layers. ``fixed`` parameters are never trained; ``outward`` are those of
+    `LinearMethod.outward`. The update has ``ranks`` times LoRA's rank. ``is_product``: it is B A of its factors.
+    ``reads_weight``: `lower` needs the frozen weight. ``inert``: the switch alone does not change the update.
+    ``has_penalty``: it adds to the loss of a run, as `Training` says.
     """
 
     switch: ClassVar[str]
@@ -55,23 +54,23 @@ class Variant(Training):
         ]
 
     def scaled(self, scale: float, r: int) -> float:
-        """Return the scale for this rank, given alpha / r."""
+        """Return the variant's scale for this rank, given ``scale``, which is alpha / r."""
         return scale
 
     def read_site(self, config: Any, site: LinearSite) -> LinearSite:
-        """Return the site with the inputs that A reads."""
+        """Return a description of the layer as A sees it, with the inputs that A reads."""
         return site
 
     def width(self, config: Any, site: LinearSite) -> int:
-        """Return the number of inputs to a column of A."""
+        """Return the number of inputs that a column of A stands for."""
         return 1
 
     def shapes(self, config: Any, site: LinearSite, shapes: Shapes) -> Shapes:
-        """Return the shapes of parameters that the variant adds or changes, given those so far."""
+        """Return the shapes of the parameters that the variant adds or changes. ``shapes`` are those without it."""
         return {}
 
     def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
-        """Return initial values of the parameters that the variant adds or changes, given those so far."""
+        """Return initial values of the parameters that the variant adds or changes. ``params`` are those without it."""
         return {}
 
     def drawn(self, config: Any, site: LinearSite, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -83,7 +82,7 @@ class Variant(Training):
         return {}
 
     def of_pass(self, params: Params) -> Params:
-        """Return the parameters as a pass uses them."""
+        """Return the parameters with which a forward pass computes."""
         return params
 
     def factors(self, config: Any, site: LinearSite, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,12 +90,12 @@ class Variant(Training):
         return a, b
 
     def lower(self, config: Any, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
-        """Return the record as the variant changes it."""
+        """Return the record of the update, changed by the variant."""
         return record
 
 
 def excluded(config: Any, names: Sequence[str], why: str) -> list[str]:
-    """Return a sentence for each of these fields that is set, that is, neither empty nor its default."""
+    """Return a problem for each of these fields that is set to something other than its default or an empty value."""
     given = {name: getattr(config, name) for name in names}
     defaults = {spec.name: spec.default for spec in fields(config)}
     return [f"{name}={x!r} does not go with {why}" for name, x in given.items() if x and x != defaults[name]]
@@ -114,7 +113,7 @@ def variants_of(config: object) -> list[Variant]:
 
 
 def refusals(config: Any) -> list[str]:
-    """Return a sentence for each field that a variant excludes, and the other problems of the variants."""
+    """Return a problem for each field that a variant excludes, and the other problems of the variants."""
     on = variants_of(config)
     found = [said for each in on for said in excluded(config, each.excludes, f"{each.switch}: leave it out")]
     return found + [said for each in on for said in each.refusals(config)]

@@ -1,5 +1,5 @@
-"""BD-LoRA: A or B of a layer block-diagonal, so that devices that share the layer exchange nothing for the update (Wang
-et al. 2025, arXiv:2510.23346, section 3).
+"""BD-LoRA: block-diagonal A or B, so that devices that share a layer exchange nothing for the update (Wang et al. 2025,
+arXiv:2510.23346, section 3).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class BdLoraConfig(Settings, Variant):
         return found + ([f"target_modules_bd_a and target_modules_bd_b share {both}: leave one out"] if both else [])
 
     def blocks(self, site: LinearSite) -> tuple[int, int]:
-        """Return the counts of blocks of A and of B at a site; 1 is a whole matrix."""
+        """Return the number of blocks of A and of B in a layer; 1 means a full matrix."""
         of_a, of_b = self._named(site)
         return self.nblocks if of_a else 1, self.nblocks if of_b else 1
 
@@ -53,7 +53,7 @@ class BdLoraConfig(Settings, Variant):
         return super().refusals_at(config, sites) + [f"use_bdlora at {name}: {said}" for name, said in found if said]
 
     def _problem(self, site: LinearSite, r: int) -> str | None:
-        """Return the reason why a layer cannot have blocks at this rank; None if it can."""
+        """Return why a layer cannot have blocks at this rank, or None if it can."""
         of_a, of_b = self._named(site)
         if of_a and of_b:
             return "its name is in target_modules_bd_a and target_modules_bd_b: leave one out"

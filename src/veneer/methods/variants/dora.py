@@ -1,14 +1,12 @@
 """DoRA: ``m (W + s B A) / |W + s B A|``, magnitude m trained per output row (Liu et al. 2024, arXiv:2402.09353, eq. 5).
 
-The norm is held constant in the gradient (section 4.3), so the record is LoRA's with ``m / norm`` as the scale of its
-outputs. The norms come from products with A and B; the matrix B A is never formed.
-
-Departs: in training with dropout, PEFT pushes the dropped input through W as well. Here, as in torchtune, dropout
-touches only the input of A.
-
-At a convolution in groups the norms are PEFT's, for the sake of its files: those of ``W + s X``. X is the product of A
-and of B, read as a matrix (o / groups, r), itself read as a matrix (o, i / groups) like W's blocks. The kernel has no
-such update.
+The norm is constant for the gradient (section 4.3), so the record is LoRA's with ``m / norm`` as the scale of its
+outputs. The norms are computed from products with A and B; the matrix B A is never formed.
+Departs: in training with dropout, PEFT computes W on the dropped input as well. Here, as in torchtune, dropout acts
+only on the input of A.
+For grouped convolutions the norms are PEFT's, so that its files keep their meaning: those of ``W + s X``. X is the
+product of A and of B, read as a matrix (o / groups, r), itself read as a matrix (o, i / groups) like W's blocks. The
+kernel has no such update.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from veneer.records.terms.scale import Scale
 
 
 class Dora(Variant):
-    """DoRA."""
+    """DoRA as a variant of LoRA, with the magnitude as one more parameter."""
 
     switch = "use_dora"
     excludes = ("lora_bias",)
@@ -48,7 +46,9 @@ class Dora(Variant):
         return {"lora_magnitude_vector": of_convolution if site.window else (site.out_features,)}
 
     def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
-        """Return the row norms of the weight with the initial factors, so that the start changes nothing."""
+        """Return the magnitudes: the row norms of the weight with the initial factors, so that the start changes
+        nothing.
+        """
         start = config.lower(site, {**params, "lora_magnitude_vector": torch.ones(site.out_features)})
         shapes = self.shapes(config, site, {})
         return {name: _norms(site, start).float().cpu().view(shape) for name, shape in shapes.items()}

@@ -1,7 +1,7 @@
-"""KaSA: the r least singular triplets of W taken off, and ``s B diag(d) A`` added, d trained (Wang et al. 2024,
+"""KaSA: the r smallest singular triplets of W removed, and ``s B diag(d) A`` added, d trained (Wang et al. 2024,
 arXiv:2412.06071, sections 3.1 and 3.2).
 
-Departs: the triplets are taken off in the record instead of in the weight, which is the same function of A, B and d.
+Departs: the triplets are removed in the record instead of in the weight, which is the same function of A, B and d.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DIAGONAL = "lora_diag"
 
 @dataclass(frozen=True)
 class KasaConfig(Settings, Variant):
-    """Settings of KaSA, in PEFT's fields: the weights of what is added to the loss of a training run.
+    """Settings of KaSA, in PEFT's fields: the weights of the two penalties in training.
 
     ``beta`` weighs the squares of d, ``gamma`` the distance of A and B from orthogonal factors.
     """
@@ -63,7 +63,7 @@ class KasaConfig(Settings, Variant):
         return {DIAGONAL: torch.randn(config.rank(site), generator=generator)}
 
     def derived(self, config: Any, site: LinearSite) -> dict[str, Tensor]:
-        """Return the pair whose product is the sum of the r least singular triplets of the weight, in float32."""
+        """Return the pair whose product is the sum of the r smallest singular triplets of the weight, in float32."""
         r = config.rank(site)
         if is_tracing():  # of a plan, before weights have values
             return {"least_A": torch.zeros(r, site.in_features), "least_B": torch.zeros(site.out_features, r)}

@@ -19,7 +19,7 @@ from veneer.records.terms.pair import Pair
 
 
 class LoraBias(Variant):
-    """Bias on B."""
+    """Trained bias on the output of B, as a variant of LoRA."""
 
     switch = "lora_bias"
     disk_names: ClassVar[Mapping[str, str]] = {"lora_B_bias": "lora_B.bias"}

@@ -80,7 +80,7 @@ class MontecloraConfig(Settings, Variant):
         return {_Z: z, **self._drawn_around(r, generator)}
 
     def of_pass(self, params: Params) -> Params:
-        """Return the parameters with noise on A, if random numbers are among them."""
+        """Return the parameters of a pass. If they hold random numbers, A has noise."""
         if _Z not in params:
             return params
         z = torch.einsum("k,kij->ij", self._weights(params), params[_Z].to(params[WEIGHTS].dtype))
@@ -91,7 +91,7 @@ class MontecloraConfig(Settings, Variant):
         return torch.stack([self._penalty(params) for params in layers]).mean() if layers else None
 
     def _penalty(self, params: Params) -> Tensor:
-        """Return the penalty of one site: the divergences plus the squares of w."""
+        """Return the penalty of one layer: the divergences and, with ``use_entropy``, the squares of w."""
         params = {**params, **self._drawn_around(len(params[STD]), None)}
         found: Tensor = self.kl_loss_weight * self._divergence(params)
         return found + self._weights(params).square().sum() if self.use_entropy else found

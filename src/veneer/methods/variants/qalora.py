@@ -15,7 +15,7 @@ from veneer.records.sites import LinearSite
 
 
 class QaLora(Variant):
-    """QA-LoRA."""
+    """QA-LoRA as a variant of LoRA, by its field ``use_qalora``."""
 
     switch = "use_qalora"
     excludes = (*Variant.whole, "kasa_config", "init_lora_weights")

@@ -11,7 +11,7 @@ from veneer.methods.variants import Variant
 
 
 class RsLora(Variant):
-    """rsLoRA."""
+    """rsLoRA as a variant of LoRA, by its field ``use_rslora``."""
 
     switch = "use_rslora"
 

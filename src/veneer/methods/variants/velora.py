@@ -1,11 +1,11 @@
 """VeLoRA: the gradient of A from inputs in compressed form, a number for each group of features (Miles et al. 2024,
 arXiv:2405.17991, section 3).
 
-A group x_g of g inputs becomes ``x_g · e`` with a unit vector e that all groups share, and ``s (x_g · e) e`` again for
-the gradient. Forward passes, and gradients in everything else, are LoRA's.
-
-Departs: e is the mean of the pass itself with ``init_type="batch_average"``. That in a file is kept for PEFT, which
-writes the one of its last pass. Layers keep one x for all that read it, also where it is compressed for A.
+A group x_g of g inputs is stored as ``x_g · e`` with a unit vector e that all groups share, and restored as ``s (x_g ·
+e) e`` for the gradient. Forward passes, and all other gradients, are LoRA's.
+Departs: with ``init_type="batch_average"``, e is the mean of the current pass. The e in a file is kept for PEFT, which
+writes that of its last pass. Layers that read the same x keep one full copy of it, even where A needs only its
+compressed form.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class VeloraConfig(Settings, Variant):
         return found + ([] if self.scale > 0 else [f"scale={self.scale!r} must be above 0"])
 
     def width_of_group(self, site: LinearSite) -> int:
-        """Return the number of features in a group. Zeros fill the last one up."""
+        """Return the number of features in a group. Zeros fill up the last one."""
         return -(-site.in_features // self.num_groups)
 
     def refusals(self, config: Any) -> list[str]:
@@ -67,7 +67,7 @@ class VeloraConfig(Settings, Variant):
         return {EMBED: (self.width_of_group(site),)}
 
     def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
-        """Return e: random, or zeros where it is a mean."""
+        """Return the initial e: random, or zeros if it is a mean of each pass."""
         width = self.width_of_group(site)
         is_random = self.init_type == "random"
         return {EMBED: unit(torch.randn(width, generator=generator)) if is_random else torch.zeros(width)}
