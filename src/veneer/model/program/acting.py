@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from veneer.contract.keys import SUBLAYER
 from veneer.model.adapted.linear import AdaptedLinear
+from veneer.model.adapted.parameters import AdaptedParameters, acting_record
 from veneer.model.blueprint.linears import is_linear
 from veneer.model.blueprint.parts import Norm
 from veneer.model.inplace import InPlace
@@ -94,6 +95,8 @@ class Acting:
         module = self.module(path)
         if not (is_linear(module) or _is_router(module)) or not is_plain(module):
             return None
+        if isinstance(module, AdaptedParameters):
+            return self._router(module)
         bias = cast("Tensor | None", module._parameters.get("bias"))
         weight = frozen_weight(module)
         if bias is not None and bias.requires_grad:
@@ -112,6 +115,19 @@ class Acting:
             return None
         records, runs = module.acting_records()
         return replace(plain, records=records, runs=runs)
+
+    def _router(self, module: AdaptedParameters) -> LinearLayer | None:
+        """Return the layer of a router with the record of its matrix.
+
+        None if the matrix is trained or has copies, or if rows have adapters of their own.
+        """
+        matrix = module._parameters["weight"]
+        if matrix is None or matrix.requires_grad or matrix.dtype != self.dtype:
+            return None
+        if module.copies or module.adapter_state.routed() is not None:
+            return None
+        record = acting_record(module, "weight")
+        return LinearLayer(weight=matrix, records=() if record is None else (record,))
 
     def masked(self, path: str, layer: LinearLayer, x: Tensor) -> LinearLayer:
         """Return the layer with dropout masks on the inputs of its records, for the rows and positions of x."""
@@ -149,7 +165,8 @@ def bottlenecks(block: nn.Module, kind: SublayerKind) -> ResidualAdapters | None
 def _is_router(module: nn.Module) -> bool:
     """Return True if a module has nothing but a matrix: its scores are that times its input."""
     matrix = module._parameters.get("weight")
-    return not isinstance(module, InPlace) and len(module._parameters) == 1 and matrix is not None and matrix.ndim == 2
+    plain = not isinstance(module, InPlace) or isinstance(module, AdaptedParameters)
+    return plain and len(module._parameters) == 1 and matrix is not None and matrix.ndim == 2
 
 
 def _owner(method: object) -> object:

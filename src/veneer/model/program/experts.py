@@ -8,9 +8,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from veneer.model.adapted.experts import CodedExperts
+from veneer.model.adapted.parameters import AdaptedParameters, acting_record
 from veneer.model.adapted.state import base_alone
 from veneer.model.blueprint.parts import Experts, Stack
-from veneer.model.inplace import InPlace, mixin_of
+from veneer.model.inplace import InPlace, base_of, mixin_of
 from veneer.model.program.acting import Acting, is_plain
 from veneer.model.program.binding import Binding, Stacks
 from veneer.model.program.operation import Frame, Register
@@ -20,10 +21,12 @@ from veneer.model.quantized.stack import place_of, stack_of
 from veneer.ops.cpu.step import StepProgram
 from veneer.ops.experts import MOST_EXPERTS, Router, mix, route
 from veneer.ops.glu import ACTIVATIONS
-from veneer.ops.linear.experts import ChosenExperts, FrozenExperts, route_backward
+from veneer.ops.linear.experts import ChosenExperts, ExpertLayers, KeptOfExperts, TrainedExperts, route_backward
 from veneer.ops.linear.layer import Weight
 from veneer.quant.dense import DenseWeight
+from veneer.records.deltas import LinearDelta
 from veneer.records.frozen import FrozenWeight
+from veneer.records.terms.pair import Pair
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,37 +98,53 @@ class MixExperts(Trained):
         step.add_experts(self.router, weights.stacks, self.experts.activation, at)
         return True
 
-    def acting(self, at: Acting) -> FrozenExperts | None:
-        """Return the experts; None if they are adapted, hooked, trained, or if their input is made noisy."""
+    def acting(self, at: Acting) -> TrainedExperts | None:
+        """Return the experts with the pairs that act on them.
+
+        None if they are hooked or trained, if rows have adapters of their own there, or if their input is made noisy.
+        """
         half, path = at.module(self.experts.path), self.experts.gate_up.path.rpartition(".")[0]
         module = at.module(path)
-        stacks = [stack_of(module, stack.path.rpartition(".")[2]) for stack in self.stacks]
-        known = not isinstance(module, InPlace) or mixin_of(type(module)) is CodedExperts
-        if not (known and is_plain(half) and is_plain(module)) or getattr(half, "jitter_noise", False):
+        if not (is_plain(half) and is_plain(module)) or getattr(half, "jitter_noise", False) or not _is_frozen(module):
             return None
-        if any(each.requires_grad for each in module.parameters()) or place_of(module, "down_proj")[1] != at.dtype:
+        if place_of(module, "down_proj")[1] != at.dtype:
             return None
-        inner, down = ([_weight(stack.expert(n)) for n in range(self.experts.n_experts)] for stack in stacks)
-        return FrozenExperts(inner, down, self.experts.activation)
+        names = [stack.path.rpartition(".")[2] for stack in self.stacks]
+        records = [acting_record(module, name) for name in names]
+        if not all(record is None or record.is_low_rank for record in records):
+            return None
+        stacks = [stack_of(module, name) for name in names]
+        weights = ([_weight(stack.expert(n)) for n in range(self.experts.n_experts)] for stack in stacks)
+        inner, down = (ExpertLayers(own, _pair(record)) for own, record in zip(weights, records, strict=True))
+        return TrainedExperts(inner, down, self.experts.activation)
 
-    def train(self, weights: FrozenExperts, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
+    def tensors_of(self, weights: TrainedExperts) -> tuple[Tensor, ...]:
+        return weights.tensors
+
+    def train(self, weights: TrainedExperts, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
         [x], [scores], *beside = (each.read(frame) for each in self.sources)
         x = x.to(run.dtype)
         ids, factors = route(scores, self.router)
-        y, hidden = weights.forward(x, ChosenExperts.of(ids, self.experts.n_experts, x), factors)
+        y, kept = weights.forward(x, ChosenExperts.of(ids, self.experts.n_experts, x), factors)
         if beside:
             [shared], *gate = beside
             y = y.add_(shared if not gate else gate[0][0].sigmoid() * shared)
         self.target.write(frame, [y])
-        return (hidden, ids, factors, *((y,) if keep.output else ()))
+        return (kept.hidden, *kept.us, ids, factors, *((y,) if keep.output else ()))
 
-    def kept_output(self, weights: FrozenExperts, kept: Kept) -> list[Tensor] | None:
-        return [cast(Tensor, y) for y in kept[3:]] or None
+    def kept_output(self, weights: TrainedExperts, kept: Kept) -> list[Tensor] | None:
+        return [cast(Tensor, y) for y in kept[5:]] or None
 
-    def back(self, weights: FrozenExperts, tape: Tape) -> None:
-        [dy], [scores] = tape.take(self.target), tape.value(self.scores)
-        hidden, ids, factors = cast("tuple[Tensor, Tensor, Tensor]", tape.kept[:3])
-        dx, dfactors = weights.backward(dy, hidden, ChosenExperts.of(ids, self.experts.n_experts, dy), factors)
+    def back(self, weights: TrainedExperts, tape: Tape) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the pairs' tensors."""
+        [dy], [x], [scores] = tape.take(self.target), tape.value(self.source), tape.value(self.scores)
+        hidden, first, second, ids, factors = tape.kept[:5]
+        ids, factors = cast(Tensor, ids), cast(Tensor, factors)
+        kept, chosen = (
+            KeptOfExperts(cast(Tensor, hidden), (first, second)),
+            ChosenExperts.of(ids, self.experts.n_experts, dy),
+        )
+        found = weights.backward(dy, x.to(dy.dtype), kept, chosen, factors)
         if self.shared is not None and self.shared_gate is None:
             tape.give(self.shared, [dy])
         elif self.shared is not None and self.shared_gate is not None:
@@ -134,13 +153,31 @@ class MixExperts(Trained):
             tape.give(self.shared, [(factor * dy).to(dy.dtype)])
             slope = (dy.float() * shared.float()).sum(1, keepdim=True) * factor * (1 - factor)
             tape.give(self.shared_gate, [slope.to(dy.dtype)])
-        tape.give(self.scores, [route_backward(dfactors, scores, ids, self.router)])
-        tape.give(self.source, [dx])
+        tape.give(self.scores, [route_backward(found.weights, scores, ids, self.router)])
+        tape.give(self.source, [found.x])
+        return found.pairs
 
 
 def is_known(part: Experts) -> bool:
     """Return True if `MixExperts` has an operation for the experts of a description."""
     return part.activation in ACTIVATIONS and part.n_experts <= MOST_EXPERTS
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Return True if experts train none of their own matrices, and all rows take the same adapters."""
+    if isinstance(module, AdaptedParameters) and (module.copies or module.adapter_state.routed() is not None):
+        return False
+    cls, mixins = type(module), set[type]()
+    while issubclass(cls, InPlace):
+        mixins.add(mixin_of(cls))
+        cls = base_of(cls)
+    own = (each for each in module._parameters.values() if each is not None)
+    return mixins <= {CodedExperts, AdaptedParameters} and not any(each.requires_grad for each in own)
+
+
+def _pair(record: LinearDelta | None) -> Pair | None:
+    """Return the low-rank pair of a record, whose factors are A and B alone."""
+    return None if record is None else cast(Pair, record.low_rank).plain
 
 
 def _weight(weight: FrozenWeight) -> Weight:

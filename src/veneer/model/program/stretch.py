@@ -93,6 +93,10 @@ class Trained(Operation):
         """Return its linear layers, whose records receive gradients."""
         return ()
 
+    def tensors_of(self, weights: Any) -> tuple[Tensor, ...]:
+        """Return the tensors that receive gradients."""
+        return tensors_of(self.layers_of(weights))
+
     def masked(self, weights: Any, at: Acting, x: Tensor) -> Any:
         """Return its weights with dropout masks for the rows of x (b, t, width)."""
         return weights
@@ -109,7 +113,7 @@ class Trained(Operation):
     def back(self, weights: Any, tape: Tape) -> Any:
         """Take the gradients of the output, and add those of the sources.
 
-        Return those of the layers' records. If there are no layers and `gives_output` holds, return the output instead.
+        Return those of `tensors_of`. If there are none and `gives_output` holds, return the output instead.
         """
 
 
@@ -231,7 +235,7 @@ class ActingStretch:
         each = zip(self.stretch.operations, self.weights, strict=True)
         weights = tuple(op.masked(own, self.at, x) for op, own in each)
         run = replace(self, weights=weights, size=x.shape, positions=positions)
-        found = [tensors_of(own) for own in run.layers]
+        found = [op.tensors_of(own) for op, own in zip(self.stretch.operations, weights, strict=True)]
         counts = [len(tensors) for tensors in found]
         y: Tensor = _Node.apply(x, stream, run, counts, *itertools.chain(*found))  # type: ignore[no-untyped-call]
         return y

@@ -105,6 +105,11 @@ def test_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(adapted(base(DESCRIBED["qwen3 experts"])), monkeypatch, torch.float32)
 
 
+def test_pairs_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = LoraConfig(r=5, target_modules="all-linear", target_parameters=["all-experts"])
+    compare(adapted(base(DESCRIBED["qwen3 experts"]), method), monkeypatch, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
