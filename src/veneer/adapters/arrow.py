@@ -91,7 +91,7 @@ def _pairs(folder: Path) -> dict[str, Pair]:
 
 
 def _require_alike(pairs: Mapping[Path, Mapping[str, Pair]]) -> Mapping[str, Pair]:
-    """Return the pairs of the first adapter. Raises CompositionError if another has other layers or ranks."""
+    """Return the pairs of the first adapter. Raises CompositionError if another adapter has other layers or ranks."""
     first, *others = pairs
     ranks = {folder: {pair.rank for pair in own.values()} for folder, own in pairs.items()}
     for folder in others:

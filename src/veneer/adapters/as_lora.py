@@ -42,7 +42,7 @@ Rank = int | float | None
 
 @dataclass(frozen=True, kw_only=True)
 class AsLora:
-    """Plain LoRA, and its error.
+    """Plain LoRA made from another adapter, and the error of the conversion.
 
     ``tensors``: the file's tensors, by key. ``layers``: the factors, by module path. ``of_logits``: the relative error
     of the change of the logits, if it was measured.
@@ -60,7 +60,7 @@ class AsLora:
 
     @property
     def worst_layer(self) -> str:
-        """Path of the layer that loses most."""
+        """Path of the layer with the largest error."""
         return max(self.layers, key=lambda path: self.layers[path].error)
 
 
@@ -74,12 +74,10 @@ def convert_to_lora(
     """Return an adapter of a model as plain LoRA: its config, and its tensors by their keys on disk.
 
     An update that is a low-rank pair is kept exactly, unless its rank is above ``rank``. Any other update becomes the
-    nearest one of that rank. A ``rank`` below 1, or 1.0, is the share of the squared singular values to keep: each
-    layer, even with a low-rank pair, gets the smallest rank that does. None allows only exact updates. The scale of
-    each layer is 1. ``compile_kwargs`` has no effect.
-
+    nearest one of that rank. If ``rank`` is below 1, or 1.0, it is the share of the squared singular values to keep:
+    each layer, even with a low-rank pair, gets the smallest rank that keeps it. None allows only exact updates. The
+    scale of each layer is 1. ``compile_kwargs`` has no effect.
     Departs: PEFT always computes the nearest update of that rank, by a singular value decomposition.
-
     Raises CompositionError if the adapter does more than add to weights, and ConfigError for an impossible rank. Raises
     AdapterNameError for an unknown name, or while adapters are merged.
     """

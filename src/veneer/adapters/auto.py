@@ -99,8 +99,8 @@ class AutoPeftModel:
 def _loaded(kind: Any, name: str, revision: str | None, options: dict[str, Any], *, in_blocks: bool) -> Any:
     """Load the base.
 
-    A GGUF file keeps its blocks for a causal language model if ``in_blocks``, and if no option but the dtype is given;
-    otherwise it is converted to a dense copy first.
+    If ``in_blocks`` and no option except the dtype is given, a causal language model in a GGUF file stays in the file's
+    blocks. Otherwise a GGUF file is first converted to a dense copy.
     """
     place = folder_of(name)
     file = None if place is None else described_file(place)
@@ -126,7 +126,10 @@ def _named_class(folder: Path) -> Any:
 
 
 def make_room_for(tokenizer: Any, base: Any) -> None:
-    """Resize the base's vocabulary if the tokenizer has more tokens. Raises ConfigError if it stays in a GGUF file."""
+    """Resize the base's vocabulary if the tokenizer has more tokens.
+
+    Raises ConfigError if the base stays in a GGUF file, whose tables cannot grow.
+    """
     table = base.get_input_embeddings()
     n_tokens, _ = table_shape(table)
     if len(tokenizer) <= n_tokens:

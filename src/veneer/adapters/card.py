@@ -48,7 +48,7 @@ def _data(config: MethodConfig, data: Any, more_tags: Sequence[str]) -> ModelCar
 
 
 def _id_of(base: str | None) -> str | None:
-    """Return the base's id on the hub; None for a local folder or file, which the hub's check of a card refuses."""
+    """Return the base's id on the hub, or None for a local folder or file, which the hub does not allow in a card."""
     return None if base is None or Path(base).is_absolute() or Path(base).is_dir() or is_portable(base) else base
 
 
@@ -73,7 +73,7 @@ def _text(config: MethodConfig) -> str:
 
 
 def _loading(name: str | None, base: str | None) -> list[str]:
-    """Return the lines of code that load the adapter. They name no base if veneer finds it by its known name."""
+    """Return the lines of code that load the adapter. If veneer knows the base by a name, they do not name its id."""
     if name is not None and is_portable(name):
         return [
             "from veneer import AutoPeftModelForCausalLM\n",

@@ -95,12 +95,11 @@ def add_weighted(
     most_lost: float | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Add a frozen adapter ``name``: the weighted parts, combined as planned. ``on_progress`` takes the layers done
-    and their total.
+    """Add a frozen adapter ``name``: the weighted sum of ``parts``, combined as planned.
 
-    A layer without a part's update counts as unchanged by that part. ``most_lost`` is the largest relative error
-    allowed for a linear sum on a layer, if the plan names no rank.
-
+    If a part has no update on a layer, its update there counts as zero. ``most_lost`` is the largest relative error
+    that a linear sum may have on a layer if the plan names no rank. ``on_progress`` gets the layers done and their
+    total.
     Raises AdapterNameError for the names, and CompositionError if the parts cannot be combined. Nothing is added then.
     """
     names, weights = tuple(part for part, _ in parts), [weight for _, weight in parts]
@@ -163,7 +162,7 @@ def _require_little_lost(
 
 
 def _bias_offset(layer: AdaptedSite, updates: Sequence[Update], weights: Sequence[float]) -> Tensor | None:
-    """Return ``Σ w_i (bias_i - own)`` over the updates that change the bias."""
+    """Return ``Σ w_i (bias_i - own)`` over the updates that change the bias, or None if none does."""
     own = layer.site(()).bias
     changes = [
         w * (u.record.bias - (0 if own is None else own))
@@ -247,11 +246,11 @@ def combine_folders(
 
 
 def require_rank(folders: Sequence[Path], plan: Combination) -> None:
-    """Raise CompositionError if the sum has full rank and the plan gives no rank.
+    """Raise CompositionError if the sum of the adapters has full rank and the plan gives no rank.
 
-    The sum has full rank if one of the adapters rotates or scales inputs or outputs (OFT, BOFT, RoAd, IA3), unless all
-    of them only scale. Only configs and files are read: adapters that need the base, such as DoRA, are left to
-    `add_weighted`.
+    It has full rank if one of the adapters rotates or scales inputs or outputs (OFT, BOFT, RoAd, IA3), unless all of
+    them only scale. This reads configs and files alone: `add_weighted` checks adapters that need the base, such as
+    DoRA.
     """
     if plan.how != "linear" or plan.rank is not None:
         return
@@ -267,7 +266,7 @@ def require_rank(folders: Sequence[Path], plan: Combination) -> None:
 
 
 def _told_updates(folder: Path) -> tuple[LinearDelta, ...]:
-    """Return the updates stored in an adapter's file; none if they depend on the base."""
+    """Return the updates stored in an adapter's file; empty if they depend on the base."""
     if read_config(folder).reads_weight:
         return ()
     try:
@@ -277,7 +276,9 @@ def _told_updates(folder: Path) -> tuple[LinearDelta, ...]:
 
 
 def _common_base(stored: Sequence[StoredAdapter]) -> str | None:
-    """Return the name of the base, the first if several names mean one model; None if they may mean two."""
+    """Return the name of the adapters' base, the first if several names mean one model; None if they may mean two
+    models.
+    """
     first, *others = (adapter.config.base_model_name_or_path or "" for adapter in stored)
     return first if first and all(other and is_one_model(first, other) for other in others) else None
 

@@ -41,8 +41,8 @@ def get_eva_state_dict(
     """Return the factor A (r, i) of each linear layer of an adapter, by path, with EVA's rank. A rank may be 0.
 
     The batches run through the base model alone, in evaluation mode, pass after pass, until the directions converge.
-    Rows of a layer's input count if ``attention_mask`` keeps them and, with ``use_label_mask``, ``labels`` too. If an
-    input is not laid out like the mask (routed tokens, an encoder with a decoder), all its rows count.
+    Rows of a layer's input count if ``attention_mask`` keeps them and, with ``use_label_mask``, ``labels`` too. If the
+    mask does not fit an input (routed tokens, an encoder with a decoder), all its rows count.
 
     Raises ConfigError if the adapter does not start from "eva", or if the directions do not converge in `MAX_PASSES`.
     Raises DataError if the loader is empty, or gives a layer no rows or too few rows in every batch. Raises
@@ -106,7 +106,7 @@ def initialize_lora_eva_weights(
 
 @dataclass
 class _Group:
-    """Layers that read the same input. Only the first is watched; ``found`` grows with each batch."""
+    """Layers that read the same input. Only the first one's input is observed; ``found`` improves with each batch."""
 
     paths: list[str]
     layer: AdaptedSite
@@ -116,7 +116,7 @@ class _Group:
 
 @dataclass
 class _Passes:
-    """Passes of a loader's batches through the model."""
+    """Passes over the batches of a loader, through the model."""
 
     model: nn.Module
     loader: Iterable[Batch]
@@ -145,7 +145,7 @@ class _Passes:
         return [_Group(paths, layers[paths[0]]) for paths in same.values()]
 
     def settle(self, groups: list[_Group], budget: int) -> dict[str, int]:
-        """Read batches until the directions that get a rank have settled. Return the rank of each layer by path."""
+        """Read batches until those directions that get a rank have converged. Return the rank of each layer by path."""
         ranks = {path: group.n_directions for group in groups for path in group.paths}
         for batch in self._batches(groups):
             waiting = {group.paths[0]: group for group in groups if not self._has_settled(group, ranks)}
@@ -179,7 +179,9 @@ class _Passes:
         return group.found is not None and bool(group.found.settled(self.eva.tau)[:needed].all())
 
     def _watch(self, batch: Batch, layers: Mapping[str, AdaptedSite], see: See) -> None:
-        """Run one forward pass. ``see`` gets each layer's path, its input, and the mask of the positions that count."""
+        """Run one forward pass. It calls ``see`` with each layer's path, its input, and the mask of the positions that
+        count.
+        """
         moved = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         mask = _mask(moved, self.eva)
 
@@ -206,7 +208,7 @@ def _adding(groups: Mapping[str, _Group]) -> See:
 
 
 def _ranks(groups: list[_Group], budget: int) -> dict[str, int]:
-    """Return the ranks of all layers. As in PEFT, layers that repeat an earlier layer's input come last."""
+    """Return the ranks of all layers. As in PEFT, layers that read the same input as an earlier layer come last."""
     first = {group.paths[0]: group for group in groups}
     rest = {path: group for group in groups for path in group.paths[1:]}
     return shared_ranks({p: cast(Directions, g.found).explained() for p, g in (first | rest).items()}, budget)
@@ -224,7 +226,7 @@ def _rows(x: Tensor, mask: Tensor | None, path: str) -> Tensor:
 
 
 def _mask(batch: Batch, eva: EvaConfig) -> Tensor | None:
-    """Return the mask (n, t) of the positions that count; None if the batch has none."""
+    """Return the mask (n, t) of the positions that count, or None if the batch has none."""
     found = [batch["attention_mask"].bool()] if isinstance(batch.get("attention_mask"), Tensor) else []
     ids, labels = batch.get("input_ids"), batch.get("labels")
     if eva.use_label_mask and isinstance(labels, Tensor) and isinstance(ids, Tensor) and labels.shape == ids.shape:
@@ -233,7 +235,7 @@ def _mask(batch: Batch, eva: EvaConfig) -> Tensor | None:
 
 
 def _digest(x: Tensor) -> tuple[torch.Size, str]:
-    """Return a fingerprint by which inputs of layers are compared without being kept."""
+    """Return a fingerprint of a layer's input, so that inputs can be compared without being kept."""
     return x.shape, hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
@@ -277,7 +279,7 @@ def _require_fitting(factors: Mapping[str, Tensor], layers: Mapping[str, Adapted
 
 
 def _put(held: nn.Module, start: LateStart, a: Tensor) -> None:
-    """Write A, and a B of zeros of the same rank, into one layer's parameters."""
+    """Write A, and a zero B of the same rank, into one layer's parameters."""
     parameters = cast(nn.ParameterDict, held)
     b = torch.zeros(parameters[start.b].shape[0], a.shape[0])
     for key, value in ((start.a, a), (start.b, b)):

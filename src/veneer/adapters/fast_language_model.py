@@ -35,12 +35,12 @@ class FastLanguageModel:
         load_in_8bit: bool = False,
         gguf: Literal["blocks", "dense"] = "blocks",
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Return a base model on the current GPU, if there is one, and its tokenizer. It truncates at
-        ``max_seq_length`` tokens (None: the model's own limit).
+        """Return a base model, on the current GPU if there is one, and its tokenizer.
 
-        ``model_name`` is a folder, a GGUF file, a fetched model, or a hub id. With dtype None the dtype on disk is
-        kept. A GGUF file's matrices stay in its blocks, whatever ``load_in_4bit``; with ``gguf="dense"`` they are
-        decoded first. Raises ConfigError.
+        The tokenizer truncates at ``max_seq_length`` tokens, by default the model's own limit. ``model_name`` is a
+        folder, a GGUF file, a fetched model, or a hub id. If dtype is None, the dtype on disk is kept. A GGUF file's
+        matrices stay in its blocks, whatever ``load_in_4bit``; with ``gguf="dense"`` they are decoded first. Raises
+        ConfigError.
         """
         if load_in_4bit and load_in_8bit:
             raise ConfigError("load_in_4bit and load_in_8bit exclude each other: set one of them to False")

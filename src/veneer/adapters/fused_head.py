@@ -37,10 +37,10 @@ class ScoredTokens(ModelOutput):  # type: ignore[misc]
 
 
 def scored_tokens(model: nn.Module, kwargs: Mapping[str, Any]) -> ScoredTokens | None:
-    """Return the scores of the labels of a call, computed from hidden states in chunks if the head is frozen.
+    """Return the scores of a call's labels, computed from hidden states in chunks if the head is frozen.
 
-    None if the call asks for no scores, or for other outputs too and TRL's own code is right. Raises CompositionError
-    if TRL's own code would be wrong, or if an adapter has a loss of its own.
+    Return None if the call asks for no scores, or if it asks for other outputs too and TRL's own code is right. Raises
+    CompositionError if TRL's own code would be wrong, or if an adapter has a loss of its own.
     """
     if not kwargs["fused_lm_head"]:
         return None
@@ -81,8 +81,8 @@ def _refuse_unreadable(model: nn.Module) -> None:
 
 
 def _asked(model: nn.Module) -> Mapping[str, Any] | None:
-    """Return the settings of TRL's `add_fused_lm_head`, which are kept only in the forward function that it
-    installed.
+    """Return the settings of TRL's `add_fused_lm_head`. They are stored only in the forward function
+    that it installed.
     """
     forward: Callable[..., Any] | None = vars(model).get("forward")
     while forward is not None:

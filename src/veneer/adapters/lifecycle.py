@@ -154,7 +154,7 @@ def rename(model: nn.Module, state: AdapterState, old: str, new: str) -> None:
 
 
 def choose_task(state: AdapterState, name: str, task: int | None) -> None:
-    """Choose an adapter's task for rows that name none. None leaves the choice to the rows.
+    """Choose an adapter's task for rows that name none. If ``task`` is None, rows must name one.
 
     Raises AdapterNameError for an unknown name, or while adapters are merged, and ConfigError for an unknown task.
     """
@@ -193,7 +193,9 @@ def remove_all(model: nn.Module, state: AdapterState) -> None:
 
 
 def _require_same_settings(model: nn.Module, own: MethodConfig, stored: MethodConfig, name: str) -> None:
-    """Raise ConfigError if ``own`` would give the stored values another meaning, or train other parts."""
+    """Raise ConfigError if the stored values would mean something else under ``own``, or if other parts would be
+    trained.
+    """
     if type(own) is not type(stored):
         raise ConfigError(
             f"adapter {name!r} is a {own.peft_type}, the files hold a {stored.peft_type}: load them by another name"
@@ -211,7 +213,7 @@ def _require_same_settings(model: nn.Module, own: MethodConfig, stored: MethodCo
 
 
 def require_unmerged(state: AdapterState, what: str) -> None:
-    """Raise AdapterNameError while adapters are merged. ``what`` names the action that is refused."""
+    """Raise AdapterNameError while adapters are merged. ``what`` names the refused action in the message."""
     if state.merged:
         raise AdapterNameError(f"cannot {what} while {list(state.merged)} are merged: call unmerge_adapter() first")
 

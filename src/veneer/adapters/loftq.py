@@ -37,12 +37,11 @@ def replace_lora_weights_loftq(
 ) -> None:
     """Initialise an adapter's factors on quantized layers from the full-precision weights, one layer at a time.
 
-    ``model_path``: the folder or file of the base in full precision; None: the folder the base was loaded from.
-    ``callback`` is called with the model and the path after each layer. If it returns False, that layer's factors are
-    restored. A layer that lost nothing starts without an update. The base is not changed, and an error leaves the
-    adapter as it was.
-
-    Raises ConfigError if no layer is quantized, the adapter is not plain LoRA, or the files hold no more than the base
+    ``model_path``: the folder or file of the base in full precision, by default the folder from which the base was
+    loaded. ``callback`` is called with the model and the path after each layer. If it returns False, that layer's
+    factors are restored. A layer without a quantization error starts without an update. The base is not changed, and an
+    error leaves the adapter as it was.
+    Raises ConfigError if no layer is quantized, the adapter is not plain LoRA, or the files hold the quantized base
     itself. Raises FormatError if the files do not hold the weights.
     """
     config = model.peft_config.get(adapter_name)
@@ -80,7 +79,7 @@ def replace_lora_weights_loftq(
 
 
 def _factors(start: LateStart, site: LinearSite, weight: Tensor, path: str) -> dict[str, Tensor]:
-    """Return the factors by name; none if the weight equals the quantized one. Raises ConfigError for a quantized
+    """Return the factors by name, or none if the weight equals the quantized one. Raises ConfigError for a quantized
     weight.
     """
     if weight.itemsize == 1:
@@ -93,7 +92,9 @@ def _factors(start: LateStart, site: LinearSite, weight: Tensor, path: str) -> d
 
 
 def _dense(weights: Checkpoint, model: PeftModel, path: str, layer: AdaptedSite) -> Tensor:
-    """Return the weight (o, i) before quantization. Files may name it without the prefix that the model gives it."""
+    """Return the weight (o, i) before quantization. The files may store it without the prefix of its
+    name in the model.
+    """
     name = f"{path}.weight"
     short = name.removeprefix(f"{model.get_base_model().base_model_prefix}.")
     weight = weights.read(short if short in weights.tensors else name)

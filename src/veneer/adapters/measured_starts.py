@@ -1,4 +1,4 @@
-"""Starts of LoRA's factors that are measured on the model: LoRA-GA's on gradients, CorDA's on inputs."""
+"""Initial values of LoRA's factors that are computed from data: LoRA-GA's from gradients, CorDA's from inputs."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class _Sum:
 
 
 def _require_fit(problems: Sequence[str]) -> None:
-    """Raise ConfigError with every reason why layers cannot have their ranks."""
+    """Raise ConfigError with every reason why layers cannot have their ranks, if there are any."""
     if problems:
         raise ConfigError(_told(problems, "; "))
 
@@ -149,7 +149,7 @@ def _require_measured(sums: Mapping[str, _Sum], what: str, given: str) -> None:
 
 
 def _told(each: Sequence[str], between: str = ", ") -> str:
-    """Return the first few in words, and the number of the others."""
+    """Return the first few names as text, with the number of the remaining ones."""
     more = len(each) - NAMES_TOLD
     return between.join(each[:NAMES_TOLD]) + (f" and {more} more" if more > 0 else "")
 
@@ -175,12 +175,12 @@ def _gradients_of(layers: Mapping[str, AdaptedSite], sums: Mapping[str, _Sum]) -
 
 
 def _product(gradient: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of a weight (o, i) from one use: from the gradient of its outputs and from its inputs."""
+    """Return a weight's gradient (o, i) from one use of it: from the gradient of its outputs, and its inputs."""
     return gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
 
 
 def _asked_for(model: PeftModel, name: str, kind: type[Settings]) -> tuple[LateStart, Settings, dict[str, AdaptedSite]]:
-    """Return the data start of an adapter, its settings of class ``kind``, and the adapted linear layers."""
+    """Return an adapter's initialization from data, its settings of class ``kind``, and its linear layers by path."""
     require_known(model.adapter_state, (name,))
     if model.adapter_state.merged:
         merged = list(model.adapter_state.merged)
@@ -202,7 +202,7 @@ def _asked_for(model: PeftModel, name: str, kind: type[Settings]) -> tuple[LateS
 
 
 def _put(held: Mapping[str, nn.Module], start: LateStart, factors: Mapping[str, Factors]) -> None:
-    """Write the factors into each layer's parameters, and into the pair that is subtracted from the base."""
+    """Write the factors into each layer's parameters, and also into the pair that is subtracted from the base."""
     both = (start.a, *start.taken_off[:1]), (start.b, *start.taken_off[1:])
     for path, own in factors.items():
         parameters = tensors_of(held[path])

@@ -47,8 +47,8 @@ def merge(
 
 @contextmanager
 def merging_with(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Enter a context that starts unmerged and replaces parameters. It yields the names to merge, earlier ones
-    included.
+    """Enter a context that replaces parameters, and in which nothing is merged at first. It yields the names to merge,
+    which include those merged before.
 
     On an error the model is as before. Raises the errors of `require_foldable`.
     """
@@ -89,7 +89,7 @@ def require_known(state: AdapterState, names: tuple[str, ...]) -> None:
 
 
 def require_everywhere(adapter: object, config: MethodConfig) -> None:
-    """Raise CompositionError if an adapter acts on a part of each sequence, or in a way that depends on its tokens."""
+    """Raise CompositionError if an adapter acts on a part of each sequence only, or depending on its tokens."""
     if config.input_dependent:
         raise CompositionError(
             f"the update of adapter {str(adapter)!r} ({config.peft_type}) depends on the input tokens, so no fixed "
@@ -117,8 +117,8 @@ def require_foldable(model: nn.Module, state: AdapterState, names: tuple[str, ..
 
 
 def _folded_already(model: nn.Module, module: Adapted, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return the merged weight of a tied module that is changed alike, if one was merged already, so that the tie
-    stays.
+    """Return the merged weight of a module that is tied to this one, if it was merged already, so that
+    both stay tied.
     """
     own = module._parameters.get("weight")
     done = (m for m in adapted_modules(model).values() if own is not None and m.originals.get("weight") is own)
@@ -157,7 +157,9 @@ def put_back_all(model: nn.Module) -> None:
 
 
 def untie(model: nn.Module, state: AdapterState) -> None:
-    """Untie head and embeddings in the config if they are no longer one tensor, so that the next load keeps both."""
+    """Mark head and embeddings as untied in the config if they are no longer one tensor, so that the next load keeps
+    both.
+    """
     head, table = _ends(model)
     if head is None or table is None or not getattr(cast(Any, model).config, "tie_word_embeddings", False):
         return
@@ -201,7 +203,7 @@ def settle(model: nn.Module) -> None:
 
 
 def _narrow(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast float32 parameters to a 16-bit model's dtype, except those that transformers keeps wide."""
+    """Cast float32 parameters to a 16-bit model's dtype, except those that transformers keeps in float32."""
     kept = {*getattr(model, "_keep_in_fp32_modules_strict", ()), *getattr(model, "_keep_in_fp32_modules", ())}
     for path, parameter in model.named_parameters():
         if parameter.dtype == torch.float32 and not kept & set(path.split(".")):

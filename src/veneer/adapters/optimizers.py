@@ -39,11 +39,11 @@ def create_riemannian_optimizer(
 def create_lorafa_optimizer(
     model: nn.Module, r: int | None = None, lora_alpha: float | None = None, lr: float = 1e-3, weight_decay: float = 0.0
 ) -> Optimizer:
-    """Freeze LoRA's A, and return AdamW over the other parameters with B's gradient projected onto that of ``B A``.
+    """Freeze LoRA's A, and return AdamW for the other parameters. The gradient of B is projected onto that of ``B A``.
 
-    ``r`` and ``lora_alpha``, which PEFT asks for, must be those of the adapters; None reads them there.
-    Source: Zhang et al. 2023, arXiv:2308.03303. Raises ConfigError if no layer trains B, if one of the two differs,
-    or if an update is not the product of A and B alone.
+    ``r`` and ``lora_alpha``, which PEFT asks for, must equal the adapters'; if None, they are read from them.
+    Source: Zhang et al. 2023, arXiv:2308.03303. Raises ConfigError if no layer trains B, if one of the two differs, or
+    if an update is not the product of A and B alone.
     Departs: torch's AdamW in the parameters' dtype; PEFT projects in bfloat16, and decays after a step.
     """
     layers = [each for each in _layers(model) if each.b.requires_grad]

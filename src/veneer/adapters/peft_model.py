@@ -105,14 +105,14 @@ class PeftModel(AdapterOverview):
 
     @classmethod
     def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Return a ``forward`` that takes ``adapter_names`` and ``task_ids`` and calls the model, with the signature of
-        the base's.
+        """Return a ``forward`` that takes ``adapter_names`` and ``task_ids`` and calls the model. It has the base's
+        signature.
         """
         return {"forward": _with_names(base.forward)}
 
     @property
     def base_model(self) -> nn.Module:
-        """Model without its head, as in transformers; this object itself if it has no such part."""
+        """The model without its head, as in transformers, or this object itself if it has no such part."""
         return cast(nn.Module, getattr(super(), "base_model", self))
 
     def add_adapter(
@@ -175,8 +175,9 @@ class PeftModel(AdapterOverview):
     def set_task(self, task: int | None, adapter_name: str | None = None) -> None:
         """Choose the task of an adapter, by default the active one, for rows that name none.
 
-        That task is also the one that is merged, combined and converted. None leaves the choice to ``task_ids``. Raises
-        AdapterNameError for an unknown name, or while adapters are merged, and ConfigError for an unknown task.
+        That task is also the one that is merged, combined and converted. If ``task`` is None, rows must name one in
+        ``task_ids``. Raises AdapterNameError for an unknown name, or while adapters are merged, and ConfigError for an
+        unknown task.
         """
         lifecycle.choose_task(self.adapter_state, self.active_adapter if adapter_name is None else adapter_name, task)
 
@@ -456,7 +457,9 @@ def _with_names(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _plainly(plain: Callable[..., Any], model: PeftModel, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run the model's own forward pass. Under a frozen head its loss is computed without the logits of all tokens."""
+    """Run the model's own forward pass. If its head is frozen, the loss is computed without the logits
+    of all tokens.
+    """
     if kwargs.get("labels") is None or torch.compiler.is_compiling():
         return plain(model, *args, **kwargs)
     with deferred_logits(model):

@@ -43,7 +43,9 @@ class Survival:
 def survival(
     path: str, before: Float[Tensor, "*e o i"], wanted: Float[Tensor, "*e o i"], after: Float[Tensor, "*e o i"]
 ) -> Survival:
-    """Return the share of the update ``wanted - before`` in ``after - before``. A zero update survives whole."""
+    """Compare the wanted update ``wanted - before`` with the actual ``after - before``. A zero update survives
+    completely.
+    """
     sums = SurvivalSums()
     sums.add(before, wanted, after)
     return sums.survival(path)
@@ -53,7 +55,7 @@ def survival(
 class SurvivalSums:
     """Sums over the values of a weight, added part by part.
 
-    They are the squares of the weight, of the update and of the change, and the product of the last two.
+    ``weight``, ``update`` and ``change`` are sums of squares; ``dot`` is the sum of products of update and change.
     """
 
     weight: float = 0.0
@@ -117,8 +119,8 @@ def describe(report: Sequence[Survival], advice: str = IN_16_BITS) -> str:
 
 
 def _new_codes(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[dict[str, Tensor], Survival]]:
-    """Return the new tensors of each quantized layer or stack that adapters change, with the share of the
-    update kept.
+    """Return the new tensors of each quantized layer or stack of experts that adapters change, with the share of the
+    update that survives.
     """
     layers = {
         path: layer
@@ -157,5 +159,5 @@ def _merged_stack(
 
 
 def _name(path: str, key: str) -> str:
-    """Return the path of the coded module that replaces a parameter of the module at ``path``."""
+    """Return the path of the quantized module that replaces a parameter of the module at ``path``."""
     return path if key == "weight" else f"{path}.{key}"

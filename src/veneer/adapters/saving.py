@@ -147,9 +147,9 @@ def divided(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _let_trainer_find(folder: Path, source: Path) -> None:
-    """Link the adapter's file in a Trainer checkpoint under the name of a model's file.
+    """Give the adapter's file in a Trainer checkpoint a second name: that of a model's file.
 
-    transformers' Trainer resumes, and takes the best checkpoint back, from ``model.safetensors`` through
+    transformers' Trainer resumes, and loads the best checkpoint, from ``model.safetensors`` through
     ``model.load_state_dict``, which here knows an adapter's keys. The second name is a hard link and takes no space.
     """
     target = folder / _TRAINER_FILE

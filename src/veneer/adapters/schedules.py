@@ -63,7 +63,7 @@ def advance(state: AdapterState, step: int) -> bool:
 
 
 def tensors(state: AdapterState) -> dict[str, Tensor]:
-    """Return the state of all schedules, on which their next step depends."""
+    """Return the state of all schedules, from which their next step can continue."""
     return {
         f"{n}{_JOINT}{key}": value for n, schedule in state.schedules.items() for key, value in schedule.state().items()
     }
@@ -77,7 +77,7 @@ def restore(state: AdapterState, saved: Mapping[str, Tensor]) -> None:
 
 
 def layers_of(model: nn.Module, name: str) -> dict[str, Params]:
-    """Return the parameters of an adapter at each place, by path."""
+    """Return the parameters of an adapter in each module that it changes, by the module's path."""
     return {p: tensors_of(place.adapters[name]) for p, place in adapted_places(model).items() if name in place.adapters}
 
 

@@ -1,4 +1,4 @@
-"""Rows of a batch joined in one row, in which tokens that several rows begin with, such as a prompt, occur once."""
+"""Joins the rows of a batch into one row, in which a prompt that several rows share occurs only once."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FEWEST = 4  # tokens of a prompt that is shared: a first token that all rows hav
 class SharedRows:
     """Batch (b, t) as one row of n tokens, without padding and without tokens that no label needs.
 
-    Token ``predicting[i]`` of the row predicts ``labels[i]``. Its score has the place ``places[i]`` in the flattened
-    scores (b, t - 1) of the batch.
+    Token ``predicting[i]`` of the row predicts ``labels[i]``. The score of that label belongs at index ``places[i]`` of
+    the batch's flattened scores (b, t - 1).
     """
 
     input_ids: Int[Tensor, "1 n"]
@@ -36,9 +36,9 @@ class SharedRows:
 def shared_rows(
     input_ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"], labels: Int[Tensor, "b t"]
 ) -> SharedRows | None:
-    """Return the rows of a batch as one row; None if that saves less than a tenth, or if padding splits a row.
+    """Join the rows of a batch. Return None if that saves less than a tenth, or if padding splits a row.
 
-    Rows share their prompt: the tokens before the first label that counts, if all are equal.
+    Rows share their prompt if it is equal: the tokens before the first label that counts.
     """
     rows = [_Row.of(*row) for row in zip(input_ids.tolist(), mask.tolist(), labels.tolist(), strict=True)]
     if any(row is None for row in rows):
@@ -58,7 +58,9 @@ def shared_rows(
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Real tokens of a row, their labels, the padding in front, and the places of the labels that count."""
+    """A row's tokens without padding, their labels, the number of padding tokens before, and the indices of labels that
+    count.
+    """
 
     ids: list[int]
     labels: list[int]
@@ -67,7 +69,7 @@ class _Row:
 
     @classmethod
     def of(cls, ids: list[int], mask: list[int], labels: list[int]) -> _Row | None:
-        """Return the row without its padding; None if padding lies between real tokens."""
+        """Return the row without its padding, or None if padding lies between its tokens."""
         real = [place for place, own in enumerate(mask) if own]
         before = real[0] if real else 0
         if real and real[-1] - before + 1 != len(real):
@@ -84,7 +86,7 @@ class _Row:
 
 @dataclass(slots=True)
 class _Building:
-    """A single sequence that collects the rows of a batch by prompt; ``width`` is the batch's width."""
+    """The joined row under construction. ``width`` is the number of columns of the batch."""
 
     width: int
     ids: list[int] = field(default_factory=list)
@@ -96,7 +98,7 @@ class _Building:
     places: list[int] = field(default_factory=list)
 
     def add(self, members: Sequence[tuple[int, _Row]]) -> None:
-        """Add the rows of a prompt: the first row follows the prompt, the others branch off it."""
+        """Add the rows of one prompt. The first row follows the prompt; the others branch off after it."""
         start, n = len(self.ids), members[0][1].first
         self._extend(members[0][1].ids[:n], 0)
         forked = start

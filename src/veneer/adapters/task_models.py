@@ -24,7 +24,7 @@ class ByTask(type):
     def __call__(
         cls, model: nn.Module, peft_config: MethodConfig, adapter_name: str = "default", **options: Any
     ) -> PeftModel:
-        """`get_peft_model` with a config for this task. Raises ConfigError for a config of another task."""
+        """Call `get_peft_model` with a config for this task. Raises ConfigError for a config of another task."""
         return get_peft_model(model, _for_task(cls, peft_config), adapter_name, **options)
 
     def __instancecheck__(cls, instance: object) -> bool:

@@ -1,4 +1,6 @@
-"""Log-probabilities of the tokens of a batch, and the values that the logs show, without the logits of all tokens."""
+"""Log-probabilities of a batch's tokens, and the values that the logs show, computed without the logits
+of all tokens.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,12 @@ _TOLD = weakref.WeakSet[nn.Module]()  # models whose rows are computed apart
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Outputs of a forward pass that TRL's trainers read, by its names. Each is (b, t - 1), and 0 if no label counts.
+    """Outputs of a forward pass that TRL's trainers read, under its names. Each is (b, t - 1), and 0 where no label
+    counts.
 
-    ``log_probs`` of the labels, in nats; ``entropy`` of the predicted distributions. ``log_sum_sq_probs`` is the
-    logarithm of their collision probability; ``mean_logits`` is over the vocabulary. ``is_top1`` is True if the label
-    was the most probable token. ``aux_loss`` is that of a router.
+    ``log_probs`` are those of the labels, in nats; ``entropy`` is that of the predicted distributions.
+    ``log_sum_sq_probs`` is the logarithm of their collision probability; ``mean_logits`` is the mean over the
+    vocabulary. ``is_top1`` is True where the label was the most probable token. ``aux_loss`` is that of a router.
     """
 
     log_probs: Float[Tensor, "b t"]
@@ -48,7 +51,7 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceScoring:
-    """Scoring of tokens: logits are divided by ``temperature``.
+    """Settings for scores of tokens. Logits are divided by ``temperature``.
 
     ``details`` also computes entropies, mean logits and whether each token is the likeliest. ``collision`` adds the sum
     of squared probabilities. With ``entropy_learns`` a gradient flows through the entropy.
@@ -85,7 +88,7 @@ def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceSc
 
 
 def _padding_before(inputs: dict[str, Any]) -> Tensor | None:
-    """Return the number of padding tokens in front of each row, (b, 1); None without padding, or with further
+    """Return the number of padding tokens before each row, (b, 1), or None without padding or if there are further
     inputs.
     """
     mask = inputs.get("attention_mask")
@@ -96,7 +99,9 @@ def _padding_before(inputs: dict[str, Any]) -> Tensor | None:
 
 
 def _shared(model: nn.Module, inputs: dict[str, Any]) -> SharedRows | None:
-    """Return the batch as one row; None if that saves little or the model cannot run it, which is logged once."""
+    """Return the batch as one row, or None if that saves little or the model cannot run it. The latter
+    is logged once.
+    """
     if inputs.keys() != _KEYS or inputs["attention_mask"] is None or inputs["attention_mask"].ndim != 2:
         return None
     found = shared_rows(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
@@ -148,7 +153,7 @@ def _scored_in_chunks(found: NextTokens, shape: Sequence[int], scoring: Preferen
 
 
 def _label_scores(logits: Tensor, labels: Tensor, scoring: PreferenceScoring, at: Tensor | None = None) -> HeadScores:
-    """Return the scores of labels by logits (n, v), or by their rows ``at``. Deferred logits are not computed."""
+    """Return the scores of labels from logits (n, v), or from their rows ``at``. Deferred logits are not formed."""
     logits = logits if scoring.temperature == 1 else logits / scoring.temperature
     if not isinstance(logits, DeferredLogits):
         own = logits if at is None else logits[at.to(logits.device)]
@@ -199,7 +204,7 @@ def _told(found: HeadScores, shape: Sequence[int], aux: Tensor | None) -> TokenS
 
 
 def _moved(found: TokenScores, moved: Callable[[Tensor], Tensor]) -> TokenScores:
-    """Apply ``moved`` to each score that has rows."""
+    """Apply ``moved`` to each score of the batch that is not None and has a value for each row."""
     return replace(
         found,
         **{
@@ -223,7 +228,8 @@ def _made(found: HeadScores, shaped: Callable[[Tensor | None], Tensor | None], a
 
 @dataclass(frozen=True, slots=True)
 class NextTokens:
-    """Logits that predict the next tokens of a batch (b, t), their labels, and the router's loss, if any.
+    """Logits that predict the next tokens of a batch (b, t), the tokens themselves (``labels``), and the router's loss,
+    if any.
 
     The logits are computed only if the model's own code reads them.
     """
@@ -234,7 +240,9 @@ class NextTokens:
 
 
 def next_tokens(model: nn.Module, inputs: dict[str, Any]) -> NextTokens | None:
-    """Return the logits of a pass over a batch, (b * (t - 1), v); None unless its head is frozen and unadapted."""
+    """Return the logits of a pass over a batch, (b * (t - 1), v), or None unless the model's head is frozen and
+    unadapted.
+    """
     found = unmade_logits(model, {key: value for key, value in inputs.items() if key != "labels"})
     if found is None:
         return None
@@ -243,10 +251,10 @@ def next_tokens(model: nn.Module, inputs: dict[str, Any]) -> NextTokens | None:
 
 
 def unmade_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
-    """Return the logits (b, t, v) of a pass, and the router's loss, if any; None unless its head is frozen and
-    unadapted.
+    """Return the logits (b, t, v) of a pass, not yet computed, and the router's loss, if any.
 
-    Only the wrapper that joins the gradients of processes is looked through: any other may run modules of its own.
+    Return None unless the model's head is frozen and unadapted. A DDP wrapper around the model is allowed; another
+    wrapper may run modules of its own.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     with deferred_logits(inner) as defers:
@@ -257,7 +265,7 @@ def unmade_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Ten
 
 
 def kept_logits(model: nn.Module, inputs: dict[str, Any], kept: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the logits (b, kept, v) of these positions, and the router's loss, if any."""
+    """Return the logits (b, kept, v) of the positions ``kept`` alone, and the router's loss, if any."""
     inputs = {key: value for key, value in inputs.items() if key != "labels"}
     if _keeps_logits(cast(Hashable, type(model_of(model)))):
         out = model(**inputs, logits_to_keep=kept, use_cache=False)

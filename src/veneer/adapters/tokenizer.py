@@ -1,4 +1,4 @@
-"""Tokenizer that training saves with an adapter, and the choice between it and the base's."""
+"""Loads the tokenizer that training saves with an adapter, and chooses between it and the base's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def template_in(folder: Path) -> str | None:
-    """Return the chat template in a file of its own in an adapter's folder; None if there is no such file.
+    """Return the chat template that is a separate file in an adapter's folder, or None if there is no such file.
 
     Raises FormatError if it cannot be read.
     """
@@ -43,6 +43,6 @@ def template_in(folder: Path) -> str | None:
 def larger(base: Any, own: Any) -> Any:
     """Return the adapter's ``own`` tokenizer if it has more tokens than the base's, and otherwise the base's.
 
-    In the second case only the chat template and the end token of ``own`` are used.
+    In the second case the base's tokenizer gets the chat template and the end token of ``own``.
     """
     return own if len(own) > len(base) else base

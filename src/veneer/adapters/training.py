@@ -27,7 +27,7 @@ def require_something_to_train(model: nn.Module, args: tuple[Any, ...], kwargs: 
 def let_gradients_through_checkpoints(model: Any) -> None:
     """Make the embeddings' output require a gradient if activations are checkpointed.
 
-    The re-entrant checkpoint passes no gradient on if no input of the block requires one. With a frozen base, no input
+    The re-entrant checkpoint passes no gradient on if no input of the block requires one. With a frozen base, none
     does.
     """
     if _checkpoints(model) and hasattr(model, "enable_input_require_grads"):

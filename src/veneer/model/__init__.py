@@ -1,1 +1,1 @@
-"""Records on a transformers model: only this package knows transformers' module layout."""
+"""Adapters' updates applied to a transformers model. Only this package knows transformers' module layout."""

@@ -15,10 +15,10 @@ from veneer.records.sites import Site
 
 @dataclass(frozen=True)
 class Allocation:
-    """Way of creating the parameters of a new adapter.
+    """How the parameters of a new adapter are created.
 
-    If ``values``, the parameters get the method's initial values; otherwise they are left uninitialized, to be loaded.
-    If ``widen``, the parameters of a 16-bit base are float32; otherwise they have the base's dtype.
+    If ``values``, they get the method's initial values; otherwise they are left uninitialized, to be loaded. If
+    ``widen``, they are float32 beside a 16-bit base; otherwise they have the base's dtype.
     """
 
     values: bool = True
@@ -27,11 +27,10 @@ class Allocation:
     def parameters(
         self, method: MethodConfig, site: Site, device: torch.device, dtype: torch.dtype, start: Params | None = None
     ) -> nn.ParameterDict:
-        """Return a method's new parameters for a site on a device.
+        """Return a method's new parameters for one adapted module (``site``) on a device.
 
-        ``dtype`` is the base's. The parameters have it too, unless ``widen`` makes a 16-bit one float32.
-
-        ``start``: their initial values, if those of several sites were computed together.
+        ``dtype`` is the base's. The parameters have it too, unless ``widen`` makes 16-bit ones float32. ``start``:
+        their initial values, if those of several modules were computed together.
         """
         values = start
         if values is None:

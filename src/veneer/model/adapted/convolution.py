@@ -119,7 +119,9 @@ class AdaptedConvolution(AdaptedSite):
         return cast(Tensor, y).movedim(self._channels, -1)
 
     def _behind(self, entry: Around, matrix: Tensor, groups: int) -> Tensor:
-        """Fold the map of the patches into the matrix, and keep the matrix's dtype."""
+        """Multiply the matrix by the map of the patches, ``entry``, so that one product does both. The matrix's dtype
+        stays.
+        """
         wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         if groups == 1:
             return entry.fold_input(wide).to(matrix.dtype)
@@ -160,9 +162,9 @@ class BlockDiagonalWeight:
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Return True if a module is a convolution of torch with a kernel of its own.
+    """Return True if a module is a torch convolution that computes with its kernel unchanged.
 
-    A class that overrides forward (to standardize the kernel, say) is another map.
+    A class that overrides forward (to standardize the kernel, say) computes another map.
     """
     own = base_of(type(module)) if isinstance(module, InPlace) else type(module)
     plain = any(issubclass(own, cls) and own.forward is cls.forward for cls in _CONVOLUTIONS)
@@ -170,7 +172,7 @@ def is_convolution(module: nn.Module) -> bool:
 
 
 def shape_of_convolution(path: str, module: nn.Module) -> LinearSite:
-    """Return the site of a convolution, described by its shape alone."""
+    """Describe a convolution as a linear layer, by its shape alone."""
     conv = cast(nn.Conv2d, module)
     return LinearSite(
         name=path,
@@ -193,7 +195,7 @@ def _as_matrix(weight: Tensor, groups: int) -> FrozenWeight:
 
 
 def _without_groups(module: nn.Module, x: Tensor, kernel: Tensor) -> Tensor:
-    """Run the layer's convolution with a kernel that sees all channels."""
+    """Run the layer's convolution, without groups, with a kernel for all channels."""
     conv = cast(Any, module)
     convolve = next(function for cls, function in _CONVOLUTIONS.items() if isinstance(module, cls))
     padding = conv.padding

@@ -49,10 +49,10 @@ def whole_parameters(modules: Mapping[str, nn.Module], paths: Sequence[str]) -> 
 
 
 def add_copies(model: nn.Module, name: str, wanted: Mapping[str, list[str]], widen: bool) -> None:
-    """Give an adapter trained copies of parameters, which start at the base's values; ``widen`` makes 16-bit ones
-    float32.
+    """Give an adapter trained copies of parameters, which start at the base's values.
 
-    The modules must be adapted already. If the config keeps a tie, tied parameters share one copy.
+    If ``widen``, 16-bit copies are float32. The modules must be adapted already. If the config keeps a tie, tied
+    parameters share one copy.
     """
     one: dict[int, nn.Parameter] = {}
     for path, parameters in wanted.items():
@@ -68,7 +68,7 @@ def add_copies(model: nn.Module, name: str, wanted: Mapping[str, list[str]], wid
 
 
 def own_parameters(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    """Return the parameters that a module holds itself; those of an adapted one are its base's."""
+    """Return the parameters that a module itself holds. For an adapted module, these are its base's."""
     packed = [("weight", module.like)] if isinstance(module, PackedLinear) else []
     return [*packed, *module._parameters.items()]
 
@@ -98,7 +98,7 @@ def saved_paths(paths: Iterable[str], names: Collection[str]) -> list[str]:
 
 
 def _is(path: str, name: str) -> bool:
-    """Return True if a path ends with the name, also within a word ("norm" matches "ln_norm"): PEFT's rule."""
+    """Return True if a path ends with the name, even within a word ("norm" matches "ln_norm"), which is PEFT's rule."""
     return path.endswith(name)
 
 

@@ -1,4 +1,6 @@
-"""Experts of a mixture: run one by one if they have adapters or are coded, or if torch has no grouped products."""
+"""Runs experts of a mixture one by one if they have adapters or are quantized, or if torch cannot group
+their products.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ STACK_NAMES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class CodedExperts(InPlace):
-    """Mixin in front of experts that follow transformers' convention and whose stacks are no parameters."""
+    """Mixin before the class of experts that follow transformers' convention and whose weights are quantized stacks."""
 
     name_prefix = "Coded"
 
@@ -82,7 +84,7 @@ def runs_by_convention(module: nn.Module) -> bool:
 
 
 def stacks_by_convention(module: nn.Module) -> tuple[str, str]:
-    """Return the names of the stacks before the activation, and of the stack after it."""
+    """Return the names of two stacks of experts' weights: before the activation, and after it."""
     return STACKS if cast(Any, module).has_gate else UNGATED_STACKS
 
 
@@ -116,9 +118,9 @@ def project(
 
 
 def _sent(chosen: Tensor, n_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield each chosen expert with its tokens and the index of each token's choice.
+    """Yield each chosen expert with the indices of its tokens and, for each token, of the choice that names it.
 
-    Tensors without values choose all experts equally often.
+    If tensors have no values, all experts are chosen equally often.
     """
     if isinstance(chosen, Traced):
         pairs = torch.arange(chosen.numel())
@@ -130,13 +132,13 @@ def _sent(chosen: Tensor, n_experts: int) -> Iterator[tuple[int, Tensor, Tensor]
 
 
 def put_in_codes(experts: nn.Module, name: str, stack: CodedStack) -> None:
-    """Put a stack in codes in place of one of the experts' parameters."""
+    """Replace one of the experts' parameters by a quantized stack."""
     hold_stack(experts, name, stack)
     cast(Any, experts)._is_hf_initialized = True  # transformers would draw values for a parameter of this name
 
 
 def hold_stack(experts: nn.Module, name: str, stack: CodedStack | PackedExpertStack) -> None:
-    """Put a module that holds a stack in place of one of the experts' parameters."""
+    """Replace one of the experts' parameters by a module that holds the stack."""
     vars(experts).setdefault(ORDER, tuple(experts._parameters))
     del experts._parameters[name]
     experts._modules[name] = stack
@@ -145,7 +147,7 @@ def hold_stack(experts: nn.Module, name: str, stack: CodedStack | PackedExpertSt
 
 
 def put_dense(experts: nn.Module, name: str, weights: Tensor) -> None:
-    """Put dense weights (experts, o, i) in place of one of the experts' stacks in codes."""
+    """Replace one of the experts' quantized stacks by dense weights (experts, o, i)."""
     give_parameter(experts, name, nn.Parameter(as_maps(experts, weights).contiguous(), requires_grad=False))
 
 

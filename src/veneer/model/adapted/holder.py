@@ -15,7 +15,8 @@ _KEYS = "_disk_keys"  # an attribute of what a holder holds
 class Holder(nn.Module):
     """Module of a model that holds tensors of adapters, by name.
 
-    ``adapters[name]`` holds the tensors that a method adds here. ``folds``: a merge folds all of them into weights.
+    ``adapters[name]`` holds the tensors that a method adds to this module. ``folds``: merging can fold all of them into
+    weights.
     """
 
     folds: ClassVar[bool] = False
@@ -25,7 +26,7 @@ class Holder(nn.Module):
 
     @property
     def holdings(self) -> tuple[nn.ModuleDict, ...]:
-        """Module dicts of everything held here, each by adapter name."""
+        """All module dicts in this module that hold adapters' tensors, each by adapter name."""
         return (self.adapters,)
 
     def holds(self, name: str) -> bool:
@@ -33,11 +34,11 @@ class Holder(nn.Module):
         return any(name in held for held in self.holdings)
 
     def owns(self, name: str) -> bool:
-        """Return True if the method has parameters here that no other module shares."""
+        """Return True if the adapter has parameters here that it shares with no other module."""
         return name in self.adapters
 
     def acting_on_rows(self) -> list[str]:
-        """Return the names of the adapters that act here now, on all rows or on some."""
+        """Return the names of the adapters that are active in this module now, on all rows of the batch or on some."""
         return [name for name in self.adapter_state.acting_on_rows() if name in self.adapters]
 
     def trains_whole(self, name: str) -> bool:
@@ -45,11 +46,11 @@ class Holder(nn.Module):
         return False
 
     def is_update(self, name: str) -> bool:
-        """Return True if an adapter has nothing here but an update of one linear layer."""
+        """Return True if the adapter's only effect in this module is an update of one linear layer."""
         return False
 
     def hold(self, name: str, held: nn.Module, keys: Mapping[str, str]) -> None:
-        """Give an adapter its tensors here. ``keys`` are those of the file, by the names in ``held``."""
+        """Add an adapter's tensors to this module. ``keys`` are their keys in a file, by their names in ``held``."""
         vars(held)[_KEYS] = keys  # with the tensors, which may get another name or leave
         self.adapters[name] = held
 
@@ -58,32 +59,33 @@ class Holder(nn.Module):
         return cast("Mapping[str, str]", vars(self.adapters[name])[_KEYS])
 
     def live_tensors(self, name: str, path: str) -> dict[str, tuple[str, Tensor]]:
-        """Return every tensor of an adapter here by its key on disk, with its name in the model's ``state_dict``."""
+        """Return every tensor of an adapter in this module by its key on disk, with its name in the model's
+        ``state_dict``.
+        """
         if name not in self.adapters:
             return {}
         keys, held = self.disk_keys(name), tensors_of(self.adapters[name]).items()
         return {keys[own]: (f"{path}.adapters.{name}.{own}", value) for own, value in held if own in keys}
 
     def packed(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of adapter ``name`` as its file has them, by their keys in the file.
-
-        ``values`` are the tensors that are trained, by the same keys.
+        """Convert the trained tensors ``values`` of an adapter to the form of its file. Both are given
+        by keys on disk.
         """
         return {key: values[key] for key in self.disk_keys(name).values()}
 
     def unpacked(self, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inverse of `packed`. The result is empty if the file has the trained tensors unchanged."""
+        """Return the inverse of `packed`, or an empty dict if the file has the trained tensors unchanged."""
         return {}
 
     def value_problems(self, name: str, written: Mapping[str, Tensor]) -> list[str]:
-        """Return the problems of an adapter's tensors, as its file has them, that shapes and dtypes do not show."""
+        """Return what is wrong with an adapter's tensors, as its file has them, apart from their shapes and dtypes."""
         return []
 
     def derive(self, name: str) -> None:
-        """Compute what follows from the weight and the method's parameters here, see `MethodConfig.derived`."""
+        """Compute the tensors that follow from the weight and the method's parameters, see `MethodConfig.derived`."""
 
     def take_off(self, model: nn.Module, path: str, name: str) -> None:
-        """Remove an adapter's tensors here. A holder that is empty afterwards restores the model."""
+        """Remove an adapter's tensors from this module. If no adapter is left, restore the model's own module."""
         for held in self.holdings:
             if name in held:
                 del held[name]

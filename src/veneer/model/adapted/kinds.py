@@ -1,4 +1,4 @@
-"""Kinds of module that a linear method can adapt, as rows of one table."""
+"""Kinds of module that a linear method can adapt (linear layers, embeddings, convolutions and others), as one table."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from veneer.records.sites import LinearSite
 class Kind:
     """Kind of module that a linear method can adapt.
 
-    ``name`` is that in `LinearMethod.kinds`; ``matches`` recognizes its modules; ``site`` describes one by its shape.
-    ``weight`` is its matrix W (o, i); ``adapt`` makes one adapted in place.
+    ``name`` is that in `LinearMethod.kinds`; ``matches`` recognizes its modules. ``site`` describes a module as a
+    linear map, by its shape. ``weight`` returns its matrix W (o, i); ``adapt`` makes one adapted in place.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Kind:
 
 
 def shape_of_linear(path: str, module: nn.Module) -> LinearSite:
-    """Return the site of a linear layer, described by its shape alone."""
+    """Describe a linear layer by its shape alone."""
     o, i = frozen_weight(module).shape
     return LinearSite(name=path, in_features=i, out_features=o, has_bias=module._parameters.get("bias") is not None)
 
 
 def shape_of_embedding(path: str, module: nn.Module) -> LinearSite:
-    """Return the site of an embedding, described by its shape alone."""
+    """Describe an embedding as a linear layer, by its shape alone."""
     vocabulary, width = cast(Tensor, module.weight).shape
     return LinearSite(name=path, in_features=vocabulary, out_features=width, kind="embedding")
 
@@ -75,9 +75,7 @@ KINDS = (
 
 
 def loaded_site(kind: Kind, path: str, module: nn.Module) -> LinearSite:
-    """Return the site of a module with its weight and bias. A module on the meta device is described by its shape
-    alone.
-    """
+    """Describe a module as a linear map, with its weight and bias; on the meta device, by its shape alone."""
     site = kind.site(path, module)
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         return site
@@ -86,11 +84,13 @@ def loaded_site(kind: Kind, path: str, module: nn.Module) -> LinearSite:
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """Return the kind of a module; None if no method for linear layers can adapt it."""
+    """Return the kind of a module, or None if no method for linear layers can adapt it."""
     return next((kind for kind in KINDS if kind.matches(module)), None)
 
 
 def adapt_module(path: str, module: nn.Module, state: AdapterState) -> Adapted:
-    """Adapt a module in place, according to its kind. If it has none, only its parameters can be changed, by name."""
+    """Adapt a module in place, according to its kind. In a module without a kind, only parameters can be changed, by
+    name.
+    """
     kind = kind_of(module)
     return adapt(path, module, state, AdaptedParameters) if kind is None else kind.adapt(path, module, state)

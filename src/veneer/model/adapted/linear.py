@@ -45,12 +45,14 @@ from veneer.records.token_rows import project_rows
 
 
 class AdaptedSite(Adapted):
-    """Adapted module that is a linear map of some kind: it has a site, and its adapters lower to records."""
+    """Adapted module that computes a linear map (its *site*). An adapter's change of the map is a record."""
 
     takes_rows: ClassVar[bool] = False  # whether a forward pass calls it on rows, which the map multiplies
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
-        """Return the site of the map, with its weight and bias under these adapters (by default the active ones)."""
+        """Describe the module's linear map, with its weight and bias under these adapters, by default
+        the active ones.
+        """
         raise NotImplementedError
 
     def record(
@@ -73,10 +75,10 @@ class AdaptedSite(Adapted):
             return method.lower(site, {**params, **given} if given else params)
 
     def of_pass(self, name: str, site: LinearSite, shape: Sequence[int] | None) -> Params:
-        """Return the tensors, other than parameters, that a record depends on in the current forward pass.
+        """Return the tensors besides parameters that a record depends on in the current forward pass.
 
-        These are random numbers in training, new ones each time, and the sequences of an input of this shape (…, n).
-        None is the shape of the model's input.
+        These are random numbers in training, new ones each time, and the sequences of an input of this shape (…, n). If
+        ``shape`` is None, it is that of the model's input.
         """
         method, state = self.method(name), self.adapter_state
         found: dict[str, Tensor] = {}  # torch.compile calls no dict[str, Tensor]
@@ -88,7 +90,7 @@ class AdaptedSite(Adapted):
         return {key: value.to(device_of(self)) for key, value in found.items()}
 
     def _members(self, known: Sequences | None, shape: Sequence[int] | None) -> Tensor:
-        """Return the sequence that each row of an input belongs to. If no sequences are known, each row is one."""
+        """Return, for each row of an input, the index of its sequence. If no sequences are known, each row is one."""
         if known is not None and shape is None:
             return known.members
         rows = tuple(shape or ())
@@ -151,7 +153,7 @@ class AdaptedSite(Adapted):
         return self.method(name).packing.problems(self.site((name,)), packed)
 
     def own_weight(self) -> Tensor | None:
-        """Return the module's own parameter that holds the map, if there is one."""
+        """Return the module's own parameter with the map's weight, or None if there is none."""
         return self._parameters.get("weight")
 
     def parameter_dtype(self, widen: bool) -> torch.dtype:
@@ -162,11 +164,11 @@ class AdaptedSite(Adapted):
         return torch.promote_types(own.dtype, torch.float32) if widen else own.dtype
 
     def acting_here(self) -> list[str]:
-        """Return the adapters that change this layer's forward pass now."""
+        """Return the adapters that now change this layer's forward pass."""
         return [name for name in self.adapter_state.acting() if name in self.adapters]
 
     def composed(self, names: Sequence[str], site: LinearSite) -> LinearDelta:
-        """Return one record for several adapters. Raises CompositionError if there is none."""
+        """Compose several adapters' changes into one record. Raises CompositionError if that is impossible."""
         return compose_linear([self.record(name, site) for name in names], site.bias)
 
     def rate(self, name: str) -> float:
@@ -174,7 +176,7 @@ class AdaptedSite(Adapted):
         return self.method(name).dropout if self.training and self.adapter_state.drops else 0.0
 
     def dropped(self, x: Tensor, name: str) -> Tensor | None:
-        """Return the input of A under this adapter's dropout; None if nothing is dropped."""
+        """Return the input of A after this adapter's dropout, or None if nothing is dropped."""
         masks = masks_of([self.rate(name)], x.shape, x.device, None)
         return dropout(x, cast(Mask, masks[0])) if masks else None
 
@@ -208,14 +210,16 @@ class AdaptedSite(Adapted):
         return False
 
     def folded_dtype(self, names: Sequence[str]) -> torch.dtype:
-        """Return the dtype of a folded weight: that of the layer, or of its dequantized codes."""
+        """Return the dtype of a weight with adapters merged in: the layer's, or that of its dequantized codes."""
         own = self.own_weight()
         if own is not None and own.is_floating_point():
             return own.dtype
         return cast(FrozenWeight, self.site(names).weight).dense().dtype
 
     def folded_weight(self, names: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Return W (o, i) with these adapters folded in, rounded once to ``dtype``, and the bias if they change it."""
+        """Return W (o, i) with these adapters merged in, rounded once to ``dtype``, and the bias if they change it,
+        else None.
+        """
         site = self.site(names)
         present = [name for name in names if name in self.adapters]
         delta, weight = self.composed(present, site), unrounded(cast(FrozenWeight, site.weight))
@@ -249,7 +253,7 @@ class AdaptedSite(Adapted):
 
 
 class AdaptedLinear(AdaptedSite):
-    """Mixin in front of a linear layer's class: torch's Linear, GPT-2's Conv1D, or one with a ``frozen_format``."""
+    """Mixin before a linear layer's class: torch's Linear, GPT-2's Conv1D, or one with a ``frozen_format``."""
 
     takes_rows: ClassVar[bool] = True
 
@@ -282,14 +286,14 @@ class AdaptedLinear(AdaptedSite):
         return tuple(LinearDelta() if record is None else record for record in records), routing.runs
 
     def kept_record(self, name: str, shape: Sequence[int] | None = None, task: int | None = None) -> LinearDelta:
-        """Return `record` in a forward pass. It is kept with the adapter's tensors while it consists only of them."""
+        """Return `record` for a forward pass. It is cached as long as it consists only of the adapter's own tensors."""
         lower = functools.partial(self.record_now, name, shape, task=task)
         return lowered(self.adapters[name], self.method(name), lower)
 
     def _together(
         self, names: Sequence[str], shape: Sequence[int] | None, task: int | None = None
     ) -> LinearDelta | None:
-        """Compose these adapters' records, with a bias that they train. None if they change nothing."""
+        """Compose these adapters' records, with the biases that they train. Return None if they change nothing."""
         held = [name for name in names if name in self.adapters]
         bias = self.effective("bias", names)
         trained = bias if bias is not self._parameters.get("bias") else None
@@ -303,15 +307,13 @@ class AdaptedLinear(AdaptedSite):
         return record if trained is None or record.bias is not None else replace(record, bias=trained)
 
     def needs_shape(self) -> bool:
-        """Return True if a record depends on sequences that the model does not know, and that the input's shape
-        shows.
-        """
+        """Return True if a record depends on sequences that only the input's shape shows."""
         if self.adapter_state.sequences is not None:
             return False
         return any(self.method(name).by_sequence for name in self.acting_on_rows())
 
     def replaces_weight(self) -> bool:
-        """Return True if a weight other than the layer's own is used, for all rows or for some."""
+        """Return True if another weight than the layer's own is used, for all rows or for some."""
         return self.kept.merged_weight is not None or self._differs(self.adapter_state.acting_on_rows())
 
     def masks(self, x: Tensor) -> tuple[Mask | None, ...]:
@@ -329,17 +331,17 @@ class AdaptedLinear(AdaptedSite):
         return [self.rate(name) if name in self.adapters else 0.0 for name in names]
 
     def drops_apart(self) -> bool:
-        """Return True if several adapters act as one record and one of them has dropout on its own input."""
+        """Return True if one record combines several adapters of which one has dropout on its own input."""
         names = () if self.adapter_state.routed() is not None else self.acting_here()
         return len(names) > 1 and any(self.rate(name) for name in names)
 
     def _differs(self, names: Sequence[str]) -> bool:
-        """Return True if an adapter has a whole weight of its own for its rows."""
+        """Return True if one of the adapters replaces the weight for its rows."""
         return any(self.has_own(name, "weight") for name in names)
 
     def _by_formula(self, x: Tensor) -> Tensor:
-        """Apply the record under autograd, so that a compiler can follow it, or because the weight is trained
-        as well.
+        """Apply the record by autograd operations, so that a compiler can follow it, or because the weight is trained
+        too.
         """
         names, site = self.acting_here(), self.site()
         weight = cast(FrozenWeight, site.weight)
@@ -362,7 +364,7 @@ class AdaptedLinear(AdaptedSite):
         )
 
     def _read_whole(self, weight: FrozenWeight) -> FrozenWeight:
-        """Return the weight. If it is sharded over processes, it is gathered."""
+        """Return the weight, gathered if it is sharded over processes."""
         if not isinstance(weight, DenseWeight):
             return read_whole(weight, self.own_weight(), lambda: cast(CodedModule, self).gathered())
         own = weight.tensor
@@ -402,7 +404,7 @@ class AdaptedLinear(AdaptedSite):
     def _own(self, x: Tensor) -> Tensor:
         """Compute the layer without its adapters.
 
-        If they are merged into a quantized base, its weight is a dense one.
+        If they are merged into a quantized base, compute with the dense merged weight.
         """
         if self.kept.merged_weight is not None:
             return apply_linear(LinearDelta(), x, DenseWeight(self.kept.merged_weight), self.effective("bias"))
@@ -418,7 +420,9 @@ class AdaptedLinear(AdaptedSite):
 
 
 def _derive_again(layer: nn.Module, keys: object) -> None:
-    """Derive tensors from the weight and the parameters, once all of these are loaded."""
+    """Recompute the tensors that follow from the weight and the parameters. It is called after all of
+    these are loaded.
+    """
     for name in cast(AdaptedSite, layer).adapters:
         cast(AdaptedSite, layer).derive(name)
 
@@ -428,7 +432,7 @@ def _trains(weight: FrozenWeight) -> bool:
 
 
 def _computed(x: Tensor, layer: LinearLayer) -> Tensor:
-    """Run the op, with the output dtype of the plain layer: autocast's if that is on."""
+    """Compute a layer by veneer's op, with the output dtype of the plain layer, or autocast's if that is on."""
     weight, device = layer.weight, x.device.type
     if not torch.is_autocast_enabled(device):
         return linear(x.to(weight.tensor.dtype) if isinstance(weight, DenseWeight) else x, layer)
@@ -450,7 +454,7 @@ def wide(weight: FrozenWeight) -> Tensor:
 
 
 def unrounded(weight: FrozenWeight) -> Tensor:
-    """Return the weight as a matrix without loss: unchanged if it is dense, in at least float32 from codes."""
+    """Return the weight as a matrix without rounding: a dense one unchanged, a quantized one in at least float32."""
     return weight.dense() if isinstance(weight, DenseWeight) else wide(weight)
 
 
@@ -472,7 +476,7 @@ def is_linear(module: nn.Module) -> bool:
 
 @functools.cache
 def _computes_linear(kind: Hashable) -> bool:
-    """Return True if a class computes x Wᵀ + b: by torch's own forward, or by one that agrees on made-up values."""
+    """Return True if a class computes x Wᵀ + b: its forward is torch's, or gives the same results on random values."""
     cls: Any = kind
     if cls.forward in (nn.Linear.forward, Conv1D.forward):
         return True

@@ -1,4 +1,4 @@
-"""Record of an adapter at a layer, kept with the adapter's tensors while it consists only of them."""
+"""Cache of an adapter's record in one layer. A record is the adapter's change as tensors for the layer's kernel."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ _PLACE = "_lowered"
 
 @dataclass(frozen=True, slots=True)
 class _Lowered:
-    """A record, and for each of its tensors the name of the holder's parameter that it is."""
+    """A cached record. ``names`` has, for each of its tensors, the name of the same parameter of the adapter."""
 
     config: LinearMethod
     record: LinearDelta
     names: tuple[str, ...]
 
     def is_of(self, holder: nn.Module) -> bool:
-        """Return True if the holder's parameters are still the record's tensors."""
+        """Return True if the record's tensors are still the adapter's current parameters."""
         own = zip(self.names, self.record.tensors, strict=True)
         return all(holder._parameters.get(name) is tensor for name, tensor in own)
 
 
 def lowered(holder: nn.Module, config: LinearMethod, lower: Callable[[], LinearDelta]) -> LinearDelta:
-    """Return the record of ``lower`` for a holder's tensors, kept while config and parameters are the same ones.
+    """Return the record that ``lower`` computes, cached with the tensors in ``holder`` while config and parameters
+    stay.
 
-    Lowering plain LoRA takes longer than a small layer's products. A record that is computed from parameters (DoRA's
-    scales) is computed each time.
+    Lowering plain LoRA takes longer than a small layer's products. A record with values computed from parameters, such
+    as DoRA's scales, is computed each time.
     """
     kept = cast("_Lowered | None", vars(holder).get(_PLACE))
     if kept is not None and kept.config is config and kept.is_of(holder):
@@ -47,7 +48,7 @@ def lowered(holder: nn.Module, config: LinearMethod, lower: Callable[[], LinearD
 
 
 def _names(holder: nn.Module, record: LinearDelta) -> tuple[str, ...] | None:
-    """Return the parameter's name for each tensor of a record; None if one of them is not a parameter."""
+    """Return, for each tensor of a record, its name as a parameter; or None if one of them is not a parameter."""
     own = {id(parameter): name for name, parameter in holder._parameters.items()}
     names = [own.get(id(tensor)) for tensor in record.tensors]
     return None if None in names else cast("tuple[str, ...]", tuple(names))

@@ -23,10 +23,10 @@ _POSITION_BITS = 32
 def masks_of(
     rates: Sequence[float], size: torch.Size, device: torch.device, routing: Routing | None
 ) -> tuple[Mask | None, ...]:
-    """Return a new mask for each rate above 0, for an input of this size (rows, …, features); nothing if all rates are
-    0.
+    """Return a new dropout mask for each rate above 0, for an input of this size (rows, …, features).
 
-    With a routing, the rates are those of its choices in their order.
+    A rate of 0 has None. If all rates are 0, the result is empty. With a routing, the rates are those of its choices in
+    their order.
     """
     if not any(rates):
         return ()

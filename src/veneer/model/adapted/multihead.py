@@ -28,7 +28,7 @@ from veneer.records.sites import LinearSite
 
 
 class _Folding(AdaptedSite):
-    """Map whose parameters ``weight_name`` and ``bias_name`` are read with the adapters folded in."""
+    """Linear map that torch's attention reads as parameters. They are returned with the adapters folded in."""
 
     weight_name: str
     bias_name: str
@@ -61,7 +61,9 @@ class _Folding(AdaptedSite):
 
 
 class AdaptedAttention(_Folding):
-    """Mixin in front of `nn.MultiheadAttention`: the map from the input to queries, keys and values, W (3 d, d)."""
+    """Mixin before `nn.MultiheadAttention`: it adapts the map from the input to queries, keys and
+    values, W (3 d, d).
+    """
 
     weight_name, bias_name = "in_proj_weight", "in_proj_bias"
 
@@ -93,11 +95,11 @@ class AdaptedAttention(_Folding):
 
 
 class AdaptedOutProjection(_Folding, AdaptedLinear):
-    """Mixin in front of the output projection of an attention, which torch never calls.
+    """Mixin before the output projection of torch's attention, which reads its weight but never calls it.
 
-    Adapters of the whole attention use its path here, in their settings and on disk. They are added twice, as in PEFT,
-    whose forward pass and merging both add them: its files act here as they do there. (Its gradient is that of adding
-    once.)
+    Adapters of the whole attention have the attention's path here, in their settings and on disk. Their update is added
+    twice, because PEFT's forward pass and merging both do so, and its files should have the same effect here. (The
+    gradient is that of adding once.)
     """
 
     takes_rows = False
@@ -156,7 +158,7 @@ def is_out_projection(module: nn.Module) -> bool:
 
 
 def shape_of_attention(path: str, module: nn.Module) -> LinearSite:
-    """Return the site of an attention's joined input projection, described by its shape alone."""
+    """Describe an attention's joined input projection as a linear layer, by its shape alone."""
     d = cast(nn.MultiheadAttention, module).embed_dim
     return LinearSite(name=path, in_features=d, out_features=3 * d)
 

@@ -16,9 +16,9 @@ from veneer.ops.packed import ROWS
 def pack_experts(
     model: PreTrainedModel, paths: tuple[str, ...], *, give_up: bool
 ) -> tuple[PackedStack, PackedStack] | None:
-    """Return the packed stacks at two paths; None on another device than the CPU, or if they are in codes.
+    """Return the packed stacks of experts' weights at two paths, or None if they are quantized or not on a CPU.
 
-    ``give_up``: the parameters become `PackedExpertStack`, and their own storage is freed.
+    If ``give_up``, the packed stacks replace the parameters, whose own storage is freed.
     """
     places = [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in paths]
     for module, name in places:

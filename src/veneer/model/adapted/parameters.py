@@ -40,7 +40,7 @@ from veneer.records.sites import LinearSite
 
 
 class AdaptedParameters(Adapted):
-    """Mixin in front of a module whose own parameters adapters change.
+    """Mixin before the class of a module whose own parameters adapters change.
 
     ``adapters[name][parameter]`` holds the adapter's parameters for one of them.
     """
@@ -61,7 +61,7 @@ class AdaptedParameters(Adapted):
             return super().forward(*args, **kwargs)
 
     def acting_here(self) -> list[str]:
-        """Return the adapters that change parameters here now."""
+        """Return the adapters that now change parameters of this module."""
         return [name for name in self.adapter_state.acting() if name in self.adapters]
 
     def changed(self, name: str) -> tuple[str, ...]:
@@ -69,11 +69,11 @@ class AdaptedParameters(Adapted):
         return tuple(cast(nn.ModuleDict, self.adapters[name])) if name in self.adapters else ()
 
     def site(self, parameter: str) -> LinearSite:
-        """Return the site of one of the module's parameters."""
+        """Describe one of the module's parameters as a linear map."""
         return site_of(f"{self.site_name}.{parameter}", self, parameter)
 
     def record(self, parameter: str, names: Sequence[str]) -> LinearDelta | None:
-        """Return the record of these adapters together for a parameter; None if they do not change it."""
+        """Return the joint change of a parameter by these adapters, or None if they do not change it."""
         with without_autocast(place_of(self, parameter)[0]):
             records = [
                 cast(LinearMethod, self.adapter_state.configs[name]).lower(
@@ -146,7 +146,7 @@ class AdaptedParameters(Adapted):
 
 
 def acting_record(module: nn.Module, parameter: str) -> LinearDelta | None:
-    """Return the change of a module's parameter by the adapters that act now; None if there is none."""
+    """Return the change of a module's parameter by the adapters that act now, or None if none does."""
     return module.record(parameter, module.adapter_state.acting()) if isinstance(module, AdaptedParameters) else None
 
 
@@ -188,7 +188,7 @@ def _unknown(name: str, known: Mapping[str, object]) -> str:
 
 
 def _refusal(name: str, module: nn.Module, key: str, taken: bool) -> str | None:
-    """Return the reason why a parameter cannot be adapted by name; None if it can."""
+    """Return why a parameter cannot be adapted by name, or None if it can."""
     value = module._parameters.get(key)
     if taken:
         return f"target_parameters names {name!r}, whose module target_modules or modules_to_save takes too: drop one"

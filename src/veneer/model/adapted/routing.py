@@ -22,10 +22,10 @@ Choice = tuple[str, int | None]  # an adapter, and one of its tasks if it has se
 class Routing:
     """Adapter of each row of a batch.
 
-    ``names`` holds one adapter name, or ``"__base__"``, for each row of the batch. ``generators`` holds the generators
-    (on the CPU) for the dropout keys of adapters that have random numbers of their own. ``is_by_token``: the rows are
-    tokens of sequences, or their adapters act on a part of each, so that nobody has to find where they act. ``tasks``
-    holds the task of each row, or None if its adapter has no tasks; it is empty if no row has one.
+    ``names`` holds one adapter name, or ``"__base__"``, for each row. ``generators`` holds random generators (on the
+    CPU) for the dropout keys of adapters that have their own. ``is_by_token``: the position from which an adapter acts
+    is known already, since rows are tokens of sequences or their adapters act on a part of each. ``tasks`` holds the
+    task of each row, or None if its adapter has no tasks; it is empty if no row has one.
     """
 
     names: tuple[str, ...]
@@ -35,7 +35,7 @@ class Routing:
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
-        """Adapters that occur, each once with each of its tasks that occur."""
+        """Pairs of adapter and task that occur, each once."""
         return tuple(choice for choice in dict.fromkeys(self._each) if choice[0] != BASE)
 
     @cached_property
@@ -50,7 +50,7 @@ class Routing:
 
     @cached_property
     def runs(self) -> AdapterRuns:
-        """Runs of rows that use each of `choices`."""
+        """Runs of consecutive rows with the same choice, by index in `choices`."""
         places = {choice: place for place, choice in enumerate(self.choices)}
         found, start = [], 0
         for choice, rows in groupby(self._each):
@@ -75,27 +75,33 @@ class Routing:
         return tuple(name for name in self.names for _ in range(times))
 
     def chosen(self, n_rows: int, known: Sequence[Choice], what: str) -> Tensor:
-        """Return the index of each row's choice in ``known``, counted from 1; 0 if it is not there."""
+        """Return, for each row, the index of its choice in ``known``, counted from 1; 0 if ``known``
+        does not have it.
+        """
         places = {choice: place for place, choice in enumerate(known, start=1)}
         times = len(self.rows(n_rows, what)) // len(self.names)
         return torch.tensor([places.get(choice, 0) for choice in self._each for _ in range(times)])
 
     def index(self, n_rows: int, known: Sequence[str], what: str) -> Tensor:
-        """Return the index of each row's adapter in ``known``, counted from 1; 0 if it is not there."""
+        """Return, for each row, the index of its adapter in ``known``, counted from 1; 0 if ``known``
+        does not have it.
+        """
         places = {name: place for place, name in enumerate(known, start=1)}
         return torch.tensor([places.get(name, 0) for name in self.rows(n_rows, what)])
 
     def groups(self, n_rows: int, known: Sequence[str], what: str, device: torch.device) -> list[tuple[str, Tensor]]:
-        """Return the rows of each name in ``known``, and last, under ``"__base__"``, those of all others;
-        none is empty.
+        """Return the rows of each name in ``known``, and last, under ``"__base__"``, all other rows.
+
+        Groups without rows are left out.
         """
         index = self.index(n_rows, known, what).to(device)
         found = [(name, (index == place).nonzero().squeeze(1)) for place, name in enumerate((BASE, *known))]
         return [(name, rows) for name, rows in (*found[1:], found[0]) if rows.numel()]
 
     def parts(self, n_rows: int, names: Sequence[str], what: str, device: torch.device) -> list[tuple[Choice, Tensor]]:
-        """Return the rows of each of the `choices` of these adapters, and last, as ``("__base__", None)``, those of all
-        others; none is empty.
+        """Return the rows of each of these adapters' `choices`, and last, under ``("__base__", None)``, all other rows.
+
+        Groups without rows are left out.
         """
         known = [choice for choice in self.choices if choice[0] in names]
         index = self.chosen(n_rows, known, what).to(device)
@@ -105,9 +111,10 @@ class Routing:
 
 @dataclass(frozen=True)
 class TokenRouting(Routing):
-    """Adapter of each token of a batch: none before its row's start, the row's adapter from there on.
+    """Adapter of each token of a batch: none before the start in its row, and the row's adapter from there on.
 
-    ``starts`` holds the first token of each row that its adapter acts on, out of ``width`` tokens.
+    ``starts`` holds, for each row, the first token on which its adapter acts. ``width`` is the number of tokens in a
+    row.
     """
 
     starts: tuple[int, ...] = ()

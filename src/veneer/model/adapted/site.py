@@ -21,7 +21,7 @@ from veneer.records.token_rows import put_rows
 
 
 class TokenRows(nn.Module):
-    """Trained rows (n, d) at the ``indices`` of a table, with PEFT's names on disk."""
+    """Trained rows (n, d) at the ``indices`` of an embedding table, with PEFT's names on disk."""
 
     def __init__(self, indices: tuple[int, ...], values: Tensor) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class TokenRows(nn.Module):
 
 
 class TiedFactors(nn.Module):
-    """Adapter held by the tied embeddings (``source``), as seen by this module.
+    """An adapter of the tied embeddings (``source``), as this module uses it.
 
     It registers nothing: the factors are trained, moved and saved in their source. A head reads the table transposed:
     ``turned`` returns the factors of the transposed update.
@@ -51,18 +51,19 @@ class TiedFactors(nn.Module):
         vars(self)["factors"] = factors
 
     def seen(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the source's factors as this module reads them: views."""
+        """Return the source's factors in the form that this module reads, as views."""
         return dict(factors) if self.turned is None else self.turned(factors)
 
 
 @dataclass
 class Kept:
-    """Values computed at one adapted module and kept there; unloading the last adapter drops them together.
+    """Values that an adapted module caches; unloading the last adapter drops them together.
 
-    ``row_sq``: squared norms of the weight's rows, (o,). ``found``: those of the module's site. ``merged_weight``: the
-    weight with adapters folded in, beside codes that cannot hold it. ``read``: the parameters as one forward pass reads
-    them; None outside a pass. ``attention``: the attention whose output projection the module is. ``on_load``: the hook
-    that derives factors again after another weight has been loaded. The module registers none of them.
+    ``row_sq``: squared norms of the weight's rows, (o,). ``found``: values that methods cache for the module.
+    ``merged_weight``: the weight with adapters merged in, beside quantized codes that cannot hold it. ``read``: the
+    parameters as one forward pass reads them; None outside a pass. ``attention``: the attention whose output projection
+    the module is. ``on_load``: the hook that derives factors again after another weight has been loaded. The module
+    registers none of them.
     """
 
     row_sq: Tensor | None = None
@@ -74,7 +75,7 @@ class Kept:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Context of one forward pass, in which each parameter is computed once, however often the module's
+        """Enter a context for one forward pass, in which each parameter is computed once, however often
         code reads it.
         """
         before, self.read = self.read, {}
@@ -85,7 +86,7 @@ class Kept:
 
 
 class Adapted(InPlace, Holder):
-    """Mixin that an adapted module's generated class puts in front of the module's own class, in place.
+    """Mixin for adapted modules. A generated class has it before the module's own class; the module changes in place.
 
     ``adapters[name]`` holds the tensors that a method adds here. ``copies[name]`` holds whole parameters of this module
     that the adapter trains (as parameters) or saves frozen (as buffers). The module's own parameters stay unchanged.
@@ -149,7 +150,7 @@ class Adapted(InPlace, Holder):
         return value
 
     def whole(self, parameter: str, names: Sequence[str]) -> Tensor | None:
-        """Return the parameter as in `effective`, without single rows that adapters train."""
+        """Return the parameter as in `effective`, but without the single rows that adapters train."""
         own = self._parameters.get(parameter)
         for name in names:
             copy = cast("Tensor | None", getattr(self.copies[name], parameter, None)) if name in self.copies else None
@@ -168,7 +169,7 @@ class Adapted(InPlace, Holder):
         return copied or (parameter == "weight" and bool(self.token_rows((name,))))
 
     def folded(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the module's parameters with these adapters folded in: only the changed ones."""
+        """Return the parameters of the module that these adapters change, with the adapters merged in."""
         held = {key for name in names if name in self.copies for key, _ in own_tensors(self.copies[name])}
         held |= {"weight"} if self.token_rows(names) else set()
         return {key: cast(Tensor, self.effective(key, names)) for key in sorted(held)}
@@ -179,7 +180,7 @@ class Adapted(InPlace, Holder):
         """Return the rows (k, …) of a parameter of `folded`, in ``dtype``, computed from its ``own`` rows, block by
         block.
 
-        None if they are not computed row by row. The parameter itself may have no storage.
+        Return None if they cannot be computed row by row. The parameter itself may have no storage.
         """
         return None
 
@@ -196,14 +197,14 @@ class Adapted(InPlace, Holder):
         return name in self.adapters or (name in self.copies and "weight" in dict(own_tensors(self.copies[name])))
 
     def replace(self, values: dict[str, Tensor]) -> None:
-        """Replace the module's own parameters by folded values; they are kept for `put_back`."""
+        """Replace the module's own parameters by merged values; the own ones are kept for `put_back`."""
         self.originals = {key: self._parameters.get(key) for key in values}
         for key, value in values.items():
             shared = isinstance(value, nn.Parameter) and not value.requires_grad  # what a tied module has already
             self._parameters[key] = cast(nn.Parameter, value) if shared else nn.Parameter(value, requires_grad=False)
 
     def unmerged(self, parameter: str) -> Tensor | None:
-        """Return the module's own parameter, even while a folded one replaces it."""
+        """Return the module's own parameter, even while a merged one replaces it."""
         return self.originals.get(parameter, self._parameters.get(parameter))
 
     def put_back(self) -> None:
@@ -221,7 +222,9 @@ class Adapted(InPlace, Holder):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Active adapters of the model. At a module to which no adapter adds, only those that train a copy of it."""
+        """The active adapters of the model. If a method adds nothing to this module, only those that train a copy of
+        it.
+        """
         active = self.adapter_state.active
         return [name for name in active if self.adapters or name in self.copies]
 
@@ -286,7 +289,7 @@ def adapt(path: str, module: nn.Module, state: AdapterState, mixin: type[Adapted
 
 
 def own_parameter(module: nn.Module, parameter: str) -> Tensor | None:
-    """Return a module's own parameter, even while a folded one replaces it."""
+    """Return a module's own parameter, even while a merged one replaces it."""
     return module.unmerged(parameter) if isinstance(module, Adapted) else module._parameters.get(parameter)
 
 
@@ -320,12 +323,12 @@ def add_copy(module: Adapted, name: str, parameter: str, value: Tensor, frozen: 
 
 
 def swap_reading(module: Adapted, parameter: str) -> None:
-    """Make every read of a parameter of the module return the value under the active adapters."""
+    """Make every read of a module's parameter return its value under the active adapters."""
     change_class(module, mixin_of(type(module)), (parameter,))
 
 
 def own_tensors(holder: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the parameters and buffers that a holder registers itself."""
+    """Return the parameters and buffers that a module registers itself."""
     return [*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False)]
 
 

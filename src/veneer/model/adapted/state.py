@@ -47,7 +47,7 @@ class AdapterState:
         return () if self.disabled or self.merged or self.routing else self.active
 
     def routed(self) -> Routing | None:
-        """Return the adapter of each row now; None if all rows use the acting ones."""
+        """Return the current adapter of each row, or None if all rows use the same ones."""
         return None if self.disabled else self.routing
 
     def acting_on_rows(self) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ class AdapterState:
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:
-        """Context in which no adapter acts."""
+        """Enter a context in which no adapter acts."""
         before, self.disabled = self.disabled, True
         try:
             yield
@@ -66,7 +66,7 @@ class AdapterState:
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
-        """Context in which no adapter has dropout, whatever its config."""
+        """Enter a context in which no adapter has dropout, whatever its config says."""
         before, self.drops = self.drops, False
         try:
             yield
@@ -75,7 +75,9 @@ class AdapterState:
 
     @contextmanager
     def route(self, routing: Routing | None) -> Iterator[None]:
-        """Context in which each row uses the adapter that it names; None: all rows use the active ones."""
+        """Enter a context in which each row uses the adapter that ``routing`` names. If it is None, all rows use the
+        active ones.
+        """
         before, self.routing = self.routing, routing
         try:
             yield
@@ -84,7 +86,7 @@ class AdapterState:
 
     @contextmanager
     def knowing(self, sequences: Sequences | None) -> Iterator[None]:
-        """Context of a pass over these sequences."""
+        """Enter a context for a pass over these sequences, which adapters can read."""
         before, self.sequences = self.sequences, sequences
         try:
             yield
@@ -93,10 +95,10 @@ class AdapterState:
 
     @contextmanager
     def only(self, names: tuple[str, ...], *, task: int | None = None, rows: Tensor | None = None) -> Iterator[None]:
-        """Context in which only these adapters act, on all rows alike, even if adapters are switched off.
+        """Enter a context in which only these adapters act, on all rows alike, even if adapters are switched off.
 
-        ``task``: the task of adapters that have several, in place of the one chosen for them. ``rows``: the pass's rows
-        that are in the input.
+        ``task``: replaces the chosen task of adapters that have several. ``rows``: the indices of the pass's rows that
+        are in the input.
         """
         before = self.active, self.disabled, self.tasks
         known = self.sequences if self.sequences is None or rows is None else self.sequences.of_rows(rows)
@@ -112,7 +114,7 @@ class AdapterState:
 
 @contextmanager
 def base_alone(model: nn.Module) -> Iterator[None]:
-    """Context in which none of a model's adapters acts, if it has any."""
+    """Enter a context in which none of a model's adapters acts, if it has any."""
     state = getattr(model, "adapter_state", None)
     if state is None:
         yield

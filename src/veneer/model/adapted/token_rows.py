@@ -1,5 +1,5 @@
-"""Rows of embeddings that an adapter trains (``trainable_token_indices``): their places, and the modules
-that share them.
+"""Rows of embeddings that an adapter trains (``trainable_token_indices``): their tables, and the modules that share
+them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from veneer.plain.nearest import nearest
 
 @dataclass(frozen=True, slots=True)
 class RowPlace:
-    """Table with trained rows: its path, the rows, and the modules that read the same tensor (a tied head).
+    """Table with trained rows: its path, the rows' indices, and the modules that read the same tensor (a tied head).
 
     ``is_drawn``: the rows start from random values.
     """
@@ -70,9 +70,9 @@ def row_places(
 
 
 def add_rows(model: nn.Module, name: str, places: Sequence[RowPlace], values: bool, widen: bool) -> None:
-    """Give an adapter its rows with their initial values; ``values`` False leaves them uninitialized.
+    """Give an adapter its rows with their initial values, or uninitialized if ``values`` is False.
 
-    The modules are adapted already.
+    The modules must be adapted already.
     """
     for place in places:
         table = cast(Adapted, model.get_submodule(place.path))
@@ -93,7 +93,7 @@ def add_rows(model: nn.Module, name: str, places: Sequence[RowPlace], values: bo
 
 
 def require_rows_agree(path: str, module: Adapted, names: Sequence[str]) -> None:
-    """Raise CompositionError if several adapters cannot act together because one of them trains rows of a table."""
+    """Raise CompositionError if an adapter trains rows of a table and therefore cannot act together with the others."""
     rows = module.token_rows(names)
     indices = [index for each in rows for index in each.indices]
     twice = sorted({index for index in indices if indices.count(index) > 1})

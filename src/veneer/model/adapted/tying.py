@@ -14,7 +14,7 @@ from veneer.model.adapted.site import Adapted, TiedFactors
 def followers_of(
     tied: Sequence[str], config: MethodConfig, targets: tuple[str, ...]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the targets, with the embeddings for all modules that share their weight, and those modules.
+    """Return the targets, in which the embeddings replace all modules that share their weight, and those modules.
 
     ``tied``: the embeddings, then those modules. There are none if the config does not keep the tie, or if none of the
     tied modules is a target.
@@ -35,7 +35,9 @@ def follow(
 
 
 def unused_tie(tied: Sequence[str], config: MethodConfig, changed: Collection[str]) -> list[str]:
-    """Return a sentence if a config keeps a tie that does not exist, or that includes none of its changed modules."""
+    """Return a sentence if a config keeps a tie that does not exist, or that none of its changed modules
+    has part in.
+    """
     if not config.extras.keeps_tie or config.extras.rows:
         return []
     if len(tied) < 2:

@@ -1,4 +1,4 @@
-"""Finding the sites of a transformers model and putting adapters on them, in place."""
+"""Finds the modules of a transformers model that a config adapts, and puts adapters on them in place."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from veneer.model.sites.places import plan_of, put_on
 
 
 def module_index(model: nn.Module, method: LinearMethod | None = None) -> ModuleIndex:
-    """Return the module paths of a model, and those that a method (None: any) can adapt.
+    """Return the module paths of a model, and those that a method can adapt; without a method, those that any can.
 
     These are linear layers, and other kinds that the method supports. ``"all-linear"`` selects linear layers alone,
     without the output head.
@@ -126,7 +126,7 @@ def stored_tensors(
 def packed_tensors(
     model: nn.Module, state: AdapterState, name: str, values: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return `stored_tensors` without those that all layers share, which are drawn."""
+    """Return `stored_tensors` without the random ones that all layers share."""
     found = live_parameters(model, state, name) if values is None else dict(values)
     for place in adapted_places(model).values():
         if place.owns(name):
@@ -143,7 +143,9 @@ def shared_tensors(config: MethodConfig) -> dict[str, Tensor]:
 
 
 def shared_again(model: nn.Module, config: MethodConfig, name: str) -> dict[str, str]:
-    """Return the keys at layers under which PEFT writes shared tensors again, with the keys of those tensors."""
+    """Return the keys, by layer, under which PEFT writes shared tensors again, each with the key of the
+    shared tensor.
+    """
     if config.shared is None or not config.shared.is_repeated:
         return {}
     paths = [layer.disk_path(name, path) for path, layer in adapted_layers(model).items() if name in layer.adapters]
@@ -151,7 +153,7 @@ def shared_again(model: nn.Module, config: MethodConfig, name: str) -> dict[str,
 
 
 def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the inverse of `stored_tensors`: a value for each of `live_parameters`."""
+    """Return a value for each of `live_parameters` from the tensors of a file: the inverse of `stored_tensors`."""
     found = dict(written)
     for place in adapted_places(model).values():
         if place.owns(name):
@@ -160,7 +162,7 @@ def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor])
 
 
 def value_problems(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> list[str]:
-    """Return the problems of an adapter's tensors, as its file has them, that shapes and dtypes do not show.
+    """Return what is wrong with an adapter's tensors, as its file has them, apart from shapes and dtypes.
 
     See `Packing.problems`.
     """
@@ -192,12 +194,12 @@ def adapted_places(model: nn.Module) -> dict[str, Holder]:
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
-    """Return every adapted module by path, including those of which an adapter only trains parameters whole."""
+    """Return every adapted module by path, including those in which an adapter only trains whole parameters."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedSite]:
-    """Return the modules that methods act on, by path."""
+    """Return the linear layers and similar modules that adapters change, by path."""
     return {name: m for name, m in adapted_modules(model).items() if isinstance(m, AdaptedSite) and m.adapters}
 
 
@@ -218,7 +220,7 @@ def outward_parameters(model: nn.Module) -> set[str]:
 
 
 def embedding_parameters(model: nn.Module) -> set[str]:
-    """Return the names of the parameters that adapters have at tables of embeddings."""
+    """Return the names of the adapters' parameters in embedding tables."""
     return {
         f"{path}.adapters.{name}.{key}"
         for path, module in adapted_modules(model).items()

@@ -1,1 +1,1 @@
-"""Batches with more structure than rows: mixed adapters, invocations, sequences, pages."""
+"""Batches whose rows differ: mixed adapters, adapters that act from some token on, sequences, and pages of a cache."""

@@ -1,4 +1,4 @@
-"""Sequences of an encoder with a decoder: the prompt goes to the encoder, the answer is the decoder's."""
+"""Sequences of an encoder-decoder: the encoder reads the prompt, and the decoder writes the answer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from veneer.plain.tensor_tree import told_bytes
 
 
 class EncodingModel(CachingModel):
-    """Model whose encoder reads a whole prompt in one pass, once all of it is there.
+    """Model whose encoder reads a prompt in one pass, once all of it has arrived.
 
-    Only the last of a prompt's tokens has logits: those of the answer's first token.
+    Of a prompt's tokens, only the last has logits: those of the answer's first token.
     """
 
     def __init__(self, model: PreTrainedModel, way: Way) -> None:
@@ -70,8 +70,8 @@ class EncodingModel(CachingModel):
 
 
 def first_ids(model: PreTrainedModel) -> list[int]:
-    """Return the ids that every answer begins with: the decoder's start id, and one that the checkpoint may force after
-    it.
+    """Return the ids with which every answer begins: the decoder's start id, and one that the checkpoint may force
+    next.
 
     Raises TargetError if the config names no start.
     """
@@ -89,7 +89,7 @@ def first_ids(model: PreTrainedModel) -> list[int]:
 
 
 def proved_encoding(model: PreTrainedModel) -> Way:
-    """Return the way in which an encoder-decoder extends an answer: with its cache, or by a new pass.
+    """Return the way in which a model with an encoder extends an answer: with its cache, or by a new pass.
 
     Raises TargetError for a model that computes no logits from token ids alone.
     """
@@ -116,9 +116,9 @@ _PARTS = (9, 6)  # tokens of the proof: of a prompt, and of an answer
 
 
 def encoded_bytes(model: PreTrainedModel, way: Way) -> KeptBytes:
-    """Return the bytes that a sequence keeps.
+    """Return the bytes that a sequence keeps in memory.
 
-    A token counts as much as one of the prompt or of the answer, the larger.
+    The bytes of a token are those of a prompt's or of an answer's, whichever are more.
     """
     none, prompt, answer = (_bytes_of(model, way, *each) for each in ((1, 1), (1 + _FEW, 1), (1, 1 + _FEW)))
     position = max(1, -(-max(prompt - none, answer - none) // _FEW))

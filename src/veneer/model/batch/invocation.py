@@ -1,4 +1,4 @@
-"""Places where adapters act in a sequence: from their invocation tokens on (aLoRA), or everywhere.
+"""Positions from which adapters act in a sequence: from their invocation tokens on (aLoRA), or everywhere.
 
 Before these tokens, keys and values are the base's. Tokens of a batch are therefore routed one by one: those before
 their row's start have no adapter.
@@ -32,11 +32,11 @@ T = TypeVar("T")
 
 @contextmanager
 def from_invocation(model: nn.Module, state: AdapterState, inputs: Inputs) -> Iterator[None]:
-    """Context of one forward pass in which each adapter acts from its invocation tokens on.
+    """Enter a context for one forward pass in which each adapter acts from its invocation tokens on.
 
     Nothing changes if no acting adapter has such tokens. ``inputs`` are the arguments of the pass. In a generation the
-    starts are those of the prompts. Raises ConfigError if a row that trains or continues a cache lacks the tokens, and
-    CompositionError if an adapter with such tokens acts together with another.
+    starts are those of the prompts. Raises ConfigError if a row that trains or continues a cache lacks the tokens.
+    Raises CompositionError if an adapter with such tokens acts together with another.
     """
     routing = state.routed()
     is_known = routing is not None and routing.is_by_token
@@ -60,7 +60,7 @@ def from_invocation(model: nn.Module, state: AdapterState, inputs: Inputs) -> It
 
 @contextmanager
 def generating(state: AdapterState, inputs: Inputs) -> Iterator[None]:
-    """Context of a generation: all of its passes act from the invocation tokens of the prompts on."""
+    """Enter a context for a generation, in which all passes act from the invocation tokens of the prompts on."""
     if not any(_tokens(state, name) for name in _acting(state)):
         yield
         return
@@ -73,14 +73,14 @@ def generating(state: AdapterState, inputs: Inputs) -> Iterator[None]:
 
 
 def acting_tokens(model: nn.Module) -> tuple[int, ...]:
-    """Return the invocation tokens of the first acting adapter that has some; empty if all act everywhere."""
+    """Return the invocation tokens of the first acting adapter that has some; empty if all adapters act everywhere."""
     state = getattr(model, "adapter_state", None)
     return () if state is None else next(filter(None, (_tokens(state, name) for name in _acting(state))), ())
 
 
 @contextmanager
 def _head_sees(model: nn.Module, state: AdapterState, routing: TokenRouting, inputs: Inputs) -> Iterator[None]:
-    """Enter a context in which an adapted head knows the positions of its tokens: only those of ``logits_to_keep``."""
+    """Enter a context that tells an adapted head which tokens it gets: only those of ``logits_to_keep``."""
     kept, head_of = inputs[1].get("logits_to_keep"), getattr(model, "get_output_embeddings", None)
     head = None if head_of is None else head_of()
     if kept is None or not isinstance(head, Adapted):
@@ -129,7 +129,7 @@ def _starts(state: AdapterState, rows: Sequence[str], ids: Int[Tensor, "rows n"]
 def _require_found(
     model: nn.Module, state: AdapterState, rows: Sequence[str], starts: Sequence[int], inputs: Inputs
 ) -> None:
-    """Raise ConfigError for a row without invocation tokens if a cache may hold them, or in training."""
+    """Raise ConfigError for a row without invocation tokens in training, or if a cache may hold them."""
     lacking = [row for row, start in enumerate(starts) if start == NEVER]
     if lacking and _past(inputs):
         raise ConfigError(
@@ -151,7 +151,7 @@ def _require_found(
 
 
 def _repeated(each: Sequence[T], n_rows: int) -> tuple[T, ...]:
-    """Repeat the prompts' starts or tasks for the rows that each prompt became, as in a beam search."""
+    """Repeat the prompts' starts or tasks for all rows that each prompt has become, as in a beam search."""
     return tuple(own for own in each for _ in range(n_rows // len(each)))
 
 

@@ -1,4 +1,4 @@
-"""Mixed batch on a model: every row uses the adapter that it names, for one forward pass or one generation."""
+"""Mixed batch: every row uses the adapter that it names, for one forward pass or one generation."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ TaskIds = Tensor | Sequence[int]
 def mixed_batch(
     model: nn.Module, state: AdapterState, names: Sequence[str] | None, inputs: Inputs, task_ids: TaskIds | None = None
 ) -> Iterator[None]:
-    """Context in which row n of the batch uses the adapter ``names[n]``; ``"__base__"`` uses none.
+    """Enter a context in which row n of the batch uses the adapter ``names[n]``, or none if that is ``"__base__"``.
 
-    ``task_ids`` holds the task of each row, for adapters that have several; without ``names``, all rows use the active
+    ``task_ids`` holds the task of each row, for adapters that have several. Without ``names``, all rows use the active
     adapter. ``inputs`` are the arguments of the call. Checkpointed blocks are computed again with the same rows, also
     after the context has ended. Raises AdapterNameError, ConfigError, ShapeError and CompositionError if this is
     impossible.
@@ -82,7 +82,7 @@ def _n_rows(inputs: Inputs, otherwise: int) -> int:
 
 @contextmanager
 def routed(model: nn.Module, state: AdapterState, routing: Routing) -> Iterator[None]:
-    """Context of `mixed_batch` with a routing that has been checked."""
+    """Enter the context of `mixed_batch`, with a routing that has been checked."""
     kept = {module: module._gradient_checkpointing_func for module in _checkpointing(model)}
     for module, checkpoint in kept.items():
         module._gradient_checkpointing_func = _routed(checkpoint, state, routing)
@@ -95,7 +95,7 @@ def routed(model: nn.Module, state: AdapterState, routing: Routing) -> Iterator[
 
 
 def checked(model: nn.Module, state: AdapterState, names: Sequence[str], inputs: Inputs) -> Routing:
-    """Return the routing of these names."""
+    """Check the names for the rows of a batch, and return them as a routing."""
     if isinstance(names, str) or not names:
         raise ConfigError(f"adapter_names={names!r} must be a list with one adapter name for each row of the batch")
     routing = Routing(tuple(names))
@@ -162,8 +162,9 @@ def _routed(checkpoint: Callable[..., Any], state: AdapterState, routing: Routin
 
 @contextmanager
 def _same_draws(routing: Routing, kept: list[dict[str, Tensor]]) -> Iterator[None]:
-    """On the first run, note in ``kept`` where the adapters' random numbers begin; on later runs, draw from there
-    again.
+    """Enter a context in which each run has the same random numbers for adapters.
+
+    The first run stores the generators' states in ``kept``; later runs start from these.
     """
     now = {name: generator.get_state() for name, generator in routing.generators.items()}
     again = bool(kept)

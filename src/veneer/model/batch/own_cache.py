@@ -1,4 +1,4 @@
-"""Sequences in transformers' own caches, one for each, whatever the model's layers keep: keys, states, windows."""
+"""Sequences in transformers' own caches, one cache for each. A cache may hold keys, states or windows of any model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CUTS = (9, 4)  # tokens of the proof, in two stretches
 
 
 class Way(enum.Enum):
-    """How a sequence is extended from its cache."""
+    """How a model computes the next tokens of a sequence from its cache."""
 
     AT_ONCE = "its next tokens in one pass"
     ONE_BY_ONE = "its next tokens one by one"
@@ -37,7 +37,9 @@ class Way(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class KeptBytes:
-    """Bytes that a sequence keeps: for each ``position``, and for the ``sequence`` whatever its length."""
+    """Bytes that a sequence keeps in memory: those for each ``position``, and those for a ``sequence``
+    of any length.
+    """
 
     position: int
     sequence: int = 0
@@ -45,11 +47,11 @@ class KeptBytes:
 
 @dataclass(slots=True)
 class Held:
-    """Sequence in progress: its computed ``tokens`` and transformers' ``cache`` of them.
+    """A sequence in progress: its computed ``tokens`` and transformers' ``cache`` of them.
 
-    ``is_whole`` is False after a pass that was interrupted: the cache may hold a part of its tokens. Of a model with an
-    encoder: the first ``n_prompt`` tokens are the encoder's, ``encoded`` is its output, and ``answer`` is what the
-    decoder has read.
+    ``is_whole`` is False after an interrupted pass, whose tokens may be in the cache in part. In a model with an
+    encoder, the first ``n_prompt`` tokens are the encoder's, ``encoded`` is its output, and ``answer`` holds the tokens
+    that the decoder has read.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -78,7 +80,7 @@ class CachingModel:
 
     @torch.no_grad()
     def extend(self, held: Held, tokens: Sequence[int], *, with_states: bool = False) -> Extended:
-        """Compute the next tokens of a sequence, which then holds them."""
+        """Compute the next tokens of a sequence and add them to ``held``."""
         states: list[Tensor] = []
         handle = inner_model(self.model).register_forward_hook(_keep(states)) if with_states else None
         try:
@@ -94,7 +96,7 @@ class CachingModel:
         return [[token] for token in tokens] if alone else [tokens]
 
     def _pass(self, held: Held, tokens: Sequence[int]) -> Tensor:
-        """Return the logits of all tokens that the pass computes; the last ones are those of ``tokens``."""
+        """Run a pass and return the logits of all its tokens. The last ones belong to ``tokens``."""
         anew = self.way is Way.ANEW
         ids = torch.tensor([[*held.tokens, *tokens] if anew else tokens], device=self.model.device)
         given = {} if held.cache is None or self._cache is None else {self._cache: held.cache}
@@ -159,7 +161,7 @@ def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _error(model: PreTrainedModel, way: Way, ids: list[int], own: Tensor) -> float:
-    """Return the relative distance between logits computed in stretches and the model's ``own`` logits."""
+    """Return the relative distance between logits computed in several parts and the model's ``own`` logits."""
     held, caching = Held(), CachingModel(model, way)
     first = _CUTS[0]
     try:
@@ -173,10 +175,10 @@ def _error(model: PreTrainedModel, way: Way, ids: list[int], own: Tensor) -> flo
 
 
 def kept_bytes(model: PreTrainedModel, way: Way) -> KeptBytes:
-    """Return the bytes that a sequence keeps, measured on two short ones.
+    """Return the bytes that a sequence keeps in memory, measured on two short ones.
 
-    Windows count as if they grew with the sequence; without a cache its tokens are kept. The model may be on the meta
-    device, without values.
+    Sliding windows count as if they grew with the sequence. Without a cache, only the tokens are kept. The model may be
+    on the meta device, without values.
     """
     short, long = (0, 0) if way is Way.ANEW else (_bytes_after(model, n) for n in (_SHORT, 2 * _SHORT))
     if not long:

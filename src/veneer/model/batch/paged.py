@@ -26,9 +26,9 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class SlotStore:
-    """Keys and values by layer and slot, (slots, kv_heads, width) each; page p holds the slots from p · block on.
+    """Keys and values by layer and slot, (slots, kv_heads, width) each. Page p has the slots from p · block on.
 
-    A layer's tensors are allocated at the first write to it.
+    A layer's tensors are allocated when they are first written.
     """
 
     def __init__(self, n_pages: int, block: int) -> None:
@@ -45,7 +45,7 @@ class SlotStore:
         return [pages[at // self.block] * self.block + at % self.block for at in range(start, stop)]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values (n, kv_heads, width) into n slots."""
+        """Write keys and values (n, kv_heads, width) into n slots."""
         if layer not in self.layers:
             n_slots = self.n_pages * self.block
             self.layers[layer] = (
@@ -62,7 +62,9 @@ class SlotStore:
 
 
 class Stretch(NamedTuple):
-    """New tokens of one sequence: its pages, the position of the first, and their number."""
+    """Consecutive new tokens of one sequence: the sequence's pages, the position of the first token, and
+    their number.
+    """
 
     pages: tuple[int, ...]
     start: int
@@ -71,10 +73,10 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Group of g sequences with c new tokens each, and at most L positions.
+    """g sequences with c new tokens each and at most L positions, computed together.
 
-    ``rows`` (g, c) are rows of the batch, ``positions`` (g, c) their positions. ``slots`` (g, L) are all slots that
-    they may see.
+    ``rows`` (g, c) are the tokens' rows of the batch, ``positions`` (g, c) their positions. ``slots`` (g, L) are all
+    slots that they may attend to.
     """
 
     rows: Tensor
@@ -84,7 +86,10 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class PagedStep:
-    """Rows of one pass: stretches one after the other, each row one token. ``written``: the layers that it has run."""
+    """Rows of one pass: new tokens of several sequences, one sequence after another, each token a row.
+
+    ``written``: the layers that the pass has run so far.
+    """
 
     store: SlotStore
     slots: Tensor
@@ -94,7 +99,7 @@ class PagedStep:
 
     @classmethod
     def of(cls, store: SlotStore, stretches: Sequence[Stretch], device: torch.device) -> PagedStep:
-        """Return the rows of stretches, on a device."""
+        """Build the rows for new tokens of several sequences, on a device."""
         where = [store.slots(s.pages, 0, s.start + s.n) for s in stretches]
         slots = [slot for s, at in zip(stretches, where, strict=True) for slot in at[s.start :]]
         positions = torch.tensor([at for s in stretches for at in range(s.start, s.start + s.n)], device=device)
@@ -119,13 +124,15 @@ def _groups(stretches: Sequence[Stretch], where: Sequence[list[int]], positions:
 
 @dataclass(frozen=True)
 class SeenKeys:
-    """Keys that a token attends to, by transformers' mask function for a kind of layer."""
+    """Mask of the keys to which each token attends, by transformers' mask function for a kind of layer."""
 
     mask_function: Callable[..., Any]
     _of: dict[int, Tensor] = field(default_factory=dict)
 
     def of(self, number: int, group: _Group) -> Tensor:
-        """Return the mask (g, c, L) of a step's group; slots past a sequence's end are after its last token."""
+        """Return the mask (g, c, L) of group ``number`` of a step. Slots past a sequence's end count as after its last
+        token.
+        """
         if number not in self._of:
             queries = group.positions[:, :, None]
             keys = torch.arange(group.slots.shape[1], device=queries.device)[None, None]
@@ -200,7 +207,7 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 class PagedModel:
-    """Model whose passes read and write pages while they run; before and after, its attention is its own."""
+    """Model whose attention reads and writes pages during `run`. Before and after, its attention is its own."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

@@ -18,13 +18,13 @@ Inputs = tuple[Sequence[Any], Mapping[str, Any]]
 
 
 def by_sequence(state: AdapterState) -> bool:
-    """Return True if an acting adapter depends on whole sequences."""
+    """Return True if an active adapter's change depends on whole sequences."""
     return any(state.configs[name].by_sequence for name in _acting(state))
 
 
 @contextmanager
 def with_sequences(model: nn.Module, state: AdapterState, inputs: Inputs) -> Iterator[None]:
-    """Context of one forward pass whose layers know the sequences, if an acting adapter depends on them.
+    """Enter a context for one forward pass that tells the layers its sequences, if an active adapter depends on them.
 
     ``inputs`` are the arguments of the pass. Padding and packed rows are read from them. Checkpointed blocks are
     computed again with the same sequences. Raises CompositionError beside virtual tokens, and for a mask that is not
@@ -56,8 +56,8 @@ def _acting(state: AdapterState) -> tuple[str, ...]:
 
 
 def _sequences(model: nn.Module, inputs: Inputs) -> Sequences | None:
-    """Return the sequences of the input tokens; None if there are no tokens, or if encoder and decoder each
-    have some.
+    """Return the sequences of the input tokens, or None if there are no tokens, or encoder and decoder
+    both have some.
     """
     args, kwargs = inputs
     named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), args[0] if args else None)
@@ -73,7 +73,7 @@ def _sequences(model: nn.Module, inputs: Inputs) -> Sequences | None:
 
 
 def _on_tokens(mask: object) -> Tensor:
-    """Return a mask (rows, n) of tokens. Raises CompositionError for a mask of other axes, such as one by pairs of
+    """Return a mask (rows, n) of tokens. Raises CompositionError for a mask with other axes, such as one by pairs of
     tokens.
     """
     if isinstance(mask, Tensor) and mask.ndim == 2:
