@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Linear, Norm, Strange
+from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Linear, Norm, ShortConv, Strange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class Block:
     """
 
     path: str
-    attention: Attention | Strange
+    attention: Attention | ShortConv | Strange
     feed_forward: FeedForward | Experts | Strange
     norms: BlockNorms
     parallel: bool
@@ -144,7 +144,7 @@ class Decoder:
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
-        """Attention of every block, if it is described."""
+        """Attention of every block that has it, if it is described."""
         return tuple(block.attention for block in self.blocks if isinstance(block.attention, Attention))
 
     @property

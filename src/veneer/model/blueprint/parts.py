@@ -11,7 +11,9 @@ from typing import Literal
 from veneer.model.blueprint.heads import HeadLayout
 from veneer.model.blueprint.rotary import Rotary
 
-Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "shared_gate", "head"]
+Role = Literal[
+    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "shared_gate", "conv_in", "conv_out", "head"
+]
 NormKind = Literal["rms", "layer"]
 
 
@@ -25,7 +27,7 @@ class Strange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixer(Strange):
-    """Part in attention's place that mixes tokens in another way: Mamba, linear attention, a short convolution.
+    """Part in attention's place that mixes tokens in another way: Mamba, linear attention.
 
     ``layer_type`` is one of `veneer.model.blueprint.masks.MAKERS`, which makes its mask.
     """
@@ -121,6 +123,32 @@ class Attention:
     def norms(self) -> tuple[Norm, ...]:
         """Norms of the attention."""
         return tuple(norm for norm in (self.q_norm, self.k_norm) if norm is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShortConv:
+    """Short convolution in attention's place: ``out(c · conv(b · x))``, where ``inner`` computes b, then c, then x.
+
+    ``conv`` is the path of a causal convolution over the last ``kernel`` tokens, with a kernel of its own for each
+    channel. ``bias``: whether it has one.
+    """
+
+    path: str
+    inner: Linear
+    conv: str
+    kernel: int
+    bias: bool
+    out: Linear
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Linear layers of the part."""
+        return (self.inner, self.out)
+
+    @property
+    def width(self) -> int:
+        """Number of channels of the convolution."""
+        return self.out.in_features
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

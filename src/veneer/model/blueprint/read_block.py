@@ -10,10 +10,21 @@ from veneer.model.blueprint.decoder import Block, BlockNorms, Sublayer
 from veneer.model.blueprint.masks import FULL, MAKERS, RECURRENT, SLIDING, is_recurrent, types_in
 from veneer.model.blueprint.names import NormNames
 from veneer.model.blueprint.norms import read_norm
-from veneer.model.blueprint.parts import Absent, Attention, Experts, FeedForward, Mixer, Norm, Several, Strange
+from veneer.model.blueprint.parts import (
+    Absent,
+    Attention,
+    Experts,
+    FeedForward,
+    Mixer,
+    Norm,
+    Several,
+    ShortConv,
+    Strange,
+)
 from veneer.model.blueprint.read_attention import layer_type_of, read_attention
 from veneer.model.blueprint.read_feed_forward import read_feed_forward
 from veneer.model.blueprint.read_forward import odd_in_forward, takes_hidden_states, values_returned
+from veneer.model.blueprint.read_short_conv import read_short_conv
 from veneer.model.blueprint.source import BlockSource, all_of, first, has_all, undescribed
 from veneer.model.inplace import plain_class
 
@@ -94,15 +105,16 @@ def _several(source: BlockSource, parts: list[nn.Module]) -> Several | None:
     return Several(path=source.path(parts[0]), reason=f"it adds the outputs of {names}")
 
 
-def _mixing(source: BlockSource, module: nn.Module, layer: int) -> Attention | Strange | str:
+def _mixing(source: BlockSource, module: nn.Module, layer: int) -> Attention | ShortConv | Strange | str:
     """Return the part in attention's place; the reason if the block cannot be described for it."""
     types = types_in(source.config)
     layer_type = layer_type_of(module) or (types[layer] if layer < len(types) else None)
     name, kind = source.path(module).rpartition(".")[2], plain_class(type(module)).__name__
-    found: Attention | Strange
+    found: Attention | ShortConv | Strange
     if name in source.names.mixers or (layer_type is not None and is_recurrent(layer_type)):
         reason = f"it keeps a state, which {kind} computes by its own code"
-        found = Mixer(path=source.path(module), reason=reason, layer_type=RECURRENT)
+        strange = Mixer(path=source.path(module), reason=reason, layer_type=RECURRENT)
+        found = read_short_conv(source, module) or strange
     elif layer_type in (None, FULL, SLIDING):
         found = read_attention(source, module, layer)
     elif layer_type in MAKERS:
@@ -166,11 +178,11 @@ def _parallel(source: BlockSource, norms: BlockNorms) -> bool:
 
 
 def _attention_sublayer(
-    source: BlockSource, block: nn.Module, attention: Attention | Strange, norms: BlockNorms
+    source: BlockSource, block: nn.Module, attention: Attention | ShortConv | Strange, norms: BlockNorms
 ) -> Sublayer | None:
     if isinstance(attention, Strange):
         return None
-    if "attention" in source.family.adds_inside:
+    if isinstance(attention, Attention) and "attention" in source.family.adds_inside:
         return Sublayer(input_path=attention.qkv[0].path, output_path=attention.out.path)
     dropout = _dropout(source, block, source.names.attention_dropout)
     post = norms.attention_post.path if norms.attention_post else None

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable
 
 from veneer.model.blueprint.decoder import Decoder
-from veneer.model.blueprint.parts import Experts
+from veneer.model.blueprint.parts import Experts, ShortConv
 from veneer.model.blueprint.rotary import LongRopeScaling, Rotary
 
 _SHOWN = 3  # of the parts that are not described
@@ -16,11 +16,13 @@ def summary(decoder: Decoder) -> dict[str, str]:
     """Return a decoder's parts in words, by title: layers, heads, window, rotary embedding, experts, unknown parts."""
     attentions = decoder.attentions
     experts = [block.feed_forward for block in decoder.blocks if isinstance(block.feed_forward, Experts)]
+    seen = [block.attention.kernel if isinstance(block.attention, ShortConv) else None for block in decoder.blocks]
     lines = {
         "layers": f"{len(decoder.blocks)}",
         "attention heads": _counted(part.heads.n_heads for part in attentions),
         "key/value heads": _counted(part.heads.n_kv_heads for part in attentions),
         "head width": _counted(part.heads.head_dim for part in attentions),
+        "short convolution": _in_layers(seen, "tokens"),
         "window": _in_layers((part.window for part in attentions), "tokens"),
         "rotary": _in_layers(_told(part.rotary, part.heads.head_dim) for part in attentions),
         "experts": _in_layers(f"{part.top_k} of {part.n_experts}" for part in experts),

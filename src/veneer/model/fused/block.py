@@ -101,7 +101,7 @@ def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tenso
     if isinstance(part.attention, blueprint.Several):
         return _without(block, part.feed_forward.path, kwargs, x)
     module = getattr(block, part.attention.path)
-    if isinstance(part.attention, blueprint.Mixer):
+    if isinstance(part.attention, blueprint.Mixer | blueprint.ShortConv):
         kwargs = _passed_on(block, module, kwargs)
     change = module(hidden_states=_through(block, part.norms.attention, x), **kwargs)
     change = change[0] if isinstance(change, tuple) else change
@@ -114,8 +114,8 @@ def _own_mask(block: FusedBlock, name: str, mask: LayoutMask, x: Tensor) -> Tens
     ``name`` is that of the argument. Beside attention's there may be one of parts that keep a state (Falcon-H1).
     """
     attention = block.fused_program.block.attention
-    if isinstance(attention, blueprint.Mixer):
-        return mask.of_type(attention.layer_type, x)
+    if isinstance(attention, blueprint.Mixer | blueprint.ShortConv):
+        return mask.of_type(getattr(attention, "layer_type", RECURRENT), x)
     if name != "attention_mask":
         return mask.of_type(RECURRENT, x)
     module = getattr(block, attention.path)

@@ -8,11 +8,12 @@ from typing import Any
 
 from veneer.contract.keys import SUBLAYER
 from veneer.model.blueprint.decoder import Block
-from veneer.model.blueprint.parts import Absent, Attention, Experts, FeedForward, Linear, Norm, Strange
+from veneer.model.blueprint.parts import Absent, Attention, Experts, FeedForward, Linear, Norm, ShortConv, Strange
 from veneer.model.blueprint.rotary import Rotary
 from veneer.model.program.activate import Activate
 from veneer.model.program.add import Add
 from veneer.model.program.attend import Attend
+from veneer.model.program.convolve import Convolve
 from veneer.model.program.experts import MixExperts, is_known
 from veneer.model.program.into_stream import IntoStream
 from veneer.model.program.norm import Normalize
@@ -21,7 +22,7 @@ from veneer.model.program.own_module import OwnModule
 from veneer.model.program.product import Product
 from veneer.model.program.stretch import Trained, TrainedStretch
 
-_PATHS = ("path", "act", "input_path", "output_path")
+_PATHS = ("path", "act", "conv", "input_path", "output_path")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,11 +149,17 @@ def _stretch(half: tuple[Operation, ...]) -> TrainedStretch | None:
 
 def _attention(layer: int, block: Block, seen: Register, stream: Register) -> Iterator[Operation]:
     part = block.attention
-    assert isinstance(part, Attention)
+    assert not isinstance(part, Strange)
+    half = _Half(f"{block.path}.{SUBLAYER}attention", seen, stream, block.residual_multiplier)
+    if isinstance(part, ShortConv):
+        inner, mixed = _outputs("inner", (part.inner,)), Register("mixed", (part.width,))
+        yield Product(linears=(part.inner,), source=seen, target=inner)
+        yield Convolve(part=part, source=inner, target=mixed)
+        yield from half.joined(part.out, mixed, block.norms.attention_post)
+        return
     qkv, mixed = _outputs("qkv", part.qkv), Register("mixed", (part.heads.n_heads * part.heads.head_dim,))
     yield Product(linears=part.qkv, source=seen, target=qkv)
     yield Attend(layer=layer, attention=part, source=qkv, target=mixed)
-    half = _Half(f"{block.path}.{SUBLAYER}attention", seen, stream, block.residual_multiplier)
     yield from half.joined(part.out, mixed, block.norms.attention_post)
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from veneer.errors import DescriptionError
 from veneer.model.blueprint.decoder import Decoder, Embedding, Head
-from veneer.model.blueprint.parts import Attention, Linear, Norm, Stack
+from veneer.model.blueprint.parts import Attention, Linear, Norm, ShortConv, Stack
 from veneer.model.blueprint.rotary import DynamicScaling, LongRopeScaling, Rotary
 from veneer.model.program.embed import Embed
 from veneer.model.program.halves import block_operations
@@ -95,6 +95,9 @@ def _unsaid(decoder: Decoder, n_positions: int) -> Iterator[str]:
     positions = decoder.embedding.positions
     if positions is not None and n_positions + positions.offset > positions.rows:
         yield f"{positions.path} has {positions.rows} positions, and sequences may have {n_positions}"
+    for block in decoder.blocks:
+        if isinstance(block.attention, ShortConv):
+            yield f"{block.attention.path} keeps the last tokens of a sequence, and pages hold keys and values alone"
     for part in decoder.attentions:
         if part.alibi:
             yield f"{part.path} has a bias that falls with distance (ALiBi)"

@@ -26,6 +26,7 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     HeliumConfig,
+    Lfm2Config,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -116,6 +117,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         embedding_multiplier=1.7, residual_multiplier=0.3, attention_multiplier=0.2, logits_scaling=2.9, **SIZES
     ),
     "helium": HeliumConfig(**WIDE),
+    "lfm2": Lfm2Config(layer_types=["conv", "full_attention"] * 2, conv_bias=True, conv_L_cache=4, **SIZES),
     "llama": LlamaConfig(attention_bias=True, mlp_bias=True, **SIZES, **rope(LLAMA3, 17)),
     "llama, dynamic": LlamaConfig(**{**SIZES, "max_position_embeddings": 11}, **rope(DYNAMIC)),
     "llama, tied": LlamaConfig(tie_word_embeddings=True, **SIZES, **rope(LINEAR)),

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear as matmul
 
 from veneer.model.blueprint.decoder import Block, Decoder
-from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Linear, Norm, Strange
+from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Linear, Norm, ShortConv, Strange
 from veneer.ops.activation import activation_forward
 
 Weights = Mapping[str, Tensor]
@@ -48,7 +48,9 @@ def through(block: Block, weights: Weights, h: Tensor) -> Tensor:
     return after + multiplier * normed(norms.feed_forward_post, weights, fed)
 
 
-def attend(part: Attention, weights: Weights, x: Tensor) -> Tensor:
+def attend(part: Attention | ShortConv, weights: Weights, x: Tensor) -> Tensor:
+    if isinstance(part, ShortConv):
+        return convolve(part, weights, x)
     n_rows, n_tokens, _ = x.shape
     outputs = [project(layer, weights, x).flatten(0, 1) for layer in part.qkv]
     if part.clip is not None:
@@ -74,6 +76,14 @@ def attend(part: Attention, weights: Weights, x: Tensor) -> Tensor:
     hidden = (distance < 0) | (distance >= (part.window or n_tokens))
     mixed = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
     return project(part.out, weights, mixed.flatten(2))
+
+
+def convolve(part: ShortConv, weights: Weights, x: Tensor) -> Tensor:
+    before, after, inner = project(part.inner, weights, x).chunk(3, -1)
+    padded = torch.nn.functional.pad((before * inner).mT, (part.kernel - 1, 0))
+    bias = weights[f"{part.conv}.bias"] if part.bias else None
+    mixed = torch.nn.functional.conv1d(padded, weights[f"{part.conv}.weight"], bias, groups=part.width).mT
+    return project(part.out, weights, after * mixed)
 
 
 def alibi_slopes(n_heads: int) -> Tensor:

@@ -31,7 +31,7 @@ from veneer import LoraConfig, get_peft_model
 from veneer.errors import DescriptionError
 from veneer.model.blueprint.decoder import Decoder
 from veneer.model.blueprint.describe import describe, describe_config
-from veneer.model.blueprint.parts import Experts, Linear, Strange
+from veneer.model.blueprint.parts import Experts, Linear, ShortConv, Strange
 
 from .families import FAMILIES, SIZES, WIDE, model_of, rope
 
@@ -63,6 +63,10 @@ def shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
         found |= {f"{norm.path}.weight": norm.shape} if norm.weight else {}
         found |= {f"{norm.path}.bias": norm.shape} if norm.bias else {}
     for block in decoder.blocks:
+        if isinstance(block.attention, ShortConv):
+            part = block.attention
+            found[f"{part.conv}.weight"] = (part.width, 1, part.kernel)
+            found |= {f"{part.conv}.bias": (part.width,)} if part.bias else {}
         if isinstance(block.feed_forward, Experts):
             found |= {stack.path: stack.shape for stack in (block.feed_forward.gate_up, block.feed_forward.down)}
     return found

@@ -12,7 +12,7 @@ from veneer.model.blueprint.tensor_parts import part_of
 from .families import FAMILIES, model_of
 
 # Patterns that hold for the families here, written anew.
-ATTENTION = r"\.(self_attn|self_attention|attention|attn)\."
+ATTENTION = r"\.(self_attn|self_attention|attention|attn|conv)\."
 
 
 @pytest.mark.parametrize("family", FAMILIES)

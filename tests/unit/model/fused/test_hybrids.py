@@ -21,8 +21,8 @@ from veneer.train.packing_layout import packing_layout
 IDS = torch.arange(2 * 13).view(2, 13) * 7 % (VOCABULARY - 2) + 1
 # Of each type: its config, and the halves of two blocks that run fused: attention, MLP, of a block with a state first.
 DENSE: dict[str, tuple[dict[str, Any], list[bool]]] = {
-    "lfm2": ({}, [False, True, True, True]),
-    "lfm2_moe": ({"num_dense_layers": 2}, [False, True, True, True]),
+    "lfm2": ({}, [True, True, True, True]),
+    "lfm2_moe": ({"num_dense_layers": 2}, [True, True, True, True]),
     "jamba": ({}, [False, True, True, False]),
     "granitemoehybrid": ({"num_local_experts": 0, "residual_multiplier": 0.7}, [False, True, True, True]),
     "qwen3_next": (
@@ -39,7 +39,7 @@ DENSE: dict[str, tuple[dict[str, Any], list[bool]]] = {
         {"layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"]},
         [False, True, False, False],
     ),
-    "lfm3": ({"layer_types": ["conv", "full_attention"]}, [False, True, False, True]),
+    "lfm3": ({"layer_types": ["conv", "full_attention"]}, [True, True, False, True]),
     "falcon_h1": ({}, [False, True, False, True]),
     "nemotron_h": (
         {"layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"], "num_hidden_layers": 4},
@@ -50,6 +50,11 @@ DENSE: dict[str, tuple[dict[str, Any], list[bool]]] = {
     "granitemoehybrid_experts": ({"residual_multiplier": 0.7}, [False, False, True, False]),
     "olmo_hybrid": ({"layer_types": ["linear_attention", "full_attention"]}, [False, True, True, True]),
 }
+
+
+APART = ("lfm2", "lfm2_moe", "lfm3")  # a state begins anew at each sequence of a packed row
+PACKED = torch.tensor([[*range(5), *range(8)], [*range(7), *range(6)]])
+AS_A_WHOLE = ("granitemoe", "granitemoeshared")
 
 
 def make(model_type: str) -> tuple[Any, Any]:
@@ -89,7 +94,7 @@ def given(rows: str) -> dict[str, torch.Tensor]:
     if rows == "right":
         mask[0, 8:] = 0
     if rows == "packed":
-        return {"position_ids": torch.tensor([[*range(5), *range(8)], [*range(7), *range(6)]])}
+        return {"position_ids": PACKED}
     return {} if rows == "whole" else {"attention_mask": mask}
 
 
@@ -97,8 +102,8 @@ def given(rows: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("model_type", DENSE)
 def test_logits_loss_and_gradients_are_those_of_transformers(model_type: str, checkpointed: bool, rows: str) -> None:
-    if model_type.startswith("granitemoehybrid") and rows == "packed":
-        return  # its own attention does not keep them apart
+    if rows == "packed" and model_type.startswith(("granitemoehybrid", *APART)):
+        return  # its own code does not keep them apart
     fused, _ = make(model_type)
     plain = deepcopy(fused)
     assert fuse(fused)
@@ -132,7 +137,33 @@ def test_a_plan_fuses_what_runs_fused(model_type: str) -> None:
     assert fused_halves(model) == "no"
 
 
-@pytest.mark.parametrize("model_type", [name for name in DENSE if name not in ("granitemoe", "granitemoeshared")])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("model_type", APART)
+def test_a_packed_row_gives_what_its_sequences_give_alone(model_type: str, checkpointed: bool) -> None:
+    fused, _ = make(model_type)
+    plain = deepcopy(fused)
+    assert fuse(fused)
+    assert packing_layout(fused) == "positions"
+    for model in (fused, plain):
+        model.train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+    packed = fused(input_ids=IDS, position_ids=PACKED, use_cache=False).logits
+    asked = torch.randn(packed.shape, generator=torch.Generator().manual_seed(5))
+    packed.backward(asked)
+    for row, ids in enumerate(IDS):
+        for places in PACKED[row].eq(0).cumsum(0).unique().tolist():
+            own = PACKED[row].eq(0).cumsum(0) == places
+            alone = plain(input_ids=ids[own][None], use_cache=False).logits[0]
+            torch.testing.assert_close(packed[row, own], alone, rtol=1e-4, atol=1e-4)
+            alone.backward(asked[row, own])
+    for (name, found), (_, own) in zip(fused.named_parameters(), plain.named_parameters(), strict=True):
+        if own.requires_grad:
+            assert (found.grad - own.grad).norm() <= 1e-4 * own.grad.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("model_type", [name for name in DENSE if name not in (*AS_A_WHOLE, *APART)])
 def test_packed_rows_are_unpacked_where_a_state_would_carry_over(model_type: str) -> None:
     model, _ = make(model_type)
     assert fuse(model)

@@ -1,0 +1,6 @@
+"""LFM2: short convolutions between layers of attention; the norm in front of the head is named after embeddings."""
+
+from veneer.model.blueprint.family import Family
+from veneer.model.blueprint.names import Names
+
+FAMILY = Family(model_types=("lfm2",), names=Names(final_norm=("embedding_norm",)))

@@ -1,0 +1,73 @@
+"""Short causal convolution in plain torch: the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veneer.ops.state.conv import ConvKernel, GatedInput
+
+
+def conv_forward(given: GatedInput, kernel: ConvKernel, previous: Tensor) -> Tensor:
+    value, _ = _value_and_slope(_sums(given, kernel, _seen(kernel, previous, given.x.device)), kernel)
+    return (value if given.after is None else value * given.after.to(value.dtype)).to(given.x.dtype)
+
+
+def conv_backward(
+    dy: Tensor, given: GatedInput, kernel: ConvKernel, previous: Tensor, owns: tuple[bool, bool]
+) -> tuple[GatedInput, Tensor]:
+    seen = _seen(kernel, previous, given.x.device)
+    value, slope = _value_and_slope(_sums(given, kernel, seen), kernel)
+    before, x, after = (None if t is None else t.to(value.dtype) for t in given.tensors)
+    assert x is not None
+    wide = dy.to(value.dtype)
+    dsum = wide * slope if after is None else wide * after * slope
+    dz = torch.zeros_like(dsum)
+    for rows, weight in zip(seen, kernel.weight.to(dsum.dtype).flip(1).unbind(1), strict=True):
+        inside = rows >= 0
+        dz.index_add_(0, rows[inside], dsum[inside] * weight)
+    made = (  # all before one of them overwrites what it was made of
+        None if before is None else dz * x,
+        dz if before is None else dz * before,
+        None if after is None else wide * value,
+        value if after is None else value * after,
+    )
+    places = zip((*given.tensors, dy), made, (*[owns[0]] * 3, owns[1]), strict=True)
+    dbefore, dx, dafter, y = (_given_back(own, new, is_owned) for own, new, is_owned in places)
+    assert dx is not None
+    assert y is not None
+    return GatedInput(dx, dbefore, dafter), y
+
+
+def _given_back(own: Tensor | None, new: Tensor | None, owns: bool) -> Tensor | None:
+    """Return a result in the dtype of the tensor that it belongs to, and in its memory if that is owned."""
+    if own is None or new is None:
+        return None
+    return own.copy_(new) if owns else new.to(own.dtype)
+
+
+def _seen(kernel: ConvKernel, previous: Tensor, device: torch.device) -> list[Tensor]:
+    """Return the rows that each row sees, itself first; -1 in front of its sequence."""
+    previous = torch.cat([previous.long(), previous.new_full((1,), -1).long()]).to(device)  # that of -1 is -1
+    seen = [torch.arange(len(previous) - 1, device=device)]
+    for _ in range(kernel.weight.shape[1] - 1):
+        seen.append(previous[seen[-1]])
+    return seen
+
+
+def _sums(given: GatedInput, kernel: ConvKernel, seen: list[Tensor]) -> Tensor:
+    """Return the bias and the products of each row with the rows that it sees, the farthest first."""
+    x, wide = given.x, torch.promote_types(given.x.dtype, torch.float32)
+    z = x.to(wide) if given.before is None else (x.to(wide) * given.before.to(wide)).to(x.dtype).to(wide)
+    z = torch.cat([z, z.new_zeros(1, z.shape[1])])  # row -1
+    total = torch.zeros_like(z[:-1]) if kernel.bias is None else kernel.bias.to(wide).expand(len(x), -1)
+    for rows, weight in zip(reversed(seen), kernel.weight.to(wide).unbind(1), strict=True):
+        total = total + z[rows] * weight
+    return total
+
+
+def _value_and_slope(x: Tensor, kernel: ConvKernel) -> tuple[Tensor, Tensor | float]:
+    if kernel.activation == "identity":
+        return x, 1.0
+    sigmoid = torch.sigmoid(x)
+    return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
