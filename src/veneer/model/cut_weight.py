@@ -18,7 +18,7 @@ from veneer.records.frozen import FrozenWeight
 
 @dataclass(frozen=True, slots=True)
 class CutWeight:
-    """Frozen weight that every read gathers anew."""
+    """Sharded frozen weight, which is gathered again at every read."""
 
     shape: tuple[int, int]
     nbytes: int
@@ -45,5 +45,5 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def read_whole(weight: FrozenWeight, stored: Tensor | None, gather: Callable[[], FrozenWeight]) -> FrozenWeight:
-    """Return a weight of a module; if ``stored`` is sharded, one that ``gather`` makes at each read."""
+    """Return a module's weight. If ``stored`` is a shard, return one that calls ``gather`` at each read."""
     return CutWeight(weight.shape, weight.nbytes, gather) if is_part(stored) else weight

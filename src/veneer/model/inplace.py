@@ -19,9 +19,10 @@ _MADE_HERE = "_made_by_change_class"
 
 
 class InPlace:
-    """Base class of every mixin of this kind. It allows copying and pickling although no Python module holds the class.
+    """Base class of every mixin that changes a module's class in place.
 
-    ``swapped`` names the parameters that are read through ``effective``, so that an adapter can replace them.
+    It allows copying and pickling although no Python module holds the generated class. ``swapped`` names the parameters
+    that are read through ``effective``, so that an adapter can replace them.
     """
 
     name_prefix: ClassVar[str] = ""

@@ -26,8 +26,8 @@ class Positions:
 class Embedding:
     """Embedding ``norm(multiplier · table[ids] + positions)``; the table is (n_tokens, width).
 
-    ``own_multiplier`` is the factor of ``multiplier`` that the table's module itself applies to its output (Gemma).
-    Inputs given in place of token ids are not multiplied by it.
+    ``own_multiplier`` is the part of ``multiplier`` that the table's module itself applies to its output (Gemma).
+    Inputs given instead of token ids are not multiplied by it.
     """
 
     path: str
@@ -41,7 +41,9 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockNorms:
-    """Norms around the halves: before a half, and after it, before its output is added to the stream."""
+    """Norms of a block's two halves, attention and feed-forward: before each half, and after it (``post``), if there
+    are any.
+    """
 
     attention: Norm | None
     feed_forward: Norm | None
@@ -50,17 +52,17 @@ class BlockNorms:
 
     @property
     def all(self) -> tuple[Norm, ...]:
-        """Norms, each once; both halves of a parallel block may read the same one."""
+        """The norms, each once. Both halves of a parallel block may share one."""
         norms = (self.attention, self.feed_forward, self.attention_post, self.feed_forward_post)
         return tuple(dict.fromkeys(norm for norm in norms if norm is not None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sublayer:
-    """Place of the residual adapter of one half.
+    """Where a bottleneck adapter of one half of a block acts.
 
-    ``input_path`` is the module whose first input is the half's input, after the norm before it. ``output_path`` is the
-    module whose first output is added to the stream, including a norm after the half.
+    ``input_path`` is the module whose first input is the half's input, after a norm that precedes it. ``output_path``
+    is the module whose first output is added to the residual stream; a norm that follows the half is included.
     """
 
     input_path: str
@@ -72,7 +74,8 @@ class Block:
     """Block ``h += m · post(attention(norm(h)))``, then ``h += m · post(feed_forward(norm(h)))``.
 
     m is ``residual_multiplier``. ``parallel``: the feed-forward half reads the attention half's input. ``returns``: the
-    number of values in the tuple that its forward returns, the stream first; None if it returns the stream alone.
+    number of values in the tuple that the block's forward returns, the residual stream first; None if it returns the
+    stream alone.
     """
 
     path: str
@@ -94,7 +97,7 @@ class Block:
 
     @property
     def strange(self) -> tuple[Strange, ...]:
-        """Parts that are not described."""
+        """The parts of the block that the description cannot express."""
         halves = (half for half in (self.attention, self.feed_forward) if isinstance(half, Strange))
         return tuple(dict.fromkeys((*halves, *self.other)))
 
@@ -114,10 +117,8 @@ class Decoder:
     """Description of a decoder.
 
     ``listed``: this package's tests have checked the model type by values. The description of any other type follows
-    the convention of names, and callers must check it before they use it to compute.
-
-    ``head`` is None if the model is made for another task. ``other`` holds parts outside the blocks that are not
-    described.
+    the convention of names, and callers must check it before they use it to compute. ``head`` is None if the model is
+    for another task. ``other`` holds parts outside the blocks that the description cannot express.
     """
 
     model_type: str
@@ -149,7 +150,7 @@ class Decoder:
 
     @property
     def strange(self) -> tuple[Strange, ...]:
-        """Parts anywhere that are not described; empty if the description is complete."""
+        """The parts of the model that the description cannot express; empty if it is complete."""
         return (*self.other, *(part for block in self.blocks for part in block.strange))
 
 

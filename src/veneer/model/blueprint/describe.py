@@ -1,4 +1,4 @@
-"""Description of a decoder: from a model, whose values are not read, or from a config, with no weight in memory."""
+"""Describes a decoder, from a model without reading its values, or from a config without any weights in memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ UNMADE = (  # errors of transformers and torch for a config of which no model ca
 
 
 def describe_config(config: PreTrainedConfig) -> Decoder:
-    """Return the decoder of a config, built on the meta device.
+    """Return the description of a config's decoder, which is built on the meta device.
 
     Raises DescriptionError as `describe` does, and if transformers makes no decoder of the config.
     """
@@ -48,7 +48,7 @@ def describe_config(config: PreTrainedConfig) -> Decoder:
 
 
 def listed(model: PreTrainedModel) -> Decoder | None:
-    """Return the description of a decoder if it is tested by values; None for any other model."""
+    """Return the description of a decoder if its model type is tested by values, or None for any other model."""
     try:
         decoder = describe(model)
     except DescriptionError:
@@ -57,10 +57,10 @@ def listed(model: PreTrainedModel) -> Decoder | None:
 
 
 def describe(model: PreTrainedModel) -> Decoder:
-    """Return the description of a decoder, adapted or not, on any device; its `Decoder.strange` lists the missing
-    parts.
+    """Return the description of a decoder, adapted or not, on any device.
 
-    Raises DescriptionError if the model is not a decoder with one list of blocks between embeddings and a head.
+    `Decoder.strange` lists the parts that it cannot express. Raises DescriptionError if the model is not a decoder with
+    one list of blocks between embeddings and a head.
     """
     holder, layers = blocks_of(model)
     source = BlockSource.of(model)
@@ -99,7 +99,7 @@ def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def _beside_embeddings(source: BlockSource, holder: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """Return the table of positions and the norm after the embeddings, each None if there is none."""
+    """Return the table of learned positions and the norm after the embeddings. Each is None if the model has none."""
     found = (first(holder, names) for names in (source.names.positions, source.names.embedding_norm))
     positions, norm = (None if name is None else cast(nn.Module, getattr(holder, name)) for name in found)
     return positions, norm
@@ -142,7 +142,7 @@ def _head(source: BlockSource, head: nn.Module | None, table: nn.Module) -> Head
 
 
 def _named(source: BlockSource, name: str) -> float:
-    """Return the config's scale of logits; 1 if there is none, or if a text half's forward pass does not read it."""
+    """Return the config's factor for logits, or 1 if it has none, or if the text part of the model does not read it."""
     forward: Any = inspect.unwrap(plain_class(type(source.model)).forward)
     is_read = source.config is source.model.config or name in forward.__code__.co_names
     return float(getattr(source.config, name, None) or 1.0) if is_read else 1.0
@@ -156,7 +156,7 @@ def _no_table(source: BlockSource, positions: nn.Module | None) -> Iterator[Stra
 def _strange(
     source: BlockSource, holder: nn.Module, known: list[nn.Module | None], norm: Any, norm_module: nn.Module | None
 ) -> Iterator[Strange]:
-    """Yield the modules outside the blocks that are not described. Vision modules are not part of the text half."""
+    """Yield the modules outside the blocks that the description cannot express, except those for images."""
     reason = source.family.strange(source.config)
     if reason is not None:
         yield Strange(path=source.path(holder), reason=reason)

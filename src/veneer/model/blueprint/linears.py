@@ -1,4 +1,4 @@
-"""Reading of a linear layer: its role, shape and bias."""
+"""Describes a linear layer: its role, shape and bias."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks that transformers makes for the layers of a decoder, by the types of layers in its config."""
+"""Masks that transformers makes for a decoder's layers, by the layer types in its config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
 
 
 def is_recurrent(layer_type: str) -> bool:
-    """Return True if layers of a type keep a state: their mask is that of padding alone, (b, t)."""
+    """Return True if layers of a type keep a recurrent state. Their mask is that of padding alone, (b, t)."""
     return MAKERS.get(layer_type) is create_recurrent_attention_mask
 
 

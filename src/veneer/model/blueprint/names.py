@@ -1,7 +1,7 @@
-"""Names that transformers' models give to their parts: a short list of alternatives for each, the first match counts.
+"""Names that transformers' models give to their parts: alternatives for each part, of which the first match counts.
 
-Such names occur only here and in `families`, which holds those of one family alone. PEFT's own choices of default
-targets that no role expresses are in `contract.family_targets`.
+Such names occur only here and in `families`, which holds names that only one family has. Default targets of PEFT that
+no role expresses are in `contract.family_targets`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class NormNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InnerNames:
-    """Layers of a feed-forward part: those whose outputs are gate and up (or up alone), and the one after them."""
+    """Names of a feed-forward part's layers: those that compute gate and up (or up alone), and the one after the
+    activation.
+    """
 
     inner: tuple[tuple[Role, str], ...]
     down: str

@@ -1,6 +1,6 @@
-"""Reading of a norm. Its form is found by running its code on artificial weights.
+"""Describes a norm. Its formula is found by running its code on artificial weights.
 
-Families use the same names for different forms.
+Families use the same names for different formulas.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def epsilon_of(module: nn.Module) -> float | None:
 
 
 def norm_form(module: nn.Module, eps: float) -> Form | None:
-    """Return the form of a norm, RMSNorm or LayerNorm, and True if 1 is added to its weight; None for any other module.
+    """Return whether a module is an RMSNorm or a LayerNorm, and whether 1 is added to its weight; or None for another
+    module.
 
     A copy of the module with other weights is run, so that neither the values nor the device of the module matter.
     """
@@ -46,7 +47,7 @@ def norm_form(module: nn.Module, eps: float) -> Form | None:
 
 
 def read_norm(source: BlockSource, module: nn.Module | None) -> Norm | None:
-    """Return the description of a norm; None if there is none, or if the module is something else."""
+    """Return the description of a norm, or None if there is no module or it is something else."""
     if module is None:
         return None
     eps = epsilon_of(module)
@@ -92,7 +93,7 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _twin(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
-    """Create a module of the same class and settings, with these weights and no hooks."""
+    """Create a module of the same class and settings, with the given weights and no hooks."""
     cls: Any = _own_class(module)
     twin = cls.__new__(cls)
     nn.Module.__init__(twin)

@@ -37,7 +37,9 @@ class Mixer(Strange):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Several(Strange):
-    """Half of a block that is a sum of several parts; the block's own forward computes it. The path is the block's."""
+    """Half of a block that is a sum of several parts, which only the block's own forward computes. The path is the
+    block's.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +70,9 @@ class Stack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm:
-    """RMSNorm or LayerNorm over the last axes, of this ``shape``; it multiplies by its weight plus ``offset``.
+    """RMSNorm or LayerNorm over the last axes, of this ``shape``. It multiplies by its weight plus ``offset``.
 
-    ``weight`` and ``bias``: whether it has one.
+    ``weight`` and ``bias`` are True if the norm has one.
     """
 
     path: str
@@ -84,7 +86,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Temperature:
-    """Factor 1 + beta · ln(1 + ⌊position / original_max_positions⌋) of rotated queries (Llama 4, Ministral 3)."""
+    """Factor of rotated queries: 1 + beta · ln(1 + ⌊position / original_max_positions⌋) (Llama 4, Ministral 3)."""
 
     beta: float
     original_max_positions: int
@@ -92,7 +94,8 @@ class Temperature:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """Causal self-attention: softmax(softcap(scale · q kᵀ) + alibi) v over the last ``window`` tokens (None: all).
+    """Causal self-attention: softmax(softcap(scale · q kᵀ) + alibi) v over the last ``window`` tokens, or all if it is
+    None.
 
     ``qkv``: the layers of roles q, k, v, or one of role qkv that computes all three, in the layout ``heads``.
     ``q_norm`` and ``k_norm`` act before the rotation, over the axes of their shape. A norm of shape (head_dim,) acts on
@@ -153,11 +156,11 @@ class ShortConv:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedForward:
-    """Feed-forward part: ``down(activation(gate x) · up x)`` with a gate, otherwise ``down(activation(up x))``.
+    """Feed-forward part: ``down(activation(gate x) · up x)`` with a gate, and ``down(activation(up x))`` without.
 
-    ``inner``: the layers of roles gate and up, one of role gate_up that computes gate, then up, or up alone.
+    ``inner``: the layers of roles gate and up, or one of role gate_up that computes gate, then up, or up alone.
     ``activation`` is one of `veneer.ops.activation.KINDS`, ``act`` the path of the module that computes it. ``path`` is
-    the block's own if the layers lie in the block itself (OPT).
+    the block's own if the block itself holds the layers (OPT).
     """
 
     path: str

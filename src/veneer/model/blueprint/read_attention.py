@@ -1,4 +1,4 @@
-"""Reading of a block's attention: its layers by role, its heads, its scale, mask, cap and rotation."""
+"""Describes a block's attention: its layers by role, heads, scale, mask, cap and rotary embedding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Q_K_V: tuple[Role, ...] = ("q", "k", "v")
 
 
 def window_of(attention: nn.Module) -> int | None:
-    """Return the sliding window of an attention module; None if its layer attends to all earlier tokens."""
+    """Return the sliding window of an attention module, or None if its layer attends to all earlier tokens."""
     config = getattr(attention, "config", None)
     if layer_type_of(attention) == FULL:
         return None
@@ -29,7 +29,7 @@ def window_of(attention: nn.Module) -> int | None:
 
 
 def layer_type_of(attention: nn.Module) -> str | None:
-    """Return the type of an attention layer in the config; None if all layers are of one type."""
+    """Return the type of an attention layer in the config, or None if all layers have one type."""
     types, index = types_in(getattr(attention, "config", None)), getattr(attention, "layer_idx", None)
     return types[index] if types and index is not None else None
 
@@ -141,7 +141,7 @@ def _head_norms(source: BlockSource, module: nn.Module, heads: HeadLayout) -> tu
 
 
 def _scale(module: Any) -> float:
-    """Return the factor of the scores. Some families store its inverse."""
+    """Return the factor of the scores. Some families store its inverse, which is converted."""
     found = (getattr(module, name, None) for name in ("scaling", "inv_norm_factor", "softmax_scale"))
     scale = next((each for each in found if isinstance(each, int | float)), None)
     if scale is None:
@@ -150,7 +150,9 @@ def _scale(module: Any) -> float:
 
 
 def _clip(source: BlockSource, module: Any) -> float | None:
-    """Return the bound of q, k and v. MPT's attention holds it, 0 for none; OLMo's config does."""
+    """Return the bound of q, k and v, or None without one. MPT's attention stores it (0 means none), OLMo's config
+    does.
+    """
     held = getattr(module, "clip_qkv", None)
     return (held or None) if hasattr(module, "clip_qkv") else getattr(source.config, "clip_qkv", None)
 
@@ -173,7 +175,7 @@ def _rotary(source: BlockSource, module: nn.Module, layer: int, heads: HeadLayou
 
 
 def _rest(source: BlockSource, module: nn.Module, qkv: tuple[Linear, ...]) -> Strange | None:
-    """Return the part of the module that is neither a projection nor a norm, if there is one."""
+    """Return the parts of the module other than projections and norms, as a strange part, or None if there are none."""
     start = len(source.path(module)) + 1
     names = (*(linear.path[start:] for linear in qkv), *_norm_names(source, module))
     known = [*(getattr(module, name) for name in names), _out(source, module)]

@@ -1,4 +1,4 @@
-"""Reading of a block: its halves, the norms around them, and how they are added to the stream."""
+"""Describes a block: its two halves, the norms around them, and how they are added to the residual stream."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _single_part(source: BlockSource, block: nn.Module, part: nn.Module, layer: 
 
 
 def _several(source: BlockSource, parts: list[nn.Module]) -> Several | None:
-    """Return the half of a block that has several parts (Falcon-H1, Granite's experts); None if it has one or none."""
+    """Return a block's half if it has several parts (Falcon-H1, Granite's experts), or None if it has one or none."""
     if len(parts) < 2:
         return None
     names = " and ".join(source.path(part).rpartition(".")[2] for part in parts)
@@ -106,7 +106,9 @@ def _several(source: BlockSource, parts: list[nn.Module]) -> Several | None:
 
 
 def _mixing(source: BlockSource, module: nn.Module, layer: int) -> Attention | ShortConv | Strange | str:
-    """Return the part in attention's place; the reason if the block cannot be described for it."""
+    """Return the description of the part that mixes tokens, attention or another; or why the block
+    cannot be described.
+    """
     types = types_in(source.config)
     layer_type = layer_type_of(module) or (types[layer] if layer < len(types) else None)
     name, kind = source.path(module).rpartition(".")[2], plain_class(type(module)).__name__
@@ -128,14 +130,15 @@ def _mixing(source: BlockSource, module: nn.Module, layer: int) -> Attention | S
 
 
 def _multiplier(source: BlockSource, block: nn.Module) -> float:
-    """Return the multiplier of the halves' outputs: the config's, or one that the block has computed (MiniCPM 3)."""
+    """Return the factor of the halves' outputs: that of the config, or one that the block has computed (MiniCPM 3)."""
     own = getattr(block, "residual_scale", None)
     return float(own if isinstance(own, float) else getattr(source.config, "residual_multiplier", 1.0))
 
 
 def _beside_parts(source: BlockSource, block: nn.Module) -> list[Strange]:
-    """Return what the description cannot express: a block's buffers (Gemma 4 multiplies by one), factors of the
-    stream (MiniMax), or more of its own code.
+    """Return what the description of a block cannot express.
+
+    That may be a buffer (Gemma 4 multiplies by one), a factor of the residual stream (MiniMax), or further own code.
     """
     names = [name for name, _ in block.named_buffers(recurse=False)]
     names += [name for name in vars(block) if name.endswith("_alpha_factor")]
@@ -145,13 +148,13 @@ def _beside_parts(source: BlockSource, block: nn.Module) -> list[Strange]:
 
 
 def _fits(block: nn.Module, names: NormNames) -> bool:
-    """Return True if a block has these norms; one that is an identity is none (LFM3)."""
+    """Return True if a block has norms under these names. An identity is not a norm (LFM3)."""
     found = [getattr(block, name, None) for name in names.all]
     return bool(found) and all(isinstance(m, nn.Module) and not isinstance(m, nn.Identity) for m in found)
 
 
 def _norms(source: BlockSource, block: Any, names: NormNames) -> BlockNorms | None:
-    """Return the norms under these names; None if one of the modules is not a norm."""
+    """Return the norms with these names, or None if one of the modules is not a norm."""
     found = {name: read_norm(source, getattr(block, name)) for name in names.all}
     if any(norm is None for norm in found.values()):
         return None

@@ -1,4 +1,4 @@
-"""Reading of a block's feed-forward part: its layers by role and its activation, or its experts."""
+"""Describes a block's feed-forward part: its layers by role and its activation, or its experts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def _plain(source: BlockSource, module: nn.Module, names: InnerNames) -> FeedFor
 
 
 def activation_of(act: Any) -> str | None:
-    """Return the one of `veneer.ops.activation.KINDS` that a module without weights computes, found by its values."""
+    """Return which of `veneer.ops.activation.KINDS` a module computes, judged by its outputs; None if it is none of
+    them.
+    """
     x = torch.linspace(-4, 4, 33, dtype=torch.float64)
     if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
         return None
@@ -98,7 +100,7 @@ def _experts(source: BlockSource, module: nn.Module) -> Experts | Strange:
 
 
 def _stacks(source: BlockSource, experts: nn.Module) -> tuple[Stack, Stack] | None:
-    """Return the stack of gate and up, and that of down; None if the experts are not stacked in one parameter each."""
+    """Return the stacked weights of gate and up, and of down, or None unless each is one parameter for all experts."""
     if not all(name in parameter_names(experts) for name in STACKS):
         return None
     shapes = [cast("tuple[int, int, int]", map_shape(experts, name)) for name in STACKS]

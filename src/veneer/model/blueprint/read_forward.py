@@ -1,4 +1,4 @@
-"""Reading of a block's own code: what it does with its halves beyond adding them to the stream."""
+"""Reads a block's own code: what it does with its halves besides adding them to the residual stream."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ NAMED = ("silu", "relu")  # functions of torch that have one form
 
 
 def odd_in_forward(block: nn.Module) -> str | None:
-    """Return, in words, what a block's forward does beyond what its parts' description says; None if nothing.
+    """Return, in words, what a block's forward does that its description does not say, or None if that is nothing.
 
-    It may call a function of its module, which weighs the halves.
+    It may call a function of its module that weights the halves.
     """
     return _odd(cast(Hashable, plain_class(type(block))))
 
 
 def values_returned(block: nn.Module) -> int | None:
-    """Return the number of values in the tuple that the forward of a block returns; None if it returns no tuple."""
+    """Return the number of values in the tuple that a block's forward returns, or None if it returns no tuple."""
     return _n_returned(cast(Hashable, plain_class(type(block))))
 
 
 def hands_on(holder: nn.Module) -> str | None:
-    """Return the name of what a block returns beside the stream and the next block is given; None if there is nothing.
+    """Return the name of a value that one block returns and the next one is given, besides the residual stream.
 
-    The forward of the ``holder`` calls the blocks: ``h, kept = layer(h, kept=kept)``.
+    Return None if there is none. The forward of ``holder`` calls the blocks: ``h, kept = layer(h, kept=kept)``.
     """
     return _handed_on(cast(Hashable, plain_class(type(holder))))
 
@@ -46,13 +46,13 @@ def globals_named(module: nn.Module) -> set[str]:
 
 
 def takes_hidden_states(module: nn.Module) -> bool:
-    """Return True if the forward of a module can be called with ``hidden_states``, as attention at a border is."""
+    """Return True if a module's forward accepts the keyword ``hidden_states``."""
     parameters = inspect.signature(inspect.unwrap(plain_class(type(module)).forward)).parameters.values()
     return any(each.name == "hidden_states" or each.kind is each.VAR_KEYWORD for each in parameters)
 
 
 def named_activation(module: nn.Module) -> str | None:
-    """Return the activation that the forward of a module calls by name, as in ``F.silu(x)``; None without one."""
+    """Return the activation that a module's forward calls by name, as in ``F.silu(x)``, or None if it calls none."""
     forward: Any = inspect.unwrap(plain_class(type(module)).forward)
     found = [kind for kind in NAMED if kind in forward.__code__.co_names]
     return found[0] if len(found) == 1 else None
@@ -67,7 +67,7 @@ def _odd(kind: Hashable) -> str | None:
 
 @functools.cache
 def _n_returned(kind: Hashable) -> int | None:
-    """Return the length of the last tuple that a forward returns, or of the one that a name of it holds."""
+    """Return the length of the tuple that a forward returns last, directly or by a name."""
     nodes = _nodes(kind)
     returned = max((n for n in nodes if isinstance(n, ast.Return)), key=lambda n: n.lineno, default=None)
     value = None if returned is None else returned.value
@@ -94,7 +94,7 @@ def _handed_on(kind: Hashable) -> str | None:
 
 
 def _nodes(kind: Hashable) -> list[ast.AST]:
-    """Return the syntax of a class's forward; empty if its source is not at hand."""
+    """Return the syntax tree's nodes of a class's forward, or an empty list if its source is not available."""
     try:
         source = inspect.getsource(inspect.unwrap(cast(Any, kind).forward))
         return list(ast.walk(ast.parse(textwrap.dedent(source))))

@@ -1,4 +1,4 @@
-"""Reading of a layer's rotation of queries and keys, from transformers' ``rope_parameters``."""
+"""Describes a layer's rotary embedding, from transformers' ``rope_parameters``."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ TEMPERATURE = "llama_4_scaling_beta"
 
 
 def read_rotary(source: BlockSource, layer_type: str | None, head_dim: int) -> Rotary | str | None:
-    """Return the rotation of a layer of this type; None if it does not rotate. An unknown rotation is returned in
-    words.
+    """Return the rotary embedding of a layer of this type, or None if it has none.
+
+    If the kind of rotation is unknown, return it as text.
     """
     config = source.config
     given = getattr(config, "rope_parameters", None)
@@ -84,7 +85,9 @@ _ANY = {key for keys in KNOWN.values() for key in keys}  # what the type default
 
 
 def _from_rotary_dim(source: BlockSource, head_dim: int) -> Rotary | None:
-    """Return GPT-J's rotation. Its only setting is the number of rotated dimensions; None rotates all of them."""
+    """Return GPT-J's rotary embedding, whose only setting is the number of rotated dimensions. If that is None, all
+    rotate.
+    """
     if not hasattr(source.config, "rotary_dim"):
         return None
     return Rotary(
@@ -148,7 +151,7 @@ def _scaling(kind: str, given: Mapping[str, Any], max_positions: int) -> Scaling
 
 
 def _yarn_factor(given: Mapping[str, Any], factor: float) -> float:
-    """Return the factor of cos and sin: as given, or computed from the logarithm of the scaling factor."""
+    """Return the factor of cos and sin: the given one, or one computed from the logarithm of the scaling factor."""
     if given.get("attention_factor") is not None:
         return float(given["attention_factor"])
     own, all_dim = given.get("mscale"), given.get("mscale_all_dim")
@@ -160,7 +163,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def read_temperature(source: BlockSource) -> Temperature | None:
-    """Return the growth of queries with position; None in families that have none."""
+    """Return how queries are scaled up with their position, or None in families that do not do so."""
     given = getattr(source.config, "rope_parameters", None) or {}
     if not source.family.scales_queries or not given.get(TEMPERATURE):
         return None
@@ -170,7 +173,7 @@ def read_temperature(source: BlockSource) -> Temperature | None:
 
 
 def turns_neighbours(attention: nn.Module) -> bool:
-    """Return True if an attention's ``rotate_half`` pairs neighbouring numbers, found by its values."""
+    """Return True if an attention's ``rotate_half`` rotates neighbouring numbers as pairs, judged by its outputs."""
     beside = vars(sys.modules.get(type(attention).__module__, object))
     code = getattr(beside.get("apply_rotary_pos_emb"), "__code__", None)
     called = () if code is None else code.co_names
@@ -182,7 +185,7 @@ def turns_neighbours(attention: nn.Module) -> bool:
 
 
 def rotates(source: BlockSource, attention: nn.Module, layer: int) -> bool:
-    """Return True if a layer rotates; some models leave the rotation out in every fourth layer (SmolLM3)."""
+    """Return True if a layer applies rotary embedding. Some models omit it in every fourth layer (SmolLM3)."""
     named = bool(getattr(attention, "use_rope", True)) and source.family.rotates(source.config, layer)
     condition = _condition(cast(Hashable, plain_class(type(attention))))
     return named and (condition is None or bool(eval(condition, {"self": attention})))  # of its own fields alone
@@ -190,7 +193,9 @@ def rotates(source: BlockSource, attention: nn.Module, layer: int) -> bool:
 
 @functools.cache
 def _condition(kind: Hashable) -> CodeType | None:
-    """Return the condition on a module's fields under which its forward rotates; None if it has no such condition."""
+    """Return the condition on a module's fields under which its forward rotates, or None if it has no
+    such condition.
+    """
     try:
         code = ast.parse(textwrap.dedent(inspect.getsource(cast(Any, kind).forward)))
     except (OSError, TypeError, SyntaxError):

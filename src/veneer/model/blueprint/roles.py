@@ -1,4 +1,4 @@
-"""Layers by role: the names of layers such as attention's q and v in a model, for targets of adapters."""
+"""Layers by role, such as attention's q and v, and their names in a model, for targets of adapters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from veneer.model.blueprint.parts import Linear
 
 
 def names_for(model: object, targets: Iterable[str]) -> tuple[str, ...]:
-    """Return the targets with roles replaced by the names that layers of the role have in this model.
+    """Return the targets, with roles replaced by the names of their layers in this model.
 
-    A joined layer has the roles of all its outputs. If the model has no description, a role stands for every name that
-    it has in any of transformers' models. Other targets stay unchanged.
+    A joined layer has the roles of all its outputs. If the model has no description, a role means every name that it
+    has in any of transformers' models. Other targets stay unchanged.
     """
     wanted = tuple(targets)
     decoder = _described(model) if any(target in ELSEWHERE for target in wanted) else None
@@ -49,7 +49,7 @@ def _last(path: str) -> str:
 
 
 def _described(model: object) -> Decoder | None:
-    """Return the description of a decoder; None if one of its blocks is not fully described."""
+    """Return the description of a decoder, or None if one of its blocks is not fully described."""
     try:
         decoder = describe(model) if isinstance(model, PreTrainedModel) else None
     except DescriptionError:

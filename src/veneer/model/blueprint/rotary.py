@@ -15,16 +15,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearScaling:
-    """Division of every frequency by ``factor``."""
+    """Scaling that divides every frequency by ``factor``."""
 
     factor: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DynamicScaling:
-    """Base that grows with the sequence's length beyond the model's context ("NTK-aware"), at ``factor`` times its
-    length.
-    """
+    """Scaling whose base grows with the sequence's length beyond the model's context ("NTK-aware"), by ``factor``."""
 
     factor: float
 
@@ -34,7 +32,7 @@ class Llama3Scaling:
     """Scaling of Llama 3.1.
 
     Wavelengths above original / low are divided by ``factor``, those below original / high stay, and those between are
-    interpolated.
+    interpolated. Original is ``original_max_positions``; low and high are the two frequency factors.
     """
 
     factor: float
@@ -78,7 +76,7 @@ Scaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRop
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotary:
-    """Rotation of q and k by position: the first ``dim`` numbers of each head, in pairs.
+    """Rotary embedding of q and k: the first ``dim`` numbers of each head are rotated by position, in pairs.
 
     ``interleaved``: numbers 2i and 2i + 1 are a pair (GPT-J, Cohere, GLM); otherwise i and i + dim / 2.
     ``max_positions``: the model's context in tokens.
@@ -92,7 +90,7 @@ class Rotary:
 
     @property
     def attention_factor(self) -> float:
-        """Factor of cos and sin."""
+        """Factor by which cos and sin are multiplied."""
         return self.scaling.attention_factor if isinstance(self.scaling, YarnScaling | LongRopeScaling) else 1.0
 
     def frequencies(self, n_tokens: int = 0) -> Float[Tensor, " half"]:
@@ -150,6 +148,6 @@ def _yarn(rotary: Rotary, scaling: YarnScaling) -> Tensor:
 
 
 def _turning(rotary: Rotary, scaling: YarnScaling, turns: float) -> float:
-    """Return the dimension, possibly fractional, that turns so many times within the original context."""
+    """Return the dimension, possibly fractional, that rotates ``turns`` times within the original context."""
     length = scaling.original_max_positions / (turns * 2 * math.pi)
     return rotary.dim * math.log(length) / (2 * math.log(rotary.theta))

@@ -19,7 +19,7 @@ OURS = (".adapters.", ".copies.")  # what adapters bring is no part of the model
 
 @dataclass(frozen=True, slots=True)
 class BlockSource:
-    """Transformers model on any device; values are never read, so that meta tensors suffice."""
+    """A transformers model to describe, on any device. Its values are never read, so that meta tensors suffice."""
 
     model: PreTrainedModel
     config: Any
@@ -37,7 +37,7 @@ class BlockSource:
 
     @property
     def names(self) -> Names:
-        """Names of its parts in this family."""
+        """Names of the model's parts in this family."""
         return self.family.names
 
     @property
@@ -67,7 +67,7 @@ def has_all(module: nn.Module, names: Collection[str]) -> bool:
 
 
 def undescribed(source: BlockSource, module: nn.Module, known: Collection[nn.Module | None]) -> Iterator[Strange]:
-    """Yield a `Strange` part for the parameters of ``module`` outside its ``known`` modules, if there are any."""
+    """Yield a `Strange` part for each group of parameters of ``module`` outside its ``known`` modules."""
     inside = {path for path, part in module.named_modules() if any(part is each for each in known)}
     rest = sorted(
         {

@@ -51,7 +51,7 @@ def _counted(values: Iterable[int]) -> str:
 
 
 def _in_layers(values: Iterable[Hashable | None], unit: str = "") -> str:
-    """Return the values in words, each with the number of its layers if it does not hold in all layers."""
+    """Return values as words. A value that does not hold in all layers is followed by the number of its layers."""
     counts = Counter(values)
     total = sum(counts.values())
     held = {f"{value} {unit}".strip(): n for value, n in counts.items() if value is not None}

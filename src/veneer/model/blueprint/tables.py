@@ -1,4 +1,4 @@
-"""Reading of an embedding table: the multiplier of its output."""
+"""Finds the factor with which an embedding table's module multiplies its output."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from veneer.model.blueprint.names import EMBEDDING_MULTIPLIERS
 
 
 def own_multiplier(table: nn.Module) -> float:
-    """Return the number by which a table's module multiplies its output; 1 if it does not."""
+    """Return the number by which a table's module multiplies its output, or 1 if it does not."""
     return next((float(getattr(table, name)) for name in EMBEDDING_MULTIPLIERS if hasattr(table, name)), 1.0)

@@ -22,7 +22,7 @@ def part_of(name: str, decoder: Decoder | None = None) -> TensorPart:
 
 
 def _places(decoder: Decoder) -> list[tuple[str, TensorPart]]:
-    """Return paths, each with its part of the model. A tensor below a path belongs to that part."""
+    """Return paths, each with its part of the model. A tensor whose name begins with a path belongs to that part."""
     table = decoder.embedding
     found: list[tuple[str, TensorPart]] = [(table.path, "embeddings")]
     found += [(table.positions.path, "embeddings")] if table.positions else []

@@ -1,1 +1,1 @@
-"""Blocks of transformers models on veneer's kernels, with hand-written backward: the fast path of training."""
+"""Fast training: blocks of transformers models run on veneer's kernels, with hand-written backward passes."""

@@ -1,10 +1,10 @@
-"""Activations kept if memory suffices and recomputed otherwise, as decided before every forward pass.
+"""Keeps activations if memory suffices and recomputes them otherwise, as decided before every forward pass.
 
 The trace of a fused model shows before the first pass how many bytes its blocks save for the backward pass
-(`model.fused.saved_bytes`). In models that are not fused, or not traced, they are counted on the second block of the
-first pass, which is kept. On a CPU there are three ways: all activations are kept, blocks are checkpointed selectively,
-or each block is recomputed. On a GPU there are two: all are kept, or each block is recomputed from an input that waits
-in the host's memory. The latter is the idea of Unsloth's "unsloth" checkpointing. No way changes a gradient.
+(`model.fused.saved_bytes`). In other models they are counted on the second block of the first pass, whose activations
+are all kept. On a CPU there are three ways: all activations are kept, blocks are checkpointed selectively, or each
+block is recomputed. On a GPU there are two: all are kept, or each block is recomputed from an input that waits in host
+memory. The latter is the idea of Unsloth's "unsloth" checkpointing. Gradients are the same in each way.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _REASONS: dict[Way, str] = {
 
 
 def checkpoint_as_needed(model: nn.Module) -> None:
-    """Switch gradient checkpointing on for a transformers model, keeping the activations that memory suffices for.
+    """Enable gradient checkpointing for a transformers model, but keep all activations for which there is memory.
 
     The model's own `gradient_checkpointing_disable` ends it. Every change of the choice is logged.
     """
@@ -55,11 +55,10 @@ def checkpoint_as_needed(model: nn.Module) -> None:
 
 
 class ActivationPlan:
-    """How the activations of the current pass are kept, the same for all blocks of a model.
+    """How the activations of the current pass are kept, which is the same for all blocks of a model.
 
-    ``n_logits`` is the size of the vocabulary: float32 logits and their gradients are held in addition to the
-    activations.
-    ``traced`` returns, for hidden states, the bytes a token that a block keeps; None if only a run can show it.
+    ``n_logits`` is the size of the vocabulary: float32 logits and their gradients need memory besides the activations.
+    ``traced(hidden)`` returns the bytes that a block keeps for each token, or None if only a run can show it.
     """
 
     def __init__(
@@ -72,7 +71,8 @@ class ActivationPlan:
         self._most_kept = 0  # tokens of the largest pass that was kept
 
     def begin(self, hidden: Tensor, *, fused: bool = False) -> None:
-        """Choose a way for a pass over hidden states (…, width), ``fused`` or not.
+        """Choose how a pass over hidden states (…, width) keeps activations. ``fused``: the blocks run on fused
+        kernels.
 
         Everything is kept until the bytes that a block keeps are known.
         """
@@ -100,9 +100,9 @@ class ActivationPlan:
 
     @contextmanager
     def measuring(self, block: nn.Module, hidden: Tensor) -> Iterator[None]:
-        """Count the bytes that a block keeps for its backward pass, without its weights, if it runs in this context.
+        """Enter a context that counts the bytes that a block saves for its backward pass, without its weights.
 
-        The choice for the pass begins anew with the count.
+        At its end, the choice for the pass is made again with the count.
         """
         saved = SavedBytes()
         with saved:

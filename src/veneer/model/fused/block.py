@@ -1,4 +1,7 @@
-"""Transformer block whose halves run fused if they can. Its class changes in place; the module stays."""
+"""Transformer block that runs on fused kernels where it can. Its class changes in place; the module stays.
+
+A block has two halves: attention and the feed-forward part. Each adds its output to the residual stream.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +32,17 @@ SPECIAL = (*CACHES, "encoder_hidden_states")
 
 
 class FusedBlock(InPlace, nn.Module):
-    """Mixin in front of the class of a block. Each half runs fused if all its parts support that at the time."""
+    """Mixin before the class of a block. Each half of the block runs fused if all its parts support that
+    at the time.
+    """
 
     fused_program: BlockProgram
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Switch of transformers for checkpointing. A block that is checkpointed selectively does it itself."""
+        """transformers' switch for checkpointing. It is off if the block is checkpointed selectively, which the block
+        does itself.
+        """
         return bool(vars(self).get("gradient_checkpointing")) and not is_selective(self)
 
     @gradient_checkpointing.setter
@@ -73,28 +80,28 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
 
 
 def stream_of(output: Any) -> Tensor:
-    """Return the stream in what a block returned."""
+    """Return the residual stream from the values that a block returned."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 def run_half(
     block: FusedBlock, kind: SublayerKind, half: ActingStretch, x: Tensor, stream: Tensor, positions: PackedPositions
 ) -> Tensor:
-    """Return the stream after a half that reads x."""
+    """Run one half of a block on its input x, and return the residual stream after it."""
     if half.adds:
         return half(x, positions, None if x is stream else stream)
     return stream + _changed(block, kind, half(x, positions), x)
 
 
 def _changed(block: FusedBlock, kind: SublayerKind, change: Tensor, x: Tensor) -> Tensor:
-    """Return a half's change of the stream x, after the half's bottleneck adapters."""
+    """Apply the bottleneck adapters of a half to its output ``change``. x is the half's input."""
     norms, acting = block.fused_program.block.norms, cast(ResidualAdapters, bottlenecks(block, kind))
     norm = norms.attention if kind == "attention" else norms.feed_forward
     return _weighed(block, acting.changed(change, _through(block, norm, x) if acting.reads_input else None))
 
 
 def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tensor:
-    """Return the stream after the attention half, computed by the model's own code."""
+    """Return the residual stream after the attention half, computed by the model's own code."""
     part = block.fused_program.block
     if isinstance(part.attention, blueprint.Absent):
         return x
@@ -123,7 +130,7 @@ def _own_mask(block: FusedBlock, name: str, mask: LayoutMask, x: Tensor) -> Tens
 
 
 def _without(block: FusedBlock, path: str, kwargs: dict[str, Any], x: Tensor) -> Tensor:
-    """Return the stream after the block's own forward, without what the part at a path adds to it."""
+    """Run the block's own forward without the part at a path, and return the residual stream."""
     part = cast(nn.Module, getattr(block, path))
     block._modules[path] = _Silent(values_returned(part))
     try:
@@ -133,7 +140,9 @@ def _without(block: FusedBlock, path: str, kwargs: dict[str, Any], x: Tensor) ->
 
 
 class _Silent(nn.Module):
-    """Part that adds nothing: zeros, and None for the other values that the part in its place returns."""
+    """Module that temporarily replaces a part of a block and adds nothing: it returns zeros, and None for further
+    values.
+    """
 
     def __init__(self, n_values: int | None) -> None:
         super().__init__()
@@ -145,10 +154,10 @@ class _Silent(nn.Module):
 
 
 def _passed_on(block: FusedBlock, module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the block's arguments that it passes on to a part.
+    """Return those of the block's arguments that it passes on to a part.
 
-    They are those that the part's signature names. If the part takes any keyword, they include those that the block's
-    signature does not name.
+    These are the arguments that the part's signature names. If the part accepts any keyword, the arguments that the
+    block's own signature does not name are passed on too.
     """
     taken, own = (_parameters(cast(Hashable, cls)) for cls in (type(module), base_of(type(block))))
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
@@ -156,7 +165,7 @@ def _passed_on(block: FusedBlock, module: nn.Module, kwargs: dict[str, Any]) -> 
 
 
 def _own_mlp(block: FusedBlock, kwargs: dict[str, Any], x: Tensor, stream: Tensor) -> Tensor:
-    """Return the stream after the feed-forward half, computed by the model's own code."""
+    """Return the residual stream after the feed-forward half, computed by the model's own code."""
     part = block.fused_program.block
     if isinstance(part.feed_forward, blueprint.Absent):
         return stream
@@ -173,12 +182,14 @@ def _again(block: FusedBlock, function: Callable[..., Any], *args: Tensor) -> An
 
 
 def keywords_of(block: FusedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a call's arguments after the stream by name: GPT-2 passes some of them by position."""
+    """Return a call's arguments by name, except the first, the residual stream: GPT-2 passes some of
+    them by position.
+    """
     return {**dict(zip(_names(cast(Hashable, base_of(type(block)))), args, strict=False)), **kwargs} if args else kwargs
 
 
 def halves_now(block: FusedBlock, x: Tensor, kwargs: dict[str, Any]) -> Halves:
-    """Return the halves as they act in a call with these arguments; None for one that runs the model's own code."""
+    """Return both halves for a call with these arguments. A half is None if the model's own code must run it."""
     dtype = computed_in(x)
     special = any(kwargs.get(name) is not None for name in SPECIAL)
     if special or dtype is None or not isinstance(kwargs.get("attention_mask"), LayoutMask):
@@ -187,9 +198,10 @@ def halves_now(block: FusedBlock, x: Tensor, kwargs: dict[str, Any]) -> Halves:
 
 
 def halves_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> Halves:
-    """Return the halves as they act now, on a stream of dtype ``stream`` and computed in ``dtype``.
+    """Return both halves in their current state, for a residual stream of dtype ``stream`` and computation in
+    ``dtype``.
 
-    None replaces a half that is not fused.
+    A half that is not fused is None.
     """
     if _drops(block):
         return None, None
@@ -200,7 +212,7 @@ def halves_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> Hal
 
 
 def leave_out_unfit(block: FusedBlock, dtype: torch.dtype) -> None:
-    """Stop fusing halves that have no fused form on a stream of this dtype."""
+    """Stop fusing halves that the kernels cannot run on a residual stream of this dtype."""
     attention, mlp = halves_of(block, dtype, dtype)
     block.fused_program = block.fused_program.leaving(attention=attention is not None, mlp=mlp is not None)
 
@@ -244,9 +256,10 @@ def _weighed(block: FusedBlock, change: Tensor) -> Tensor:
 
 
 def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask, program: BlockProgram) -> PackedPositions:
-    """Return cosine and sine tables for the kernels, with each angle once; None for a layer without rotary embedding.
+    """Return the kernels' tables of cosine and sine, with each angle once. They are None for a layer without rotary
+    embedding.
 
-    transformers' tables repeat each angle, GPT-J's do not.
+    transformers' tables repeat each angle; GPT-J's do not.
     """
     if tables is None or program.rotary is None:
         return PackedPositions(None, None, mask.cu_seqlens, mask.forks)
@@ -259,7 +272,7 @@ def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask, program: 
 
 @functools.cache
 def _names(cls: Hashable) -> list[str]:
-    """Return the names of a block's positional arguments after the stream."""
+    """Return the names of a block's positional arguments without the first, the residual stream."""
     return list(_parameters(cls))[2:]
 
 

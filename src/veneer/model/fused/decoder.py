@@ -1,4 +1,4 @@
-"""Fusing of the blocks of a model in place, and the way back."""
+"""Makes the blocks of a model run on fused kernels, in place, and undoes it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NOTHING_FITS = "every part of its blocks is hooked, trained, or computes in anot
 
 
 class FusedDecoder(InPlace, nn.Module):
-    """Mixin in front of the class of the module that holds the blocks. It passes them the layout of the sequences."""
+    """Mixin before the class of the module that holds the blocks. It gives them the layout of the batch's sequences."""
 
     keeps_state: bool  # a block of it does: each type of layer then gets a mask of its own
 
@@ -54,10 +54,10 @@ class FusedDecoder(InPlace, nn.Module):
         return bias
 
     def layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayoutMask | None:
-        """Return the layout of a batch's sequences.
+        """Return the layout of a batch's sequences. Within `forked`, it is that context's layout.
 
-        None if a cache, a custom mask, or a request for attention weights is given. In training, no cache is used
-        unless one is asked for. Inside `forked`, it is that context's layout.
+        Return None if a cache, a custom mask, or a request for attention weights is given. In training, no cache is
+        used unless one is asked for.
         """
         if "forked" in vars(self):
             return cast(LayoutMask, vars(self)["forked"]())
@@ -111,9 +111,7 @@ def counts_positions(decoder: nn.Module) -> bool:
 
 
 class WithImages(InPlace, nn.Module):
-    """Mixin in front of the class of a model with images. For rows of text, it passes the mask on to the text half
-    unchanged.
-    """
+    """Mixin before the class of a model with images. For rows of text, it gives the mask unchanged to the text part."""
 
     text_half: list[FusedDecoder]  # in a list, which is no submodule
 
@@ -140,11 +138,11 @@ def _with_given_mask(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fuse(model: PreTrainedModel) -> bool:
-    """Make the blocks of a model run fused, in place. Return True if they do. A fused model stays so.
+    """Make the blocks of a model run on fused kernels, in place. Return True if they do. A fused model stays fused.
 
-    The model's description determines the parts of a block. Its values then verify them: what each block adds to the
-    stream of a short batch must equal the model's own code, up to rounding. A half that differs runs the model's own
-    code, and the reason is logged. A model of which nothing fits stays unchanged.
+    The model's description determines the parts of a block. Values then verify it: what each block adds to the residual
+    stream of a short batch must equal the model's own result, up to rounding. A half that differs runs the model's own
+    code, and the reason is logged. If nothing fits, the model stays unchanged.
     """
     if is_fused(model):
         return True
@@ -159,9 +157,9 @@ def fuse(model: PreTrainedModel) -> bool:
 
 
 def fuse_as_described(model: PreTrainedModel) -> str | None:
-    """Fuse a model whose tensors have no values, as `fuse` does if the blocks match their description.
+    """Fuse a model whose tensors have no values, as `fuse` does, if the blocks match their description.
 
-    Return the reason if it does not fit, otherwise None.
+    Return the reason if they do not, otherwise None.
     """
     try:
         described = describe(model)
@@ -204,7 +202,7 @@ def is_fused(model: nn.Module) -> bool:
 
 @contextmanager
 def fused(model: PreTrainedModel) -> Iterator[bool]:
-    """Context in which a model runs fused if it can; afterwards it is as before."""
+    """Enter a context in which a model runs fused if it can; afterwards it is as before."""
     before = is_fused(model)
     try:
         yield fuse(model)
@@ -214,7 +212,7 @@ def fused(model: PreTrainedModel) -> Iterator[bool]:
 
 
 def _fuse(model: PreTrainedModel) -> str | None:
-    """Fuse the blocks; return the reason if they do not fit."""
+    """Fuse the blocks, and return None, or the reason if they cannot be fused."""
     try:
         described = describe(model)
     except DescriptionError as error:
@@ -236,10 +234,10 @@ def _fuse(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def _few_threads(model: nn.Module) -> Iterator[None]:
-    """Compute on one thread within the context if the model is small.
+    """Enter a context in which small models compute on one thread.
 
-    Products of so few tokens take microseconds, less than threads need to meet. On busy cores a whole check took 50 s
-    with several threads, and 8 s with one.
+    Products of so few tokens take microseconds, less than the synchronization of threads. On busy cores a whole check
+    took 50 s with several threads, and 8 s with one.
     """
     before = torch.get_num_threads()
     if sum(parameter.numel() for parameter in model.parameters()) <= FEW_PARAMETERS:
@@ -251,7 +249,7 @@ def _few_threads(model: nn.Module) -> Iterator[None]:
 
 
 def _no_kernels(device: str) -> str | None:
-    """Return the reason why a kind of device has no kernels for blocks; None if it has."""
+    """Return why a kind of device has no kernels for blocks, or None if it has."""
     if device not in KERNELS:
         return f"there are no kernels for {device}"
     missing = lacks("attention.attention_forward", KERNELS[device])
@@ -259,7 +257,7 @@ def _no_kernels(device: str) -> str | None:
 
 
 def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str | None:
-    """Change the classes of the blocks and of the module that holds them. Return the reason if they do not fit."""
+    """Change the classes of the blocks and of the module that holds them. Return the reason if that is impossible."""
     holder, layers = blocks_of(model)
     reason = _no_kernels(model.device.type)
     if reason is not None:
@@ -292,7 +290,9 @@ def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str 
 
 
 def _takes_masks_by_type(holder: nn.Module) -> bool:
-    """Return True if a decoder's forward makes masks of padding only for layer types that have been given none."""
+    """Return True if a decoder's forward accepts masks by layer type and, for a type without one, uses
+    padding alone.
+    """
     return {"create_recurrent_attention_mask", "isinstance", "dict"} <= globals_named(holder)
 
 

@@ -1,8 +1,8 @@
 """Logits that have not been read yet: hidden states before a frozen head, and the operations that follow it.
 
-A model's forward pass computes logits, scales or caps them, and computes the loss of labels. On `DeferredLogits` the
-same code runs without logits. Scales, casts, caps and slices of positions are noted, and the cross-entropy of labels is
-computed chunk by chunk. Any other use computes the logits, as the head would have.
+A model's forward pass computes logits, scales or caps them, and computes the loss of labels. With `DeferredLogits` the
+same code runs without logits. Scales, casts, caps and slices of positions are recorded, and the cross-entropy of labels
+is computed in chunks. Any other use computes the logits, as the head would have.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ class FrozenHead:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """Computation from hidden states to logits.
+    """Recorded computation from hidden states to logits.
 
-    ``project`` is the head, which computes in ``computed``. ``after`` follows it, element by element, to logits of
-    ``dtype``: ``outer * tanh(inner * logits)`` if they are ``capped``, otherwise ``inner * logits``.
+    ``project`` is the head, which computes in ``computed``. ``after`` holds further operations element by element,
+    which end in ``dtype``. Together they are ``outer * tanh(inner * logits)`` if the logits are ``capped``, otherwise
+    ``inner * logits``.
     """
 
     head: FrozenHead
@@ -55,7 +56,7 @@ class Pending:
         return self.head.weight.shape[0]
 
     def made(self, hidden: Tensor) -> Tensor:
-        """Return the logits of hidden states."""
+        """Compute the logits of hidden states."""
         logits = self.project(hidden)
         for step in self.after:
             logits = step(logits)
@@ -218,7 +219,7 @@ def _same(func: Any, logits: DeferredLogits) -> DeferredLogits:
 
 
 def _at(func: Any, logits: DeferredLogits, key: Any) -> Any:
-    """Select positions but keep all classes: the key is applied to the hidden states."""
+    """Select positions and keep all classes, by applying the key to the hidden states."""
     keys = key if isinstance(key, tuple) else (key,)
     own = [each for each in keys if each is not None and each is not ...]
     n_axes = sum(each.ndim if isinstance(each, Tensor) and each.dtype == torch.bool else 1 for each in own)

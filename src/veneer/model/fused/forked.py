@@ -1,4 +1,4 @@
-"""Forward pass of one row whose sequences branch off others: rows with the same beginning share those tokens."""
+"""Forward pass over one row in which sequences branch off others: rows with the same beginning share its tokens."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from veneer.model.sharded.sharding import is_cut
 
 
 class UnforkedError(CompositionError):
-    """Error for a pass in which rows cannot share tokens; it is raised before a block has run."""
+    """Error of a pass in which rows cannot share tokens. It is raised before a block has run."""
 
 
 @contextmanager
 def forked(model: PreTrainedModel, layout: LayoutMask) -> Iterator[None]:
-    """Context of a pass over one row of this layout, by a model for which `cannot_fork` returns None.
+    """Enter a context for a pass over one row with this layout. `cannot_fork` must have returned None for the model.
 
-    The pass raises UnforkedError before its first block if a block would attend by its own code. The caller cannot know
-    that: the autocast of a prepared model begins within its forward pass.
+    The pass raises UnforkedError before its first block if a block would run its own attention. The caller cannot know
+    that before: the autocast of a prepared model begins within its forward pass.
     """
 
     def layout_now() -> LayoutMask:
@@ -44,12 +44,11 @@ def forked(model: PreTrainedModel, layout: LayoutMask) -> Iterator[None]:
 
 
 def cannot_fork(model: nn.Module) -> str | None:
-    """Return the reason why rows of a model cannot share their common beginning, in its current state; None if they
-    can.
+    """Return why rows of a model cannot share their common beginning in its current state, or None if they can.
 
-    Such a pass must give each token the result of a separate row. So nothing may depend on a row as a whole, or be
-    drawn at random. Adapters that are switched off count too: a reference computes like the model in training. Only a
-    forward pass shows if attention runs fused, which `forked` checks.
+    Each token must have the same result as in a separate row. So nothing may depend on a row as a whole, or be random.
+    Adapters that are switched off count too: a reference computes like the model in training. Only a forward pass shows
+    if attention runs fused, which `forked` checks.
     """
     if not isinstance(model, PreTrainedModel) or not any(isinstance(m, FusedDecoder) for m in model.modules()):
         return "its blocks do not run fused"

@@ -21,7 +21,7 @@ from veneer.quant.dense import DenseWeight
 
 
 class _Deferring(InPlace, nn.Module):
-    """Mixin that defers a head's logits. It is put before the head's class for one forward pass."""
+    """Mixin before the head's class, for one forward pass. It returns deferred logits."""
 
     frozen_head: FrozenHead
 
@@ -41,7 +41,7 @@ def _project(module: nn.Module, cls: Any, autocast: torch.autocast, hidden: Tens
 
 
 def head_of(model: nn.Module) -> FrozenHead | None:
-    """Return the head of a model; None if it is adapted, trained, sharded over processes, or hooked."""
+    """Return the head of a model, or None if it is adapted, trained, sharded over processes, or hooked."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if type(head) not in (nn.Linear, QuantLinear) or not is_plain(cast(nn.Module, head)):
         return None
@@ -54,7 +54,7 @@ def head_of(model: nn.Module) -> FrozenHead | None:
 
 @contextmanager
 def deferred_logits(model: nn.Module) -> Iterator[bool]:
-    """Context in which a model's logits are `DeferredLogits` if its head is frozen. It yields True if they are."""
+    """Enter a context in which a model returns `DeferredLogits` if its head is frozen. It yields True if so."""
     head = head_of(model)
     if head is None:
         yield False

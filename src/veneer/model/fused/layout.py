@@ -1,4 +1,4 @@
-"""Layout of a batch: bounds of sequences instead of a dense mask, which define the tokens that attend to one another.
+"""Layout of a batch: the bounds of its sequences, in place of a dense mask, say which tokens attend to one another.
 
 The decoder makes a `LayoutMask` from its arguments and passes it to its blocks in place of the mask. transformers
 passes a 4-d mask on unchanged, also through gradient checkpointing. Reentrant checkpointing detaches a block's
@@ -28,8 +28,8 @@ from veneer.ops.forks import Fork
 class LayoutMask(Tensor):
     """Substitute for an attention mask. ``cu_seqlens`` bounds the sequences in the flattened batch (b * t tokens).
 
-    ``forks`` describe the sequences that continue others. The layout is in host memory on every device: kernels read
-    the bounds there.
+    ``forks`` describe sequences that continue other sequences. The layout is in host memory on every device, because
+    kernels read the bounds there.
     """
 
     forks: tuple[Fork, ...] = ()
@@ -44,14 +44,14 @@ class LayoutMask(Tensor):
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> LayoutMask:
-        """Return the layout itself, which stays in host memory; the mask that it stands for gets the dtype (MPT)."""
+        """Return the layout itself, which stays in host memory. Only the mask made from it gets the dtype (MPT)."""
         self.wanted = next((each for each in args if isinstance(each, torch.dtype)), self.wanted)
         return self
 
     def dense_for(self, module: Any, hidden: Tensor, window: int | None) -> Tensor | None:
         """Return the mask that transformers makes from the same arguments, for a module that runs its own attention.
 
-        Raises CompositionError if sequences continue others, for which transformers makes none.
+        Raises CompositionError if sequences continue others, since transformers has no mask for that.
         """
         self._require_rows()
         if window not in self.dense:
@@ -93,11 +93,11 @@ class LayoutMask(Tensor):
 def layout_mask(
     size: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None, config: Any = None
 ) -> LayoutMask | None:
-    """Return the layout of a batch (b, t); None if it does not consist of runs of tokens.
+    """Return the layout of a batch (b, t), or None if its sequences are not runs of consecutive tokens.
 
     As in transformers, positions that restart mark packed sequences if there is no mask, and a mask marks padding.
-    Padding is a sequence of its own: no token attends to it, and its results have no meaning. A batch on a GPU is read
-    once, for all blocks. Masks of attention that holds no config are made from ``config``.
+    Padding is a sequence of its own: no token attends to it, and its results have no meaning. A batch on a GPU is
+    copied once, for all blocks. Masks for attention modules that have no config are made from ``config``.
     """
     starts = _starts(size, attention_mask, position_ids)
     if starts is None:
@@ -109,7 +109,7 @@ def layout_mask(
 
 
 def forked_layout(position_ids: Int[Tensor, "1 n"], bounds: Sequence[int], forks: Sequence[Fork]) -> LayoutMask:
-    """Return the layout of one row of sequences with these bounds; ``forks`` say which of them continue others."""
+    """Return the layout of one row with these bounds of sequences. ``forks`` say which sequences continue others."""
     given = {"attention_mask": None, "position_ids": position_ids}
     mask = _layout(torch.tensor(bounds), (1, position_ids.shape[1]), given)
     mask.forks = tuple(forks)
@@ -123,7 +123,9 @@ def _layout(cu_seqlens: Tensor, size: tuple[int, int], given: Mapping[str, Any])
 
 
 def _starts(size: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
-    """Mark (b, t) the first positions of sequences, in host memory; None if the arguments do not show them."""
+    """Return a mask (b, t) of the first tokens of sequences, in host memory, or None if the arguments do
+    not show them.
+    """
     if attention_mask is not None:
         if attention_mask.ndim != 2 or tuple(attention_mask.shape) != size:
             return None

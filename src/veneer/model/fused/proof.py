@@ -1,4 +1,4 @@
-"""Proof by values: a fused block computes what the module of its model computes, on two short sequences."""
+"""Proves by values, on two short sequences, that a fused block computes what the model's own block computes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HALVES = ((True, True), (False, True), (True, False), (False, False))  # attenti
 
 
 class BlockCall(NamedTuple):
-    """Call of a block under the model's own code: its input, its arguments by name, and what it returned."""
+    """A call of a block's own code: its input, its arguments by name, and the values that it returned."""
 
     x: Tensor
     kwargs: dict[str, Any]
@@ -38,15 +38,15 @@ class BlockCall(NamedTuple):
 
     @property
     def y(self) -> Tensor:
-        """Return the stream behind the block."""
+        """The residual stream after the block."""
         return stream_of(self.output)
 
 
 def prove(model: PreTrainedModel, blocks: list[FusedBlock]) -> tuple[str | None, list[str]]:
-    """Leave out the halves of blocks that do not compute what their modules do, on two short sequences.
+    """Stop fusing the halves of blocks whose results differ from the model's own on two short sequences.
 
-    One sequence is at the start of the model's context, one at its end. Return the reason if a block differs with no
-    half fused, otherwise None, and the reasons for the halves that were left out.
+    One sequence is at the start of the model's context, one at its end. Return the reason if a block differs even with
+    no half fused, otherwise None. Also return the reasons for the halves that are not fused.
     """
     embeddings = cast(Tensor, cast(Any, model).get_input_embeddings().weight)
     ids = ((torch.arange(math.prod(SIZE)).view(SIZE) * 7 + 3) % embeddings.shape[0]).to(model.device)
@@ -69,8 +69,9 @@ def prove(model: PreTrainedModel, blocks: list[FusedBlock]) -> tuple[str | None,
 
 
 def _problems(block: FusedBlock, call: BlockCall, most: float, config: Any) -> list[str]:
-    """Fuse as many halves of a block as compute what its module does, and return why not more: a reason for each choice
-    of halves that was tried before.
+    """Fuse as many halves of a block as compute the model's own result.
+
+    Return a reason for each choice of halves that was tried before and failed.
     """
     found, program = [], block.fused_program
     for attention, mlp in HALVES:
@@ -83,7 +84,7 @@ def _problems(block: FusedBlock, call: BlockCall, most: float, config: Any) -> l
 
 
 def _problem(block: FusedBlock, call: BlockCall, most: float, config: Any) -> str | None:
-    """Return, in words, the difference between a block and the model's own code; None if there is none."""
+    """Return, in words, how a fused block differs from the model's own code, or None if it does not."""
     try:
         with gathered(block):
             leave_out_unfit(block, call.x.dtype)
@@ -97,7 +98,7 @@ def _problem(block: FusedBlock, call: BlockCall, most: float, config: Any) -> st
 
 
 def _error(block: FusedBlock, call: BlockCall, config: Any) -> float:
-    """Return the error of a fused block's change of the stream, relative to that of the model's own code."""
+    """Return the relative error of the change that a fused block makes to the residual stream."""
     mask = layout_mask(SIZE, None, None, config)
     own = stream_of(block(call.x, **{**_fresh(call.kwargs), "attention_mask": mask})).double()
     change = (call.y.double() - call.x.double()).norm()
@@ -105,7 +106,7 @@ def _error(block: FusedBlock, call: BlockCall, config: Any) -> float:
 
 
 def _minds_positions(block: FusedBlock, call: BlockCall) -> bool:
-    """Return True if attention depends on the position's size (Llama 4's temperatures), however small the effect."""
+    """Return True if attention depends on the absolute position (Llama 4's temperatures), even if only a little."""
     x, kwargs, _ = call
     given = kwargs.get("position_ids")
     if given is None or block.fused_program.attention is None:
@@ -137,7 +138,7 @@ def _fresh(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _short_windows(model: nn.Module) -> Iterator[None]:
-    """Shorten sliding windows within the context, in the model's modules and in the configs of its masks."""
+    """Enter a context in which sliding windows are short, in the model's modules and in the configs of its masks."""
     owners = {
         id(owner): owner
         for module in model.modules()
@@ -174,8 +175,8 @@ def calls_of(model: PreTrainedModel, blocks: list[FusedBlock], ids: Tensor) -> l
 
 
 def _positions(holder: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """Return positions at the start and the end of the context; empty if the model takes none or its context is
-    endless.
+    """Return position ids at the start and the end of the context. Return none if the model does not take them, or if
+    its context has no limit.
     """
     end = getattr(holder.config, "max_position_embeddings", None)
     if end is None or "position_ids" not in inspect.signature(holder.forward).parameters:

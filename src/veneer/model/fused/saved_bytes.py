@@ -1,4 +1,4 @@
-"""Bytes that autograd saves for the backward pass: counted as a block runs, or traced before it does."""
+"""Counts the bytes that autograd saves for the backward pass, while a block runs or, by a trace, before it runs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ Halves = tuple[ActingStretch, ActingStretch]
 
 
 class SavedBytes(saved_tensors_hooks):
-    """Context that counts the tensors saved within it, each storage once. Traced tensors count as real ones do."""
+    """Context that counts the bytes of tensors that autograd saves within it. Each storage counts once, traced ones
+    too.
+    """
 
     def __init__(self) -> None:
         super().__init__(self._count, lambda tensor: tensor)
         self._found: dict[int, int] = {}
 
     def without(self, weights: Iterable[Tensor]) -> int:
-        """Return the bytes of all other tensors."""
+        """Return the bytes of all saved tensors except these weights."""
         known = {_storage(weight)._cdata for weight in weights}
         return sum(n_bytes for storage, n_bytes in self._found.items() if storage not in known)
 
@@ -36,16 +38,16 @@ class SavedBytes(saved_tensors_hooks):
 
 
 def weights_of(block: nn.Module) -> list[Tensor]:
-    """Return the tensors that a block holds itself."""
+    """Return the tensors that belong to a block itself."""
     return [*block.parameters(), *block.buffers()]
 
 
 def traced_bytes(model: nn.Module, hidden: Tensor) -> float | None:
-    """Return the mean number of bytes a token that a fused block saves in a pass over hidden states (…, width).
+    """Return the mean bytes for each token that a fused block saves in a pass over hidden states (…, width).
 
-    One block of each kind runs on tensors without values, so that nothing is computed. Weights are not counted, nor are
-    tensors that all blocks share: tables of the rotation, bounds of sequences, ids of dropout's masks. None if a half
-    runs the model's own code, if a bottleneck acts, or if rows have different adapters.
+    One block of each kind runs on tensors without values, so that nothing is computed. Weights are not counted. Nor are
+    tensors that all blocks share: tables of the rotation, bounds of sequences, ids of dropout's masks. Return None if a
+    half runs the model's own code, if a bottleneck acts, or if rows have different adapters.
     """
     dtype = computed_in(hidden)
     blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
@@ -67,8 +69,8 @@ def _is_traceable(half: ActingStretch | None) -> bool:
 
 
 def _kind(block: FusedBlock) -> Hashable:
-    """Return a key that is equal for blocks that save equally many bytes: equal shapes and parameters, and
-    hooks alike.
+    """Return a key that is equal for blocks that save equally many bytes: those with equal shapes, parameters and
+    hooks.
     """
     parameters = ((name, weight.shape, weight.requires_grad) for name, weight in block.named_parameters())
     plain = (is_plain(module) for module in block.modules() if module is not block)
@@ -76,7 +78,7 @@ def _kind(block: FusedBlock) -> Hashable:
 
 
 def _saved_by(block: FusedBlock, halves: Halves, hidden: Tensor) -> int:
-    """Return the bytes that a block saves in a pass over hidden states (…, width). It is called while tracing."""
+    """Return the bytes that a block saves in a pass over hidden states (…, width). It must be called while tracing."""
     # Weights may be on a GPU: what is saved is the same, and the kernels that a trace silences are the CPU's.
     bare = torch.empty(hidden.shape, dtype=hidden.dtype, device="meta")
     x = cast(Tensor, Traced(bare, torch.device("cpu"))).requires_grad_(True)

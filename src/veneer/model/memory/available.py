@@ -16,10 +16,11 @@ PROC, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return the bytes of memory available on a device; the system's cache of files counts as free.
+    """Return the bytes of memory available on a device. The system's cache of files counts as free.
 
-    On a GPU that is the driver's free memory and the unused memory of torch's allocator. On a CPU no control group may
-    reach its limit (containers have one). Freed memory that the process keeps while it trains counts as free.
+    On a GPU that is the driver's free memory and the unused memory of torch's allocator. On a CPU it is limited by the
+    control groups of the process (as in containers). Freed memory that the process keeps while it trains counts as
+    free.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -28,7 +29,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def high_water() -> int | None:
-    """Return the most bytes that this process has held so far; None if the system does not report it.
+    """Return the largest number of bytes that this process has held so far, or None if the system does not report it.
 
     Linux's `getrusage` would include the memory of the parent process.
     """
@@ -50,7 +51,7 @@ def no_memory(error: Exception) -> bool:
 
 
 def address_limit() -> int | None:
-    """Return the limit of the process's address space in bytes (``ulimit -v``); None if there is none."""
+    """Return the limit of the process's address space in bytes (``ulimit -v``), or None if there is none."""
     if sys.platform == "win32":
         return None
     import resource  # as above
@@ -60,7 +61,9 @@ def address_limit() -> int | None:
 
 
 class _Names(NamedTuple):
-    """Names of control groups' files in one version, and the line that counts reclaimable pages."""
+    """Names of control groups' files in one version of Linux's control groups, and the line that counts reclaimable
+    pages.
+    """
 
     limit: str
     used: str

@@ -35,10 +35,10 @@ _ATTENTION = (
 
 
 def checkpoint_selectively(model: nn.Module, every_n_layers: int = 1) -> None:
-    """Switch gradient checkpointing on for a transformers model, in the selective form.
+    """Enable selective gradient checkpointing for a transformers model.
 
-    The model's own `gradient_checkpointing_disable` ends it. ``every_n_layers``: only one in so many blocks is
-    checkpointed, the others keep everything.
+    The model's own `gradient_checkpointing_disable` ends it. Of every ``every_n_layers`` blocks one is checkpointed;
+    the others keep everything.
     """
     settings = {"use_reentrant": False, "context_fn": selective_contexts}
     if every_n_layers == 1:
@@ -48,7 +48,7 @@ def checkpoint_selectively(model: nn.Module, every_n_layers: int = 1) -> None:
 
 
 def checkpoint_fully(model: nn.Module) -> None:
-    """Switch gradient checkpointing on for a transformers model, not reentrant: whole blocks are computed again."""
+    """Enable full gradient checkpointing, not reentrant, for a transformers model: whole blocks are computed again."""
     _switch(model)({"use_reentrant": False})
 
 
@@ -67,7 +67,7 @@ def selective_contexts() -> Any:
 
 
 def is_selective(block: nn.Module) -> bool:
-    """Return True if a block is checkpointed in the selective form now."""
+    """Return True if a block is now checkpointed selectively."""
     if not (vars(block).get("gradient_checkpointing") and block.training and torch.is_grad_enabled()):
         return False
     function: Any = getattr(block, "_gradient_checkpointing_func", None)

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 def default_device() -> torch.device:
     """Return the current CUDA device if there is one, otherwise the CPU.
 
-    A warning tells why a GPU that is there cannot be used.
+    If a GPU exists but cannot be used, a warning gives the reason.
     """
     if reason := unusable_gpu():
         log.warning("the CPU computes, not the GPU: %s", reason)
@@ -23,7 +23,7 @@ def default_device() -> torch.device:
 
 
 def told_device(device: torch.device) -> str:
-    """Return a device as people know it: its kind, and the name of the card, one of several if there are more."""
+    """Return a device as text for people: its kind, or the name of its card, with its number if there are several."""
     if device.type != "cuda":
         return str(device)
     count = torch.cuda.device_count()

@@ -20,8 +20,8 @@ MAPS, SMAPS = Path("/proc/self/maps"), Path("/proc/self/smaps")
 
 
 def give_back(model: nn.Module) -> None:
-    """Return the process's freed memory to the system, and the pages of the files that the model's tensors are mapped
-    from.
+    """Return to the system the process's freed memory, and the resident pages of mapped files that hold the model's
+    tensors.
 
     A single tensor keeps the map of its whole file. The file's pages stay resident, though most will not be read again;
     a page that is read again comes back from the file. A map with a written page is left unchanged, since its writes
@@ -44,7 +44,7 @@ def give_back(model: nn.Module) -> None:
 
 
 def _pages_of(name: str, listed: str) -> dict[str, int]:
-    """Return the kilobytes of a map in ``SMAPS`` by kind; nothing if the map is gone.
+    """Return the kilobytes of a memory map in ``SMAPS`` by kind, or an empty dict if the map is gone.
 
     Only this map's lines are parsed: parsing all of them takes ten times as long.
     """

@@ -1,4 +1,4 @@
-"""Errors of a GPU that a user can mend: no memory, a card that is lost, a driver or a card that is too old."""
+"""Recognizes errors of a GPU that a user can solve: no memory, a lost card, a driver or a card that is too old."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOST = (
 
 
 def gpu_failure(error: BaseException) -> VeneerError | None:
-    """Return an error of a GPU in words, with a remedy: OutOfMemoryError or DeviceError. None for any other error."""
+    """Convert an error of a GPU to OutOfMemoryError or DeviceError with a remedy. Return None for any other error."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, torch.OutOfMemoryError):
         return OutOfMemoryError(f"the GPU has no memory left: {said}. {_smaller()}")
@@ -44,7 +44,7 @@ def _smaller() -> str:
 
 
 def unusable_gpu() -> str:
-    """Return the reason why a GPU of this machine cannot be used, with a remedy; empty if one can, or there is none."""
+    """Return why a GPU of this machine cannot be used, with a remedy; empty if it can be used, or there is none."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if torch.cuda.is_available():

@@ -45,10 +45,10 @@ def freed_memory_kept() -> Iterator[None]:
 
 @contextmanager
 def freed_memory_returned() -> Iterator[None]:
-    """Context in which a process that keeps freed memory returns all of it to the system, as by default.
+    """Enter a context in which a process that keeps freed memory returns all of it to the system, as is the default.
 
-    It is for occasional work with blocks of other sizes, such as an evaluation. Those blocks do not fit into the
-    memory that the steps have freed, and would be kept in addition.
+    It is for occasional work with blocks of other sizes, such as an evaluation. Those blocks do not fit into the memory
+    that the steps have freed, and would be kept in addition.
     """
     _change(without=1)
     try:
@@ -59,7 +59,7 @@ def freed_memory_returned() -> Iterator[None]:
 
 @contextmanager
 def blocks_mapped() -> Iterator[None]:
-    """Context in which blocks of 128 kB or more have maps of their own, which are removed with them.
+    """Enter a context in which blocks of 128 kB or more have maps of their own, which are removed with them.
 
     A base that is sharded over processes is gathered a block at a time. Since weights are aligned, glibc finds no room
     for the next ones where the last ones were: a pass over 24 blocks in NF4 left 3.6 times their bytes unused in its
@@ -73,9 +73,7 @@ def blocks_mapped() -> Iterator[None]:
 
 
 def kept_bytes() -> int:
-    """Return the bytes that were freed within `freed_memory_kept` and are not reused: the system counts
-    them as taken.
-    """
+    """Return the bytes freed within `freed_memory_kept` that are not in use again. The system counts them as in use."""
     with _lock:
         return max(0, _unused() - _unused_before) if _is_kept() else 0
 
@@ -106,7 +104,7 @@ def _is_kept() -> bool:
 
 
 def trim() -> None:
-    """Give freed memory to the system, including that between blocks in use, which glibc keeps by default."""
+    """Return freed memory to the system. This includes gaps between blocks in use, which glibc keeps by default."""
     _call("malloc_trim", ctypes.c_size_t(0))
 
 
@@ -130,7 +128,7 @@ class _MallocInfo(ctypes.Structure):
 
 
 def _unused() -> int:
-    """Return the process's resident bytes that are in no block in use.
+    """Return the process's resident bytes that belong to no block in use.
 
     glibc's own count of free bytes is larger: pages that `trim` has returned to the system still count as free blocks.
     """

@@ -28,10 +28,11 @@ AT_LEAST = 1 << 18
 
 
 class ActivationOffload(saved_tensors_hooks):
-    """Context for forward passes of a model. Its weights, and tensors smaller than ``at_least`` bytes, are not moved.
+    """Context for forward passes of a model, which moves saved activations elsewhere until the backward pass.
 
-    ``place`` "host" is pinned host memory, "disk" an unnamed file in ``folder``. `close` frees the file's space. Raises
-    DiskError, from within the forward pass, if the file cannot grow.
+    Weights, and tensors smaller than ``at_least`` bytes, are not moved. ``place`` "host" is pinned host memory, "disk"
+    an unnamed file in ``folder``. `close` frees the file's space. The forward pass raises DiskError if the file cannot
+    grow.
     """
 
     def __init__(self, model: nn.Module, place: Place, folder: Path | None = None, at_least: int = AT_LEAST) -> None:
@@ -81,8 +82,8 @@ def _memory(tensor: Tensor) -> torch.UntypedStorage:
 
 
 class Page:
-    """Tensor in a page file during the lifetime of this object. ``order``: its dimensions from the
-    outermost inwards.
+    """A tensor in a page file, as long as this object lives. ``order``: its dimensions from the outermost to the
+    innermost.
     """
 
     def __init__(self, file: PageFile, offset: int, tensor: Tensor, order: list[int]) -> None:
@@ -95,7 +96,7 @@ class Page:
 
 
 class PageFile:
-    """Tensors one after another in an unnamed file. It starts again at the front when the last one is gone.
+    """Unnamed file with tensors one after another. Writing starts at the front again after all of them are released.
 
     Traced tensors are reported and not written.
     """
@@ -128,7 +129,7 @@ class PageFile:
         return page
 
     def read(self, page: Page) -> Tensor:
-        """Return the tensor over a private mapping of its pages: they are read on first access, and may be
+        """Return the tensor as a private mapping of the file: its pages are read on first access, and may be
         overwritten.
         """
         if page.is_traced:  # no memory of the process's own
@@ -139,7 +140,7 @@ class PageFile:
         return laid.permute(back).to(page.device)
 
     def release(self) -> None:
-        """Release one tensor."""
+        """Count one tensor as no longer needed."""
         self._n_live -= 1
         if not self._n_live:
             self._end = 0

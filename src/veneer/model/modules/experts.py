@@ -1,4 +1,4 @@
-"""Stacks of experts in a model: parameters (experts, o, i) outside of linear layers, and the cost of adapting them."""
+"""Stacks of experts' weights in a model, (experts, o, i), outside of linear layers, and the cost of adapting them."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ def with_experts(snapshot: Snapshot, config: LinearMethod) -> LinearMethod:
 
 
 def told_experts(snapshot: Snapshot, config: MethodConfig) -> str | None:
-    """Return a line about the stacks of experts that a config leaves out, with the cost of one layer; None if there are
-    none.
+    """Return a hint about stacks of experts that a config leaves out, with the cost of adapting one layer.
+
+    Return None if there are none.
     """
     stacks = stacks_in(snapshot.modules)
     taken = config.extras.parameters

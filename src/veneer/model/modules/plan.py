@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class AttachPlan:
-    """Config of an adapter for this model, and the modules that it acts on.
+    """Config of an adapter for one model, and the modules that it changes.
 
     ``targets``: the target layers, by path; ``outward``: the output projections of the attentions among them;
     ``followers``: the modules that share the factors of the ``embeddings``. ``parameters`` are adapted by name.
-    ``copied`` are trained whole, by module path. ``rows``: the tables of which rows are trained.
+    ``copied`` are trained as a whole, by module path. ``rows``: the tables of which rows are trained.
     """
 
     config: MethodConfig
@@ -49,7 +49,7 @@ class AttachPlan:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Paths of the layers that get factors of their own."""
+        """Paths of the layers that get their own factors."""
         return tuple(dict.fromkeys((*self.targets, *self.outward)))
 
     @property
@@ -117,7 +117,7 @@ def plan_whole(snapshot: Snapshot, config: WholeMethod, fresh: bool) -> AttachPl
 
 
 def on_base(snapshot: Snapshot, config: C) -> C:
-    """Return the config with the name of the base, and the head that a classification task trains."""
+    """Return the config with the base's name and, for a classification task, the head among the modules to train."""
     changes: dict[str, object] = {}
     base = config.base_model_name_or_path or snapshot.base_name
     if base:
@@ -130,7 +130,9 @@ def on_base(snapshot: Snapshot, config: C) -> C:
 
 
 def named(snapshot: Snapshot, config: LinearMethod) -> LinearMethod:
-    """Return the config with default targets filled in: its own defaults, or ``"all-linear"`` as names."""
+    """Return the config with default targets filled in: the method's own defaults, or the names for
+    ``"all-linear"``.
+    """
     if config.target_modules is None and not config.extras.parameters:
         return replace(config, target_modules=_default_targets(snapshot, config))
     if _takes_all_linear(config):
@@ -143,7 +145,9 @@ def _takes_all_linear(config: LinearMethod) -> bool:
 
 
 def left_out(snapshot: Snapshot, config: LinearMethod) -> dict[str, Names]:
-    """Return names for the fields that name modules and are None: this model's names in place of roles."""
+    """Return values for the fields that name modules and are None: the names, in this model, of the roles they stand
+    for.
+    """
     defaults = config.fields_for(snapshot.model_type)
     return {
         name: names if isinstance(names, str) else names_for(snapshot.model, names)

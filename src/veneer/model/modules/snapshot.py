@@ -29,8 +29,8 @@ _HOLDERS = {"adapters", "copies"}
 class Snapshot:
     """Facts of a ``model``, read once.
 
-    ``modules`` of the base by path, without those that adapters added; ``kinds`` of those that can be adapted.
-    ``tied``: the input embeddings, then the modules that share their weight. ``heads``: the output head and
+    ``modules``: the base's modules by path, without those that adapters added; ``kinds``: the kinds of those that can
+    be adapted. ``tied``: the input embeddings, then the modules that share their weight. ``heads``: the output head and
     classification heads. ``model_type`` is that of transformers, ``base_name`` the source from which the model was
     loaded.
     """
@@ -44,16 +44,16 @@ class Snapshot:
     base_name: str
 
     def sites(self, paths: Sequence[str]) -> list[LinearSite]:
-        """Return the sites of the modules that can be adapted, described by their shapes alone."""
+        """Describe the modules at these paths as linear maps, by their shapes alone."""
         return [self.kinds[path].site(path, self.modules[path]) for path in paths]
 
     def wholes(self) -> ModuleIndex:
-        """Return the module paths, and those of modules that hold parameters."""
+        """Return all module paths, and the paths of modules that hold parameters."""
         own = tuple(path for path, module in self.modules.items() if module._parameters)
         return ModuleIndex(all_names=tuple(self.modules), adaptable=own, all_linear=(), called="Modules with weights")
 
     def index(self, method: LinearMethod | None = None) -> ModuleIndex:
-        """Return the module paths, and those that a method (None: any) can adapt."""
+        """Return all module paths, and the paths that a method can adapt; without a method, those that any can."""
         known = {path for path, kind in self.kinds.items() if method is None or kind.name in method.kinds}
         linear = (path for path, kind in self.kinds.items() if kind.name == "linear" and not self._is_uncalled(path))
         return ModuleIndex(

@@ -1,1 +1,3 @@
-"""Program of a model: its operations in order, each one class in one file, read from the description of the model."""
+"""Program of a model: its operations in order, read from the model's description. Each kind of operation is one class
+in one file.
+"""

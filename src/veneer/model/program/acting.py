@@ -1,6 +1,6 @@
-"""Modules of a block in their current state: if fused kernels can run them, and the kernels' arguments.
+"""Modules of a block in their current state: whether fused kernels can run them, and the kernels' arguments.
 
-A module that is hooked or trained, or that computes in another dtype than the stream, runs its own code.
+A module that is hooked or trained, or that computes in another dtype than the residual stream, runs its own code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 @dataclass(frozen=True, slots=True)
 class ActingNorm:
-    """Norm of the model: LayerNorm if it has a bias, otherwise RMSNorm, whose weight has a summand (Gemma: 1)."""
+    """Norm as the kernels' arguments: LayerNorm if it has a bias, otherwise RMSNorm. ``offset`` is added to the weight
+    (Gemma: 1).
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -54,7 +56,8 @@ class ActingNorm:
 
 @dataclass(frozen=True, slots=True)
 class Acting:
-    """Block whose stream has the dtype ``stream``, and whose other values have ``dtype``: the same, or autocast's.
+    """A block in its current state. The residual stream has the dtype ``stream``; other values have ``dtype``, which
+    may be autocast's.
 
     Paths start at the block.
     """
@@ -64,13 +67,13 @@ class Acting:
     dtype: torch.dtype
 
     def module(self, path: str) -> nn.Module:
-        """Return a module of the block; an empty path is the block's own."""
+        """Return a module of the block by its path. If the path is empty, return the block."""
         return cast(nn.Module, attrgetter(path)(self.block)) if path else self.block
 
     def norm(self, norm: Norm) -> ActingNorm | None:
         """Return a norm as the kernels' arguments.
 
-        None if it is trained, hooked, kept in another dtype than the stream, or has a weight for each head.
+        Return None if it is trained, hooked, has another dtype than the residual stream, or has a weight for each head.
         """
         module = self.module(norm.path)
         if not is_plain(module) or isinstance(module, InPlace):  # reading a weight that rows have copies of raises
@@ -88,9 +91,10 @@ class Acting:
         return ActingNorm(weight, torch.zeros_like(weight) if bias is None else bias, norm.eps, 0.0)
 
     def layer(self, path: str) -> LinearLayer | None:
-        """Return a frozen layer, with the records of its rows and without masks; None if it has more.
+        """Return a frozen layer with the records of its adapters, without dropout masks, or None if the kernels cannot
+        run it.
 
-        More means several adapters with dropout, trained or copied weights, or hooks.
+        They cannot if several adapters have dropout, if weights are trained or copied, or if there are hooks.
         """
         module = self.module(path)
         if not (is_linear(module) or _is_router(module)) or not is_plain(module):
@@ -139,7 +143,7 @@ class Acting:
 def computed_in(x: Tensor) -> torch.dtype | None:
     """Return the dtype in which linear layers compute: x's, or autocast's for a float32 x.
 
-    None if autocast uses another dtype than these.
+    Return None if autocast uses another dtype than these.
     """
     if not torch.is_autocast_enabled(x.device.type):
         return x.dtype
@@ -157,13 +161,15 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def bottlenecks(block: nn.Module, kind: SublayerKind) -> ResidualAdapters | None:
-    """Return the holder of the bottlenecks that act after a sub-layer of a block now; None if there are none."""
+    """Return the module that holds the bottlenecks now active after a sub-layer of a block, or None if
+    there are none.
+    """
     holder = getattr(block, f"{SUBLAYER}{kind}", None)
     return holder if isinstance(holder, ResidualAdapters) and holder.acting_on_rows() else None
 
 
 def _is_router(module: nn.Module) -> bool:
-    """Return True if a module has nothing but a matrix: its scores are that times its input."""
+    """Return True if a module's only parameter is a matrix, by which it multiplies its input to compute scores."""
     matrix = module._parameters.get("weight")
     plain = not isinstance(module, InPlace) or isinstance(module, AdaptedParameters)
     return plain and len(module._parameters) == 1 and matrix is not None and matrix.ndim == 2

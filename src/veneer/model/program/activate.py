@@ -72,7 +72,7 @@ class Activate(Trained):
         return ()
 
     def back(self, weights: tuple[()], tape: Tape) -> Tensor | None:
-        """Return the recomputed output, in its gradient's memory, if it is gated.
+        """Recompute the output of a gated activation and return it, in the memory of its gradient.
 
         Recomputed sources are overwritten.
         """

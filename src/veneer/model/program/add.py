@@ -1,4 +1,4 @@
-"""Addition of a half block's output to the stream, after the bottlenecks of adapter versions."""
+"""Operation that adds the output of a half block to the residual stream, after the bottlenecks of adapter versions."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from veneer.ops.cpu.step import StepProgram
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Add(Trained):
-    """Addition to the stream: ``stream += multiplier · source``.
+    """Addition to the residual stream: ``stream += multiplier · source``.
 
-    Bottlenecks at ``site`` first change ``source``. They read ``source``, or the half block's input ``beside``. In
-    training, a half with bottlenecks is added by its block.
+    Bottlenecks at the sub-layer ``site`` first change ``source``. They read ``source``, or the half block's input
+    ``beside``. In training, the block itself adds a half with bottlenecks.
     """
 
     trains_on, needed = ("source", "stream"), ()
@@ -72,7 +72,9 @@ class Add(Trained):
 
 
 def changed(site: str, versions: Versions, rows: PassRows, half: Tensor, beside: Tensor) -> Tensor:
-    """Return the output (n, d) of a half block, changed in place by bottlenecks; ``beside`` (n, d) is its input."""
+    """Change the output (n, d) of a half block in place by bottlenecks, and return it. ``beside`` (n, d)
+    is its input.
+    """
     for number, start, stop in rows.runs.runs:
         bottleneck = versions[rows.versions[number]].bottlenecks.get(site)
         if bottleneck is not None:
@@ -82,7 +84,7 @@ def changed(site: str, versions: Versions, rows: PassRows, half: Tensor, beside:
 
 
 def take_bottleneck(site: str, version: Version, place: StepPlace) -> bool:
-    """Add the bottleneck of a version at a site to the C++ step. Returns False if that does not support it."""
+    """Add a version's bottleneck after a sub-layer to the C++ step. Return False if the step does not support it."""
     bottleneck = version.bottlenecks.get(site)
     if bottleneck is not None and bottleneck.pairs is not None:
         place.step.take_bottleneck(place.version, place.at, bottleneck.pairs, reads_output=bottleneck.reads_output)

@@ -46,9 +46,9 @@ class AttendTraining:
 class Attend(Trained):
     """Attention of the heads in ``source`` to the pages of their sequences, as ``target`` (n, heads · width).
 
-    ``layer`` is the index of their keys and values in a page. In training the heads attend to those of their own
-    sequence.
-    The operation keeps its output; it also keeps queries, keys and values, unless their source is recomputed.
+    ``layer`` is the index of their keys and values in a page. In training the heads attend within their own sequence.
+    The operation keeps its output for the backward pass. It also keeps queries, keys and values, unless its source is
+    recomputed.
     """
 
     needed = ()
@@ -169,8 +169,9 @@ class Attend(Trained):
     def _turned(
         self, weights: AttendTraining, run: ActingStretch, ys: list[Tensor]
     ) -> tuple[Heads, tuple[Tensor, ...]]:
-        """Return rotated queries and keys, values, and tensors for norms' backward passes. Without norms, ``ys`` is
-        overwritten.
+        """Return rotated queries and keys, values, and tensors for the norms' backward passes.
+
+        Without norms, ``ys`` is overwritten.
         """
         q, k, v = self.attention.heads.split(ys)
         turned, kept = list[Tensor](), list[Tensor]()
@@ -204,7 +205,7 @@ def _unnormed(norm: ActingNorm | None, grad: Tensor, kept: tuple[Tensor, ...]) -
 
 
 def _grows(attention: Attention) -> bool:
-    """Return True if queries are scaled up with the position within the context."""
+    """Return True if queries are scaled up within the model's context, depending on their position."""
     rotary, temperature = attention.rotary, attention.temperature
     return temperature is not None and (rotary is None or rotary.max_positions > temperature.original_max_positions)
 
@@ -224,10 +225,10 @@ def _by_head(heads: Tensor) -> Tensor:
 
 
 def _places(layout: HeadLayout, first: int) -> list[list[int]]:
-    """Return for queries, keys and values: the tensor's index, the index of its first value, and the stride between
-    heads.
+    """Return where the heads of queries, keys and values lie, as `HeadLayout.split` splits them.
 
-    The tensors are numbered from ``first`` on. The heads lie as `HeadLayout.split` splits them.
+    For each of the three: the tensor's index, counted from ``first``, the index of the first value, and the stride
+    between heads.
     """
     d = layout.head_dim
     if layout.order == "apart":

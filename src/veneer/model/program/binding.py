@@ -1,4 +1,4 @@
-"""Binding of operations to a model: its weights, packed ones, and the adapter versions that change them."""
+"""Binds operations to a model: to its weights, its packed weights, and the adapter versions that change them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Stacks = tuple[PackedStack, PackedStack]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Binding:
-    """Model, its ``packed`` weights and ``stacks`` of experts, and the cosines and sines of each rotation by position.
+    """A model, its ``packed`` weights and ``stacks`` of experts, and the cosines and sines of each rotation by
+    position.
 
     ``versions`` may change after operations are bound. ``groups`` are the groups of linear layers bound so far, in
-    order;
-    for ``ready`` see `Linears`.
+    order; for ``ready`` see `Linears`.
     """
 
     model: PreTrainedModel
@@ -36,7 +36,7 @@ class Binding:
     stacks: Mapping[tuple[str, ...], Stacks] = field(default_factory=dict)
 
     def linears(self, linears: tuple[Linear, ...]) -> Linears:
-        """Return linear layers that read the same input; equal ones are one group."""
+        """Return a group of linear layers that read the same input. Equal layers give the same group."""
         paths = tuple(linear.path for linear in linears)
         known = next((group for group in self.groups if group.paths == paths), None)
         if known is None:

@@ -18,10 +18,10 @@ _NAMES = {"gelu_new": "gelu_tanh", "swish": "silu", "leakyrelu": "leaky_relu"}
 
 @dataclass(frozen=True, slots=True)
 class Bottleneck:
-    """Formula of a `ResidualDelta` for rows of a dtype. If ``reads_output``, its input is the tensor that it changes.
+    """Bottleneck of a `ResidualDelta` for rows of a dtype. If ``reads_output``, it reads the tensor that it changes.
 
     ``pairs`` are its matrices packed in that dtype. If no kernels support them, ``pairs`` is None and ``record`` is
-    kept.
+    used.
     """
 
     reads_output: bool

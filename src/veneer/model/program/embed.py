@@ -1,4 +1,4 @@
-"""Start of the stream: the table of embeddings, or embeddings given in its place."""
+"""Operation that starts the residual stream: it looks tokens up in the embedding table, or takes given embeddings."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class EmbedWeights:
     versions: Versions
 
     def scaled(self, rows: Tensor) -> Tensor:
-        """Return rows of the table as the table's module returns them."""
+        """Return rows of the table with the multiplier that the table's module applies itself."""
         return rows if self.own_multiplier == 1 else rows * self.own_multiplier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embed(Operation):
-    """Start of the stream: table, multiplier, learned positions, norm."""
+    """Start of the residual stream: table, multiplier, learned positions, norm."""
 
     read = ()
 
@@ -48,7 +48,7 @@ class Embed(Operation):
 
     @property
     def multiplier(self) -> float:
-        """Factor in addition to the one of the table's own module."""
+        """The factor that remains after the one that the table's module applies itself."""
         return self.embedding.multiplier / self.embedding.own_multiplier
 
     def bind(self, to: Binding) -> EmbedWeights:

@@ -1,4 +1,4 @@
-"""Experts of a mixture: the best by their scores, their weighted outputs added up, and a shared one beside them."""
+"""Operation for experts of a mixture: it sums the weighted outputs of the best-scored experts, and a shared one's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from veneer.records.terms.pair import Pair
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MixWeights:
-    """Packed ``stacks`` of the experts; without them the model's own ``module`` computes their outputs."""
+    """Packed ``stacks`` of the experts' weights. Without them, the model's own ``module`` computes the outputs."""
 
     model: nn.Module
     module: nn.Module
@@ -42,8 +42,8 @@ class MixWeights:
 class MixExperts(Trained):
     """Experts: ``target = Σ weight · down(act(gate x) · up x)`` over those that ``scores`` choose, in their order.
 
-    ``shared`` is added, times the sigmoid of ``shared_gate`` if there is one. Training keeps the outputs of the first
-    layers, the choices and their weights.
+    ``shared`` is added, times the sigmoid of ``shared_gate`` if there is one. For the backward pass, the outputs of the
+    first layers, the choices and their weights are kept.
     """
 
     experts: Experts
@@ -71,7 +71,7 @@ class MixExperts(Trained):
 
     @property
     def router(self) -> Router:
-        """Choice of experts."""
+        """The function that chooses experts from their scores."""
         part = self.experts
         return Router(n_experts=part.n_experts, top_k=part.top_k, normalized=part.normalized)
 
@@ -99,10 +99,7 @@ class MixExperts(Trained):
         return True
 
     def acting(self, at: Acting) -> TrainedExperts | None:
-        """Return the experts with the pairs that act on them.
-
-        None if they are hooked or trained, if rows have adapters of their own there, or if their input is made noisy.
-        """
+        """Return the experts, or None if they are adapted, hooked or trained, or if noise is added to their input."""
         half, path = at.module(self.experts.path), self.experts.gate_up.path.rpartition(".")[0]
         module = at.module(path)
         if not (is_plain(half) and is_plain(module)) or getattr(half, "jitter_noise", False) or not _is_frozen(module):

@@ -1,4 +1,4 @@
-"""Halves of a block as operations: for a pass over the whole decoder, and for training, block by block."""
+"""Operations of a block's two halves, attention and feed-forward: for a pass over the decoder, and for training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PATHS = ("path", "act", "conv", "input_path", "output_path")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tables:
-    """Layout of a model's own cos and sin: each angle twice in a row (``pairs``), or sin in front (``sin_first``)."""
+    """Layout of a model's cos and sin: ``pairs`` has each angle twice in a row, ``sin_first`` has sin before cos."""
 
     pairs: bool = False
     sin_first: bool = False
@@ -35,10 +35,10 @@ class Tables:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockProgram:
-    """Halves of a ``block`` in training, whose paths start at the block.
+    """A ``block`` in training: the operations of its two halves. Paths start at the block.
 
-    ``attention`` and ``mlp`` are the stretches of the halves. One is None if that half runs the model's own code.
-    ``tables``: how the model lays out the angles of its rotation.
+    ``attention`` and ``mlp`` are None for a half that runs the model's own code. ``tables``: how the model lays out the
+    angles of its rotation.
     """
 
     block: Block
@@ -48,12 +48,12 @@ class BlockProgram:
 
     @property
     def rotary(self) -> Rotary | None:
-        """Rotation of queries and keys."""
+        """Rotary embedding of queries and keys, if there is one."""
         return self.block.attention.rotary if isinstance(self.block.attention, Attention) else None
 
     @property
     def is_own(self) -> bool:
-        """Return True if no half is fused."""
+        """Return True if both halves run the model's own code."""
         return self.attention is None and self.mlp is None
 
     @property
@@ -67,7 +67,7 @@ class BlockProgram:
         return adds_inside or not self.block.feed_forward.path
 
     def leaving(self, *, attention: bool, mlp: bool) -> BlockProgram:
-        """Return the program with only these halves fused."""
+        """Return the program in which only the given halves are fused."""
         alone = not self.is_whole or (attention and mlp)
         return replace(
             self,
@@ -77,7 +77,7 @@ class BlockProgram:
 
 
 def block_program(block: Block, width: int) -> BlockProgram | str:
-    """Return the program of a block in training, with a stream of a ``width``.
+    """Return the program of a block in training. ``width`` is that of the residual stream.
 
     If its attention is unknown, return the reason in words.
     """
@@ -91,14 +91,14 @@ def block_program(block: Block, width: int) -> BlockProgram | str:
 
 
 def reasons(block: Block, width: int) -> list[str]:
-    """Return in words why halves of a block are not trained as stretches; empty if both are."""
+    """Return in words why halves of a block cannot be fused in training; empty if both can."""
     parts = [part.reason for part in block.strange if not isinstance(part, Absent)]
     parts += [op.untrained for half in _training(block, width) for op in half if op.untrained is not None]
     return list(dict.fromkeys(parts))
 
 
 def block_operations(layer: int, block: Block, stream: Register) -> Iterator[Operation]:
-    """Iterate over the operations of a block without strange parts, whose keys are those of a ``layer``."""
+    """Yield the operations of a block that is fully described. Its keys and values are those of ``layer``."""
     norms = block.norms
     seen = yield from _normed(norms.attention, stream, "x")
     fed = seen
@@ -111,7 +111,7 @@ def block_operations(layer: int, block: Block, stream: Register) -> Iterator[Ope
 
 
 def _within(part: Any, before: int) -> Any:
-    """Return a description whose paths begin at the block, without its first ``before`` letters."""
+    """Return a description whose paths start at the block, by dropping their first ``before`` characters."""
     if isinstance(part, tuple):
         return tuple(_within(each, before) for each in part)
     if not is_dataclass(part) or isinstance(part, type):
@@ -122,7 +122,10 @@ def _within(part: Any, before: int) -> Any:
 
 
 def _training(block: Block, width: int) -> tuple[tuple[Operation, ...], tuple[Operation, ...]]:
-    """Return both halves, each with its own norm, so that each is one autograd node. A strange half is empty."""
+    """Return the operations of both halves, each with its own norm, so that each is one autograd node.
+
+    A half that the description cannot express is empty.
+    """
     stream, norms = Register(STREAM, (width,)), block.norms
     before = Register("before", stream.widths) if block.parallel else stream
     attention = feed_forward = tuple[Operation, ...]()
@@ -136,7 +139,7 @@ def _training(block: Block, width: int) -> tuple[tuple[Operation, ...], tuple[Op
 def _together(
     norm: Norm | None, source: Register, half: Callable[[Register], Iterator[Operation]]
 ) -> tuple[Operation, ...]:
-    """Return the operations of a half and of the norm in front, without combined operations."""
+    """Return the operations of a half and of the norm before it, with combined operations split into their parts."""
     before = () if norm is None else (Normalize(norm=norm, source=source, target=Register("x", source.widths)),)
     found = half(before[0].target if before else source)
     return (*before, *(alone for each in found for alone in each.alone))
@@ -179,7 +182,7 @@ def _feed_forward(block: Block, fed: Register, stream: Register) -> Iterator[Ope
 
 
 def _acted(part: FeedForward, fed: Register) -> Generator[Operation, None, Register]:
-    """Add a feed-forward part up to its last layer. Return the register that this reads."""
+    """Yield the operations of a feed-forward part before its last layer. Return the register that this layer reads."""
     inner, acted = _outputs("inner", part.inner), Register("acted", (part.width,))
     yield Product(linears=part.inner, source=fed, target=inner)
     yield Activate(path=part.act, activation=part.activation, gated=part.gated, source=inner, target=acted)
@@ -203,7 +206,7 @@ def _outputs(name: str, linears: tuple[Linear, ...]) -> Register:
 
 
 def _normed(norm: Norm | None, source: Register, name: str) -> Generator[Operation, None, Register]:
-    """Add the norm of a half, if it has one. Return the register that the half reads."""
+    """Yield the norm before a half, if there is one. Return the register that the half reads."""
     if norm is None:
         return source
     target = Register(name, source.widths)
@@ -213,7 +216,7 @@ def _normed(norm: Norm | None, source: Register, name: str) -> Generator[Operati
 
 @dataclass(frozen=True, slots=True)
 class _Half:
-    """The end of a block's half, which adds the half's output to ``beside`` and writes the stream."""
+    """The end of a block's half, which adds the half's output to ``beside`` and writes the residual stream."""
 
     site: str
     beside: Register
@@ -226,7 +229,7 @@ class _Half:
         return Register("half", self.stream.widths)
 
     def joined(self, linear: Linear, source: Register, post: Norm | None) -> Iterator[Operation]:
-        """Yield the half's last layer and the addition to the stream."""
+        """Yield the half's last layer and the addition to the residual stream."""
         if post is None and self.multiplier == 1 and not linear.bias:
             yield IntoStream(linear=linear, site=self.site, source=source, beside=self.beside, stream=self.stream)
             return
@@ -234,7 +237,9 @@ class _Half:
         yield from self.added(post)
 
     def added(self, post: Norm | None) -> Iterator[Operation]:
-        """Yield the addition of the half's output to the stream, after its norm if it has one."""
+        """Yield the addition of the half's output to the residual stream, after the half's post-norm if
+        there is one.
+        """
         if post is not None:
             yield Normalize(norm=post, source=self.register, target=self.register)
         yield Add(

@@ -1,4 +1,6 @@
-"""Product whose output is added to the stream: in one call, unless a version changes the output before."""
+"""Operation that multiplies and adds to the residual stream in one call, unless a version changes the
+product before.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ from veneer.ops.cpu.step import StepProgram
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntoStream(Operation):
-    """Linear layer without a bias, added to the stream: ``stream += W source``.
+    """Linear layer without a bias, added to the residual stream: ``stream += W source``.
 
-    Bottlenecks at ``site`` change the layer's output before. They read that output, or ``beside``.
+    Bottlenecks at the sub-layer ``site`` change the layer's output before that. They read that output, or ``beside``.
     """
 
     read = ("source", "beside", "stream")

@@ -1,6 +1,7 @@
 """Linear layers that read the same x, with the changes of adapter versions: on packed weights, or on any others.
 
-Rows of several versions are computed together. If a version replaces a weight, its rows are computed again separately.
+Rows of several versions are computed together. If a version replaces a weight, its rows are computed again on their
+own.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Packed = Mapping[tuple[str, ...], PackedGroup]
 
 @dataclass(frozen=True, slots=True)
 class VersionPacking:
-    """State of packing one version: its groups of layers are added one by one, then the ``packer`` runs.
+    """State while one version is packed: groups of layers are added to ``packer`` one by one, and then it runs.
 
     ``shared`` are the factors that several groups share, keyed by their unpacked tensors.
     """
@@ -52,7 +53,9 @@ Ready = Mapping[tuple[int, AdapterRuns], Segments]
 
 
 class Linears:
-    """Linear layers at some paths: the group ``number`` of those at which ``versions`` have their changes."""
+    """Group of linear layers at some paths. ``versions`` hold the adapters' changes of this group under
+    its ``number``.
+    """
 
     def __init__(
         self,
@@ -72,7 +75,9 @@ class Linears:
         self.bias = _joined(self.biases, [linear.out_features for linear in linears])
 
     def packed(self, effects: Effects, packing: VersionPacking) -> OwnChanges | None:
-        """Return the packed change of a version, on any thread; None if it changes nothing here."""
+        """Return the packed changes of a version, or None if it changes nothing in this group. Any
+        thread may call it.
+        """
         records = tuple(effects.linear.get(path, NOTHING) for path in self.paths)
         whole = {i: w for i, path in enumerate(self.paths) if (w := effects.whole.get((path, "weight"))) is not None}
         if not whole and all(record is NOTHING for record in records):
@@ -81,7 +86,7 @@ class Linears:
         return own if self.group is None else self._packed(own, packing)
 
     def fits(self, own: OwnChanges) -> bool:
-        """Return True if packed changes have the layers' number and sizes."""
+        """Return True if packed changes are for this number of layers and their sizes."""
         if self.group is None or len(own.records) != len(self.paths):
             return False
         sizes, pairs = tuple(weight.shape[0] for weight in self.weights), own.pairs
@@ -90,13 +95,13 @@ class Linears:
         return not own.terms or self.takes(own.terms)
 
     def takes(self, terms: Sequence[LayerTerms | None]) -> bool:
-        """Return True if packed terms are valid and have the layers' number and sizes."""
+        """Return True if packed terms are valid, and are for this number of layers and their sizes."""
         return len(terms) == len(self.weights) and all(
             each is None or each.fits(*weight.shape) for each, weight in zip(terms, self.weights, strict=True)
         )
 
     def own(self, version: str) -> OwnChanges | None:
-        """Return the changes of a version here; None if there are none."""
+        """Return a version's changes of this group, or None if there are none."""
         known = self.versions.get(version)
         return None if known is None else known.linears.own(self.number)
 
@@ -122,16 +127,15 @@ class Linears:
         return ys
 
     def onto(self, h: Tensor, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> Tensor:
-        """Return the sum of ``h`` and the single layer's output, for versions for which `adds` holds.
-
-        On a GPU ``h`` is overwritten: its product adds to what is there.
-        """
+        """Return the sum of ``h`` and the single layer's output. `adds` must be True for each version."""
         y = cast(PackedGroup, self.group).parts[0].matmul(x, onto=h, out=None if h.is_cpu else h)
         add_pairs(x, self._segments([self.own(version) for version in versions], runs), [y])
         return y
 
     def segments(self, versions: tuple[str, ...], runs: AdapterRuns) -> Segments | None:
-        """Return the segments of some rows; None if their versions have no pairs here."""
+        """Return how rows are divided by version for the low-rank kernels, or None if no version has low-rank pairs
+        here.
+        """
         found = _segments([self.own(version) for version in versions], runs)
         return Segments.of(found) if found else None
 
@@ -139,7 +143,7 @@ class Linears:
         return self._ready.get((self.number, runs)) or _segments(owns, runs)
 
     def adds(self, version: str | None = None) -> bool:
-        """Return True if `onto` can compute a version's rows (None: the base's)."""
+        """Return True if `onto` can compute the rows of a version; without one, the base's rows."""
         if self.group is None or self.bias is not None:
             return False
         own = None if version is None else self.own(version)
@@ -148,7 +152,7 @@ class Linears:
     def _sums(
         self, x: Tensor, owns: Sequence[OwnChanges | None], runs: AdapterRuns, group: PackedGroup
     ) -> list[Tensor]:
-        """Return the outputs of the layers with low-rank parts added."""
+        """Return the outputs of the layers, with the versions' low-rank parts added."""
         ys = self._products(x, group)
         add_pairs(x, self._segments(owns, runs), ys)
         return ys
@@ -199,7 +203,7 @@ class Linears:
                 add_pairs(x[rows], [Segment(pairs, 0, rows.stop - rows.start)], [y[rows]])
 
     def _by_op(self, x: Tensor, owns: Sequence[OwnChanges | None], runs: AdapterRuns) -> list[Tensor]:
-        """Compute the outputs with training's op, which supports weights in any format."""
+        """Compute the outputs with the op that training uses, which supports weights in any format."""
         ys = list(forward(x, [self._layer(i, owns, runs) for i in range(len(self.paths))])[0])
         self._put_whole(ys, x, owns, runs)
         return ys
@@ -236,7 +240,7 @@ class Linears:
         return replace(left, pairs=self._pack(pairs, sizes, packing))
 
     def _with_terms(self, own: OwnChanges) -> OwnChanges:
-        """Pack the records' terms that the CPU's kernels support."""
+        """Pack those terms of the records that the CPU's kernels support."""
         if self.device.type != "cpu":
             return own
         parts = cast(PackedGroup, self.group).parts
@@ -265,7 +269,7 @@ class Linears:
 
 
 class RowPart(NamedTuple):
-    """Some rows of a pass, and their runs."""
+    """Some rows of a pass, with the runs of versions among them."""
 
     rows: Tensor
     runs: AdapterRuns
@@ -273,7 +277,7 @@ class RowPart(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def divided(runs: AdapterRuns, apart: tuple[bool, ...]) -> tuple[RowPart, RowPart]:
-    """Return the rows of a pass in two parts: rows whose version is ``apart`` are the second."""
+    """Divide the rows of a pass in two. ``apart`` says for each version whether its rows are in the second part."""
     rows: tuple[list[int], list[int]] = ([], [])
     found: tuple[list[Run], list[Run]] = ([], [])
     for place, start, stop in runs.with_gaps():
@@ -289,7 +293,10 @@ def divided(runs: AdapterRuns, apart: tuple[bool, ...]) -> tuple[RowPart, RowPar
 
 
 def each_alone(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return rows (n, i) times a weight (o, i). torch's product of a row may depend on how many rows there are."""
+    """Multiply rows (n, i) by a weight (o, i). On a CPU, a row's result does not depend on n.
+
+    torch's product of a row may depend on how many rows there are.
+    """
     if not x.is_cpu or x.dtype not in ROWS:
         return functional.linear(x, weight, bias)
     return PackedWeight.pack(weight).matmul(x, onto=over_rows(bias, len(x)))
@@ -303,7 +310,7 @@ def _pair(record: LinearDelta) -> FactorPair | None:
 
 
 def _place(x: Tensor) -> tuple[object, ...]:
-    """Return a key of a tensor's memory."""
+    """Return a key that identifies a tensor's memory."""
     return x.data_ptr(), x.shape, x.stride(), x.dtype
 
 
@@ -313,7 +320,9 @@ def _without_pair(record: LinearDelta) -> LinearDelta:
 
 
 def _terms(owns: Sequence[OwnChanges | None], runs: AdapterRuns) -> Iterator[tuple[int, slice, LayerTerms]]:
-    """Yield each layer's number, the rows that use its packed terms, and the terms."""
+    """Yield, for each layer and each of its packed terms: the layer's index, the rows that use the terms, and the
+    terms.
+    """
     for place, start, stop in runs.runs:
         own = owns[place]
         for i, terms in enumerate(() if own is None else own.terms):
@@ -345,5 +354,5 @@ def _joined(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | N
 
 
 def _weight(weight: FrozenWeight) -> Weight:
-    """Return the tensor of a dense weight; any other weight as it is."""
+    """Return the tensor of a dense weight, and any other weight unchanged."""
     return weight.dense() if isinstance(weight, DenseWeight) else weight

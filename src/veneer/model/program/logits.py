@@ -1,4 +1,4 @@
-"""End of the stream: logits of the rows that need them, and the likeliest tokens of those that need no more."""
+"""End of the residual stream: computes logits of the rows that need them, and the likeliest tokens of other rows."""
 
 from __future__ import annotations
 
@@ -35,12 +35,15 @@ class HeadWeights:
     linears: Linears
 
     def of(self, h: Tensor, rows: Tensor, runs: AdapterRuns, versions: tuple[str, ...]) -> Tensor:
-        """Return the logits of some rows of the stream, with their own runs, in the dtype in which they arise."""
+        """Return the logits of some rows of the residual stream, in the dtype in which they are computed.
+
+        ``runs`` are the runs of versions among these rows.
+        """
         y = self.uncapped(h, rows, runs, versions)
         return y if self.head.softcap is None else self.head.softcap * torch.tanh(y.float() / self.head.softcap)
 
     def uncapped(self, h: Tensor, rows: Tensor, runs: AdapterRuns, versions: tuple[str, ...]) -> Tensor:
-        """Return the logits before their soft cap, which keeps their order."""
+        """Return the logits before their soft cap. The cap would not change their order."""
         x = self.hidden(h, rows, runs, versions)
         [y] = self.linears(x, versions, runs)
         for number, start, stop in runs.runs:
@@ -51,14 +54,14 @@ class HeadWeights:
         return y.float() * self.head.scale if self.head.scale != 1 else y
 
     def hidden(self, h: Tensor, rows: Tensor, runs: AdapterRuns, versions: tuple[str, ...]) -> Tensor:
-        """Return the hidden states of some rows of the stream, as the head reads them."""
+        """Return the hidden states of some rows of the residual stream, in the form that the head reads."""
         x = h[rows]
         return x if self.norm is None else self.norm(x, versions, runs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logits(Operation):
-    """Logits of the kept rows: norm, head, scale and soft cap. They are made when they are asked for."""
+    """Logits of the ``kept`` rows of a pass: norm, head, scale and soft cap. They are computed when they are read."""
 
     read, written = ("stream",), ()
 
@@ -83,7 +86,7 @@ class Logits(Operation):
 
 
 class Pick(Logits):
-    """Likeliest tokens after the picked rows."""
+    """Likeliest next tokens of the ``picked`` rows of a pass."""
 
     takes_blocks = False
 
@@ -114,7 +117,7 @@ class Pick(Logits):
 
 
 class LogitRows:
-    """Kept and read rows of a pass. Logits are computed on demand, some rows at a time."""
+    """Rows of a pass whose logits (``kept``) or hidden states (``read``) are wanted. Both are computed on demand."""
 
     def __init__(self, of: HeadWeights, stream: Tensor, rows: PassRows) -> None:
         self._of, self._stream, self._rows = of, stream, rows

@@ -1,4 +1,4 @@
-"""Norms: on a model's weights, and on those that adapter versions have instead."""
+"""Norms with a model's weights, or with those by which adapter versions replace them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class NormWeights:
         return y
 
     def instead(self, effects: Effects) -> tuple[Tensor | None, Tensor | None] | None:
-        """Return the weight and bias that replace the base's for a version; None if it replaces neither."""
+        """Return the weight and bias by which a version replaces the base's, or None if it replaces neither."""
         keys = [(self.norm.path, name) for name in ("weight", "bias")]
         if effects.whole.keys().isdisjoint(keys):
             return None
@@ -56,7 +56,9 @@ class NormWeights:
         return weight, bias
 
     def for_step(self, own: tuple[Tensor | None, Tensor | None] | None = None) -> StepNorm | None:
-        """Return it for the C++ step; None if that does not support it. ``own`` replaces the base's weight and bias."""
+        """Return the norm for the C++ step, or None if the step does not support it. ``own`` replaces the base's weight
+        and bias.
+        """
         norm, (weight, bias) = self.norm, own or self.own
         if len(norm.shape) > 1 or weight is None or weight.dtype not in ROWS:
             return None
@@ -66,7 +68,7 @@ class NormWeights:
         return StepNorm(_float(weight) + norm.offset, None, norm.eps, subtracts_mean=False)
 
     def take(self, version: Version, place: StepPlace) -> bool:
-        """Add the norm of a version to the C++ step. Returns False if that does not support it."""
+        """Add a version's own norm to the C++ step. Return False if the step does not support it."""
         own = self.instead(version.effects)
         norm = None if own is None else self.for_step(own)
         if norm is not None:
@@ -95,7 +97,7 @@ def _float(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Normalize(Trained):
-    """Norm: ``target = norm(source)``. Training keeps its statistics."""
+    """Norm: ``target = norm(source)``. Its statistics are kept for the backward pass."""
 
     cheap = True
 

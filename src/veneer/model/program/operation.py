@@ -1,7 +1,7 @@
-"""Operation of a program: one class in one file, which holds everything about it.
+"""Operation of a program. Each kind is one class in one file, which holds all that is particular to it.
 
 An operation is plain data. The registers that it reads and writes have widths. `Operation.bind` finds its weights in a
-model, and the other methods are given them.
+model, and the other methods get these weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Frame = dict[str, Any]
 
 
 class Register(NamedTuple):
-    """Name of a register, and the widths of the tensors (n, width) in it: the only one, or a list of several."""
+    """Named place for tensors (n, width) that operations read and write, with the width of each tensor."""
 
     name: str
     widths: tuple[int, ...]
@@ -42,7 +42,7 @@ class Register(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """State that a token leaves: keys and values of ``n_heads`` heads of a width."""
+    """Values that a layer stores for each token: keys and values of ``n_heads`` heads, each ``width`` wide."""
 
     n_heads: int
     width: int
@@ -54,14 +54,16 @@ class Keys(NamedTuple):
 
 
 class PassKind(NamedTuple):
-    """Kind of a pass: if its keys are only in the kernels' pages, and if it begins with token ids."""
+    """Kind of a pass: whether keys are only in the kernels' pages, and whether the pass begins with token ids."""
 
     in_pages: bool
     by_ids: bool
 
 
 class StepPlace(NamedTuple):
-    """Place of a version in the C++ step: its number there, and the first instruction of an operation."""
+    """Where a version's changes belong in the C++ step: the version's number, and the index of an operation's first
+    instruction.
+    """
 
     step: StepProgram
     version: int
@@ -106,17 +108,17 @@ class Operation(ABC):
 
     @property
     def untrained(self) -> str | None:
-        """Reason, in words, why the operation has no backward pass; None if it has one (`Trained`)."""
+        """The reason, in words, why the operation has no backward pass, or None if it has one (`Trained`)."""
         return "a part of it has no backward pass"
 
     @property
     def alone(self) -> tuple[Operation, ...]:
-        """Operations that this one replaces; only itself if it replaces none."""
+        """The operations that this one combines, or only itself if it combines none."""
         return (self,)
 
     @property
     def state(self) -> Keys | None:
-        """State that the operation keeps for each token; None if it keeps none."""
+        """The values that the operation stores for each token, or None."""
         return None
 
     def bind(self, to: Binding) -> Any:
@@ -125,10 +127,10 @@ class Operation(ABC):
 
     @abstractmethod
     def forward(self, weights: Any, rows: PassRows, frame: Frame) -> None:
-        """Compute the registers that the operation writes, by ops."""
+        """Compute the registers that the operation writes, by torch and veneer's ops."""
 
     def emit(self, weights: Any, step: StepProgram) -> bool:
-        """Add the operation to the C++ step. Returns False if the step does not support it: `forward` then runs it."""
+        """Add the operation to the C++ step. Return False if the step does not support it: then `forward` runs it."""
         return False
 
     def fits(self, kind: PassKind) -> bool:
@@ -136,11 +138,14 @@ class Operation(ABC):
         return True
 
     def group(self, weights: Any) -> Linears | None:
-        """Return the operation's layers with their weights; None if it has none."""
+        """Return the operation's linear layers with their weights, or None if it has none."""
         return None
 
     def take(self, weights: Any, version: Version, place: StepPlace) -> bool:
-        """Add a version's changes that its block does not hold. Returns False if the C++ step does not support it."""
+        """Add those changes of a version to the C++ step that are not in the version's packed block.
+
+        Return False if the step does not support one of them.
+        """
         return True
 
 

@@ -1,4 +1,4 @@
-"""Part without an operation of its own (experts), computed by the model's own code."""
+"""Operation that calls a module of the model itself (experts), for which there is no operation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products: linear layers that read one input, with the changes of adapter versions."""
+"""Operation for linear layers that read one input, with the changes of adapter versions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from veneer.records.deltas import LinearDelta
 class Product(Trained):
     """Linear layers: ``target = [W x + c, …]``, the output of each layer for the same ``source``.
 
-    Training keeps A-products, products in front of trained maps, and outputs that later operations read.
+    For the backward pass, it keeps products with A, products before trained maps, and outputs that later operations
+    read.
     """
 
     linears: tuple[Linear, ...]
@@ -75,10 +76,10 @@ class Product(Trained):
         return list(op.outputs(ys, of_layers, weights))
 
     def back(self, weights: tuple[LinearLayer, ...], tape: Tape) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the records. If the backward pass of the source's maker recomputes the source, it
-        runs first.
+        """Return the gradients of the records.
 
-        The factors' gradients read the source.
+        The factors' gradients read the source. If the backward pass of the operation before recomputes the source, it
+        runs first.
         """
         dys, (kept, _), maker = tape.take(self.target), self._kept(weights, tape.kept), tape.maker(self.source)
         late = maker is not None and maker.gives_output and len(weights) == 1 and op.takes_input_late(weights[0])
@@ -99,17 +100,19 @@ class Product(Trained):
 
 
 def _in(dtype: torch.dtype, xs: list[Tensor]) -> Tensor:
-    """Return the only tensor, in a dtype. The comparison takes less time than a conversion that changes nothing."""
+    """Return the only tensor of a list in a dtype. A comparison first avoids the cost of a conversion that changes
+    nothing.
+    """
     return xs[0] if xs[0].dtype == dtype else xs[0].to(dtype)
 
 
 def add_product(
     linears: Linears, step: StepProgram, source: Register, target: Register, beside: Register | None = None
 ) -> bool:
-    """Add the outputs of layers that read ``source`` to the C++ step. Returns False if that does not support it.
+    """Add the outputs of layers that read ``source`` to the C++ step. Return False if the step does not support it.
 
-    If ``beside`` is given, the output of the single layer is added to ``target``. Bottlenecks change the output before.
-    They read the output itself, or the register ``beside``.
+    If ``beside`` is given, the output of the single layer is added to ``target``, after bottlenecks have changed it.
+    These read the output itself, or the register ``beside``.
     """
     group, dtypes = linears.group, {bias.dtype for bias in linears.biases if bias is not None}
     if group is None or {part.dtype for part in group.parts} | dtypes != {step.dtype}:
@@ -124,9 +127,9 @@ def add_product(
 
 
 def changes_of(own: OwnChanges, dtype: torch.dtype) -> tuple[LayerChange, ...] | None:
-    """Return the changes of a version at layers, other than adding its pairs; empty if it makes none.
+    """Return a version's changes of layers, except low-rank pairs; empty if there are none.
 
-    Returns None if the C++ step does not support one of them.
+    Return None if the C++ step does not support one of them.
     """
     if own.only_adds:
         return ()
@@ -156,7 +159,7 @@ def _changes(own: OwnChanges, dtype: torch.dtype) -> Iterator[LayerChange | None
 
 
 def _is_known(record: LinearDelta) -> bool:
-    """Return True if a record, apart from its packed pair, has only scales and a bias that float32 can hold."""
+    """Return True if a record has, besides its packed pair, only scales and a bias that float32 can hold."""
     return record.is_elementary and all(tensor.dtype.itemsize <= 4 for tensor in record.tensors)
 
 

@@ -1,7 +1,7 @@
-"""Program of a decoder: its operations in order, compiled from its description. Plain data.
+"""Program of a decoder: its operations in order, compiled from its description, as plain data.
 
-The operations read and write named registers: the stream ``h`` of all rows (n, width), and the values that pass between
-the operations of a half block.
+The operations read and write named registers: the residual stream ``h`` of all rows (n, width), and the values that
+pass between the operations of a half block.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Program:
 
     @property
     def states(self) -> tuple[Keys, ...]:
-        """State that each token leaves, by layer."""
+        """The values that each layer stores for a token."""
         return tuple(each.state for each in self.operations if each.state is not None)
 
     @property
@@ -67,14 +67,14 @@ class Program:
 
     @cached_property
     def sites(self) -> frozenset[str]:
-        """Places of bottlenecks."""
+        """The sub-layers after which bottlenecks can act."""
         return frozenset(each.site for each in self.operations if each.site)
 
 
 def compile_program(decoder: Decoder, n_positions: int) -> Program:
     """Return the program of a decoder, for sequences of at most ``n_positions``.
 
-    Raises DescriptionError that names the part without an operation.
+    Raises DescriptionError, which names each part for which there is no operation.
     """
     reason = next(_unsaid(decoder, n_positions), None)
     if reason is not None or decoder.head is None:
@@ -90,7 +90,7 @@ def compile_program(decoder: Decoder, n_positions: int) -> Program:
 
 
 def _unsaid(decoder: Decoder, n_positions: int) -> Iterator[str]:
-    """Yield the names of the parts for which a program has no operation."""
+    """Yield the names of the parts for which there is no operation."""
     yield from (f"{part.path}: {part.reason}" for part in decoder.strange)
     positions = decoder.embedding.positions
     if positions is not None and n_positions + positions.offset > positions.rows:

@@ -18,7 +18,7 @@ class Pages(Protocol):
     """Keys and values of all layers."""
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: Any) -> None:
-        """Write the keys and values (n, kv_heads, width) of a pass's rows into their positions in the pages."""
+        """Write the keys and values (n, kv_heads, width) of a pass's rows to their positions in the pages."""
 
     def append_turned(
         self, layer: int, heads: Heads, rows: Any, tables: tuple[Tensor, Tensor], *, interleaved: bool
@@ -29,9 +29,9 @@ class Pages(Protocol):
         """
 
     def attend(self, layer: int, queries: Tensor, rows: Any, part: Attention) -> Tensor:
-        """Return attention of queries (n, heads, width) to their sequences, as (n, heads · width).
+        """Return the attention of queries (n, heads, width) to their sequences, as (n, heads · width).
 
-        The rows' own keys have been appended before.
+        The rows' own keys must have been appended.
         """
 
 

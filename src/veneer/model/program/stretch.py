@@ -1,8 +1,8 @@
-"""Stretch of a program as one autograd node: operations with backward passes of their own, up to a sum into the stream.
+"""Consecutive operations of a program as one autograd node (a *stretch*), up to an addition to the residual stream.
 
-A node ends with the stream, so that its tensors are free before the backward pass of the next begins. The forward pass
-asks each operation what it keeps. The backward pass walks the operations from the last to the first. Values that
-operations need there were kept, or are computed again.
+A node ends with the addition, so that its tensors are free before the next node's backward pass begins. The forward
+pass asks each operation for the tensors that it keeps. The backward pass runs the operations from the last to the
+first. Values that they need were kept, or are computed again.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Kept = tuple[Tensor | None, ...]
 
 
 class Keep(NamedTuple):
-    """Needs of the backward pass at an operation. ``output``: a later operation reads the operation's output.
+    """What the backward pass needs of an operation. ``output``: a later operation reads its output.
 
     ``again``: the operation is run again, so that values it can recompute are not kept. ``source``: its source is
-    available. ``owns``: nothing else reads its source, now or then.
+    available. ``owns``: nothing else reads its source, in either pass.
     """
 
     output: bool = False
@@ -42,7 +42,7 @@ class Keep(NamedTuple):
 
 
 class PackedPositions(NamedTuple):
-    """Half tables of the rotation, (b or 1, t, half), None without a rotation, and the bounds of the sequences.
+    """Tables of the rotation, (b or 1, t, half), each None without a rotation, and the bounds of the sequences.
 
     The bounds are positions in the flattened batch. So are those of ``forks``, at which sequences continue others.
     """
@@ -87,7 +87,7 @@ class Trained(Operation):
 
     @abstractmethod
     def acting(self, at: Acting) -> Any:
-        """Return the operation's weights in their current state; None if the block's own code has to run."""
+        """Return the operation's weights in their current state, or None if the block's own code has to run."""
 
     def layers_of(self, weights: Any) -> tuple[LinearLayer, ...]:
         """Return its linear layers, whose records receive gradients."""
@@ -106,42 +106,46 @@ class Trained(Operation):
         """Write its output, and return the tensors that `back` reads."""
 
     def kept_output(self, weights: Any, kept: Kept) -> list[Tensor] | None:
-        """Return the operation's output if it was kept; otherwise None."""
+        """Return the operation's output if it was kept, or None."""
         return None
 
     @abstractmethod
     def back(self, weights: Any, tape: Tape) -> Any:
         """Take the gradients of the output, and add those of the sources.
 
-        Return those of `tensors_of`. If there are none and `gives_output` holds, return the output instead.
+        Return the gradients of the layers' records. If there are no layers and `gives_output` is True, return the
+        output instead.
         """
 
 
 @dataclass(frozen=True)
 class TrainedStretch:
-    """Operations that run as one node. Beside the stream, they read only one register that they have not written."""
+    """Consecutive operations that run as one autograd node.
+
+    Besides the residual stream, they read only one register that they have not written.
+    """
 
     operations: tuple[Trained, ...]
 
     @cached_property
     def source(self) -> Register:
-        """Register that the first one reads."""
+        """The register that the first operation reads."""
         return self.operations[0].sources[0]
 
     @cached_property
     def target(self) -> Register:
-        """Register that the last one writes."""
+        """The register that the last operation writes."""
         return self.operations[-1].output
 
     @cached_property
     def makers(self) -> tuple[dict[str, int], ...]:
-        """For each operation, the number of the operation that wrote each register before it."""
+        """For each operation, the index of the earlier operation that wrote each register, by the register's name."""
         written = [{op.output.name: place} for place, op in enumerate(self.operations[:-1])]
         return tuple(itertools.accumulate(written, lambda known, new: known | new, initial={}))
 
     @cached_property
     def done(self) -> tuple[tuple[str, ...], ...]:
-        """Registers that are no longer read after each operation."""
+        """For each operation, the registers that no later operation reads."""
         later, found = {self.target.name}, []
         for op in reversed(self.operations):
             names = [register.name for register in op.sources]
@@ -151,7 +155,7 @@ class TrainedStretch:
 
     @cached_property
     def keeps(self) -> tuple[tuple[Keep, ...], tuple[Keep, ...]]:
-        """Return what each operation keeps, first as usual, then if the products of the source are recomputed."""
+        """Return what each operation keeps: first the usual choice, then that for recomputed products of the source."""
         return self._keeps(frozenset()), self._keeps(self._first_products())
 
     def _keeps(self, again: frozenset[int | None]) -> tuple[Keep, ...]:
@@ -178,14 +182,14 @@ class TrainedStretch:
 
     @cached_property
     def without_sum(self) -> TrainedStretch | None:
-        """Operations before the one that adds to the stream; None if that is not the last."""
+        """The operations before the one that adds to the residual stream, or None if that is not the last."""
         last = [op for op in self.operations if op.output.name == STREAM]
         return TrainedStretch(self.operations[:-1]) if last == [self.operations[-1]] else None
 
     def acting(self, at: Acting, *, again: bool) -> ActingStretch | None:
-        """Return the stretch as it acts in a block now; None if the block's own code has to run.
+        """Return the operations with the current weights of a block, or None if the block's own code has to run.
 
-        If ``again``, the products of its source are computed again in the backward pass.
+        If ``again``, the products of the source are computed again in the backward pass.
         """
         weights = []
         for op in self.operations:
@@ -198,9 +202,9 @@ class TrainedStretch:
 
 @dataclass(frozen=True, slots=True)
 class ActingStretch:
-    """Stretch with the current weights of its operations, for x of a size (b, t, width) in a pass.
+    """Consecutive operations with their current weights, for x of a size (b, t, width) in a pass.
 
-    ``again``: the outputs of its first products are unused once the operations that read them have run backward.
+    ``again``: the first products are recomputed in the backward pass, after the operations that read them have run.
     """
 
     stretch: TrainedStretch
@@ -212,12 +216,14 @@ class ActingStretch:
 
     @property
     def adds(self) -> bool:
-        """Return True if it adds to the stream. Otherwise it returns the addition, on which bottlenecks act."""
+        """Return True if the operations add to the residual stream. Otherwise they return the summand, on which
+        bottlenecks act.
+        """
         return self.stretch.target.name == STREAM
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the values between the stream and the sum."""
+        """Dtype of the values between the input and the addition to the residual stream."""
         return self.at.dtype
 
     @property
@@ -228,9 +234,10 @@ class ActingStretch:
     def __call__(
         self, x: Float[Tensor, "b t d"], positions: PackedPositions, stream: Tensor | None = None
     ) -> Float[Tensor, "b t d"]:
-        """Return the written register. Dropout masks are drawn in the order of the model's own code.
+        """Run the operations and return the last register. Dropout masks are drawn in the order of the model's own
+        code.
 
-        ``stream`` is the stream that it adds to, if that is not x.
+        ``stream`` is the residual stream to which they add, if it is not x.
         """
         each = zip(self.stretch.operations, self.weights, strict=True)
         weights = tuple(op.masked(own, self.at, x) for op, own in each)
@@ -241,7 +248,7 @@ class ActingStretch:
         return y
 
     def forward(self, frame: Frame) -> list[Kept]:
-        """Run the operations on registers, and return what each keeps."""
+        """Run the operations on registers, and return the tensors that each keeps."""
         stretch, kept = self.stretch, []
         each = zip(stretch.operations, self.weights, stretch.keeps[self.again], stretch.done, strict=True)
         for op, own, keep, done in each:
@@ -252,7 +259,7 @@ class ActingStretch:
 
 
 class Tape:
-    """Backward pass of an acting stretch: gradients and values by register, as each operation saw them.
+    """Backward pass of consecutive operations: gradients and values by register, as each operation saw them.
 
     ``kept`` are the tensors of the current operation. ``wants`` marks the operations whose inputs need a gradient.
     """
@@ -277,7 +284,7 @@ class Tape:
         return self._wants[self._place]
 
     def walk(self) -> tuple[Tensor | None, ...]:
-        """Run all operations backward whose gradients are needed. Return those of all records."""
+        """Run backward all operations whose gradients are needed. Return the gradients of all records."""
         for place in reversed(range(len(self._steps))):
             if not self._wants[place + 1] and self._steps[place][0].output != self.run.stretch.target:
                 break
@@ -304,22 +311,22 @@ class Tape:
         self._gradients[register.name] = list(gradients)
 
     def owns(self, gradient: Tensor) -> bool:
-        """Return True if a gradient may be overwritten, that is, unless autograd passed it in."""
+        """Return True if a gradient may be overwritten: it may not if autograd passed it in."""
         return gradient is not self._outer
 
     def maker(self, register: Register) -> Trained | None:
-        """Return the operation that computed a register's content; None if it was an input."""
+        """Return the operation that computed a register's content, or None if the content is an input."""
         made = self._makers[self._place].get(register.name)
         return None if made is None else self._steps[made][0]
 
     def prepare(self, register: Register) -> None:
-        """Recompute what the backward pass of a register's maker reads, before gradients take memory."""
+        """Recompute the tensors for the backward pass of a register's maker, before gradients take memory."""
         made = self._makers[self._place][register.name]
         for source in self._steps[made][0].sources:
             self._value(made, source)
 
     def through(self, register: Register, gradient: Tensor) -> Tensor:
-        """Run the maker of a register backward, and return its output, which nothing else reads."""
+        """Run a register's maker backward, and return the maker's output, which nothing else reads."""
         before, made = self._place, self._makers[self._place][register.name]
         self.give(register, [gradient])
         self._records[made] = ()

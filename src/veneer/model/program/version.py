@@ -1,4 +1,4 @@
-"""Version of an adapter as a program sees it: its change at each operation."""
+"""Version of an adapter, as a program uses it: its change of each operation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TokenRows = tuple[Tensor, Tensor]
 
 @dataclass(slots=True)
 class Effects:
-    """Records of an adapter by path, the ``table`` record of the embeddings, and its replacements of base parameters.
+    """An adapter's records by path, its record ``table`` for the embeddings, and its replacements of base parameters.
 
     ``whole`` are parameters by path and name, W (o, i) if they are a layer's weight. ``rows`` are the index (n,) and
     values (n, width) of single rows of the embeddings and the head. ``front``: a prefix's records, or a prompt's.
@@ -40,7 +40,7 @@ class Effects:
 
 @dataclass(frozen=True, slots=True)
 class OwnChanges:
-    """Changes of one version at a group of layers: its records, and the ``whole`` weights that replace the layers'.
+    """One version's changes of a group of layers: its records, and ``whole`` weights that replace the layers'.
 
     ``pairs`` are the low-rank parts of all layers packed together. If a layer maps its input, ``apart`` holds those of
     each layer instead. ``terms`` are each layer's other terms; empty if there are none. Packed parts are removed from
@@ -60,14 +60,14 @@ class OwnChanges:
 
 
 class Owns(Protocol):
-    """Changes of one version at all groups of layers."""
+    """One version's changes of all groups of layers."""
 
     def own(self, group: int) -> OwnChanges | None:
-        """Return the changes at a group, given by its number; None if there are none."""
+        """Return the changes of the group with this number, or None if there are none."""
 
 
 class Version(Protocol):
-    """Effects of a version, and their packed parts: those at linear layers, and the bottleneck of each place."""
+    """Effects of a version, and their packed parts: those at linear layers, and the bottleneck after each sub-layer."""
 
     @property
     def effects(self) -> Effects: ...

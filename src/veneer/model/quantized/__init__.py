@@ -1,1 +1,1 @@
-"""Modules whose frozen weights stay in codes: linear layers, embeddings, stacks of experts."""
+"""Modules whose frozen weights stay quantized: linear layers, embeddings, stacks of experts."""

@@ -1,4 +1,4 @@
-"""Table of embeddings whose rows stay in blocks of codes; a look-up decodes the rows that it returns."""
+"""Embedding table whose rows stay in quantized blocks. A look-up decodes only the rows that it returns."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from veneer.quant.spec import StorageSpec
 class CodedEmbedding(CodedModule):
     """Look-up in a table (n_tokens, width) in the storage format of ``spec``, whose weights are `BlockWeight`.
 
-    It stands for an ``nn.Embedding`` and can neither be adapted nor resized. Values have the dtype that the module is
-    cast to.
+    It replaces an ``nn.Embedding`` and can neither be adapted nor resized. Values have the dtype to which the module is
+    cast.
     """
 
     def __init__(self, spec: StorageSpec, dtype: torch.dtype, padding_idx: int | None = None) -> None:

@@ -1,4 +1,6 @@
-"""Module with a frozen weight in a storage format: its tensors are buffers. The state dict has the format's keys."""
+"""Module with a frozen weight in a storage format. The format's tensors are buffers and have its keys in the state
+dict.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ class CodedModule(nn.Module):
         return self._shaped({name: t for name in self.spec.part_layout() if (t := held.get(name)) is not None})
 
     def _shaped(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors in the format's shapes, for modules whose `freeze_parts` expects others."""
+        """Return the tensors in the format's shapes. Modules whose `freeze_parts` changes shapes override this."""
         return parts
 
     def freeze_parts(self) -> None:

@@ -1,4 +1,4 @@
-"""Linear layers that keep their weight only packed: serving replaces the layers of a model that it owns."""
+"""Linear layers that hold only a packed weight. Serving puts them in place of the layers of a model that it owns."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class _Packed(nn.Module):
 class PackedLinear(_Packed):
     """Linear layer ``y = W x + bias`` with W packed. It replaces a layer whose weight is freed.
 
-    ``source`` is that layer's class, ``like`` its weight without values. Adapters are added to it in place. No name
-    here may be one of `AdaptedSite`, whose `packed` and `unpacked` it would hide.
+    ``source`` is that layer's class, ``like`` its weight without values. Adapters are added to it in place. It may
+    define no name of `AdaptedSite`, whose `packed` and `unpacked` it would hide.
     """
 
     def __init__(self, module: nn.Module, packed: PackedWeight) -> None:
@@ -75,7 +75,7 @@ class PackedLinear(_Packed):
 
     @property
     def weight(self) -> Tensor:
-        """Weight in the layout of the replaced layer: unpacked, a copy."""
+        """The weight in the layout of the replaced layer, as an unpacked copy."""
         dense = self.packed_weight.dense()
         return dense.T if self.is_transposed else dense
 
@@ -113,7 +113,9 @@ class PackedQuantLinear(_Packed):
 
 @dataclass(frozen=True, slots=True)
 class PlainProduct:
-    """Frozen weight in its own layout with the interface of a packed one, for rows of a dtype on another device."""
+    """Frozen weight in its own layout with the methods of a packed one, for rows of a dtype on a device other than a
+    CPU.
+    """
 
     weight: FrozenWeight
     dtype: torch.dtype
@@ -133,7 +135,9 @@ class PlainProduct:
 
 
 class PackedGroup:
-    """Layers that read the same x: their weights concatenated if they fill whole panels, and each alone."""
+    """Layers that read the same x: each layer's packed weight and, if they fill whole panels, all of them joined
+    (``whole``).
+    """
 
     whole: Packed | None
 
@@ -145,7 +149,7 @@ class PackedGroup:
 
     @classmethod
     def plain(cls, parts: Sequence[PlainProduct], whole: PlainProduct | None) -> PackedGroup:
-        """Return layers on another device, and their weights in one memory if they are joined."""
+        """Build a group from unpacked weights on another device, with ``whole`` if their memory is joined."""
         group = cls(())
         group.heights = [part.shape[0] for part in parts]
         # the step in C++, which reads panels, is of the CPU alone
@@ -170,11 +174,12 @@ def _parts(whole: Packed, heights: Sequence[int]) -> list[Packed]:
 
 
 def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -> PackedGroup | None:
-    """Return the packed weights of some layers; None if they differ in kind or dtype, or if the dtype cannot be packed.
+    """Pack the weights of some layers, or return None if they differ in kind or dtype, or if the dtype cannot be
+    packed.
 
-    On another device they keep their layout, and the group is None if that device has no kernel for pairs.
-    ``give_up``: the layers become `PackedLinear` or `PackedQuantLinear`, and their own storage is freed, except for a
-    weight that is also a table of embeddings, and for a router. On another device dense weights become views of one.
+    On another device than a CPU they keep their layout, and the result is None if it has no kernel for low-rank pairs.
+    If ``give_up``, the layers become `PackedLinear` or `PackedQuantLinear`, and their own storage is freed, except for
+    a weight that is also an embedding table, and for a router. On another device dense weights become views of one.
     """
     modules = [model.get_submodule(path) for path in paths]
     if model.device.type != "cpu":
@@ -216,9 +221,9 @@ def _in_one_memory(modules: Sequence[nn.Module]) -> Tensor | None:
 
 
 def _packed(weight: FrozenWeight, dtype: torch.dtype) -> Packed | None:
-    """Pack a weight for rows of ``dtype``; None if it cannot be packed.
+    """Pack a weight for rows of ``dtype``, or return None if it cannot be packed.
 
-    Codes whose width is not a multiple of 16 have no packed form. Their decoded values are packed instead. A narrow
+    Codes whose width is not a multiple of 16 cannot be packed; their decoded values are packed instead. A narrow
     `BlockWeight` then stays as it is, since it is decoded in tiles.
     """
     if isinstance(weight, DenseWeight):

@@ -53,7 +53,7 @@ class QuantLinear(CodedModule):
         return self.bound()
 
     def to_dense(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Module:
-        """Return a dense layer in place of this one, with the dequantized weight; ``dtype`` None keeps the original
+        """Return a dense layer with the dequantized weight, to replace this one. Without ``dtype``, it has the original
         dtype.
 
         ``weight`` (o, i) replaces the layer's own.

@@ -11,9 +11,9 @@ from veneer.quant.int8 import Int8Spec
 
 
 def quantize_head(model: PreTrainedModel) -> None:
-    """Replace the head by an int8 copy with one scale a row. Embeddings that are tied to it stay unchanged.
+    """Replace the head by an int8 copy with one scale for each row. Embeddings that are tied to it stay unchanged.
 
-    Raises ConfigError for a model without a dense head, NonFiniteError.
+    Raises ConfigError for a model without a dense head, and NonFiniteError.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:

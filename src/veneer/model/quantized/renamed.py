@@ -12,7 +12,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 @dataclass(frozen=True)
 class ListedExperts:
-    """Tensors in the files for experts that the model stacks in one parameter.
+    """Names of tensors that a file lists for each expert and the model stacks in one parameter.
 
     There is a list for each half of an expert (gate and up, or all of it), with a name for each expert. ``stored`` are
     names in the files, ``own`` those that transformers gives them.
@@ -23,7 +23,7 @@ class ListedExperts:
 
 
 def renamer(model: PreTrainedModel) -> Callable[[str], str]:
-    """Return the function from a tensor's name in the files to the model's, where only names change."""
+    """Return a function that maps a tensor's name in the files to the model's, for tensors that are only renamed."""
     renamings = [each for each in get_model_conversion_mapping(model) if type(each) is WeightRenaming]
 
     def renamed(name: str) -> str:
@@ -35,7 +35,7 @@ def renamer(model: PreTrainedModel) -> Callable[[str], str]:
 
 
 def converter(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Return the predicate for tensors that are joined or split when they are loaded, such as experts."""
+    """Return a function that is True for names of tensors that are joined or split when loaded, such as experts."""
     converters = [each for each in get_model_conversion_mapping(model) if type(each) is WeightConverter]
     return lambda name: any(each.rename_source_key(name)[1] is not None for each in converters)
 
@@ -43,9 +43,9 @@ def converter(model: PreTrainedModel) -> Callable[[str], bool]:
 def listed_experts(
     model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, str]
 ) -> dict[str, ListedExperts]:
-    """Return the experts that files list one by one, by the parameter (experts, …) that stacks them.
+    """Return the experts that files list one by one, by the parameter (experts, …) that stacks them in the model.
 
-    ``stored`` are names in the files by those that transformers gives them. The halves are stacked by rows.
+    ``stored`` maps the names that transformers gives tensors to their names in the files. Halves are stacked by rows.
     """
     found = {}
     for each in get_model_conversion_mapping(model):

@@ -1,4 +1,4 @@
-"""Weights of a layer's experts in codes, in place of the one parameter that held them all."""
+"""Quantized weights of a layer's experts, as a module that replaces the parameter with all of them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ ORDER = "parameter_order"
 
 
 class CodedStack(CodedModule):
-    """Weights W (experts, o, i) in the storage format of ``spec``; a child of the experts, named as their parameter.
+    """Weights W (experts, o, i) in the storage format of ``spec``. It is a child of the experts, named as their
+    parameter was.
 
-    ``merged`` are the weights with adapters folded in, beside codes that cannot hold them.
+    ``merged`` are dense weights with adapters merged in, which the quantized codes cannot hold.
     """
 
     def __init__(self, spec: StackSpec) -> None:
@@ -36,24 +37,26 @@ class CodedStack(CodedModule):
         return cast(StackSpec, self.spec)
 
     def stack(self) -> FrozenStack:
-        """Return the weights that act."""
+        """Return the weights in use: the merged ones if there are any."""
         return self.coded() if self.merged is None else DenseStack(self.merged)
 
     def coded(self) -> FrozenStack:
-        """Return the weights in codes."""
+        """Return the quantized weights."""
         return self.stack_spec.bind(self.parts())
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the weights from tensors by their names below the path of the experts.
 
-        Raises FormatError that lists every misfit.
+        Raises FormatError, which lists everything that does not fit.
         """
         spec, parts = self.stack_spec.from_disk(tensors)
         self.fill(cast(StorageSpec, spec), parts)
         self.carried = {key: tensor for key, tensor in tensors.items() if not spec.owns(key)}
 
     def freeze_parts(self) -> None:
-        """Register the tensors as frozen, flattened parameters: processes get equal shares of any number of experts."""
+        """Register the tensors as frozen, flattened parameters, so that processes get equal shares for any number of
+        experts.
+        """
         super().freeze_parts()
         for part in self._parameters.values():
             cast(Tensor, part).data = cast(Tensor, part).flatten()
@@ -79,11 +82,11 @@ class CodedStack(CodedModule):
         destination |= {front + key: tensor for key, tensor in disk.items()}
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Load nothing: the keys lie below the experts' path, and the experts pass them to `take`."""
+        """Load nothing: the experts, under whose path the keys are, call `take`."""
 
 
 class PackedExpertStack(nn.Module):
-    """Weights W (experts, o, i), packed; a child of the experts in place of their parameter.
+    """Packed weights W (experts, o, i). It is a child of the experts that replaces their parameter.
 
     ``like`` is the parameter without values. Serving puts it into models that it owns.
     """
@@ -98,33 +101,33 @@ class PackedExpertStack(nn.Module):
         return PackedExperts(self.packed_stack)
 
     def original(self) -> nn.Parameter:
-        """Return the parameter, with its values."""
+        """Return the replaced parameter, with its values."""
         return nn.Parameter(self.stack().dense(), requires_grad=self._learns)
 
 
 def holds_stacks(module: nn.Module) -> bool:
-    """Return True if a module has stacks that are no parameters."""
+    """Return True if a module has stacks of experts that are modules instead of parameters."""
     return any(isinstance(child, CodedStack | PackedExpertStack) for child in module._modules.values())
 
 
 def give_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter in place of the child that holds its values."""
+    """Replace the child module that holds a parameter's values by the parameter."""
     del module._modules[name]
     module._parameters[name] = parameter
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a module's own parameters in its order, stacks in codes among them."""
+    """Return the names of a module's own parameters in its order, including those that are quantized stacks."""
     return tuple(vars(module).get(ORDER, module._parameters))
 
 
 def coded_stacks(module: nn.Module) -> dict[str, CodedStack]:
-    """Return a module's stacks in codes, by the names of the parameters that they stand for."""
+    """Return a module's quantized stacks, by the names of the parameters that they replace."""
     return {name: child for name, child in module._modules.items() if isinstance(child, CodedStack)}
 
 
 def stack_of(module: nn.Module, name: str) -> FrozenStack:
-    """Return the weights (experts, o, i) of one of the module's stacks, dense or in codes."""
+    """Return the weights (experts, o, i) of one of the module's stacks, dense or quantized."""
     child = module._modules.get(name)
     if isinstance(child, CodedStack | PackedExpertStack):
         return child.stack()
@@ -132,7 +135,7 @@ def stack_of(module: nn.Module, name: str) -> FrozenStack:
 
 
 def as_maps(module: nn.Module, value: Tensor) -> Tensor:
-    """Return a parameter as (…, o, i), or the inverse: transposed if the module keeps stacks as (experts, i, o)."""
+    """Transpose a parameter to (…, o, i), or back, if the module keeps its stacks as (experts, i, o)."""
     return value.mT if value.ndim == 3 and getattr(module, "is_transposed", False) else value
 
 
@@ -147,7 +150,9 @@ def map_shape(module: nn.Module, name: str) -> tuple[int, ...]:
 
 
 def place_of(module: nn.Module, name: str) -> tuple[torch.device, torch.dtype]:
-    """Return device and dtype of one of the module's parameters; for codes, the dtype of the decoded values."""
+    """Return device and dtype of one of the module's parameters. For a quantized one, the dtype is that of decoded
+    values.
+    """
     child = module._modules.get(name)
     if isinstance(child, CodedStack):
         return child.weight.device, child.stack_spec.dtype

@@ -1,1 +1,1 @@
-"""Weights that are cut over processes, and made whole or dense again."""
+"""Weights that are sharded over processes, and their gathering, or conversion to dense ones."""

@@ -1,4 +1,4 @@
-"""Blocks of a decoder handed to torch's FSDP2, and kept from DDP."""
+"""Hands the blocks of a decoder to torch's FSDP2, and keeps DDP from them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from veneer.model.quantized.module import CodedModule
 
 
 def mesh(device: str, n: int, shard: int) -> DeviceMesh:
-    """Return the processes that share one copy of the base with this one: neighbours, on one machine if they
-    fit there.
+    """Return the processes that share one copy of the base with this one.
+
+    They have neighbouring ranks, and are on one machine if they fit there.
     """
     return init_device_mesh(device, (n // shard, shard), mesh_dim_names=("copy", "shard"))["shard"]
 
@@ -27,7 +28,7 @@ def cut_block(block: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) -> N
 
 
 def join(holder: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
-    """Make the module that holds the sharded blocks run them. None of its own weights are sharded."""
+    """Prepare the module that holds the sharded blocks to run them. None of its own weights are sharded."""
     fully_shard(holder, mesh=mesh, ignored_params=whole, reshard_after_forward=True)  # one order to prefetch in
 
 

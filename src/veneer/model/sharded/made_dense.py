@@ -1,4 +1,4 @@
-"""Replacement of a model's coded weights by dense ones; tied weights stay tied."""
+"""Replaces a model's quantized weights by dense ones. Tied weights stay tied."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from veneer.model.sharded.sharding import require_whole
 def make_dense(
     model: PreTrainedModel, dtype: torch.dtype | None = None, weights: Mapping[str, Tensor | None] | None = None
 ) -> None:
-    """Replace every coded layer, table and stack by a dense one, in ``dtype`` (None: the original one).
+    """Replace every quantized layer, table and stack by a dense one, in ``dtype``, by default the original one.
 
-    ``weights`` (o, i) by path replace the layers' own, and (experts, o, i) those of stacks. Layers and tables that
-    share their codes share the dense weight.
-
-    Raises ConfigError if the base is cut over processes.
+    ``weights`` replace the layers' own (o, i) by path, and those of stacks (experts, o, i). Layers and tables that
+    share their codes share the dense weight. Raises ConfigError if the base is sharded over processes.
     """
     require_whole(model, "making it dense")
     given = weights or {}

@@ -29,10 +29,9 @@ FIRST_TORCH_WITH_CODES = (2, 12)  # whose FSDP2 takes frozen integers (pytorch#1
 def shard_base(model: Model, shard: int | None = None, *, device: str | None = None) -> Model:
     """Shard the frozen weights of a model's blocks, in place, so that ``shard`` processes share one copy.
 
-    None: all processes share one; 1 leaves the model unchanged. Attach the adapter before, and wrap the model in
-    ``DistributedDataParallel(model, broadcast_buffers=False)`` after: DDP averages only what trains. ``device``: the
-    kind of device that the shards move to, such as ``cuda``; by default they stay where the weights are.
-
+    If it is None, all processes share one; 1 leaves the model unchanged. Attach the adapter before, and wrap the model
+    in ``DistributedDataParallel(model, broadcast_buffers=False)`` after: DDP averages only trained weights. ``device``:
+    the kind of device to which the shards move, such as ``cuda``; by default they stay where the weights are.
     Raises ConfigError if ``shard`` does not divide the processes, or if the model cannot be sharded.
     """
     n = _n_processes()
@@ -49,9 +48,9 @@ def shard_base(model: Model, shard: int | None = None, *, device: str | None = N
 
 
 class BaseCutter:
-    """Sharding of a base over processes of which ``shard`` share one copy: whole, or block by block while it is loaded.
+    """Shards a base over processes, of which ``shard`` share one copy: at once, or block by block while it is loaded.
 
-    A base that is sharded while it is loaded gets its adapter afterwards, and then `leave_apart`.
+    A base that is sharded while it is loaded gets its adapter afterwards, and then needs `leave_apart`.
     """
 
     def __init__(self, shard: int, device: str) -> None:
@@ -74,7 +73,9 @@ class BaseCutter:
         join(holder, self._mesh, whole)
 
     def take(self, model: PreTrainedModel, block: nn.Module) -> None:
-        """Shard a block of a model that is being loaded. Its weights are loaded and will not be trained."""
+        """Shard a block of a model that is being loaded. The block's weights must be loaded, and must
+        not be trained.
+        """
         if self._mesh is None:
             _require_cuttable(model, _parts(model)[1], set())
         self._cut_block(block.requires_grad_(False), set())
@@ -96,7 +97,9 @@ def leave_apart(model: nn.Module) -> None:
 
 @contextmanager
 def gathered(block: nn.Module) -> Iterator[None]:
-    """Context in which all weights of a block are whole. All processes that share a copy enter it together."""
+    """Enter a context in which all weights of a block are gathered. All processes that share a copy
+    enter it together.
+    """
     if not is_cut(block):
         yield
         return
@@ -162,7 +165,7 @@ def _require_cuttable(model: nn.Module, blocks: nn.ModuleList, trained: set[nn.P
 
 
 def _frozen(module: nn.Module, trained: set[nn.Parameter]) -> Counter[object]:
-    """Count how often each frozen weight below a module is named. A coded module stands for its tensors."""
+    """Count how many names each frozen weight below a module has. A quantized module counts as one weight."""
     named = [each for _, each in module.named_modules(remove_duplicate=False)]
     plain = [weight for each in named for weight in each._parameters.values()]
     coded = [each for each in named if isinstance(each, CodedModule)]

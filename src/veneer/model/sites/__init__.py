@@ -1,1 +1,1 @@
-"""Places of adapters on a model, one file a kind: layers, prefixes, prompts, bottlenecks."""
+"""Where adapters act in a model, one file for each kind: layers, prefixes, prompts, bottlenecks."""

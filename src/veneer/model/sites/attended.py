@@ -1,4 +1,4 @@
-"""Prompts beside attention, added by hooks: the modules of the model keep their classes."""
+"""Prompts beside attention layers (adaption prompts), added by hooks: the modules of the model keep their classes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ CHILD = "attended_prompts"
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """Names of the attention modules of a family, and of their projections.
+    """Names of a family's attention modules and of their projections.
 
-    ``joined``: one projection that computes queries, keys and values, in this order. ``out``: the output projection, to
-    whose input the update is added. None adds it to attention's output, as PEFT does for these models.
+    ``joined``: one projection computes queries, keys and values, in this order. ``out``: the output projection, to
+    whose input the update is added. If it is None, the update is added to attention's output, as PEFT does for these
+    models.
     """
 
     attention: str
@@ -51,7 +52,8 @@ _FAMILIES: Mapping[str, _Family] = {
 
 
 class AttendedPrompts(Holder):
-    """Prompts beside one attention, by adapter name; a child of the attention, so that it moves with the model.
+    """Prompts beside one attention layer, by adapter name. It is a child of the attention, so that it moves with the
+    model.
 
     During a pass it keeps the queries before rotary embedding, and the angles of their positions.
     """
@@ -99,7 +101,7 @@ class AttendedPrompts(Holder):
         return (output[0] + self.change(), *output[1:]) if self.acting_on_rows() else None
 
     def change(self) -> Tensor:
-        """Return the outputs that the acting prompts add to attention in this pass, (b, t, heads * k)."""
+        """Return the outputs that the active prompts add to attention in this pass, (b, t, heads * k)."""
         queries, routing = self._turned_queries(), self.adapter_state.routed()
         if routing is None:
             changes = [self._change(name, queries) for name in self.acting_on_rows()]
@@ -139,7 +141,7 @@ class AttendedPrompts(Holder):
 
 
 def attended_places(snapshot: Snapshot, plan: AttachPlan) -> dict[str, Placed]:
-    """Return the attentions that an adapter acts beside, by path."""
+    """Return the attention layers that an adapter's prompts act beside, by path."""
     config = cast(AttentionMethod, plan.config)
     return {site.name: placed(config, site, site.name) for site in attending_sites(snapshot, config)}
 

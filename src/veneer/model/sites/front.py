@@ -14,12 +14,11 @@ from veneer.model.adapted.routing import Choice, Routing
 
 @dataclass(frozen=True)
 class Front:
-    """Virtual tokens in front of the rows of a batch.
+    """Virtual tokens before the rows of a batch.
 
-    ``counts`` are the virtual tokens of each active adapter. ``routing`` is None if one adapter acts on all rows.
-
-    Every row has ``width`` places in front. If its adapter has fewer virtual tokens, they are the last of these places.
-    The other places are masked.
+    ``counts`` are the numbers of virtual tokens of the active adapters. ``routing`` is None if one adapter acts on all
+    rows. Every row has ``width`` positions for them. If its adapter has fewer virtual tokens, these fill the last
+    positions, and the others are masked.
     """
 
     counts: Mapping[str, int]
@@ -27,29 +26,29 @@ class Front:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Adapters that act."""
+        """The active adapters."""
         return tuple(self.counts)
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        """Adapters that act, each once with each of its tasks that rows name."""
+        """Pairs of active adapter and task that rows name, each once."""
         if self.routing is None:
             return tuple((name, None) for name in self.counts)
         return tuple(choice for choice in self.routing.choices if choice[0] in self.counts)
 
     @property
     def width(self) -> int:
-        """Places in front of every row."""
+        """Number of positions for virtual tokens before every row."""
         return max(self.counts.values())
 
     @property
     def mark(self) -> object:
-        """Mark of a cache that starts with these virtual tokens."""
+        """Mark for a cache that starts with these virtual tokens."""
         return self.names[0] if self.routing is None else self.routing
 
     @property
     def is_even(self) -> bool:
-        """Return True if every row uses all places."""
+        """Return True if every row fills all positions with virtual tokens."""
         return self.routing is None or all(self.counts.get(n, 0) == self.width for n in self.routing.names)
 
     def used(self, n_rows: int, device: torch.device) -> Tensor:
@@ -64,16 +63,20 @@ class Front:
         return positions + self.used(max(positions.shape[-2], len(self.routing.names)), positions.device)
 
     def mask(self, n_rows: int, device: torch.device) -> Tensor:
-        """Return the places that each row uses, (rows, width) booleans."""
+        """Return which positions hold a virtual token of their row, (rows, width) booleans."""
         return torch.arange(self.width, device=device) >= self.width - self.used(n_rows, device)
 
     def positions(self, n_rows: int, device: torch.device) -> Tensor:
-        """Return the positions of the places, (rows, width): 0 for the first virtual token of a row, and before it."""
+        """Return the position ids, (rows, width): 0 for a row's first virtual token and for the masked positions before
+        it.
+        """
         first = self.width - self.used(n_rows, device)
         return (torch.arange(self.width, device=device) - first).clamp_min(0)
 
     def rows(self, given: Sequence[Tensor], n_rows: int) -> Tensor:
-        """Return the values at each row's places, (rows, width, …), given the values of the ``choices``, (n, …)."""
+        """Return a value for each of the rows' positions, (rows, width, …), given those of each of the ``choices``, (n,
+        …).
+        """
         if self.routing is None:
             return given[0].expand(n_rows, *given[0].shape)
         return leading_rows(given, self.routing.chosen(n_rows, self.choices, "the model"), self.width)
@@ -82,7 +85,7 @@ class Front:
 def leading_rows(
     given: Sequence[Float[Tensor, "_ *shape"]], row_index: Int[Tensor, " rows"], n: int
 ) -> Float[Tensor, "rows n *shape"]:
-    """Return for each row one of ``given``, counted from 1; index 0 is all zeros.
+    """Return, for each row, the element of ``given`` with index ``row_index`` (from 1), or zeros if the index is 0.
 
     Each is padded with leading zeros to length n along its first axis.
     """

@@ -1,4 +1,4 @@
-"""Linear layers as places of an adapter: described for a saved adapter, and given parameters on a model."""
+"""Adapters in linear layers: describes the layers for a saved adapter, and gives them parameters on a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from veneer.model.modules.snapshot import Snapshot
 
 
 def layer_places(snapshot: Snapshot, plan: AttachPlan) -> dict[str, Placed]:
-    """Return the layers and parameters that an adapter changes, by path. Shapes suffice, no storage is needed."""
+    """Return the layers and parameters that an adapter changes, by path. Shapes suffice; the model needs no storage."""
     found: dict[str, Placed] = {}
     for path in (*plan.layers, *plan.followers):
         site, on_disk = loaded_site(snapshot.kinds[path], path, snapshot.modules[path]), path
@@ -40,7 +40,7 @@ def layer_places(snapshot: Snapshot, plan: AttachPlan) -> dict[str, Placed]:
 
 
 def put_on_layers(snapshot: Snapshot, name: str, state: AdapterState, plan: AttachPlan, allocation: Allocation) -> None:
-    """Give an adapter its parameters at the layers of its plan, which are adapted already."""
+    """Give an adapter its parameters in the layers of its plan, which must be adapted already."""
     keys = {path: place.keys for path, place in layer_places(snapshot, plan).items()}
     layers = {path: cast(AdaptedSite, snapshot.modules[path]) for path in plan.layers}
     starts: Mapping[str, Params] = {}
@@ -61,7 +61,9 @@ def put_on_layers(snapshot: Snapshot, name: str, state: AdapterState, plan: Atta
 def _share(
     layers: Mapping[str, AdaptedSite], name: str, keys: Mapping[str, Mapping[str, str]], config: MethodConfig
 ) -> None:
-    """Share parameters: layers of one group, or with one key on disk, use those of the first such layer."""
+    """Let layers share parameters: those of one group, or with one key on disk, use the parameters of
+    the first layer.
+    """
     shared = config.shared
     if shared is None or not shared.is_held:
         return

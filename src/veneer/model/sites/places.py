@@ -1,4 +1,4 @@
-"""Kinds of place that methods have on a model, as rows of one table, and the places of an adapter."""
+"""Table of the kinds of place where methods act in a model, and the places of an adapter."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from veneer.model.sites.residual import put_bottlenecks_on, residual_places
 
 @dataclass(frozen=True)
 class PlaceKind:
-    """Kind of place of a method on a model.
+    """Kind of place where methods act: layers, prefixes, prompts or bottlenecks.
 
     ``plan`` makes the plan of an adapter on a model, from its config. ``places`` returns the places of that plan on a
-    model without adapters, by path. ``put`` gives an adapter its parameters there; the modules of its plan are adapted
-    already, and its config is in the state.
+    model without adapters, by path. ``put`` gives an adapter its parameters there; the modules of its plan must be
+    adapted, and its config must be in the state.
     """
 
     places: Callable[[Snapshot, AttachPlan], dict[str, Placed]]
@@ -55,16 +55,16 @@ _KINDS: Mapping[type, PlaceKind] = {
 
 
 def placed_on(model: nn.Module, config: MethodConfig) -> dict[str, Placed]:
-    """Return the places of a saved adapter on a model without adapters, by path. Raises TargetError if there are none.
+    """Return the places where a saved adapter acts in a model without adapters, by path.
 
-    Linear layers need no storage: the shapes of a model on the meta device suffice.
+    Raises TargetError if there are none. For linear layers a model on the meta device suffices.
     """
     snapshot = look_at(model)
     return places_of(snapshot, plan_of(snapshot, config, fresh=False))
 
 
 def places_of(snapshot: Snapshot, plan: AttachPlan) -> dict[str, Placed]:
-    """Return the places of a plan on a model without adapters, by path."""
+    """Return the places of a plan in a model without adapters, by path."""
     return _kind(plan.config).places(snapshot, plan)
 
 
@@ -77,7 +77,7 @@ def plan_of(snapshot: Snapshot, config: MethodConfig, fresh: bool) -> AttachPlan
 
 
 def put_on(snapshot: Snapshot, name: str, state: AdapterState, plan: AttachPlan, allocation: Allocation) -> None:
-    """Give an adapter its parameters at the places of its kind; the modules of its plan are adapted already."""
+    """Give an adapter its parameters in the places of its plan, whose modules must be adapted already."""
     _kind(plan.config).put(snapshot, name, state, plan, allocation)
 
 

@@ -38,7 +38,9 @@ CHILD = "prefix_adapter"
 
 
 class PrefixAdapters(VirtualTokens):
-    """Prefixes of a model by adapter name."""
+    """Prefixes of a model by adapter name. A prefix is keys and values at the start of every attention
+    layer's cache.
+    """
 
     runs_the_model = False
 
@@ -190,7 +192,7 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
 
 
 def _described_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...] | None:
-    """Return the attention sites of a decoder whose description is verified by values; None for any other model."""
+    """Return the attention layers of a decoder whose description is verified by values, or None for any other model."""
     decoder = listed(model)
     heads = [] if decoder is None else [attention.heads for attention in decoder.attentions]
     if decoder is None or len(heads) < len(decoder.blocks) or len({(h.n_kv_heads, h.head_dim) for h in heads}) > 1:
@@ -202,8 +204,8 @@ def _described_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...] | None
 
 
 def _stack(model: PreTrainedModel) -> Any:
-    """Return the blocks whose attention takes a prefix: an encoder-decoder's decoder, else the model without
-    its head.
+    """Return the part of a model whose attention takes a prefix: the decoder of an encoder-decoder, or the model
+    without its head.
     """
     return model.get_decoder() if model.config.is_encoder_decoder else inner_model(model)
 
@@ -211,7 +213,7 @@ def _stack(model: PreTrainedModel) -> Any:
 def rows_of(front: Front, records: Sequence[PrefixDelta], n_rows: int) -> tuple[Tensor, Tensor]:
     """Return one layer's keys and values for every row, (rows, n, kv_heads, head_dim).
 
-    They come from one record for each choice of an adapter.
+    ``records`` has one record for each pair of adapter and task in ``front``.
     """
     return front.rows([r.k for r in records], n_rows), front.rows([r.v for r in records], n_rows)
 

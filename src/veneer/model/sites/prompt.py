@@ -41,10 +41,10 @@ PER_TOKEN = ("logits", "start_logits", "end_logits", "last_hidden_state", "hidde
 
 
 class PromptAdapters(VirtualTokens):
-    """Prompts of a model by adapter name.
+    """Prompts of a model by adapter name. A prompt is virtual tokens at the start of the model's input.
 
     The whole model, head included, sees the virtual positions; the last of them predicts the first token. The output
-    omits them. During a pass, ``outermost`` is the module that it began with, ``front`` the virtual tokens, ``length``
+    omits them. During a pass, ``outermost`` is the module with which it began, ``front`` the virtual tokens, ``length``
     the length of the rows, and ``labels`` their labels if some have weights. ``to_embed`` is True until the embeddings
     are replaced.
     """
@@ -122,8 +122,8 @@ class PromptAdapters(VirtualTokens):
         return changed
 
     def _put_targets(self, labels: Tensor, front: Front) -> None:
-        """Write the virtual tokens' targets into labels (rows, n + length). Keep the labels if some targets have
-        weights.
+        """Write targets for the virtual tokens into labels (rows, n + length). If some have weights, store the labels
+        for the loss.
         """
         each = self._methods(front)
         if any(method.targets for method in each):
@@ -132,7 +132,7 @@ class PromptAdapters(VirtualTokens):
         self.labels = labels if any(weight != 1 for method in each for weight in method.target_weights) else None
 
     def _weighed_loss(self, logits: Tensor, labels: Tensor, front: Front) -> Tensor:
-        """Return the loss in which virtual tokens' targets have weights."""
+        """Return a loss in which the virtual tokens' targets have weights."""
         weights = torch.ones(labels.shape, device=logits.device)
         each = [method.target_weights or (1.0,) * method.num_virtual_tokens for method in self._methods(front)]
         weights[:, : front.width] = _in_front(front, each, 1.0, weights)
@@ -142,7 +142,9 @@ class PromptAdapters(VirtualTokens):
         return [cast(PromptMethod, self.method(name)) for name, _ in front.choices]
 
     def after_embedding(self, module: nn.Module, args: Any, embedded: Tensor) -> Tensor | None:
-        """Return the embedded input with the virtual tokens in their places; only once, if ids are looked up again."""
+        """Return the embedded input with the virtual tokens inserted. If ids are looked up again in the pass, change
+        nothing.
+        """
         if not self.to_embed or self.front is None or embedded.shape[1] != self.length:
             return None
         self.to_embed = False
@@ -178,7 +180,9 @@ class PromptAdapters(VirtualTokens):
 
     @torch.no_grad()
     def fill(self, model: PreTrainedModel, cache: Cache, front: Front, n_rows: int) -> None:
-        """Run the virtual tokens alone through the model: their keys and values do not depend on the rest."""
+        """Run the virtual tokens alone through the model, to fill a cache. Their keys and values do not depend on later
+        tokens.
+        """
         inner, places = inner_model(model), {}
         if not front.is_even:
             places["attention_mask"] = front.mask(n_rows, model.device).long()
@@ -212,7 +216,7 @@ class EncoderPromptAdapters(PromptAdapters):
         return (), given
 
     def before_encoder(self, encoder: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Return the encoder's arguments with the virtual tokens in front; its mask may have them already."""
+        """Return the encoder's arguments with the virtual tokens added at the start; its mask may have them already."""
         front = self.acting()
         if front is None:
             return None
@@ -259,7 +263,7 @@ def reader(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def input_site(model: PreTrainedModel) -> InputSite:
-    """Return the site of the input embeddings, described by its shapes."""
+    """Describe the input embeddings by their shapes."""
     (n_tokens, width), text = table_shape(model.get_input_embeddings()), model.config.get_text_config()
     return InputSite(
         name=INPUT,
@@ -286,12 +290,14 @@ def _site_to_start_from(model: PreTrainedModel, config: PromptMethod) -> InputSi
 
 
 def _in_front(front: Front, values: Sequence[Sequence[float]], otherwise: float, like: Tensor) -> Tensor:
-    """Spread each choice's values over the places of its rows, (rows, width), in the dtype of ``like``."""
+    """Return, for each row, the values of its adapter at the virtual positions, (rows, width), and ``otherwise``
+    elsewhere.
+    """
     return front.rows([like.new_tensor(own) - otherwise for own in values], like.shape[0]) + otherwise
 
 
 def _filler(model: PreTrainedModel) -> int:
-    """Return an id other than padding, which some models search for in the ids."""
+    """Return a token id other than padding, since some models search the ids for padding."""
     return 1 if getattr(model.config, "pad_token_id", None) == 0 else 0
 
 

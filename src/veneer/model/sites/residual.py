@@ -28,7 +28,7 @@ from veneer.records.sites import ResidualSite
 
 
 class ResidualAdapters(Holder):
-    """Bottlenecks of one sub-layer by adapter name: a child of its block, so that it moves with the model."""
+    """Bottlenecks after one sub-layer, by adapter name. It is a child of the block, so that it moves with the model."""
 
     def __init__(self, site: ResidualSite, state: AdapterState, model: nn.Module, place: ResidualSublayer) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class ResidualAdapters(Holder):
 
     @property
     def reads_input(self) -> bool:
-        """Return True if an adapter that acts reads the sub-layer's input."""
+        """Return True if an active bottleneck reads the sub-layer's input."""
         return any(self.record(name).where != "serial" for name in self.acting_on_rows())
 
     def _keep_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -73,7 +73,7 @@ class ResidualAdapters(Holder):
     def changed(self, hidden: Tensor, x: Tensor | None) -> Tensor:
         """Return a sub-layer's output ``hidden`` (b, t, d) after the active bottlenecks; x is the sub-layer's input.
 
-        The bottlenecks act in turn: a serial one reads the output of those before it.
+        They act one after another: a serial one reads the output after those before it.
         """
         names, routing = self.acting_on_rows(), self.adapter_state.routed()
         if routing is None:
@@ -101,7 +101,7 @@ class ResidualAdapters(Holder):
 
 
 def residual_places(snapshot: Snapshot, plan: AttachPlan) -> dict[str, Placed]:
-    """Return the sub-layers with bottlenecks of an adapter, by path."""
+    """Return the sub-layers after which an adapter has bottlenecks, by path."""
     config = cast(ResidualMethod, plan.config)
     sites = map(residual_site, places_of(cast(PreTrainedModel, snapshot.model), config))
     return {site.name: placed(config, site, site.name) for site in sites}
@@ -145,7 +145,7 @@ def places_of(model: PreTrainedModel, config: ResidualMethod) -> tuple[ResidualS
 
 
 def residual_site(place: ResidualSublayer) -> ResidualSite:
-    """Return the site of a sub-layer, described by its shapes."""
+    """Describe a sub-layer by its shapes."""
     return ResidualSite(
         name=f"{place.block_path}.{SUBLAYER}{place.kind}",
         layer=place.layer,

@@ -54,7 +54,7 @@ def sublayers(model: PreTrainedModel) -> tuple[ResidualSublayer, ...]:
 
 
 def described_sublayers(model: PreTrainedModel) -> tuple[ResidualSublayer, ...] | None:
-    """Return the sub-layers of a decoder whose description is tested by values; None for any other model."""
+    """Return the sub-layers of a decoder whose description is tested by values, or None for any other model."""
     decoder = listed(model)
     if decoder is None or any(block.strange for block in decoder.blocks):
         return None
@@ -70,7 +70,7 @@ def described_sublayers(model: PreTrainedModel) -> tuple[ResidualSublayer, ...] 
 
 
 def watched_sublayers(model: PreTrainedModel) -> tuple[ResidualSublayer, ...]:
-    """Return the sub-layers found in one short forward pass. Raises TargetError as `sublayers` does."""
+    """Return the sub-layers found by watching one short forward pass. Raises the TargetError of `sublayers`."""
     with evaluation(model):
         additions = trace_additions(model, example_inputs(model))
     blocks = _blocks(model, additions)
@@ -116,7 +116,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _blocks(model: nn.Module, additions: list[Addition]) -> dict[str, list[Addition]]:
-    """Group the residual additions by block: the innermost element of a list that holds attention and another part."""
+    """Group the residual additions by block. A block is the innermost list element with attention and another part."""
     elements = {
         f"{name}.{key}"
         for name, module in model.named_modules()
@@ -159,7 +159,7 @@ def _ancestors(path: str) -> list[str]:
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Context in which every module is in evaluation mode: no dropout, no checkpointing, no random numbers drawn."""
+    """Enter a context in which every module is in evaluation mode: no dropout, no checkpointing, no random numbers."""
     with modes_kept(model):
         model.eval()
         yield
@@ -167,9 +167,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Context after which each module has its earlier mode again, since a caller may mix training and
-    evaluation modes.
-    """
+    """Enter a context after which each module has its earlier mode again, training or evaluation."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield

@@ -21,7 +21,10 @@ PASSING = frozenset(SCALING | SHAPING)
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """Sub-layer: the output of ``output_path``, computed from the input of ``input_path``, is added to the stream."""
+    """A sub-layer, whose output is added to the residual stream.
+
+    It reads the input of the module ``input_path``, and its output is that of ``output_path``.
+    """
 
     input_path: str
     output_path: str
@@ -38,7 +41,7 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """Origin of a tensor. ``makers`` are the modules that returned it, innermost first.
+    """Where a tensor comes from. ``makers`` are the modules that returned it, innermost first.
 
     ``sources`` are the modules that read the residual stream to compute it.
     """
@@ -62,7 +65,7 @@ STREAM = _Origin(stream=True)
 
 @torch.no_grad()
 def trace_additions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Addition]:
-    """Return every residual add of one forward pass, in order, once for each pair of modules."""
+    """Return every addition to the residual stream in one forward pass, in order, once for each pair of modules."""
     watch = _Watch(model)
     handles = [handle for name, module in model.named_modules() for handle in watch.hooks(name, module)]
     try:
@@ -162,7 +165,9 @@ class _Watch(TorchFunctionMode):
                 self._set(result, _Origin(makers=makers, sources=sources))
 
     def additions(self) -> list[Addition]:
-        """Return the events as module paths. A module that serves several sub-layers (mostly a dropout) is left out."""
+        """Return the additions by the paths of their modules. A module of several sub-layers (mostly a dropout) is left
+        out.
+        """
         served: dict[str, set[str]] = {}
         uses = Counter(call.path for event in self.events for call in event.operand.makers)
         for event in self.events:
@@ -173,8 +178,10 @@ class _Watch(TorchFunctionMode):
         return list(dict.fromkeys(addition for addition in found if addition is not None))
 
     def _addition(self, event: _Event, own: set[str]) -> Addition | None:
-        """Return the outermost module that returned the operand, and the first one in the block that read the stream
-        for it.
+        """Return the sub-layer behind one addition.
+
+        Its output is that of the outermost module that returned the summand. Its input is that of the first module in
+        the block that read the residual stream for it.
         """
         inside = set(event.stack)
         block_order = next((call.order for call in event.stack if call.module in self.elements), 0)

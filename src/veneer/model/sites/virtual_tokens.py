@@ -1,4 +1,6 @@
-"""Virtual tokens on a model, for prefix and prompt adapters: masks, positions and caches with n tokens in front."""
+"""Virtual tokens before a model's input, for prefix and prompt adapters: masks, positions and caches with n more
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +42,11 @@ def inner_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class VirtualTokens(Holder):
-    """Adapters of one kind by name, and the hooks that put them in front of every sequence.
+    """Adapters of one kind by name, and the hooks that put their virtual tokens before every sequence.
 
-    ``runs_the_model``: filling a cache takes a pass through the model. The pass then finds in the cache the tokens that
-    need none.
-
-    It is a child of the model, so that it moves and is copied with it. The hook is on the inner model, without the
-    head, so that code that calls the inner model directly (a chunked loss) gets the same result.
+    ``runs_the_model``: filling a cache takes a pass through the model, which finds in the cache the tokens that need
+    none. It is a child of the model, so that it moves and is copied with it. The hook is on the inner model, without
+    the head, so that code that calls the inner model directly (a chunked loss) gets the same result.
     """
 
     runs_the_model: ClassVar[bool]
@@ -94,8 +94,9 @@ class VirtualTokens(Holder):
         return cast(VirtualTokenMethod, self.adapter_state.configs[name])
 
     def acting(self) -> Front | None:
-        """Return the virtual tokens in front of the rows. Raises CompositionError if several adapters act
-        on one row.
+        """Return the virtual tokens before the rows, or None if no adapter is active.
+
+        Raises CompositionError if several adapters act on one row.
         """
         routing, names = self.adapter_state.routed(), self.acting_on_rows()
         counts = {name: self.method(name).num_virtual_tokens for name in names}
@@ -149,7 +150,7 @@ class VirtualTokens(Holder):
         return given | shifted(given, front)
 
     def counted(self, front: Front, n_rows: int, model_kwargs: Arguments) -> None:
-        """Count the cached tokens in the mask and the positions with which `generate` starts."""
+        """Add the cached virtual tokens to the mask and the positions with which `generate` starts."""
         positions = model_kwargs.get("position_ids")
         model_kwargs["attention_mask"] = _with_mask(model_kwargs["attention_mask"], front)
         if positions is not None:
@@ -244,9 +245,9 @@ def refuse_packing(given: Arguments, method: VirtualTokenMethod) -> None:
 
 
 def _with_mask(mask: Tensor, front: Front) -> Tensor:
-    """Extend a mask over (rows, keys) or (rows, heads, queries, keys) by the places in front.
+    """Extend a mask over (rows, keys) or (rows, heads, queries, keys) by the virtual positions.
 
-    Every query that may see a token sees them.
+    Every query may attend to every virtual token of its row.
     """
     seen = front.mask(mask.shape[0], mask.device)
     if mask.ndim == 2:
@@ -291,7 +292,7 @@ def _config(model: nn.Module, name: str) -> object:
 
 
 def _is_causal(model: PreTrainedModel) -> bool:
-    """Return True if no position sees later ones, so that places in front of a row can be left out."""
+    """Return True if no position sees later ones, so that masked positions before a row can be left out."""
     if model.config.is_encoder_decoder or model.can_generate():
         return True
     return any(getattr(module, "is_causal", False) for module in model.modules())

@@ -1,4 +1,4 @@
-"""BLOOM: positions are a bias of attention, and the halves add to the stream themselves."""
+"""BLOOM: positions are a bias of attention. Attention and feed-forward part add to the residual stream themselves."""
 
 from typing import Any
 

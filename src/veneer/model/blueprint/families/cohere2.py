@@ -1,4 +1,4 @@
-"""Cohere's Command R7B: as Command R, with layers of full attention that do not rotate."""
+"""Cohere's Command R7B: as Command R, but layers of full attention have no rotary embedding."""
 
 from veneer.model.blueprint.family import Family
 

@@ -1,4 +1,4 @@
-"""EXAONE 4: if some layers have windows, the others do not rotate."""
+"""EXAONE 4: if some layers have sliding windows, the layers without one have no rotary embedding."""
 
 from veneer.model.blueprint.family import Family
 

@@ -1,4 +1,4 @@
-"""MPT: positions are a bias of attention, and names of its own."""
+"""MPT: positions are a bias of attention, and its modules have their own names."""
 
 from veneer.model.blueprint.family import Family
 from veneer.model.blueprint.names import Names, NormNames
