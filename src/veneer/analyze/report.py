@@ -16,7 +16,7 @@ _HEADS = frozenset(("lm_head", "embed_out", *(name for names in TASK_HEADS.value
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """Report on one module: its path split into block number and name, and its update's figures."""
+    """Report on one module: its path, split into block number and name, and the figures of its update."""
 
     path: str
     layer: int | None
@@ -29,7 +29,10 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class PairReport:
-    """Comparison of two adapters at one module: shared directions among the top k of each, entries of opposite sign."""
+    """Comparison of two adapters at one module: the overlap of their top directions, and the share of opposite signs.
+
+    ``chance`` is the overlap that random directions would have.
+    """
 
     path: str
     overlap: float
@@ -69,7 +72,7 @@ def split_path(path: str) -> tuple[int | None, str]:
 
 
 def _place(path: str) -> tuple[bool, bool, bool, str, int, int, str]:
-    """Return a key that sorts modules in the model's order, which sorted names of a file lack.
+    """Return a key that sorts modules in the model's order, in which a file does not list them.
 
     Blocks are sorted by stack (decoders last), then by number. Layers of a block are sorted by role, then by name.
     """

@@ -58,13 +58,12 @@ class Fastfood(nn.Module):
 
 
 class Subspace(nn.Module):
-    """Weights of a model as a function of d trained numbers, ``θ₀ + P θ``, initially θ₀.
+    """Weights of a model as a function of d trained numbers θ: ``θ₀ + P θ``, initially θ₀.
 
-    ``structure_aware`` (SAID, eq. 4) uses one of the d for each layer, as a factor of P's values there. P has entries
-    of variance 1/(dimensions of θ), so that one learning rate moves the weights equally far for every d. Source:
-    Aghajanyan et al. 2021, arXiv:2012.13255, eq. 1 and 3.
-
-    Raises ConfigError if d leaves nothing for θ or is larger than the model.
+    With ``structure_aware`` (SAID, eq. 4), one of the d numbers for each layer multiplies P's values in that layer. P
+    has entries of variance 1/(dimensions of θ), so that one learning rate moves the weights equally far for every d.
+    Source: Aghajanyan et al. 2021, arXiv:2012.13255, eq. 1 and 3. Raises ConfigError if d leaves nothing for θ or is
+    larger than the model.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], d: int, *, structure_aware: bool = False, seed: int = 0) -> None:

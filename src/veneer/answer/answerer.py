@@ -1,4 +1,4 @@
-"""Interface of models that answer prompts: sampling, answering, and the length of an answer."""
+"""Interface of models that answer prompts, with the settings of sampling and the length of an answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veneer.evaluate.scoring import Answering, OnProgress, ignore_progress
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """Sampling settings. If ``temperature`` is 0, the likeliest token is taken.
+    """Sampling settings. If ``temperature`` is 0, the likeliest token is chosen.
 
     Otherwise tokens are sampled with ``top_p`` and ``top_k``; a ``top_k`` of 0 is no limit. If ``seed`` is None, a
     random one is chosen.
@@ -31,7 +31,7 @@ Asked = tuple[Sequence[int], Path | None]
 
 
 class Answerer(ABC):
-    """Model that answers prompts, given as token ids. ``default``: the first adapter, if there is one."""
+    """Model that answers prompts, given as token ids. ``default``: the folder of the first adapter, if there is one."""
 
     tokenizer: Any
     default: Path | None
@@ -64,7 +64,7 @@ class Answerer(ABC):
 
 
 def tokens_behind(prompt: Sequence[int], limit: int | None, n_most: int) -> int:
-    """Return the number of tokens that fit after ``prompt`` in a context of ``limit`` tokens, at most ``n_most``.
+    """Return how many tokens, at most ``n_most``, fit after ``prompt`` in a context of ``limit`` tokens.
 
     Raises ConfigError if the prompt is empty or fills the context.
     """

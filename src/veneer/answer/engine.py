@@ -1,4 +1,4 @@
-"""Answers by the engine, which packs the weights of a base that is already loaded, or by ``generate``.
+"""Answers prompts by the engine, which packs the weights of a loaded base, or by ``generate``.
 
 The engine answers if it is faster and gives the same answers; otherwise transformers' own ``generate`` does.
 """
@@ -56,7 +56,7 @@ def answerer_of(parts: ModelParts, drawing: Drawing | None = None, n_rows: int =
 
 
 class EngineAnswerer(Answerer):
-    """`Answerer` by an engine, with its loaded adapters by their folders."""
+    """`Answerer` that uses an engine, with its loaded adapters by their folders."""
 
     def __init__(self, engine: Engine, params: SamplingParams, adapters: Mapping[Path, LoRARequest]) -> None:
         self.tokenizer = engine.tokenizer
@@ -65,7 +65,7 @@ class EngineAnswerer(Answerer):
         self._limit = engine.scheduler.limits.max_model_len - max((self._n_front(each) for each in adapters), default=0)
 
     def _n_front(self, folder: Path | None) -> int:
-        """Return the number of virtual tokens that the adapter puts in front of a prompt."""
+        """Return the number of virtual tokens that the adapter in ``folder`` adds before a prompt."""
         return 0 if folder is None else int(self._engine.versions.of(self._adapters[folder]).n_front)
 
     def _request(self, prompt: Sequence[int], params: SamplingParams, folder: Path | None) -> Request:
@@ -114,7 +114,7 @@ class EngineAnswerer(Answerer):
         seeds: Sequence[int],
         on_progress: OnProgress = ignore_progress,
     ) -> list[list[CompletionOutput]]:
-        """Return ``n`` answers to each prompt, by its seed, as ids with `SamplingParams.policy_logprobs`.
+        """Return ``n`` answers to each prompt, drawn with its seed, as ids with `SamplingParams.policy_logprobs`.
 
         Raises ConfigError if the context has no room for an answer.
         """
@@ -161,7 +161,7 @@ class EngineAnswerer(Answerer):
 def engine_answerer(parts: ModelParts, drawing: Drawing, n_rows: int) -> EngineAnswerer | str:
     """Return an engine that answers as `generate` would, or the reason why none can.
 
-    With a reason the base is unchanged. Raises FormatError for an adapter that does not fit.
+    If it returns a reason, the base is unchanged. Raises FormatError for an adapter that does not fit.
     """
     reason = _slow(parts.base) or _unsaid(parts.base)
     if reason:
@@ -196,7 +196,7 @@ def engine_answerer(parts: ModelParts, drawing: Drawing, n_rows: int) -> EngineA
 
 
 def _slow(base: Any) -> str:
-    """Return the reason why the engine would be no faster; empty if it is faster."""
+    """Return why the engine would not be faster, or an empty text if it would be."""
     if base.device.type != "cpu":
         return f"the engine is fast on a CPU, and the model is on {base.device.type}"
     if base.dtype not in ROWS:
@@ -205,7 +205,7 @@ def _slow(base: Any) -> str:
 
 
 def _unsaid(base: Any) -> str:
-    """Return the reason, from the model's settings, why the engine's answers would differ; empty if they would not."""
+    """Return why, by the model's settings, the engine's answers would differ, or an empty text if they would not."""
     if context_length(base) is None:
         return "the model's config tells no length of its context"
     stored = base.generation_config.to_diff_dict()
@@ -214,7 +214,7 @@ def _unsaid(base: Any) -> str:
 
 
 def _params(base: Any, drawing: Drawing) -> SamplingParams:
-    """Return the drawing as the engine's parameters. Answers end at the ids at which `generate` ends them.
+    """Return the sampling settings as the engine's parameters. Answers end at the same token ids as `generate`'s.
 
     Raises ConfigError for settings that the engine does not support.
     """

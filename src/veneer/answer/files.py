@@ -1,4 +1,4 @@
-"""Files of prompts, answered into other files: each row by the adapter that it names."""
+"""Answers files of prompts into other files. Each row may name an adapter, which answers it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers by transformers' own ``generate``."""
+"""Answers prompts by transformers' own ``generate``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from veneer.store.bars import quiet
 
 
 class ModelAnswerer(Answerer):
-    """`Answerer` by transformers' ``generate``. ``n_rows``: the most prompts in one batch."""
+    """`Answerer` that uses transformers' ``generate``. ``n_rows``: the most prompts in one batch."""
 
     def __init__(self, loaded: LoadedModel, drawing: Drawing, n_rows: int) -> None:
         self.model, self.tokenizer, self._names = loaded.model, loaded.tokenizer, loaded.names
@@ -76,7 +76,7 @@ class ModelAnswerer(Answerer):
         return acting_alone(self.model, BASE if folder is None else self._names[folder])
 
     def _options(self) -> dict[str, Any]:
-        """Return the drawing as `generate`'s options. The checkpoint's own beams are left out, so that words can be
+        """Return the sampling settings as `generate`'s options. The checkpoint's number of beams is ignored: text is
         streamed.
         """
         drawing = self._drawing

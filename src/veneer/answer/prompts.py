@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Return the conversation under the chat template, ready for the assistant's turn.
+    """Return the token ids of a conversation under the chat template, up to where the assistant's answer starts.
 
     Raises ConfigError if the tokenizer has no chat template, and DataError if it is damaged or refuses the roles.
     """
@@ -34,7 +34,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, system: str | None = None, raw: bool = False) -> list[int]:
-    """Return a prompt as one user turn; as plain text if ``raw`` is set or the model has no chat template.
+    """Return a prompt's token ids: as one user turn, or as plain text if ``raw`` or if the model has no chat template.
 
     Raises ConfigError for a ``system`` message without a chat template.
     """

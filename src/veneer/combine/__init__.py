@@ -1,4 +1,4 @@
-"""Algebra of adapters: each file is one method to make one update from several. `combine` picks it by name."""
+"""Combination of adapters: each file makes one update from several by one method. `combine` chooses it by name."""
 
 from __future__ import annotations
 

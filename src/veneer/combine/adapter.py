@@ -1,4 +1,4 @@
-"""Whole adapter from one record for each layer, of a method that can hold them."""
+"""Builds a whole adapter from one record for each layer, of a method that can hold these records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One update from several at one layer, by the name of the method."""
+"""Combines several updates of one layer into one, by the name of the method."""
 
 from __future__ import annotations
 
@@ -127,6 +127,6 @@ def _bring_to_rank(update: Tensor, updates: Sequence[Update], plan: Combination)
 
 
 def _default_rank(updates: Sequence[Update]) -> int:
-    """Return the largest rank of the updates, capped at the layer's smaller width, as for a narrow head."""
+    """Return the largest rank of the updates, but at most the layer's smaller width, which a narrow head needs."""
     pairs = [u.record.low_rank for u in updates]
     return max((min(pair.rank, pair.a.shape[1], len(pair.b)) for pair in pairs if pair is not None), default=0)

@@ -19,7 +19,7 @@ from veneer.records.svd import svd_of_factors
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plain:
-    """Factors in float32 whose product ``B A`` is the update, or the nearest one of their rank.
+    """Factors in float32 whose product ``B A`` is an update, or the nearest product of their rank.
 
     ``norm`` is the Frobenius norm of the update, ``error`` that of the difference, relative to it.
     """
@@ -36,9 +36,9 @@ class Plain:
 
 
 def plain_of(update: Update, rank: int | None) -> Plain:
-    """Return the factors of an update: its own, or those of ``rank`` if it has none or has more.
+    """Return the factors of an update: its own, or the nearest ones of ``rank`` if it has none or more than that.
 
-    Raises CompositionError if it needs a weight that is missing, or if it is no pair and has no ``rank``.
+    Raises CompositionError if a needed weight is missing, or if it is not a low-rank pair and has no ``rank``.
     """
     if update.is_lowrank:
         a, b = update.record.factors(torch.float32)
@@ -79,7 +79,7 @@ def padded(layer: Plain, rank: int) -> tuple[Float[Tensor, "r i"], Float[Tensor,
 
 
 def whole_error(layers: Iterable[Plain]) -> float:
-    """Return the relative error of all layers together: the root of the lost squares over that of all squares."""
+    """Return the relative error of all layers together: the square root of the lost share of squares."""
     pairs = [(layer.error * layer.norm, layer.norm) for layer in layers]
     lost, total = (math.hypot(*(pair[which] for pair in pairs)) for which in (0, 1))
     return lost / total if total > 0 else 0.0

@@ -62,7 +62,7 @@ def rank_of_energy(energy: Float[Tensor, " n"], error: float) -> int:
 
 
 def _tall(update: Tensor) -> Tensor:
-    """Return the update in float64, transposed if it has more columns than rows."""
+    """Return the update in float64, transposed if necessary so that it has at least as many rows as columns."""
     return (update.T if update.shape[1] > update.shape[0] else update).double()
 
 
@@ -73,7 +73,9 @@ def _decomposed(tall: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _factors(update: Tensor, tall: Tensor, v: Tensor, energy: Tensor, error: float) -> tuple[LinearDelta, float]:
-    """Build factors from the singular vectors ``v`` of the shorter side and their squared values; add the error."""
+    """Return factors built from the singular vectors ``v`` of the shorter side and their squared values,
+    and the error.
+    """
     s = energy.sqrt()
     is_wide = update.shape[1] > update.shape[0]
     b, a = (v * s, (tall @ v / s.clamp(min=_LEAST)).T) if is_wide else (tall @ v, v.T)

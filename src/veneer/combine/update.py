@@ -17,14 +17,16 @@ from veneer.records.linear import fold_linear
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """Adapter's record at one layer. ``weight`` is needed only by records that scale or rotate it (DoRA, OFT)."""
+    """Change of one layer by an adapter: its record, and the layer's ``weight`` if the record scales or rotates it
+    (DoRA, OFT).
+    """
 
     record: LinearDelta
     weight: FrozenWeight | None = None
 
     @property
     def is_lowrank(self) -> bool:
-        """Return True if the update is no more than ``scale B A``, so that it can be added exactly as factors."""
+        """Return True if the update is exactly ``scale B A``, so that it can be added as factors without a loss."""
         return self.record.only_adds and not self.record.changes
 
     def dense(self) -> Float[Tensor, "o i"]:

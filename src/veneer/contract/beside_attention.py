@@ -1,4 +1,4 @@
-"""Contract of methods beside the attention of a decoder's upper layers."""
+"""Contract of methods that add to the attention of a decoder's upper layers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _SAMPLE = AttendingSite(name="", layer=0, features=1024)
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMethod(MethodConfig):
-    """Method beside attention, with parameters of its own in each of the uppermost layers."""
+    """Method that adds to attention, with its own parameters in each of the uppermost layers."""
 
     @property
     @abstractmethod
     def attention_name(self) -> str | None:
-        """Last name of the attention modules; None for the name that the model's family uses."""
+        """The last name of the attention modules, or None for the name that the model's family uses."""
 
     @property
     @abstractmethod

@@ -8,8 +8,8 @@ from veneer.records.sites import LinearSite
 
 
 class Checks:
-    """Checks that refuse nothing; a method that refuses something overrides them. Sites are described by
-    their shapes.
+    """Checks that refuse nothing; a method that refuses something overrides them. Layers are described
+    by their shapes.
     """
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
@@ -21,9 +21,8 @@ class Checks:
         return []
 
     def effect(self, names: Sequence[str], sites: Sequence[LinearSite]) -> list[str]:
-        """Return the settings of a new adapter that have no effect.
-
-        They match none of the adapted modules (by path).
+        """Return the settings of a new adapter that have no effect, since they match none of the adapted modules (by
+        path).
         """
         return []
 

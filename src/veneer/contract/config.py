@@ -37,16 +37,14 @@ from veneer.records.sites import Site
 class MethodConfig(FrozenConfig):
     """Protocol of a method, and the fields of every adapter config in PEFT's names.
 
-    A *site* is the place that a method acts on: a linear layer, a sub-layer, all attention layers of a model, or its
-    input. All methods answer alike, so that no caller asks of which kind a method is.
-
-    ``peft_type`` names the format on disk. ``modules_to_save`` are modules trained whole and kept with the adapter.
-    Values are checked against the types of the fields, see `plain.field_types`. Lists and sets are kept as tuples (sets
-    sorted), mappings as copies, so that a config is immutable.
-
-    ``inert`` names fields that do not change the update that the same tensors mean. They act in training alone, or
-    follow from the keys and shapes of the tensors. Those of base classes count too; every other field means something.
-    ``headline`` names the most informative fields: model cards and ``veneer info`` show them whatever their value.
+    A *site* is the place that a method changes: a linear layer, a sub-layer, all attention layers of a model, or its
+    input. All methods have the same functions, so that no caller asks of which kind a method is. ``peft_type`` names
+    the format on disk. ``modules_to_save`` are modules trained completely and saved with the adapter.
+    Values are checked against the types of the fields, see `plain.field_types`. Lists and sets become tuples (sets
+    sorted) and mappings are copied, so that a config is immutable.
+    ``inert`` names fields that do not change what the tensors of an adapter mean. They act in training alone, or follow
+    from the keys and shapes of the tensors. Those of base classes count too; every other field changes the meaning.
+    ``headline`` names the most informative fields: model cards and ``veneer info`` always show them.
     """
 
     peft_type: ClassVar[str]
@@ -89,20 +87,24 @@ class MethodConfig(FrozenConfig):
     def init_together(self, sites: Mapping[str, Any], generator: torch.Generator | None = None) -> dict[str, Params]:
         """Return the initial values at all sites, by path, if those of one site depend on the weights of others.
 
-        Empty if they do not; then ``init`` gives them. A method with such values `reads_weight`.
+        Return nothing if they do not; then ``init`` gives them. A method with such values must return True for
+        `reads_weight`.
         """
         return {}
 
     def derived(self, site: Any, params: Params) -> dict[str, Tensor]:
         """Return tensors that follow from a site's weight and fixed parameters. They are kept, but never trained or
-        written.
+        saved.
 
-        A method with such tensors `reads_weight`. Its ``lower`` finds them in ``params``, or computes them.
+        A method with such tensors must return True for `reads_weight`. Its ``lower`` finds them in ``params``, or
+        computes them.
         """
         return {}
 
     def disk_names(self, site: Any) -> Mapping[str, str]:
-        """Return the end of each parameter's key in ``adapter_model.safetensors``: the part after the module path."""
+        """Return, for each parameter, the end of its key in ``adapter_model.safetensors``: the part after the module
+        path.
+        """
         return {name: name for name in self.shapes(site)}
 
     @property
@@ -113,9 +115,9 @@ class MethodConfig(FrozenConfig):
         return 0.0
 
     def written_key(self, key: str) -> str:
-        """Return the key that a tensor has in this method's file, given its key in the files of all other methods.
+        """Return a tensor's key in this method's file, given its key in the files of all other methods.
 
-        PEFT names parts of the base in another way if a method trains nothing else. `keys.usual_key` is the inverse.
+        PEFT has other names for parts of the base if a method trains nothing else. `keys.usual_key` is the inverse.
         """
         return key
 
@@ -125,19 +127,19 @@ class MethodConfig(FrozenConfig):
 
     @property
     def samples(self) -> tuple[Site, ...]:
-        """Sites of no size, one of each kind of module that keys in a file may name."""
+        """Example sites without sizes, one for each kind of module that keys in a file may name."""
         return ()
 
     def site_of(self, site: Any, shapes: ShapesByKey) -> Any:
         """Return a site of known name and kind, with sizes inferred from the shapes of its parameters.
 
-        None if the shapes do not determine all sizes.
+        Return None if the shapes do not determine all sizes.
         """
         return None
 
     @abstractmethod
     def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
-        """Return the places of a saved adapter by path, read from its file; None if the file does not determine all
+        """Return the sites of a saved adapter by path, read from its file, or None if the file does not determine all
         sizes.
 
         ``shapes`` are those of the file's tensors by key, and ``source`` is the file's name in errors. Layers with a
@@ -147,12 +149,12 @@ class MethodConfig(FrozenConfig):
 
     @property
     def late_start(self) -> LateStart | None:
-        """Low-rank factors that may be initialized again on the model, if there are any."""
+        """Low-rank factors that may be initialized again on the model (see `LateStart`), or None."""
         return None
 
     @property
     def reads_weight(self) -> bool:
-        """Return True if ``lower`` needs the frozen weight of the site, and not its shape alone."""
+        """Return True if ``lower`` needs the frozen weight of the site; False if the weight's shape suffices."""
         return False
 
     @property
@@ -162,24 +164,21 @@ class MethodConfig(FrozenConfig):
 
     @property
     def virtual_tokens(self) -> int:
-        """Number of virtual tokens that the method puts in front of the sequence."""
+        """Number of virtual tokens that the method adds before the sequence."""
         return 0
 
     @property
     def invocation_tokens(self) -> tuple[int, ...]:
-        """Token ids: the records act on a sequence from their last occurrence on.
-
-        Empty if the records act everywhere.
-        """
+        """Token ids from whose last occurrence in a sequence the adapter acts; empty if it acts everywhere."""
         return ()
 
     @property
     def n_tasks(self) -> int:
-        """Number of tasks, each with a record of its own; 0 if one record serves all rows."""
+        """Number of tasks, each with its own record, or 0 if one record serves all rows."""
         return 0
 
     def of_task(self, params: Params, task: int) -> Params:
-        """Return the parameters of one site for one task, below ``n_tasks``, from which ``lower`` makes its record."""
+        """Return those parameters of one site that belong to a task below ``n_tasks``, for ``lower``."""
         return params
 
     @property
@@ -194,17 +193,19 @@ class MethodConfig(FrozenConfig):
 
     @property
     def by_sequence(self) -> bool:
-        """Return True if records depend on whole sequences. `MEMBERS` in ``params`` of ``lower`` are their tokens."""
+        """Return True if records depend on whole sequences. ``lower`` then finds their tokens in ``params`` under
+        `MEMBERS`.
+        """
         return False
 
     @property
     def draws_by_token(self) -> bool:
-        """Return True if a training pass draws numbers for each token, beside those of a dropout."""
+        """Return True if a training pass draws random numbers for each token, besides those of dropout."""
         return False
 
     @property
     def has_own_loss(self) -> bool:
-        """Return True if the model's loss, given labels, is not the usual loss of the labels."""
+        """Return True if the model's loss for labels is another than the usual one."""
         return False
 
     @property
@@ -217,7 +218,7 @@ class MethodConfig(FrozenConfig):
 
     @property
     def extras(self) -> Extras:
-        """Parts of the base that the adapter trains too."""
+        """Parts of the base that the adapter also trains."""
         return Extras(modules=tuple(self.modules_to_save or ()))
 
     @property
@@ -237,13 +238,13 @@ class MethodConfig(FrozenConfig):
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Return True if the method puts virtual tokens in front of the sequence."""
+        """Return True if the method adds virtual tokens before the sequence."""
         return self.virtual_tokens > 0
 
     def packed(self) -> Self:
-        """Return the config in its written form.
+        """Return the config in the form in which it is saved.
 
-        A method that other libraries do not know may be written, once trained, as one that they know.
+        If other libraries do not know a method, its trained adapters may be saved as another method that they know.
         """
         changed = self.packing.fields
         return replace(self, **changed) if changed else self  # type: ignore[arg-type]
@@ -255,7 +256,7 @@ class MethodConfig(FrozenConfig):
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     def told(self) -> dict[str, object]:
-        """Return the settings that are shown to people: the ``headline``, then all that differ from the defaults."""
+        """Return the settings to show to people: the ``headline``, then all that differ from the defaults."""
         aside = {"base_model_name_or_path", "revision", "inference_mode", *self.headline}
         others = (spec for spec in fields(self) if spec.name not in aside and spec.metadata.get("on_disk", True))
         chosen = [spec.name for spec in others if getattr(self, spec.name) != _default(spec)]
@@ -323,7 +324,7 @@ def _default(spec: Field[Any]) -> object:
 
 
 def for_use(config: MethodConfig) -> MethodConfig:
-    """Return the config that is written with trained values: for inference, and in a form that other libraries know."""
+    """Return the config that is saved with trained values: for inference, in a form that other libraries know."""
     return replace(config.packed(), inference_mode=True)
 
 

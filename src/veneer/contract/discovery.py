@@ -1,4 +1,4 @@
-"""Discovery of methods: concrete configs that have been defined, in any file."""
+"""Finds methods: concrete config classes that have been defined, in any file."""
 
 from __future__ import annotations
 

@@ -60,9 +60,9 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def problems_of(values: Mapping[str, object], known: Collection[str], peft_fields: PeftFields) -> list[str]:
-    """Return a sentence for every key that is none of the ``known`` ones.
+    """Return a problem for every key that is not among the ``known`` ones.
 
-    Such a key is unknown (the nearest one is named), or asks for a feature that is not supported.
+    Such a key is unknown, for which the nearest known key is named, or it asks for an unsupported feature.
     """
     neutral = {**COMMON.neutral, **peft_fields.neutral}
     unread = (*COMMON.unread, *peft_fields.unread)

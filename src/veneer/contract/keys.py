@@ -1,8 +1,8 @@
-"""Keys of PEFT: the key of each tensor of an adapter in its file, and the way back.
+"""Keys of PEFT: the key of each tensor in an adapter's file, and the parsing of keys.
 
 A key starts with the names of PEFT's two wrappers of a model, then the path of a module. The names of the wrappers
-around that module and the end follow. The end is the method's name of its parameter there, or the module's own
-parameter if that is trained whole.
+around that module and the end follow. The end is the method's name for a parameter, or the module's own parameter if
+that is trained completely.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OUT_PROJECTION = "out_proj"  # of torch's attention, which PEFT wraps as a whole
 
 
 def is_adapters(key: str) -> bool:
-    """Return True if a key belongs to an adapter's file."""
+    """Return True if an adapter's file may have this key."""
     return key.startswith((_MODEL, *_OF_VIRTUAL_TOKENS))
 
 
@@ -38,7 +38,7 @@ def parameter_key(path: str, end: str, depth: int = 0) -> str:
 
 
 def attention_path(path: str) -> str:
-    """Return the path in keys of an attention's output projection, if it is adapted with the attention."""
+    """Return the module path, in keys, for an attention's output projection that is adapted with the attention."""
     return f"{path.removesuffix(f'.{OUT_PROJECTION}')}.{_BASE}.{OUT_PROJECTION}"
 
 
@@ -57,7 +57,7 @@ def is_shared(key: str, names: Collection[str]) -> bool:
 
 
 def rows_key(path: str) -> str:
-    """Return the key of the single rows of a table that are trained."""
+    """Return the key for trained single rows of an embedding table."""
     return f"{_TUNER}{path}.{_ROWS}.{_DELTA}"
 
 
@@ -87,7 +87,7 @@ def is_rows(key: str) -> bool:
 
 
 def copy_key(path: str, parameter: str, *, adapted: bool, virtual: bool = False) -> str:
-    """Return the key of a ``parameter`` of a module that an adapter trains whole, or of rows of the module.
+    """Return the key for a ``parameter`` of a module that an adapter trains as a whole, or whose rows it trains.
 
     ``adapted``: the method adapts the module too. ``virtual``: the method has virtual tokens; its keys have one wrapper
     less.

@@ -1,4 +1,4 @@
-"""Facts of a model or a file that fill in a config, in addition to its sites."""
+"""Facts of a model or a file from which fields of a config are filled in, in addition to its sites."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Names = tuple[str, ...] | str  # of modules: names, suffixes and roles, or an ex
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """Facts that fill in a config; either is empty if unknown.
+    """Facts from which a config's fields are filled in. Either is empty if unknown.
 
-    ``names``: the model's module names, for each field of the config that names modules and is None. ``shapes``: the
+    ``names``: for each field of the config that names modules and is None, the model's module names. ``shapes``: the
     shapes of a file's parameters, by module path and name.
     """
 

@@ -13,11 +13,9 @@ class LateStart:
     """Low-rank factors that may be initialized again once their adapter is on a model.
 
     ``a`` and ``b`` name A (r, i) and B (o, r) among the method's parameters. ``taken_off`` names A and B of the initial
-    product, if that is subtracted. ``settings`` are those of the initialization from data that the config asks for,
-    such as `inits.eva.EvaConfig`; None if it asks for none.
-    ``is_product``: the update is exactly ``scale`` B A for any factors, so that they may start as any product. ``rank``
-    and ``scale`` return r and the factor of B A at a site.
-
+    product, if that is subtracted. ``settings`` are those of an initialization from data, such as
+    `inits.eva.EvaConfig`, or None if the config asks for none. ``is_product``: the update is exactly ``scale`` B A for
+    any factors, so that they may start as any product. ``rank`` and ``scale`` return r and the factor of B A at a site.
     ``with_ranks`` returns the config's fields for sites and their new ranks, both by path. A site of rank 0 is dropped.
     If its last argument, ``keep_scale``, is true, ``scale`` stays. Otherwise it follows from the new rank.
     """

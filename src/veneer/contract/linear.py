@@ -1,4 +1,4 @@
-"""Contract of methods at linear layers: embeddings and convolutions are linear maps too."""
+"""Contract of methods that change linear layers. Embeddings and convolutions count as linear layers too."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SAMPLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class LinearMethod(TargetedConfig):
-    """Method at linear layers, each with parameters of its own.
+    """Method that changes linear layers, with its own parameters in each.
 
     ``kinds`` are the modules that it can adapt: "linear" layers, "embedding", "convolution", "attention" (torch's own,
     both of its maps). ``outward`` names the parameters on the output side, such as LoRA's B. LoRA+ gives them a higher
@@ -48,10 +48,10 @@ class LinearMethod(TargetedConfig):
     def lower(self, site: LinearSite, params: Params) -> LinearDelta: ...
 
     def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the random numbers of a site's record in a training pass, on the CPU; ``lower`` then has them in
+        """Return the random numbers of a site's record in a training pass, on the CPU. ``lower`` then has them in
         ``params``.
 
-        Empty for a method that draws none. Without them ``lower`` returns the record of every other use.
+        Return nothing for a method that draws none. Without them ``lower`` returns the record for every other use.
         """
         return {}
 
@@ -67,9 +67,9 @@ class LinearMethod(TargetedConfig):
 
     @classmethod
     def raised(cls, records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised | None:
-        """Return an adapter of the method with these records, by module path; None if the method cannot have them.
+        """Return an adapter of the method with these records, by module path, or None if the method cannot have them.
 
-        ``targets``: names that match exactly those paths. Sums of adapters are kept in this form.
+        ``targets``: names that match exactly those paths. Combined adapters are stored in this way.
         """
         return None
 

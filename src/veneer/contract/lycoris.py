@@ -75,7 +75,7 @@ class LycorisMethod(LinearMethod):
 
     @property
     def samples(self) -> tuple[LinearSite, ...]:
-        """Sites of each form in a file: those with a core, if there are some, have most keys."""
+        """Example sites for each form of a file. Those with a core, if there are some, have the most keys."""
         wide = LinearSite(name="", in_features=2, out_features=1, kind="convolution", window=(2,))
         return (*super().samples, *([wide] if self.use_effective_conv2d else []))
 
@@ -85,7 +85,7 @@ class LycorisMethod(LinearMethod):
         return True
 
     def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the dropout factors of the update's rows; nothing if no row can be dropped.
+        """Return the dropout factors of the update's rows, or nothing if no row can be dropped.
 
         PEFT draws as many numbers in the same order.
         """
@@ -112,7 +112,9 @@ class LycorisMethod(LinearMethod):
         return self.use_effective_conv2d and math.prod(site.window) > 1
 
     def core(self, site: LinearSite) -> tuple[int, ...]:
-        """Return the shape (r, r, *window) of a core. PEFT's have two axes for the window of a line, too."""
+        """Return the shape (r, r, *window) of a core. PEFT's cores have a two-dimensional window for 1-D convolutions
+        too.
+        """
         r = self.rank(site)
         return (r, r, *site.window, 1) if len(site.window) == 1 else (r, r, *site.window)
 
@@ -123,5 +125,5 @@ def window_of(core: Sequence[int]) -> tuple[int, ...]:
 
 
 def behind_core(core: Float[Tensor, "r r *window"], inner: Float[Tensor, "r channels"]) -> Float[Tensor, "r n"]:
-    """Multiply a core by the matrix ``inner`` behind it. The columns are channels times positions."""
+    """Multiply a core by the matrix ``inner`` on its right. The columns are channels times window positions."""
     return torch.einsum("ij...,jc->ic...", core, inner).flatten(1)

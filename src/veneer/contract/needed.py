@@ -1,4 +1,4 @@
-"""Frozen weight that a method's update depends on."""
+"""Gets the frozen weight on which a method's update depends."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def needed_weight(site: LinearSite, who: str) -> FrozenWeight:
 
 
 def missing_weight(site: LinearSite, who: str) -> str:
-    """Return the message for a method of this name at a site whose frozen weight is not loaded."""
+    """Return the message for the method ``who`` in a layer whose frozen weight is not loaded."""
     return f"{who} at {site.name} needs the frozen weight: load the base model before attaching"

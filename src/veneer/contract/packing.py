@@ -16,11 +16,12 @@ from veneer.contract.parameters import Params
 
 @dataclass(frozen=True)
 class Packing:
-    """Form on disk that equals the trained one except for ``fields``: config fields that are written with other values.
+    """Form of an adapter on disk. It equals the trained form except for ``fields``: config fields saved with other
+    values.
 
-    A subclass also changes the parameters of a layer, with the same effect. ``fixed`` names the parameters that are
-    saved at their initial values and never trained. ``whole`` names those of them that hold whole numbers, such as
-    indices, with their dtypes in the file and in memory.
+    A subclass also converts the parameters of a layer, with the same effect. ``fixed`` names the parameters that are
+    saved at their initial values and never trained. ``whole`` names those of them that hold integers, such as indices,
+    with their dtypes in the file and in memory.
     """
 
     fields: Mapping[str, object] = field(default_factory=dict)
@@ -28,7 +29,7 @@ class Packing:
     whole: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def problems(self, site: Any, params: Params) -> list[str]:
-        """Return the problems of values read from a file that their shapes and dtypes do not show."""
+        """Return what is wrong with values read from a file, apart from their shapes and dtypes."""
         return []
 
     def pack(self, params: Params) -> dict[str, Tensor]:

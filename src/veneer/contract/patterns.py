@@ -24,13 +24,13 @@ class PatternChecks(Checks):
 
 
 def values_of(config: object, field: str, pattern: str) -> dict[str, Any]:
-    """Return the value of a field and those of its pattern, by the names that messages use."""
+    """Return the value of a field and those of its pattern field, by the names that messages use."""
     by_key = {f"{pattern}[{key!r}]": value for key, value in getattr(config, pattern).items()}
     return {field: getattr(config, field), **by_key}
 
 
 def below_one(values: Mapping[str, int]) -> list[str]:
-    """Return a sentence for each value that is not a whole number of at least 1."""
+    """Return a problem for each value that is not an integer of at least 1."""
     return [f"{name}={value!r} must be a whole number of at least 1" for name, value in values.items() if value < 1]
 
 

@@ -1,4 +1,6 @@
-"""Rows of files that a model is asked about, and the pattern of their answers. Torch is not imported here."""
+"""Rows of files about which a model is asked, and the regular expressions for their answers. Torch is not imported
+here.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file of prompts, as `read_rows` does. In a .txt file each non-empty line is a prompt.
+    """Return the rows of a file of prompts, as `read_rows` does, but each non-empty line of a .txt file is a prompt.
 
     Raises DataError, also for a file without rows.
     """
@@ -47,7 +49,8 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def as_trained(rows: Sequence[Row], reader: RowReader) -> list[dict[str, Any]]:
-    """Return the rows in their training form, so that evaluation matches training. Other fields are kept.
+    """Return the rows in the form in which they would be trained, so that evaluation matches training. Other fields are
+    kept.
 
     Raises DataError that names the row. Raises ConfigError if the reader has ``chat`` or ``system`` and the rows are
     not conversations.
@@ -94,9 +97,11 @@ def no_answer(row: Row) -> DataError:
 def require_askable(
     path: Path, reader: RowReader, prompt: str | None, answer_field: str | None, *, judged: bool = False
 ) -> None:
-    """Look at the first rows of a file. Raises the errors of `as_trained`, or with a ``prompt`` of `as_templated`.
+    """Check the first rows of a file. Raises the errors of `as_trained`, or those of `as_templated` if there is a
+    ``prompt``.
 
-    Raises DataError for a file without rows, and for rows without a right answer if answers are ``judged``.
+    Raises DataError for a file without rows. If answers are ``judged``, it also raises DataError for rows without a
+    right answer.
     """
     rows = read_rows(path) if path.suffix == ".txt" else [row for _, row in _first_of(path)]
     if not rows:

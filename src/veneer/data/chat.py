@@ -129,7 +129,9 @@ def _by_position(
 def _why_not_by_position(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any] | None
 ) -> str:
-    """Return the reason why an answer's turns cannot be found by position: the text, or how the tokenizer cuts it."""
+    """Return why an answer's turns cannot be found by position: because of the template's text, or the tokens at its
+    ends.
+    """
 
     def text(n: int, **more: Any) -> str:
         return str(tokenizer.apply_chat_template(list(messages[:n]), tokenize=False, **{**(options or {}), **more}))

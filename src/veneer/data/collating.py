@@ -23,8 +23,9 @@ class Collator:
     ``layout`` is the form of packed rows. ``"positions"`` keeps each row and restarts its positions at every sequence;
     transformers derives a block-diagonal mask from that. ``"flat"`` concatenates all rows, as the variable-length flash
     kernels require. ``"padded"`` unpacks them into padded rows. ``padding_free`` packs the unpacked examples of a
-    batch. Packed batches have no attention mask, so that transformers reads the positions. Examples with ``task_ids``
-    give the batch theirs, (b,), and cannot be packed. Raises DataError if only some of a batch have them.
+    batch. Packed batches have no attention mask, so that transformers reads the positions. If examples have
+    ``task_ids``, the batch has them too, (b,), and the examples cannot be packed. Raises DataError if only some
+    examples of a batch have them.
     """
 
     pad_token_id: int
@@ -106,7 +107,7 @@ class _Row:
         ]
 
     def first_ignored(self) -> list[int]:
-        """Return the labels, ignoring the first of each sequence: no token of the sequence precedes it."""
+        """Return the labels, with the first label of each sequence ignored: no token of the sequence precedes it."""
         labels = list(self.labels)
         start = 0
         for length in self.lengths:

@@ -19,7 +19,9 @@ class _Fields(string.Formatter):
 
 
 def fields_of(template: str) -> set[str]:
-    """Return the columns that a template names; none if it cannot be parsed, which `fill_template` refuses."""
+    """Return the columns that a template names. Return none if it cannot be parsed, for which
+    `fill_template` raises.
+    """
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
     except ValueError:

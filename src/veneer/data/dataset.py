@@ -26,7 +26,7 @@ AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 def encode_all(dataset: AnyDataset, encoder: Encoder, name: str, n_processes: int | None = None) -> AnyDataset:
     """Encode every row. Rows without a trained token are dropped, and their number is logged.
 
-    Raises DataError, with the search criteria, if no row is left.
+    If no row is left, raises DataError, which says which tokens would have been trained.
     """
     if isinstance(dataset, Dataset) and not len(dataset):
         raise DataError(f"the {name} data has no rows: give at least one")
@@ -82,7 +82,7 @@ def pack_all(dataset: AnyDataset, capacity: int, *, split: bool) -> Dataset:
 
 
 def filled(dataset: Dataset, n_rows: int) -> Dataset:
-    """Return the rows with ``n_rows`` padding rows appended, in which no token is trained.
+    """Append ``n_rows`` padding rows, in which no token is trained, and return the rows.
 
     Sums over trained tokens do not change.
     """

@@ -25,9 +25,9 @@ _DONE = "dataset_info.json"
 
 
 def encoded_once(rows: Dataset, encoder: Encoder, encode: Callable[[], Dataset]) -> Dataset:
-    """Return the rows encoded by ``encode``, or an earlier result of it, mapped from disk.
+    """Return the rows encoded by ``encode``, or its cached result for the same rows, mapped from disk.
 
-    Small sets, and tokenizers without a complete description, are encoded each time. So is everything if the cache
+    Small sets, and tokenizers whose description is incomplete, are encoded each time. So is everything if the cache
     cannot be written.
     """
     key = _key(rows, encoder) if len(rows) >= FEWEST_ROWS else None
@@ -49,7 +49,9 @@ def encoded_once(rows: Dataset, encoder: Encoder, encode: Callable[[], Dataset])
 
 
 def _key(rows: Dataset, encoder: Encoder) -> str | None:
-    """Return a hash of the rows, the tokenizer and the settings; None if the tokenizer has no full description."""
+    """Return a hash of the rows, the tokenizer and the settings, or None if the tokenizer has no
+    complete description.
+    """
     backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None

@@ -36,12 +36,12 @@ def kind_of(columns: Sequence[str], text_field: str) -> Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Encoder of rows of one kind, called with a row and its number, as a map over a data set does.
+    """Encoder of rows of one kind, called with a row and its number, as `datasets.map` does.
 
-    ``completion_only`` trains only the completion, ``assistant_only`` only the assistant's turns, otherwise every token
-    is trained. A ``labels`` column with ``input_ids`` is taken unchanged. The first label of a row is always ignored,
-    since nothing precedes it. ``max_length`` truncates the end, or the start with ``keep_end``. A column ``task_ids``
-    stays.
+    ``completion_only`` trains only the completion, ``assistant_only`` only the assistant's turns; otherwise every token
+    is trained. A ``labels`` column with ``input_ids`` is used unchanged. The first label of a row is always ignored,
+    since nothing precedes it. Longer rows are cut to ``max_length`` at their end, or at their start if ``keep_end``. A
+    column ``task_ids`` is kept.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -128,7 +128,7 @@ class Encoder:
 
 
 def _targets(row: Mapping[str, Any]) -> list[int]:
-    """Return a tokenized row's labels before masking: its own, or else its tokens."""
+    """Return the labels of a tokenized row before masking: its own labels if it has them, or else its tokens."""
     return list(row["input_ids"] if row.get("labels") is None else row["labels"])
 
 
@@ -167,7 +167,7 @@ def _options(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _held(row: Mapping[str, Any], column: str) -> Any:
-    """Return a column's value. Columns whose keys differ between rows are stored as JSON text, which is parsed here."""
+    """Return a column's value. If its keys differ between rows, it is stored as JSON text, which is parsed here."""
     value = row.get(column)
     try:
         return _own_keys(json.loads(value) if isinstance(value, str) else value)

@@ -61,7 +61,7 @@ def _numbers(rows: list[str]) -> str:
 
 
 def require_one_form(forms: Iterable[tuple[int, str]]) -> None:
-    """Raise DataError that names the first row whose form differs from the rows before it."""
+    """Raise DataError that names the first row whose form differs from that of the rows before it."""
     before: tuple[int, str] | None = None
     for number, form in forms:
         before = before or (number, form)

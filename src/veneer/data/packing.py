@@ -38,8 +38,8 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def pack(dataset: Dataset, capacity: int, *, split: bool = False) -> Dataset:
     """Return rows of up to ``capacity`` tokens made of whole sequences, with their ``seq_lengths``.
 
-    ``split`` cuts sequences that are too long into several; without it they must already fit. Raises DataError if no
-    trained token is left: the first token of each sequence or piece has nothing to predict it.
+    If ``split``, too long sequences are cut into several; otherwise all must fit. Raises DataError if no trained token
+    is left: the first token of each sequence or piece has nothing to predict it.
     """
     rows = [(row["input_ids"], row["labels"]) for row in dataset]
     if split:

@@ -69,7 +69,7 @@ def require_columns(columns: list[str], name: str, task: Task) -> None:
 
 
 def row_problem(row: Mapping[str, Any], task: Task) -> str | None:
-    """Return the reason why a row is unusable, if any."""
+    """Return why a row cannot be used, or None if it can."""
     for column in ("prompt", "chosen", "rejected", "completion"):
         if column in row and (told := _value_problem(column, row[column], row)):
             return told
@@ -107,7 +107,7 @@ def _other_task(columns: set[str], task: Task) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceReader:
-    """Reader of a source's rows for preference tasks, in the role of a reader for `load_rows`.
+    """Reader of a source's rows for preference tasks, for use with `load_rows`.
 
     ``prompt`` is a template such as ``"Question: {question}"`` over the columns, which are kept. ``chat`` turns texts
     into user and assistant turns. ``system`` is a message added before each conversation.

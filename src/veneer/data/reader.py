@@ -26,7 +26,7 @@ class RowReader:
 
     ``prompt`` and ``completion`` are templates such as ``"Translate: {source}"`` over the columns. ``chat`` turns
     prompts and completions into user and assistant turns. ``system`` is a message added before each conversation.
-    ``advice`` ends the error for columns that have none of the forms; by default it names templates over them.
+    ``advice`` ends the error for columns that match no form; by default it suggests templates.
     """
 
     prompt: str | None = None
@@ -83,7 +83,7 @@ class RowReader:
         return self._checked(readers[form](row)) | task_of(row)
 
     def _checked(self, row: Row) -> Row:
-        """Return the row. Raises ConfigError if a setting for chats was given and the row is not a chat."""
+        """Return the row. Raises ConfigError if a setting for conversations was given and the row is not one."""
         given = [name for name, value in (("chat", self.chat), ("system", self.system)) if value]
         if given and "messages" not in row:
             found = "plain text, which has no turns" if "text" in row else "prompt and completion"
@@ -142,7 +142,7 @@ def form_of(row: Mapping[str, Any]) -> str:
 
 
 class ReadRows(NamedTuple):
-    """Rows of a source in their final form, and the ``form`` and the columns that they had."""
+    """Rows of a source in the form in which they are trained, with the ``form`` and ``columns`` of the source."""
 
     rows: list[Row]
     form: str
@@ -158,8 +158,8 @@ def read_rows(
 ) -> ReadRows:
     """Return all rows of a source, or the first ``limit``.
 
-    ``problems`` are those that ``numbered`` notes as it is read. Raises DataError that lists the unusable rows by
-    number, counted from one.
+    ``numbered`` yields rows with their numbers, counted from one, and adds rows that it cannot read to ``problems``.
+    Raises DataError that lists the unusable rows by number.
     """
     rows: list[Row] = []
     form = None
@@ -226,7 +226,9 @@ def _turn(turn: Any) -> Row:
 
 
 def _template_options(row: Mapping[str, Any]) -> Row:
-    """Return a row's chat-template options as JSON: in a table every row would get the keys of all rows."""
+    """Return a row's chat-template options as JSON text: in a table of objects, every row would get the keys of all
+    rows.
+    """
     return {
         key: given if isinstance(given, str) else json.dumps(given) for key in _OF_TEMPLATES if (given := row.get(key))
     }

@@ -1,4 +1,4 @@
-"""Order of an epoch's examples: a function of seed and epoch alone, so that a resumed run repeats it."""
+"""Sampler whose order in an epoch depends on the seed and the epoch alone, so that a resumed run repeats it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 class EpochSampler(Sampler[int]):
     """Sampler of the indices of ``lengths``, reshuffled in each epoch.
 
-    With ``group`` (the examples of one optimizer step), examples of similar length are grouped. The shuffled indices
-    are cut into stretches of 50 groups, each sorted by length. The longest example of all is in the first batch, so
-    that running out of memory shows at once.
+    If ``group`` (the number of examples in an optimizer step) is given, examples of similar length are together. The
+    shuffled indices are cut into parts of 50 groups, each sorted by length. The longest example of all is in the first
+    batch, so that running out of memory shows at once.
     """
 
     def __init__(self, lengths: Sequence[int], seed: int, group: int | None = None) -> None:
@@ -37,7 +37,7 @@ class EpochSampler(Sampler[int]):
 
 
 class FilledSampler(Sampler[int]):
-    """Sampler of another sampler's indices, followed by those from ``start`` to ``stop``, in every epoch."""
+    """Sampler that yields another sampler's indices, and then those from ``start`` to ``stop``, in every epoch."""
 
     def __init__(self, sampler: Sampler[int], start: int, stop: int) -> None:
         self.sampler, self.rest = sampler, range(start, stop)
@@ -56,9 +56,9 @@ class FilledSampler(Sampler[int]):
 
 
 class EvenBatches(BatchSampler):
-    """Batches of ``batch_size`` for ``n`` processes in turns.
+    """Batch sampler for ``n`` processes, which take batches of ``batch_size`` in turn.
 
-    If the last rows do not fill a batch for each process, they are repeated equally often over the ``n`` last batches.
+    If the last rows do not fill a batch for each process, each is repeated equally often over the last ``n`` batches.
     Means over the processes are then means over those rows.
     """
 

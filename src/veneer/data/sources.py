@@ -1,4 +1,4 @@
-"""Several sources of rows as one set: each with its own reader and weight."""
+"""Joins several sources of rows into one set. Each has its own reader and weight."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from veneer.errors import ConfigError, DataError
 class Source:
     """File or hub data set, its reader, and the number of rows taken from it.
 
-    ``weight``: how often each row is taken. 0.5 takes half of them, 2.5 takes all twice and half once more. ``count``:
-    a number of rows instead, repeated from the start if there are fewer. Omitted rows are drawn by seed. Raises
-    ConfigError.
+    ``weight``: how often each row is taken. 0.5 takes half of the rows, and 2.5 takes all twice and half of them once
+    more. ``count``: the number of rows to take instead; if there are fewer, rows are repeated. The seed decides which
+    rows are left out. Raises ConfigError.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Source:
             raise ConfigError(f"{self.name}: give weight or count, not both")
 
     def n_taken(self, n_rows: int) -> int:
-        """Return the number of rows taken from this many. Raises DataError if it is zero."""
+        """Return how many rows are taken from a source of ``n_rows``. Raises DataError if it is zero."""
         n = round(self.weight * n_rows) if self.count is None else self.count
         if not n:
             raise DataError(f"{self.name}: a weight of {self.weight:g} takes none of {n_rows} rows: raise it")

@@ -1,4 +1,4 @@
-"""Column of the task of each row, a number."""
+"""Column with the number of each row's task."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ TASK = "task_ids"
 
 
 def task_of(row: Mapping[str, Any]) -> dict[str, int]:
-    """Return the task of a row under its name; nothing if there is no such column.
+    """Return the task of a row as a dict with its column name, or an empty dict if there is no such column.
 
-    Raises DataError unless it is a whole number, or its digits as text, as CSV files have them.
+    Raises DataError unless the task is an integer, or an integer as text, as in CSV files.
     """
     if TASK not in row:
         return {}

@@ -1,4 +1,4 @@
-"""Windows over texts that are longer than a model's context."""
+"""Windows over texts that are longer than a model's context, for scoring their tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from veneer.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Windows over texts longer than ``context`` tokens, ``stride`` tokens apart.
+    """Windows of ``context`` tokens over longer texts. Each begins ``stride`` tokens after the one before.
 
     A token is scored once, in the first window that holds it. A smaller stride gives it more context.
     """

@@ -1,8 +1,7 @@
 """Initialisation of trained parameters. Each initialisation of low-rank factors is one file, found by name.
 
-Such a file offers ``find(name)``: the `Start` for a value of ``init_lora_weights``, or None if the value is not its
-own. It also offers ``NAMES`` for messages.
-
+Such a file offers ``find(name)``: the `Start` for a value of ``init_lora_weights``, or None for a value of another
+file. It also offers ``NAMES`` for messages.
 An initialisation that changes the function at the start (PiSSA, OLoRA) sets ``taken_off``: the record then subtracts
 the initial product. The frozen weight itself never changes. Nothing has to be restored, adapters on the same base do
 not disturb each other, and the base may have any storage format.
@@ -32,9 +31,10 @@ Factors = tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]
 
 @dataclass(frozen=True)
 class Start:
-    """Initialisation. ``factors(site, r, scale, generator)`` gives A (r, i) and B (o, r) in float32 on the CPU.
+    """Initialisation of low-rank factors. ``factors(site, r, scale, generator)`` returns A (r, i) and B (o, r) in
+    float32 on the CPU.
 
-    ``taken_off``: the record subtracts their product. ``keeps_b``: B stays at its initial values.
+    ``taken_off``: the record subtracts their product. ``keeps_b``: B is not trained.
     """
 
     factors: Callable[[LinearSite, int, float, torch.Generator | None], Factors]
@@ -43,7 +43,7 @@ class Start:
 
 
 def find_start(name: bool | str) -> Start | None:
-    """Return the initialisation for a value of ``init_lora_weights``; None if there is none of that name."""
+    """Return the initialisation for a value of ``init_lora_weights``, or None if the value is unknown."""
     found: Iterator[Start | None] = (module.find(name) for module in _modules())
     return next((start for start in found if start is not None), None)
 

@@ -30,7 +30,7 @@ _DAMPING, _LARGEST_ERROR = 0.01, 0.05  # of the inverse, as PEFT and the paper's
 
 
 def find(name: bool | str) -> Start | None:
-    """Return the initialisation "corda": plain LoRA's, until a pass over data gives the covariances."""
+    """Return the initialisation "corda". It is plain LoRA's until a pass over data gives the covariances."""
     return Start(kaiming, taken_off=True) if name == "corda" else None
 
 
@@ -56,7 +56,7 @@ class CordaConfig(Settings):
 def covariance(rows: Float[Tensor, "*batch i"]) -> Float[Tensor, "i i"]:
     """Return ``Xᵀ X`` of the inputs X in one pass, in float32, after dividing X by the magnitude of its largest value.
 
-    As in PEFT, the largest value is that with its sign; it must not be 0.
+    As in PEFT, the largest value is found with its sign, not by magnitude; it must not be 0.
     """
     x = rows.flatten(0, -2).float()
     x = x / x.max().abs()

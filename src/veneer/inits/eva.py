@@ -28,7 +28,7 @@ _SEED = 0  # of the randomized decomposition: the same batches give the same fac
 
 
 def find(name: bool | str) -> Start | None:
-    """Return the initialisation "eva": plain LoRA's, until a pass over data gives A its directions."""
+    """Return the initialisation "eva". It is plain LoRA's until a pass over data gives A its directions."""
     return Start(kaiming) if name == "eva" else None
 
 
@@ -36,9 +36,9 @@ def find(name: bool | str) -> Start | None:
 class EvaConfig(Settings):
     """Settings of EVA, in PEFT's fields.
 
-    ``rho``: no layer gets more than ``rho · r`` ranks; 1 leaves all ranks unchanged. ``tau``: a direction has converged
-    if its cosine with the one before the last batch is at least this. ``use_label_mask``: tokens whose label is
-    ``label_mask_value`` are left out. ``whiten``: rows of A are divided by the root of their singular values.
+    ``rho``: no layer gets more than ``rho · r`` ranks; with 1 all layers keep rank r. ``tau``: a direction has
+    converged if its cosine with itself before the last batch is at least this. ``use_label_mask``: tokens whose label
+    is ``label_mask_value`` are left out. ``whiten``: rows of A are divided by the root of their singular values.
     ``adjust_scaling_factors``: alpha follows the rank, so that the scale of B A stays.
     """
 
@@ -59,7 +59,7 @@ class Directions:
     """Leading k directions of the rows seen so far, and the state for updating them.
 
     ``values`` are singular values of the centred rows, and ``total`` is the squared length of all those rows together.
-    ``cosines`` compares each direction with its predecessor before the last batch; None after the first.
+    ``cosines`` compares each direction with the same one before the last batch; None after the first batch.
     """
 
     vectors: Float[Tensor, "k i"]
@@ -85,7 +85,7 @@ class Directions:
         return (self.cosines >= tau) | ~self.varies()
 
     def start(self, r: int, whiten: bool) -> Float[Tensor, "r i"]:
-        """Return A. With ``whiten``, a direction without variance keeps its length of 1."""
+        """Return the initial A. With ``whiten``, a direction without variance keeps its length of 1."""
         length = torch.where(self.varies(), self.values, 1.0).sqrt() if whiten else torch.ones_like(self.values)
         return (self.vectors / length[:, None])[:r]
 
@@ -108,7 +108,7 @@ def updated(before: Directions | None, rows: Float[Tensor, "n i"], k: int) -> Di
 
 
 def shared_ranks(explained: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """Return the rank of each layer: its number among the ``budget`` best directions of all layers.
+    """Return the rank of each layer: how many of the ``budget`` best directions of all layers are its own.
 
     A direction is ranked by the variance that it explains in its own layer. If two are equal, the earlier layer's comes
     first.

@@ -28,7 +28,7 @@ _POWER_ITERATIONS = 4
 
 
 def find(name: bool | str) -> Start | None:
-    """Return the initialisation "lora_ga": plain LoRA's, until a pass over data gives the gradients."""
+    """Return the initialisation "lora_ga". It is plain LoRA's until a pass over data gives the gradients."""
     return Start(kaiming, taken_off=True) if name == "lora_ga" else None
 
 

@@ -1,4 +1,6 @@
-"""Initialisation of A (r, i) and B (o, r) independent of the frozen weight: Kaiming, Gaussian, and both random."""
+"""Initialisation of A (r, i) and B (o, r) that does not depend on the frozen weight: Kaiming, Gaussian,
+or both random.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def random(site: LinearSite, r: int, scale: float, generator: torch.Generator | 
 
 
 def _embedding(site: LinearSite, r: int, generator: torch.Generator | None) -> Factors:
-    """Start an embedding's factors. Columns of A are looked up, so A is the zero factor and B the random one (as in
-    loralib and PEFT).
+    """Initialise an embedding's factors. Its columns of A are looked up, so A is zero and B random, as in loralib and
+    PEFT.
     """
     return torch.zeros(r, site.in_features), torch.randn(site.out_features, r, generator=generator)

@@ -1,4 +1,4 @@
-"""Random A and B that all layers share, as VeRA and PVeRA have them."""
+"""Random A and B that all layers share, for VeRA and PVeRA."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _SAMPLED = 4096  # tokens that the scale of the embeddings is measured on
 def embeddings(site: InputSite, n: int, start: str, generator: torch.Generator | None = None) -> Float[Tensor, "n d"]:
     """Return initial embeddings in float32 (Lester et al. 2021, arXiv:2104.08691, section 2).
 
-    "SAMPLE_VOCAB" takes those of random tokens, "TEXT" those of the site's text, cut or repeated to n. Any other start
+    "SAMPLE_VOCAB" uses those of random tokens, "TEXT" those of the given text, cut or repeated to n. Any other start
     draws normal values. Departs: values have the scale of the model's embeddings (PEFT: standard deviation 1, about
     seven times that of SmolLM2's). Raises ConfigError before the base is loaded.
     """

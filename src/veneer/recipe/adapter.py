@@ -47,9 +47,9 @@ def adapter_problems(adapter: Mapping[str, Any], methods: Mapping[str, KnownMeth
 
 
 def differs_in_writing(adapter: Mapping[str, Any], saved: Any) -> bool:
-    """Return True if only a model can decide whether a part's target modules are the ``saved`` ones.
+    """Return True if only a model can tell whether a part's target modules are the ``saved`` ones.
 
-    This is so if one of the two is a pattern, or ``all-linear``, and the other is written otherwise.
+    This is so if one of the two is a pattern, or ``all-linear``, and the other is a different text.
     """
     given = adapter.get("target_modules")
     names = isinstance(given, list | tuple)
@@ -57,7 +57,7 @@ def differs_in_writing(adapter: Mapping[str, Any], saved: Any) -> bool:
 
 
 def not_that_adapter(problems: list[str]) -> str:
-    """Return the message about settings of an ``adapter`` part that differ from the saved adapter that it names."""
+    """Return the message for an ``adapter`` part whose settings differ from the saved adapter that it names."""
     return (
         "; ".join(problems)
         + ". An adapter that is trained on stays the adapter that it is: leave these keys out, or leave adapter.from "
@@ -95,7 +95,7 @@ def _problems_of_experts(adapter: Mapping[str, Any]) -> list[str]:
 
 
 def fields_of(adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config that an ``adapter`` part gives."""
+    """Return those fields of a config that an ``adapter`` part sets."""
     fields = {key: value for key, value in adapter.items() if key not in ("method", EXPERTS)}
     if adapter.get(EXPERTS) is True:
         fields["target_parameters"] = [*(fields.get("target_parameters") or ()), _ALL_EXPERTS]

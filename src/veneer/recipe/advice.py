@@ -1,4 +1,6 @@
-"""Advice on recipes: the right part for a key, the terms of other tools, and values that must be mistakes."""
+"""Advice in errors about recipes: the part where a key belongs, other tools' terms, and values that must
+be mistakes.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def meant_quantization(value: object) -> str:
 
 
 def goes_on(key: str) -> bool:
-    """Return True for a key of ``adapter`` that suggests a saved adapter."""
+    """Return True for a key of ``adapter`` that probably means a saved adapter to continue."""
     return key in _GOING_ON
 
 
@@ -69,13 +71,13 @@ def _usual_keys() -> Mapping[str, frozenset[str]]:
 
 
 def in_recipe_words(message: str) -> str:
-    """Return a message of another library about training arguments, in the terms of a recipe."""
+    """Reword another library's message about training arguments in the terms of a recipe."""
     plain = _ENUM.sub(lambda match: match.group(1).lower(), message)
     return " ".join(_FLAG.sub(r"training.\1", plain).split())
 
 
 def value_problems(values: Mapping[str, Any]) -> list[str]:
-    """Return the problems of values that their types allow and that must be mistakes."""
+    """Return the problems of values whose types are right but which must be mistakes."""
     adapter, training, model = (_part(values, name) for name in ("adapter", "training", "model"))
     found = []
     alpha = adapter.get("lora_alpha")

@@ -1,4 +1,4 @@
-"""Target modules checked against the headers of a local base: no weight is read, and no torch imported."""
+"""Checks target modules against the file headers of a local base. No weight is read, and torch is not imported."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _MADE = re.compile(r"head|embed|score|classifier")  # may be tied or new, and so
 
 
 def target_problems(values: Mapping[str, Any]) -> list[str]:
-    """Return the problems of names in ``adapter.target_modules`` that no module of the base has.
+    """Return the problems of names in ``adapter.target_modules`` that match no module of the base.
 
-    A base is not checked if it is not local, or if transformers renames its tensors when it loads them. None are
-    returned for a method without ``target_modules``. Raises UnreadableError.
+    The result is empty if the base is not local, if transformers renames its tensors when it loads them, or if the
+    method has no ``target_modules``. Raises UnreadableError.
     """
     if not _reads_targets(values):
         return []
@@ -43,9 +43,9 @@ def target_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def module_names(folder: Path) -> tuple[str, ...]:
-    """Return the paths of the modules that hold tensors, as the headers in a model's folder name them.
+    """Return the paths of the modules that hold tensors, as the headers of a model's files name them.
 
-    None are returned if the files cannot be read, or if the model's names differ from theirs.
+    The result is empty if the files cannot be read, or if the model's own names differ.
     """
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]

@@ -68,10 +68,10 @@ class ChangedSetting:
 
 
 def changes(before: Recipe, now: Recipe, places: Mapping[str, str] | None = None) -> list[ChangedSetting]:
-    """Return every changed setting that the weights depend on, with defaults filled in.
+    """Return every changed setting on which the weights depend, with defaults filled in.
 
     ``places``: the places of the sources of ``before`` at the time of its run, from `places_of`. The same place under
-    another name is no change.
+    another name is not a change.
     """
     old, new = settings(before), settings(now)
     if places is not None:
@@ -89,7 +89,7 @@ def changes(before: Recipe, now: Recipe, places: Mapping[str, str] | None = None
 
 
 def is_longer(before: Recipe, now: Recipe) -> bool:
-    """Return True if the run is to take more steps or epochs than before, or switches between the two."""
+    """Return True if the run now takes more steps or epochs than before, or counts in the other of the two."""
     old, new = (settings(recipe) for recipe in (before, now))
     steps, epochs = ([each[f"training.{key}"] for each in (old, new)] for key in ("max_steps", "num_train_epochs"))
     if steps[0] > 0 and steps[1] > 0:  # where steps are given, epochs do not count
@@ -118,7 +118,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def places_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the place of each source of a recipe, whatever the working directory; a name of the hub stays as it is."""
+    """Return the absolute path of each source in a recipe, by its key. A name on the hub is returned unchanged."""
     named = {f"{part}.{key}": (values[part] or {}).get(key) for part, key in PLACES}
     return {key: str(Path(name).resolve()) if Path(name).exists() else name for key, name in named.items() if name}
 
@@ -154,6 +154,6 @@ def _chooses(values: Mapping[str, Any]) -> bool:
 
 
 def _any_length(config: MethodConfig | None, values: Mapping[str, Any]) -> bool:
-    """Return True if a longer run begins with exactly the steps of a shorter one."""
+    """Return True if a longer run would begin with exactly the steps of a shorter one."""
     minds_length = config is not None and config.training is not None and bool(config.training.fields_for(1))
     return not minds_length and values["training.lr_scheduler_type"] == "constant"

@@ -1,7 +1,7 @@
-"""Config of an adapter folder as the source of its method declares it, read without torch.
+"""Reads the config of an adapter folder without torch, from the field declarations in the source of its method.
 
-Most adapters hold plain values: positive numbers, switches, lists of names. A config with anything else is left to the
-class of its method, which checks every value.
+Most adapters hold plain values: positive numbers, switches, lists of names. If a config has any other value, only the
+method's class checks it.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class DeclaredConfig:
 
 
 def declared_config(folder: Path) -> DeclaredConfig | None:
-    """Return the config of an adapter folder; None if only the class of its method tells whether it is sound.
+    """Return the config of an adapter folder, or None if only the class of its method can check it.
 
-    Raises FormatError if there is none or it is no JSON object.
+    Raises FormatError if there is no config or it is not a JSON object.
     """
     given = read_fields(folder)
     peft_type = given.pop("peft_type", None)
@@ -62,7 +62,7 @@ def declared_config(folder: Path) -> DeclaredConfig | None:
 
 
 def _config(module: str, name: str, peft_type: str, given: Mapping[str, Any]) -> DeclaredConfig | None:
-    """Return the config of a class without importing it; None if a value needs the class's own checks.
+    """Return a config by its class without importing the class, or None if a value needs the class's own checks.
 
     Raises UnreadableError if the class defines its own way to show settings.
     """
@@ -91,7 +91,9 @@ def _config(module: str, name: str, peft_type: str, given: Mapping[str, Any]) ->
 
 
 def modules_named(config: DeclaredConfig, keys: Iterable[str]) -> tuple[str, ...] | None:
-    """Return the paths of the modules that tensors with these keys change; None if the names alone do not tell."""
+    """Return the paths of the modules that tensors with these keys change, or None if the names do not
+    determine them.
+    """
     names = config.values.get("target_modules")
     if not isinstance(names, list):
         names = [] if names is None and "target_modules" not in config.values else None
@@ -114,7 +116,7 @@ def _paths(parts: list[str]) -> Iterable[str]:
 
 
 def _is_plain(key: str, value: Any, default: Any, kind: Any) -> bool:
-    """Return True if every method accepts this value in place of the field's default; ``kind`` is the field's type."""
+    """Return True if every method accepts ``value`` for a field of type ``kind`` with this default."""
     other = isinstance(value, bool) != isinstance(default, bool) or isinstance(default, str) > isinstance(value, str)
     if default is UNCLEAR or other:
         return False

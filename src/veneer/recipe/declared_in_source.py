@@ -48,8 +48,7 @@ def declared_keys(module: str, name: str) -> AllowedKeys:
 def declared_defaults(module: str, name: str) -> dict[str, Any]:
     """Return the init fields of a dataclass with their defaults, in the order of the class.
 
-    A default that is no literal is `UNCLEAR`, that of a field without one is MISSING.
-    Raises UnreadableError.
+    A default that is not a literal is `UNCLEAR`; that of a field without a default is MISSING. Raises UnreadableError.
     """
     home, node = _class_of(module, name)
     found: dict[str, Any] = {}
@@ -59,9 +58,9 @@ def declared_defaults(module: str, name: str) -> dict[str, Any]:
 
 
 def class_value(module: str, name: str, attribute: str) -> ast.expr | None:
-    """Return the expression that a class, or the nearest of its bases, assigns to an attribute; None if none does.
+    """Return the expression that a class, or the nearest of its bases, assigns to an attribute, or None.
 
-    A function of this name in a class on the way raises UnreadableError.
+    Raises UnreadableError if one of these classes defines a function of this name.
     """
     home, node = _class_of(module, name)
     for each in node.body:

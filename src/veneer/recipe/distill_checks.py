@@ -1,4 +1,4 @@
-"""Problems of a recipe's distillation that its values and the teacher's prompt reveal."""
+"""Finds the problems of a recipe's distillation that its values and the teacher's prompt reveal."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def distill_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def teacher_prompt(file: str) -> str:
-    """Return the text of the teacher's prompt. Raises ConfigError for a file that is missing, empty, or no text."""
+    """Return the text of the teacher's prompt. Raises ConfigError for a file that is missing, empty, or not text."""
     try:
         text = Path(file).read_text(encoding="utf-8")
     except OSError as error:

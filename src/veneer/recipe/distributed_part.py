@@ -38,7 +38,7 @@ class DistributedPart(BaseModel):
     )
 
     def copy_sizes(self, n_processes: int, n_on_machine: int) -> list[int]:
-        """Return the numbers of processes that may share one copy of the base, in the order in which to try them."""
+        """Return how many processes may share one copy of the base: the numbers to try, in order."""
         if self.shard is not None:
             return [self.shard]
         sizes = {"ddp": 1, "hybrid": n_on_machine, "fsdp": n_processes}
@@ -49,7 +49,7 @@ class DistributedPart(BaseModel):
     def copy_size(self, n_processes: int, n_on_machine: int) -> int:
         """Return the number of processes that share one copy of the base.
 
-        Raises ConfigError if only a plan could choose it (strategy auto), and none has.
+        Raises ConfigError if only a plan could choose it (strategy auto) and no plan has.
         """
         sizes = self.copy_sizes(n_processes, n_on_machine)
         if len(sizes) > 1:
@@ -60,7 +60,7 @@ class DistributedPart(BaseModel):
         return sizes[0]
 
     def with_copy_size(self, shard: int) -> DistributedPart:
-        """Return the part of a run whose copies of the base are shared by ``shard`` processes each."""
+        """Return the part for a run in which ``shard`` processes share each copy of the base."""
         return DistributedPart(global_batch=self.global_batch, shard=shard)
 
     def require_layout(self, n_processes: int, n_on_machine: int) -> None:
@@ -78,7 +78,7 @@ class DistributedPart(BaseModel):
             )
 
     def accumulation(self, rows: int, n_processes: int) -> dict[str, int]:
-        """Return the key of ``training`` that follows for micro-batches of ``rows`` in each process."""
+        """Return ``gradient_accumulation_steps`` for ``training``, given micro-batches of ``rows`` in each process."""
         if self.global_batch is None:
             return {}
         return {"gradient_accumulation_steps": max(1, self.global_batch // (rows * n_processes))}
@@ -106,9 +106,9 @@ def dealing_problems(values: Mapping[str, Any], n_processes: int) -> list[str]:
 
 
 def with_accumulation(values: Mapping[str, Any], n_processes: int) -> dict[str, Any]:
-    """Return a recipe's values with the accumulation that ``n_processes`` need in place of the global batch.
+    """Return a recipe's values with the accumulation for ``n_processes`` in place of the global batch.
 
-    One process reads the global batch itself, and a recipe that is written from its values keeps it.
+    With one process the global batch stays, so that a recipe written from the values keeps it.
     """
     part, training = dict(_part(values, "distributed")), _part(values, "training")
     if n_processes == 1 or part.pop("global_batch", None) is None:
@@ -119,7 +119,7 @@ def with_accumulation(values: Mapping[str, Any], n_processes: int) -> dict[str, 
 
 
 def layout_problems(values: Mapping[str, Any]) -> list[str]:
-    """Return the reasons why the base of a recipe's values cannot be cut over processes, if it is to be."""
+    """Return why the base cannot be sharded over processes, if the recipe's values ask for that."""
     given, training = _part(values, "distributed"), _part(values, "training")
     key = "shard" if "shard" in given else "strategy"
     if {"strategy", "shard"} <= given.keys():

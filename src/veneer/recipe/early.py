@@ -1,4 +1,4 @@
-"""Refusals before torch and transformers are imported, which takes seconds."""
+"""Checks a recipe before torch and transformers are imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def refuse_early(
 
 
 def missing_rows(values: Mapping[str, Any]) -> list[str]:
-    """Return the problems of files of rows that are not there, whatever else is wrong with ``data``."""
+    """Return the problems of files of rows that do not exist, whatever else is wrong with ``data``."""
     data = section(values, "data")
     train, held_out = (data[key] if isinstance(data.get(key), str) else None for key in ("train", "eval"))
     more = data["more"] if isinstance(data.get("more"), list) else []

@@ -80,7 +80,7 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 def _choices(hint: Any) -> list[Any]:
-    """Return the words that a type allows, or that the parts of a union allow."""
+    """Return the words that a type allows, those of all parts if it is a union."""
     if typing.get_origin(hint) is Literal:
         return list(typing.get_args(hint))
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -113,7 +113,9 @@ _MOST_NAMED = 40  # keys in a message
 
 
 def perhaps(key: str, known: Iterable[str]) -> str:
-    """Return the end of a message with the key that was probably meant; without one, all keys, or where they are."""
+    """Return the end of a message with the key that was probably meant. Without one, it lists all keys, or says where
+    they are listed.
+    """
     names, meant = list(known), _OTHER_WORDS.get(str(key))
     found = [meant] if meant in names else nearest(str(key), names, n=1)
     if found:

@@ -16,10 +16,10 @@ _VARIANTS = f"{_METHODS}.variants"
 
 @dataclass(frozen=True)
 class KnownMethod:
-    """Keys of a method's config, which ``read`` returns. ``switches`` are those that the name itself sets.
+    """A method's name in a recipe and the keys of its config, which ``read`` returns.
 
-    ``home``: the module and the name of the config. ``is_own``: the name is that of the config, and not of a variant
-    or preset.
+    ``switches``: the keys that the name itself sets. ``home``: the module and name of the config. ``is_own``: the name
+    is that of the config, instead of a variant or preset.
     """
 
     home: tuple[str, str]
@@ -29,7 +29,7 @@ class KnownMethod:
 
     @property
     def keys(self) -> AllowedKeys:
-        """Keys of the config: of some sixty methods, a recipe asks for those of one."""
+        """The keys of the config. They are read on demand, since a recipe needs one of some sixty methods."""
         return self.read()
 
 

@@ -26,7 +26,9 @@ FULL_LEARNING_RATE = 2e-5
 
 @dataclass(frozen=True)
 class NamedMethod:
-    """Config class, the fields that the name itself sets, and its defaults for fields that a recipe leaves out."""
+    """Method by its name in a recipe: its config class, the fields that the name sets, and defaults for
+    other fields.
+    """
 
     config: type[MethodConfig]
     switches: Mapping[str, bool] = field(default_factory=dict)
@@ -34,7 +36,7 @@ class NamedMethod:
 
 
 def named_methods() -> dict[str, NamedMethod]:
-    """Return every method by its name in a recipe; a model trained whole (``full``) is not among them."""
+    """Return every method by its name in a recipe, except ``full``, which trains the whole model."""
     found = {name.lower(): NamedMethod(cls) for name, cls in all_methods().items()}
     for cls in all_methods().values():
         found |= {name: NamedMethod(cls, switches={switch: True}) for name, switch in cls.variants().items()}
@@ -63,9 +65,9 @@ def name_of(config: MethodConfig) -> str:
 
 
 def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
-    """Return the config of a part without problems; None if the whole model is trained.
+    """Return the config of an ``adapter`` part without problems, or None if the whole model is trained.
 
-    LoRA and its variants act on every linear layer unless the part gives others. Raises ConfigError for settings that
+    LoRA and its variants change every linear layer unless the part names others. Raises ConfigError for settings that
     the config refuses, and for those that no recipe supports.
     """
     if FROM in adapter:
@@ -85,7 +87,7 @@ def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
 
 
 def usual_learning_rate(adapter: Mapping[str, Any]) -> float:
-    """Return the learning rate of a recipe that gives none."""
+    """Return the learning rate of a recipe that does not set one."""
     method = method_of(adapter)
     if FROM in adapter:
         return saved_config(adapter).usual_learning_rate
@@ -93,7 +95,7 @@ def usual_learning_rate(adapter: Mapping[str, Any]) -> float:
 
 
 def saved_config(adapter: Mapping[str, Any]) -> MethodConfig:
-    """Return the config of the saved adapter that ``from`` names, with the part's settings of training (dropout).
+    """Return the config of the saved adapter that ``from`` names, with the part's training settings, such as dropout.
 
     Raises ConfigError for files that cannot be read. Raises it, with both values, if the method or a setting of the
     part differs from the files.

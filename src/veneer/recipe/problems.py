@@ -1,4 +1,4 @@
-"""Problems of a recipe that its values alone reveal."""
+"""Finds the problems of a recipe that its values alone reveal."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ RANGES: Mapping[str, _Range] = {
 
 
 def out_of_range(given: Mapping[str, Any]) -> dict[str, str]:
-    """Return the allowed range of each setting outside of it, by name. None is always allowed."""
+    """Return the allowed range, by name, of each setting that is outside of it. None is always allowed."""
     found = {}
     for name, value in given.items():
         fits, allowed = RANGES.get(name, (lambda value: True, ""))

@@ -33,12 +33,14 @@ def readers_of(part: DataPart) -> list[RowReader]:
 
 
 def preference_reader(part: DataPart, task: Task) -> PreferenceReader:
-    """Return the reader of the rows of a task whose rows hold no answers, or several."""
+    """Return the reader of rows for tasks whose rows hold no answer, or several: preferences, rewards,
+    drawn answers.
+    """
     return PreferenceReader(task=cast(Any, task), prompt=part.prompt, chat=part.chat, system=part.system)
 
 
 def refuse_rows(values: Mapping[str, Any], path: Path) -> None:
-    """Look at the first rows of a recipe whose values have no problems, or of each member of a sweep.
+    """Check the first rows of a recipe without problems, or of each member of a sweep.
 
     Raises the errors of `require_first_rows`.
     """
@@ -49,9 +51,9 @@ def refuse_rows(values: Mapping[str, Any], path: Path) -> None:
 
 
 def require_first_rows(part: DataPart, task: Task = "sft") -> None:
-    """Raise DataError with the unusable rows of a file that holds none or begins with one. The hub is not asked.
+    """Check the first row of each data file. Raises DataError for files that are empty or whose first row is unusable.
 
-    Raises ConfigError for a template that does not fit the columns.
+    Raises ConfigError for a template that does not fit the columns. Data sets of the hub are not checked.
     """
     own, *more = readers_of(part)
     readers: list[RowReader | PreferenceReader] = (

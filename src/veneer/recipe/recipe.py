@@ -40,8 +40,8 @@ LIBRARY_ERRORS = (
 class Recipe(Written):
     """Settings of a whole run.
 
-    ``adapter`` holds ``method`` and fields of its config, or ``from``, the place of a saved adapter to train further.
-    ``training`` holds fields of the task's config (`tasks.KEYS`), ``rewards`` reward functions.
+    ``adapter`` holds ``method`` and fields of its config, or ``from``, a saved adapter to train further. ``training``
+    holds fields of the task's config (`tasks.KEYS`), ``rewards`` the reward functions.
     """
 
     @property
@@ -69,7 +69,7 @@ class Recipe(Written):
         return [reward_function(each.pop("function"), each) for each in named], weights
 
     def conversing(self) -> dict[str, Any]:
-        """Return the arguments of the trainer that say how conversations go: tools and environments.
+        """Return the trainer's arguments for conversations: tools and environments.
 
         Raises ConfigError for those that cannot be found.
         """
@@ -82,8 +82,9 @@ class Recipe(Written):
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return a recipe from YAML, with ``key.key=value`` overrides on top.
 
-    Files that the recipe names are looked for in its folder. Files in overrides, and the output, are in the working
-    directory. Raises ConfigError with all problems at once; an unknown key is one, reported with the nearest known key.
+    Relative paths in the file start at its folder. Relative paths in overrides, and that of the output, start at the
+    working directory. Raises ConfigError with all problems at once. An unknown key is a problem, reported with the
+    nearest known key.
     """
     return parse_recipe(read_values(path, overrides), str(path))
 
@@ -122,7 +123,7 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 
 def _n_processes() -> int:
-    """Return the number of processes that have met, or that a launcher has started."""
+    """Return the number of processes that train together, even before they have joined their group."""
     met = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if met else group_size()
 

@@ -1,4 +1,4 @@
-"""Reward functions of GRPO and RLOO: built in or the user's own, found by name."""
+"""Reward functions of GRPO and RLOO by name: built-in ones or the user's own."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Reward = Callable[..., Any]
 def exact_match(
     completions: Sequence[Any], *, column: str = "answer", pattern: str | None = None, **row: Any
 ) -> list[float]:
-    """Return 1 for a completion equal to the row's ``column``, except for spaces at its ends, else 0.
+    """Return 1 for a completion equal to the row's ``column``, except for white space at its ends, else 0.
 
-    This is the judgement of ``veneer eval``. With ``pattern``, a regular expression, its last match (its group, if it
-    has one) is compared instead. The match is taken in the completion and, if found there, in the column. Raises
+    ``veneer eval`` judges in the same way. If ``pattern``, a regular expression, is given, its last match (its group,
+    if it has one) is compared instead. It is searched in the completion and, if found there, in the column. Raises
     DataError if the rows have no such column.
     """
     if column not in row:
@@ -47,7 +47,9 @@ def regex(completions: Sequence[Any], *, pattern: str, **row: Any) -> list[float
 def length(
     completions: Sequence[Any], *, target: int, completion_ids: Sequence[Sequence[int]], **row: Any
 ) -> list[float]:
-    """Return 1 for a completion of ``target`` tokens, less the relative deviation of any other length, at least 0."""
+    """Return 1 for a completion of ``target`` tokens. Other lengths get less, by their relative deviation, but at least
+    0.
+    """
     return [max(0.0, 1.0 - abs(len(ids) - target) / target) for ids in completion_ids]
 
 
@@ -75,9 +77,9 @@ def reward_function(name: str, settings: Mapping[str, Any], folder: Path = Path(
 
 
 def named_function(name: str, key: str, folder: Path = Path()) -> Any:
-    """Return what ``module:function`` or ``file.py:function`` (in ``folder``) names, as the recipe's ``key`` does.
+    """Return the function or class that ``module:function`` or ``file.py:function`` (in ``folder``) names.
 
-    Raises ConfigError if it cannot be found or called.
+    ``key`` is the recipe's key, for messages. Raises ConfigError if it cannot be found or called.
     """
     place, _, attribute = name.partition(":")
     if not place or not attribute:
@@ -126,7 +128,7 @@ def _module(place: str, folder: Path, name: str) -> Any:
 
 
 def _run_file(path: Path, name: str) -> Any:
-    """Import a file under a name that no file of another folder has. If the import fails, no module is left."""
+    """Import a file as a module whose name is unique to its folder. If the import fails, the module is removed."""
     own = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
     spec = importlib.util.spec_from_file_location(f"veneer_rewards_{path.stem}_{own}", path)
     if spec is None or spec.loader is None:

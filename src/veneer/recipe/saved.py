@@ -1,4 +1,4 @@
-"""Saved adapter that ``adapter.from`` names: its folder, files and method, read before torch is imported."""
+"""Reads the folder, files and method of the saved adapter that ``adapter.from`` names, before torch is imported."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from veneer.store.adapter.folder import entries_in
 
 
 def saved_problems(adapter: Mapping[str, Any], methods: Mapping[str, KnownMethod]) -> list[str]:
-    """Return the problem of the adapter that a part trains on; one without ``from`` has none.
+    """Return the problems of the saved adapter that ``from`` names; empty if there is no ``from``.
 
-    Settings other than the method are compared where the config is read (`recipe.methods.saved_config`).
+    Settings other than the method are compared when the config is read (`recipe.methods.saved_config`).
     """
     place, method = adapter.get(FROM), str(adapter.get("method"))
     if not isinstance(place, str) or not place:

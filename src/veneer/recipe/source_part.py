@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class SourcePart(BaseModel):
-    """Source in addition to ``data.train``; settings of reading that it leaves out are those of ``data``."""
+    """Source of rows in addition to ``data.train``. Reading settings that it does not give are those of ``data``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,4 +1,4 @@
-"""Part ``sweep`` of a recipe: the values of each member, before they are read as recipes."""
+"""Part ``sweep`` of a recipe: the values of each member, which are then read as recipes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def members_of(values: Mapping[str, Any], source: Path) -> tuple[list[MemberValu
 
 
 def _values(base: Mapping[str, Any], name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a member's values. Raises ConfigError for a key inside something that is not a part."""
+    """Return a member's values. Raises ConfigError for a key such as ``a.b`` if ``a`` is not a part."""
     values = copy.deepcopy(dict(base))
     for key, value in changes.items():
         put(values, str(key), value)
@@ -97,7 +97,7 @@ def _part_problems(part: Any) -> list[str]:
 
 
 def _how_problems(part: Mapping[str, Any]) -> list[str]:
-    """Return the problems of the keys that choose how members are trained."""
+    """Return the problems of the keys ``engine``, ``scheduler`` and ``reduction``."""
     found = [
         f"sweep.{key}: {part[key]!r} is unknown: it is one of {', '.join(allowed)}. Take one of them."
         for key, allowed in (("engine", ENGINES), ("scheduler", SCHEDULERS))

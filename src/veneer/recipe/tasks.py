@@ -22,8 +22,8 @@ class TaskKeys:
     """Keys of one task in addition to those of all tasks.
 
     ``trainer`` and ``settings`` are veneer's names of the trainer and its config. The keys of ``training`` are the
-    fields of that config. ``data`` are keys of the part ``data``. ``rewards``: the task needs the part ``rewards``.
-    ``rate`` is its usual learning rate as a share of that of supervised fine-tuning with the same method.
+    fields of that config. ``data``: keys of the part ``data``. ``rewards``: the task needs the part ``rewards``.
+    ``rate``: its usual learning rate, divided by that of supervised fine-tuning with the same method.
     """
 
     trainer: str
@@ -45,9 +45,9 @@ KEYS: Mapping[Task, TaskKeys] = {
 
 
 def task_of(values: Mapping[str, Any]) -> Task:
-    """Return the task of a recipe's values; sft if they name none, or one that does not exist.
+    """Return the task in a recipe's values. Return sft if there is none, or an unknown one.
 
-    An unknown task is reported by another check.
+    Another check reports an unknown task.
     """
     given = values.get("task", "sft")
     return given if given in KEYS else "sft"

@@ -66,7 +66,7 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _function_beside(path: Path, reward: Any) -> Any:
-    """Resolve the path of a reward's file relative to the recipe; return anything else as it is."""
+    """Resolve the path in a reward's ``file.py:function`` relative to the recipe. Return any other value unchanged."""
     if isinstance(reward, dict) and "function" in reward:
         return {**reward, "function": _function_beside(path, reward["function"])}
     if not isinstance(reward, str) or ".py:" not in reward:
@@ -124,7 +124,7 @@ def _where_and_why(error: yaml.YAMLError, text: str) -> str:
 
 
 def beside(path: Path, value: Any) -> Any:
-    """Return the path from here of a file in the recipe's folder; any other value unchanged."""
+    """Return the path, from the working directory, of a file in the recipe's folder; any other value unchanged."""
     return str(path.parent / value) if isinstance(value, str) and (path.parent / value).exists() else value
 
 
@@ -147,7 +147,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _is_text(key: str, text: str) -> bool:
-    """Return True if a value is taken literally: its key is a text, and the value is neither quoted nor null."""
+    """Return True if a value is used as text: its key takes text, and the value is neither quoted nor null."""
     part, _, name = key.rpartition(".")
     parts: dict[str, type[BaseModel]] = {"": Written, "model": ModelPart, "data": DataPart, "distill": DistillPart}
     field = parts[part].model_fields.get(name) if part in parts else None
@@ -179,6 +179,6 @@ def take_out(values: dict[str, Any], key: str) -> None:
 
 
 def section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a part of a recipe's values; an empty one if it is missing or no mapping."""
+    """Return a part of a recipe's values, or an empty dict if it is missing or not a mapping."""
     found = values.get(name)
     return found if isinstance(found, dict) else {}
