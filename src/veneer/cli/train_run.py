@@ -51,7 +51,7 @@ from veneer.train.samples import samples_of
 from veneer.train.show.sample import shown_sample
 from veneer.train.sweep.recipe import Sweep, parse_sweep
 from veneer.train.sweep.report import PAGE, SWEEP_FILE, outcomes, table, write_report
-from veneer.train.sweep.sweep import run_sweep
+from veneer.train.sweep.sweep import in_this_process, run_sweep
 
 
 class OnRay(NamedTuple):
@@ -293,6 +293,10 @@ def _train_sweep(sweep: Sweep, asked: TrainOptions, console: Console) -> None:
         with waits_told("loading Ray"):
             from veneer.ray.packs import on_ray  # as above
         engine = on_ray(asked.on.place)
+    elif sweep.members[0].recipe.task != "sft":
+        with waits_told("loading the trainers and their engine"):
+            from veneer.learn.together import draw_together  # which other runs need not wait for
+        engine = in_this_process(draw_together)
     records = run_sweep(
         sweep,
         resume=asked.resume,

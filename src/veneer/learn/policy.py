@@ -19,7 +19,15 @@ from veneer.contract import MethodConfig
 from veneer.errors import CompositionError, ConfigError, DescriptionError
 from veneer.evaluate.scoring import context_length
 from veneer.learn.conversation import Conversation, Turn, converse
-from veneer.learn.rollouts import DrawnAnswer, Rollouts, answer_of, is_of_adapter, require_drawn_by, seed_of
+from veneer.learn.rollouts import (
+    DrawnAnswer,
+    Rollouts,
+    answer_of,
+    is_of_adapter,
+    require_answered,
+    require_drawn_by,
+    seed_of,
+)
 from veneer.model.quantized.quant_linear import QuantLinear
 from veneer.model.sharded.sharding import is_cut
 from veneer.quant.ggml import GgmlWeight
@@ -69,7 +77,8 @@ class Policy:
 
             def step() -> list[tuple[int, DrawnAnswer]]:
                 version = self.rollouts.engine.versions.of(now)
-                return [(number_of[each.request_id], answer_of(each.outputs[0], version)) for each in requests.step()]
+                ended = require_answered(requests.step())
+                return [(number_of[each.request_id], answer_of(each.outputs[0], version)) for each in ended]
 
             converse(conversations, ask, step)
         self._taken([each.rollout.answer for each in conversations], now)
@@ -165,14 +174,7 @@ def rollouts_of_base(base: PreTrainedModel, tokenizer: Any, args: Any, config: M
     base asks for a second copy. Do so too if the engine cannot draw by this base. Raises ConfigError if
     ``rollout_memory`` is "one" and the run needs a second copy.
     """
-    if args.rollout_memory == "beside" or args.rollout_engine == "generate":
-        return None
-    reason = _is_for_transformers(tokenizer, args) or _needs_own_copy(base, args, config)
-    if reason is not None:
-        if args.rollout_memory == "one":
-            raise ConfigError(f"rollout_memory='one' is impossible: {reason}. Set 'auto' or 'beside'")
-        return None
-    if args.rollout_memory == "auto" and not _is_as_fast_packed(base, args):
+    if not _packs_once(base, tokenizer, args, config):
         return None
     try:
         base.requires_grad_(False)
@@ -180,6 +182,36 @@ def rollouts_of_base(base: PreTrainedModel, tokenizer: Any, args: Any, config: M
     except _CANNOT as reason:
         log.info("the base keeps its own weights, since veneer's engine cannot draw by it: %s", reason)
         return None
+
+
+def rollouts_of_members(
+    base: PreTrainedModel, tokenizer: Any, members: Sequence[tuple[Any, MethodConfig | None]]
+) -> Rollouts | None:
+    """Return an engine on a base that several runs share, each given by its settings and its adapter's config.
+
+    It holds the only copy of the base if each of the runs would keep one copy alone. None if the engine cannot draw.
+    Raises the errors of `rollouts_of_base`.
+    """
+    drawing = [args for args, _ in members if args.rollout_engine != "generate"]
+    once = [_packs_once(base, tokenizer, args, config) for args, config in members]
+    if not drawing or _is_for_transformers(tokenizer, drawing[0]) is not None:
+        return None
+    try:
+        base.requires_grad_(False)
+        return _rollouts(base, tokenizer, drawing[0], memory="one" if all(once) else "beside")
+    except _CANNOT as reason:
+        log.info("veneer's engine cannot draw by the base that the members share: %s", reason)
+        return None
+
+
+def _packs_once(base: PreTrainedModel, tokenizer: Any, args: Any, config: MethodConfig | None) -> bool:
+    """Return True if the engine is to hold the base's only copy. Raises ConfigError as `rollouts_of_base` does."""
+    if args.rollout_memory == "beside" or args.rollout_engine == "generate":
+        return False
+    reason = _is_for_transformers(tokenizer, args) or _needs_own_copy(base, args, config)
+    if reason is not None and args.rollout_memory == "one":
+        raise ConfigError(f"rollout_memory='one' is impossible: {reason}. Set 'auto' or 'beside'")
+    return reason is None and (args.rollout_memory == "one" or _is_as_fast_packed(base, args))
 
 
 def _needs_own_copy(base: PreTrainedModel, args: Any, config: MethodConfig | None) -> str | None:

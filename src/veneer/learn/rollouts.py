@@ -123,9 +123,14 @@ class Rollouts:
             runner = cast(ProgramRunner, self.engine.runner)
             self._live[adapter] = LiveAdapter(self.model, adapter, runner)
         version, packed = self._live[adapter].now()
-        request = LoRARequest(adapter, 1 + list(self._live).index(adapter), version=version)
+        name, number = self._named(adapter)
+        request = LoRARequest(name, number, version=version)
         self.engine.take(request, packed)
         return request
+
+    def _named(self, adapter: str) -> tuple[str, int]:
+        """Return the engine's name and number of an adapter."""
+        return adapter, 1 + list(self._live).index(adapter)
 
     def draw(
         self,
@@ -146,7 +151,7 @@ class Rollouts:
         numbers = range(len(prompts)) if rows is None else rows
         request = self.hand_over(adapter) if isinstance(adapter, str) else adapter
         asked = [self.turn(ids, params, request, seed_of(*key, row)) for ids, row in zip(prompts, numbers, strict=True)]
-        outputs = self._run(asked)
+        outputs = self._outputs(asked)
         return [
             DrawnPrompt(each.prompt_ids, tuple(answer_of(own, each.version) for own in outputs[each.id].outputs))
             for each in asked
@@ -162,7 +167,7 @@ class Rollouts:
         self._settle()
         request = self.hand_over(adapter) if isinstance(adapter, str) else adapter
         asked = [self.engine.asked(None, ids, replace(READS, prompt_logprobs=0), request) for ids in sequences]
-        outputs = self._run(asked)
+        outputs = self._outputs(asked)
         scores = [(outputs[each.id].prompt_logprobs or [])[1:] for each in asked]
         return [
             [each[token].logprob for token, each in zip(ids[1:], own, strict=True) if each is not None]
@@ -191,9 +196,10 @@ class Rollouts:
             finally:
                 requests.drop()
 
-    def _run(self, asked: Sequence[CheckedRequest]) -> dict[str, RequestOutput]:
-        """Answer requests, and return their outputs by request id. Raises the error of the first request
-        that failed.
+    def run(self, asked: Sequence[CheckedRequest]) -> dict[str, RequestOutput]:
+        """Return the outputs of requests by id, from one batch as far as there is room.
+
+        A request that failed has its error in its output.
         """
         done: dict[str, RequestOutput] = {}
         with self.requests() as requests:
@@ -202,6 +208,12 @@ class Rollouts:
             while len(requests):
                 done |= {output.request_id: output for output in requests.step()}
         return done
+
+    def _outputs(self, asked: Sequence[CheckedRequest]) -> dict[str, RequestOutput]:
+        """Return the outputs of requests by id. Raises the error of the first request that failed."""
+        outputs = self.run(asked)
+        require_answered([outputs[each.id] for each in asked])
+        return outputs
 
 
 class Requests:
@@ -220,16 +232,13 @@ class Requests:
         self._waiting.append(asked)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch; return the outputs of requests that ended. Raises the error of one that failed."""
+        """Compute one batch; return the outputs of requests that ended, also of those that failed."""
         while self._waiting and self._engine.backlog.has_room([self._waiting[0]]):
             asked = self._waiting.popleft()
             self._submitted.add(asked.id)
             self._engine.submit(asked)
         ended = self._engine.step()
-        for output in ended:
-            self._submitted.discard(output.request_id)
-            if output.error is not None:
-                raise output.error
+        self._submitted.difference_update(output.request_id for output in ended)
         return ended
 
     def drop(self) -> None:
@@ -237,6 +246,14 @@ class Requests:
         self._engine.drop([*self._submitted])
         self._waiting.clear()
         self._submitted.clear()
+
+
+def require_answered(outputs: Sequence[RequestOutput]) -> Sequence[RequestOutput]:
+    """Return the outputs. Raises the error of the first request that failed."""
+    for output in outputs:
+        if output.error is not None:
+            raise output.error
+    return outputs
 
 
 def seed_of(*key: int) -> int:

@@ -111,8 +111,13 @@ def _train_pack(jobs: Sequence[Job], folder: str) -> list[JobEnd]:
     os.chdir(folder)
     datasets.disable_progress_bars()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # by which Ray cancels; ignored if the driver ignores it
+    train = train_together
+    if jobs[0].member.recipe.task != "sft":
+        from veneer.learn.together import draw_together  # with a serving engine, which other packs need not wait for
+
+        train = draw_together
     with without_bars(), listening() as stop:
-        return train_together(jobs, _print, stop)
+        return train(jobs, _print, stop)
 
 
 def _print(line: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from veneer.errors import ConfigError, listed
 from veneer.recipe.key_checks import perhaps
-from veneer.recipe.tasks import task_problems
+from veneer.recipe.tasks import task_of, task_problems
 from veneer.recipe.values import PLACES, beside, put
 
 PART = "sweep"
@@ -31,6 +31,7 @@ _NAME = re.compile(r"[\w.+-]+")
 # Settings of the one pass over the base.
 _SHARED_TRAINING = (
     "bf16", "fp16", "tf32", "use_cpu", "fused", "gradient_checkpointing", "gradient_checkpointing_kwargs",
+    "use_vllm", "vllm_max_model_length",
 )  # fmt: skip
 _WHY_SHARED = "cannot vary: all members share one pass over one base. Set it for all, outside of sweep"
 
@@ -51,7 +52,8 @@ def members_of(values: Mapping[str, Any], source: Path) -> tuple[list[MemberValu
     """
     base = {key: value for key, value in values.items() if key != PART}
     part = values[PART]
-    problems = [*_part_problems(part), *(told for told in task_problems(values) if told.startswith(PART))]
+    of_task = (told for told in task_problems(values) if told.startswith(PART))
+    problems = [*_part_problems(part), *_task_problems(part, task_of(values)), *of_task]
     if problems:
         raise ConfigError(listed(problems, str(source)))
     changes = [_located(each, source) for each in _changes(part)]
@@ -111,6 +113,15 @@ def _how_problems(part: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def _task_problems(part: Any, task: str) -> list[str]:
+    if not isinstance(part, Mapping) or part.get("scheduler") != "asha" or task == "sft":
+        return []
+    return [
+        f"sweep.scheduler: asha compares members by their loss, which says nothing of {task}'s rewards. Drop it, and "
+        "compare the members' rewards at the end."
+    ]
+
+
 def _changes(part: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the changes of each member: every entry of the list combined with every point of the grid."""
     grid: Mapping[str, Sequence[Any]] = part.get("grid", {})
@@ -152,6 +163,8 @@ def _key_problems(changes: Sequence[Mapping[str, Any]]) -> list[str]:
         section, _, field = key.partition(".")
         if section == "model" or (section == "training" and field in _SHARED_TRAINING):
             found.append(f"sweep: {key} {_WHY_SHARED}")
+        elif section == "task":
+            found.append("sweep: task cannot vary: all members share one pass or one engine. Write a recipe for each")
         elif section == "output":
             found.append("sweep: output cannot vary: every member has a folder of its name in the one output")
     return found

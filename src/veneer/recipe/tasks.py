@@ -14,6 +14,9 @@ TASKS: tuple[Task, ...] = get_args(Task)
 OF_ANSWERS: tuple[Task, ...] = ("sft", "distill")
 """Tasks whose rows hold answers, and are read alike."""
 
+OF_SWEEPS: tuple[Task, ...] = ("sft", "grpo", "rloo")
+"""Tasks whose runs can be members of a sweep."""
+
 _ALL = frozenset({"prompt", "chat", "system"})
 
 
@@ -87,8 +90,9 @@ def task_problems(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: {_belongs(['grpo'], task)}"
     if KEYS[task].rewards and not rewards and not (task == "grpo" and values.get("environment")):
         yield f"rewards: is missing; {task} learns from rewards, such as [{{function: exact-match, column: answer}}]"
-    if task != "sft" and "sweep" in values:
-        yield f"sweep: {_belongs(['sft'], task)}; run the recipe once for each value (--set key=value --set output=…)"
+    if task not in OF_SWEEPS and "sweep" in values:
+        again = "run the recipe once for each value (--set key=value --set output=…)"
+        yield f"sweep: {_belongs([*OF_SWEEPS], task)}; {again}"
 
 
 def training_problems(task: Task, given: Mapping[str, Any], settings: Callable[[Task], AllowedKeys]) -> dict[str, str]:

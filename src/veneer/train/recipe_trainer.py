@@ -53,9 +53,11 @@ log = logging.getLogger(__name__)
 
 
 def make_trainer(
-    recipe: Recipe, model: PreTrainedModel | None = None, kind: type[SFTTrainer] | None = None
+    recipe: Recipe, model: PreTrainedModel | None = None, kind: type[RunTrainer] | None = None
 ) -> RunTrainer:
     """Return the trainer of a recipe, before any training. Rows are encoded; the model is loaded unless it is given.
+
+    ``kind`` replaces the class of the task's trainer.
 
     Raises the errors of its parts, and CompositionError if the adapter whose training continues is already merged into
     the base.
@@ -63,7 +65,7 @@ def make_trainer(
     require_not_in_base(recipe.adapter, recipe.model.source)
     tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
     if recipe.task not in OF_ANSWERS:
-        return _make_task_trainer(recipe, tokenizer)
+        return _make_task_trainer(recipe, tokenizer, model, kind)
     rows = read_data(recipe.data, recipe.seed)
     only = answers_only(recipe.data, kind_of(columns_of(rows.train), "text"))
     args = recipe.training_config(assistant_only_loss=only.assistant, completion_only_loss=only.completion)
@@ -75,7 +77,7 @@ def make_trainer(
     base = load_base(recipe.model, frozen=frozen, cutter=cutter, device=device) if model is None else model
     given = _with_adapter(recipe, base)
     with refusals_told(), _encoding_told(rows):
-        trainer: SFTTrainer = (kind or trainer_of(recipe.task))(
+        trainer: Any = (kind or trainer_of(recipe.task))(
             given.model,
             args,
             train_dataset=rows.train,
@@ -85,21 +87,27 @@ def make_trainer(
         )
     trainer.task_metric = metric
     _tell_of_odd_settings(recipe.adapter, recipe.method, trainer)
-    return trainer
+    return cast(RunTrainer, trainer)
 
 
-def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunTrainer:
+def _make_task_trainer(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | None,
+    kind: type[RunTrainer] | None,
+) -> RunTrainer:
     """Return the trainer of a recipe for preferences, rewards or drawn answers."""
     rows = read_data(recipe.data, recipe.seed, preference_reader(recipe.data, recipe.task))
     args = recipe.training_config()
     rewards = {"reward_funcs": recipe.reward_functions()[0]} if recipe.rewards else {}
     set_seed(recipe.seed)  # a new head is drawn
-    frozen, cutter = recipe.method != "full", _cutter(recipe.distributed, args)
-    scores, device = recipe.task == "reward", device_of(args)
-    base = load_base(recipe.model, scores=scores, frozen=frozen, cutter=cutter, device=device)
-    given = _with_adapter(recipe, base)
+    if model is None:
+        frozen, cutter = recipe.method != "full", _cutter(recipe.distributed, args)
+        scores, device = recipe.task == "reward", device_of(args)
+        model = load_base(recipe.model, scores=scores, frozen=frozen, cutter=cutter, device=device)
+    given = _with_adapter(recipe, model)
     with refusals_told(), _encoding_told(rows, draws=bool(recipe.rewards)):
-        trainer: RunTrainer = trainer_of(recipe.task)(
+        trainer: Any = (kind or trainer_of(recipe.task))(
             given.model,
             args=args,
             train_dataset=rows.train,
@@ -109,7 +117,7 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
             **rewards,
             **recipe.conversing(),
         )
-    return trainer
+    return cast(RunTrainer, trainer)
 
 
 def _encoding_told(rows: Rows, *, draws: bool = False) -> AbstractContextManager[None]:

@@ -118,8 +118,8 @@ def test_rewards_are_functions_with_weights(tmp_path):
     assert functions[1](completions=["a"]) == [1.0]
 
 
-def test_a_sweep_is_for_supervised_fine_tuning(tmp_path):
-    with pytest.raises(ConfigError, match="sweep: belongs to task sft, and the task here is dpo"):
+def test_a_sweep_is_for_tasks_whose_runs_share_a_pass_or_an_engine(tmp_path):
+    with pytest.raises(ConfigError, match="sweep: belongs to task sft, grpo, rloo, and the task here is dpo"):
         parse_sweep(values(sweep={"grid": {"training.learning_rate": [1e-4, 1e-5]}}), tmp_path / "r.yaml")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from veneer.errors import Paused
-from veneer.train.trainer import SFTTrainer
+from veneer.train.run_trainer import RunTrainer
 
 
 class PauseAtRung(TrainerCallback):  # type: ignore[misc]
@@ -16,7 +16,7 @@ class PauseAtRung(TrainerCallback):  # type: ignore[misc]
     A run that ends at that step is not paused.
     """
 
-    def __init__(self, trainer: SFTTrainer, divisor: int) -> None:
+    def __init__(self, trainer: RunTrainer, divisor: int) -> None:
         self._trainer, self._divisor = trainer, divisor
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -40,7 +40,7 @@ class PauseAtRung(TrainerCallback):  # type: ignore[misc]
             raise Paused(state.global_step, loss_now(self._trainer))
 
 
-def loss_now(trainer: SFTTrainer) -> float:
+def loss_now(trainer: RunTrainer) -> float:
     """Return the loss by which a run is compared: that on the held-out rows, or the mean training loss if there are
     none.
     """

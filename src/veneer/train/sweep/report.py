@@ -14,6 +14,7 @@ from veneer.plain.ticks import ticks_at
 from veneer.train.checkpoint import write_json
 from veneer.train.sweep.course import STOPPED
 from veneer.train.sweep.recipe import Sweep
+from veneer.train.sweep.together import reward_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +25,11 @@ _WIDEST = 120  # characters of a name below the picture
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Result of one member. ``best``: it is on the Pareto front. Losses are None if it diverged or was stopped."""
+    """Result of one member. Members are compared by ``measure``: the loss, held out if there are held-out rows.
+
+    For a task with rewards it is the negative ``reward``. It is None if the member diverged or was stopped. ``best``:
+    the member is on the Pareto front.
+    """
 
     name: str
     changes: Mapping[str, Any]
@@ -35,13 +40,21 @@ class Outcome:
     n_trained: int
     best: bool
     saved: str | None
+    reward: float | None = None
 
     @property
-    def loss(self) -> float | None:
-        """The loss by which members are compared: the held-out loss, or the training loss if there is none."""
+    def measure(self) -> float | None:
+        """Value by which members are compared; lower is better."""
         if self.status == STOPPED:
             return None
+        if self.reward is not None:
+            return -self.reward
         return self.train_loss if self.eval_loss is None else self.eval_loss
+
+    @property
+    def shown(self) -> float:
+        """Loss or reward of a member that has a measure."""
+        return cast(float, self.measure if self.reward is None else self.reward)
 
 
 def outcomes(sweep: Sweep, records: Sequence[Mapping[str, Any]]) -> list[Outcome]:
@@ -50,7 +63,7 @@ def outcomes(sweep: Sweep, records: Sequence[Mapping[str, Any]]) -> list[Outcome
     ``best`` is True for members that no other beats with at most as many trained parameters.
     """
     found = [_outcome(member.name, member.changes, r) for member, r in zip(sweep.members, records, strict=True)]
-    front = pareto_front([(each.n_trained, each.loss) for each in found])
+    front = pareto_front([(each.n_trained, each.measure) for each in found])
     return [Outcome(**{**asdict(each), "best": best}) for each, best in zip(found, front, strict=True)]
 
 
@@ -77,26 +90,35 @@ def write_report(sweep: Sweep, found: Sequence[Outcome]) -> None:
 
 
 def quality(found: Sequence[Outcome]) -> str:
-    """Return the name of the loss that the report shows."""
+    """Return the name of the displayed loss or reward."""
     held_out = all(each.eval_loss is not None for each in found if each.status == "finished")
+    if _is_of_rewards(found):
+        return "held-out reward" if held_out else "reward in training (no held-out rows for all)"
     return "held-out loss" if held_out else "training loss (no held-out rows for all)"
 
 
 def table(found: Sequence[Outcome]) -> Table:
     """Return the table for the terminal; a star marks the members of the Pareto front."""
-    shown = Table(*_HEADINGS, box=None, pad_edge=False)
+    of_rewards = _is_of_rewards(found)
+    shown = Table(*_headings(of_rewards), box=None, pad_edge=False)
     for column in shown.columns[1:-1]:
         column.justify = "right"
-    for each in sorted(found, key=lambda o: (o.loss is None, o.loss)):
-        shown.add_row(*_cells(each), style="bold" if each.best else None)
+    for each in sorted(found, key=lambda o: (o.measure is None, o.measure)):
+        shown.add_row(*_cells(each, of_rewards), style="bold" if each.best else None)
     return shown
 
 
-_HEADINGS = ("member", "parameters", "steps", "training loss", "held-out loss", "")
+def _is_of_rewards(found: Sequence[Outcome]) -> bool:
+    return any(each.reward is not None for each in found)
 
 
-def _cells(each: Outcome) -> tuple[str, ...]:
-    losses = ("" if loss is None else f"{loss:.4f}" for loss in (each.train_loss, each.eval_loss))
+def _headings(of_rewards: bool) -> tuple[str, ...]:
+    return ("member", "parameters", "steps", *(("reward",) if of_rewards else ("training loss", "held-out loss")), "")
+
+
+def _cells(each: Outcome, of_rewards: bool) -> tuple[str, ...]:
+    values = (each.reward,) if of_rewards else (each.train_loss, each.eval_loss)
+    losses = ("" if value is None else f"{value:.4f}" for value in values)
     note = each.status if each.status != "finished" else "*" if each.best else ""
     return each.name, f"{each.n_trained:,}", "" if each.steps is None else str(each.steps), *losses, note
 
@@ -113,11 +135,12 @@ def _outcome(name: str, changes: Mapping[str, Any], record: Mapping[str, Any]) -
         n_trained=record["n_trained"],
         best=False,
         saved=record.get("saved"),
+        reward=reward_of(record),
     )
 
 
 def pareto_figure(found: Sequence[Outcome]) -> Figure:
-    """Return a figure of loss over trained parameters. The Pareto front is joined and has its own colour.
+    """Return a figure of loss or reward over trained parameters: the front in one colour, joined; the rest in another.
 
     Points have numbers in the order of the table; the names are printed below the picture.
     """
@@ -125,18 +148,18 @@ def pareto_figure(found: Sequence[Outcome]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    ended = sorted((each for each in found if each.loss is not None), key=lambda each: cast(float, each.loss))
+    ended = sorted((each for each in found if each.measure is not None), key=lambda each: cast(float, each.measure))
     figure = Figure(figsize=(8, 5 + 0.2 * len(ended)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for best, style, color, label in ((True, "o-", "tab:blue", "Pareto front"), (False, "o", "tab:gray", "beaten")):
-        points = sorted((each.n_trained, each.loss) for each in ended if each.best == best)
+        points = sorted((each.n_trained, each.shown) for each in ended if each.best == best)
         if points:
             axes.plot(*zip(*points, strict=True), style, color=color, label=label, drawstyle="steps-post")
     names = []
     for number, each in enumerate(ended, 1):
-        point = (each.n_trained, cast(float, each.loss))
-        to_left = number % 2 == 0  # neighbours in loss may lie on each other
+        point = (each.n_trained, each.shown)
+        to_left = number % 2 == 0  # neighbours may lie on each other
         axes.annotate(
             str(number),
             point,
@@ -167,13 +190,14 @@ def _page(figure: Figure, found: Sequence[Outcome]) -> str:
     picture = io.StringIO()
     figure.savefig(picture, format="svg")
     svg = picture.getvalue()
+    of_rewards = _is_of_rewards(found)
     rows = "".join(
         f"<tr{' class=best' if each.best else ''}>"
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in (*_cells(each), _told(each.changes)))
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in (*_cells(each, of_rewards), _told(each.changes)))
         + "</tr>\n"
-        for each in sorted(found, key=lambda o: (o.loss is None, o.loss))
+        for each in sorted(found, key=lambda o: (o.measure is None, o.measure))
     )
-    heads = "".join(f"<th>{heading}</th>" for heading in (*_HEADINGS, "changes"))
+    heads = "".join(f"<th>{heading}</th>" for heading in (*_headings(of_rewards), "changes"))
     return _PAGE.format(svg=svg[svg.index("<svg") :], heads=heads, rows=rows)
 
 

@@ -17,9 +17,12 @@ from veneer.errors import ConfigError
 from veneer.model.adapted.allocation import Allocation
 from veneer.model.attach.attach import adapted_places, attach, detach
 from veneer.model.batch.mixed import checked, routed
+from veneer.ops.experts import PackedStack
+from veneer.quant.packed import PackedCoded, PackedDense
 from veneer.train.loss import Scoring, Share, TokenLoss, token_losses
 
 Batch = dict[str, Tensor]
+_PACKED = (PackedDense, PackedCoded, PackedStack)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +35,13 @@ class Part:
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy the modules of ``model`` without its parameters and buffers, which the copy shares.
+    """Return a copy of the modules of ``model`` that shares its parameters, buffers and packed weights.
 
     Each member's model can thus have its own adapter on the same weights.
     """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, dict(shared))
+    packed = (value for module in model.modules() for value in vars(module).values() if isinstance(value, _PACKED))
+    shared: dict[int, Any] = {id(each): each for each in (*model.parameters(), *model.buffers(), *packed)}
+    return copy.deepcopy(model, shared)
 
 
 class SharedBase:

@@ -34,6 +34,7 @@ class Workers(Protocol):
 
 
 Engine = Callable[[Sweep, Tell, Stop], AbstractContextManager[Workers]]
+Train = Callable[[Sequence[Job], Tell, Stop], Sequence[JobEnd]]
 
 
 def run_sweep(
@@ -59,6 +60,11 @@ def run_sweep(
     """
     if n_processes() > 1:
         raise ConfigError("the members of a sweep share one process: start it with `veneer train`, without torchrun")
+    if (task := sweep.members[0].recipe.task) != "sft" and engine is None:
+        raise ConfigError(
+            f"members of {task} draw answers, and no engine that draws is given. Start it with `veneer sweep`, or pass "
+            "engine=in_this_process(veneer.learn.together.draw_together)."
+        )
     if sweep.engine == "ray" and engine is None:
         raise ConfigError(
             "sweep.engine: ray needs the workers of a cluster, and none are given. Start it with `veneer sweep`, "
@@ -71,7 +77,7 @@ def run_sweep(
     for name, record in course.records.items():
         tell(f"{name}: {told(JobEnd(record))}, before")
     if any(each.trains for each in course.standings.values()):
-        with listening() as stop, (engine or _this_process)(sweep, tell, stop) as workers:
+        with listening() as stop, (engine or in_this_process(train_together))(sweep, tell, stop) as workers:
             _train(course, workers, stop)
     return course.finish()
 
@@ -94,9 +100,14 @@ def _train(course: Course, workers: Workers, stop: Stop) -> None:
         stop.check()
 
 
-@contextmanager
-def _this_process(sweep: Sweep, tell: Tell, stop: Stop) -> Iterator[Workers]:
-    yield _ThisProcess(len(sweep.members), tell, stop)
+def in_this_process(train: Train) -> Engine:
+    """Return an engine of `run_sweep` that trains all members by ``train``, in this process."""
+
+    @contextmanager
+    def engine(sweep: Sweep, tell: Tell, stop: Stop) -> Iterator[Workers]:
+        yield _ThisProcess(len(sweep.members), lambda jobs: train(jobs, tell, stop))
+
+    return engine
 
 
 class _ThisProcess:
@@ -104,12 +115,12 @@ class _ThisProcess:
 
     n_workers = 1
 
-    def __init__(self, n_places: int, tell: Tell, stop: Stop) -> None:
-        self.n_places, self._tell, self._stop = n_places, tell, stop
+    def __init__(self, n_places: int, train: Callable[[Sequence[Job]], Sequence[JobEnd]]) -> None:
+        self.n_places, self._train = n_places, train
         self._jobs: Sequence[Job] = ()
 
     def begin(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs
 
     def wait(self) -> tuple[Sequence[Job], Sequence[JobEnd]]:
-        return self._jobs, train_together(self._jobs, self._tell, self._stop)
+        return self._jobs, self._train(self._jobs)

@@ -26,6 +26,7 @@ from veneer.train.recipe_trainer import make_trainer
 from veneer.train.record.going_on import GoingOn
 from veneer.train.record.record import record_of
 from veneer.train.run import Tell, carry_out
+from veneer.train.run_trainer import RunTrainer
 from veneer.train.show.display import RunDisplay
 from veneer.train.sweep.coroutines import Coroutine, ask
 from veneer.train.sweep.pause import PauseAtRung
@@ -102,10 +103,14 @@ class Together:
         self.ended: dict[str, JobEnd] = {}
 
     def start(self, name: str, job: Job) -> None:
-        """Start a member, which makes its trainer, with its own random numbers."""
-        run = Coroutine(lambda: _run(job, self.base, self.stop))
+        """Let a member make its trainer, with its own random numbers."""
+        run: Coroutine[JobEnd] = Coroutine(lambda: run_job(job, self.base, MemberTrainer, self.stop))
         self.runs[name], self.trainers[name] = run, run.resume()
         self.titles[name] = job.member.name
+        if self.trainers[name].aux_loss_enabled:
+            raise ConfigError(
+                "the loss of a router is one number for a whole batch, and members share batches: train alone"
+            )
 
     def train(self) -> None:
         """Train all members to the ends of their jobs."""
@@ -166,7 +171,7 @@ class Together:
                 self.ended[name] = question
                 shared.remove(name)
                 del self.runs[name]
-                self.tell(f"{Path(question.record['recipe']['output']).name}: {told(question)}")
+                self.tell(told_end(question))
             else:
                 asked[name] = question
         return asked
@@ -198,23 +203,35 @@ def told(ended: JobEnd) -> str:
     if record["status"] == "diverged":
         return f"diverged ({record['reason'].partition(':')[0]})"
     results = record["results"]
-    loss = (
+    quality = (
         f"held-out loss {results['eval_loss']:.4f}" if "eval_loss" in results else f"loss {results['train_loss']:.4f}"
     )
+    if (reward := reward_of(record)) is not None:
+        quality = f"reward {reward:.4f}" if "eval_reward" not in results else f"held-out reward {reward:.4f}"
     status = "stopped early" if results.get("stopped_early") else record["status"]
-    return f"{status} after {results['steps']} steps, {loss}"
+    return f"{status} after {results['steps']} steps, {quality}"
 
 
-def _run(job: Job, base: PreTrainedModel, stop: Stop) -> JobEnd:
-    """Run one member up to the end of its job."""
+def reward_of(record: Mapping[str, Any]) -> float | None:
+    """Return the mean reward of a run, held out if it has held-out rows, else of its last log line; None without
+    rewards.
+    """
+    lines = [line for line in record.get("log", ()) if "reward" in line]
+    told: float | None = record.get("results", {}).get("eval_reward", lines[-1]["reward"] if lines else None)
+    return told
+
+
+def told_end(ended: JobEnd) -> str:
+    """Return a member's name with the end of its job."""
+    return f"{Path(ended.record['recipe']['output']).name}: {told(ended)}"
+
+
+def run_job(job: Job, base: PreTrainedModel, kind: type[RunTrainer], stop: Stop) -> JobEnd:
+    """Run one member up to the end of its job, as a coroutine that asks with its trainer, of this ``kind``, first."""
     recipe, output = job.member.recipe, Path(job.member.recipe.output)
-    trainer = cast(MemberTrainer, make_trainer(recipe, twin(base), MemberTrainer))
-    if trainer.aux_loss_enabled:
-        raise ConfigError(
-            "the loss of a router is one number for a whole batch, and members share batches: train alone"
-        )
+    trainer = make_trainer(recipe, twin(base), kind)
     trainer.remove_callback(RunDisplay)
-    trainer.add_callback(RunDisplay(lambda: trainer.progress.n_tokens, bar=False, name=job.member.name))
+    trainer.add_callback(RunDisplay(lambda: trainer.n_tokens_read, bar=False, name=job.member.name))
     if job.divisor is not None:
         trainer.add_callback(PauseAtRung(trainer, job.divisor))
     ask(trainer)

@@ -265,7 +265,7 @@ def test_asha_stops_members_at_a_rung_and_those_that_go_on_are_the_runs_that_the
     results = {
         each.name: each for each in outcomes(parse_sweep({**values, "sweep": part}, Path("s")), [*found.values()])
     }
-    assert (results["slow"].status, results["slow"].loss, results["slow"].best) == ("stopped", None, False)
+    assert (results["slow"].status, results["slow"].measure, results["slow"].best) == ("stopped", None, False)
     part["members"].append({"name": "late"})
     with pytest.raises(ConfigError, match="begun with other rungs: 4 members"):
         together(values, part, resume=True)
