@@ -31,6 +31,15 @@ void bind_conv(nb::module_& m) {
       },
       release());
   m.def(
+      "conv_windowed",  // `windows`: address, layers, tokens of a page, layer; `batch`: sequences, then four addresses
+      [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& windows, const std::vector<int64_t>& batch,
+         const std::vector<int64_t>& given, const std::vector<int64_t>& y) {
+        const auto numbers = [&](size_t i) { return reinterpret_cast<const int64_t*>(batch[i]); };
+        conv_kernels().windowed(sizes_of(sizes), {reinterpret_cast<char*>(windows[0]), windows[1], windows[2], windows[3]},
+                                {batch[0], numbers(1), numbers(2), numbers(3), numbers(4)}, gated_at(given), rows_of(y, 0));
+      },
+      release());
+  m.def(
       "conv_backward",
       [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& dy, const std::vector<int64_t>& given, uintptr_t sums,
          const std::vector<int64_t>& gradients, const std::vector<int64_t>& y) {

@@ -6,6 +6,7 @@
 #include "core/isa.h"
 #include "core/numeric.h"
 #include "core/rows.h"
+#include "paged_attention/paged_attention.h"
 
 namespace veneer {
 
@@ -24,8 +25,16 @@ struct GatedRows {  // the gate before the convolution, its input, the gate afte
   Rows before, x, after;
 };
 
+// The convolutions' inputs of all tokens, in pages that lie one after the other; in a page [layer][token][d].
+struct ConvWindows {
+  char* data;
+  int64_t layers, block, layer;
+};
+
 struct ConvKernels {
   void (*forward)(const ConvSizes& sizes, const GatedRows& given, const Rows& y);
+  // The same for the rows of a step, which see the tokens before them in their pages, and whose inputs are written there.
+  void (*windowed)(const ConvSizes& sizes, const ConvWindows& windows, const PagedBatch& batch, const GatedRows& given, const Rows& y);
   // The gradients may lie in the memory of what is given, and y in that of dy. `sums` are n rows of d values.
   void (*backward)(const ConvSizes& sizes, const Rows& dy, const GatedRows& given, float* sums, const GatedRows& gradients, const Rows& y);
 };

@@ -51,6 +51,35 @@ void forward_typed(const ConvSizes& sizes, const GatedRows& given, const Rows& y
   });
 }
 
+// A thread takes columns: what it reads of earlier rows it has written itself.
+template <class T>
+void windowed_typed(const ConvSizes& sizes, const ConvWindows& windows, const PagedBatch& batch, const GatedRows& given, const Rows& y) {
+  const int64_t columns = (sizes.d + width - 1) / width;
+  parallel_for(columns, (grain_values + sizes.n * width - 1) / (sizes.n * width + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t s = 0; s < batch.n_sequences; ++s) {
+      const int64_t* pages = batch.pages + batch.first_page[s];
+      const auto at = [&](int64_t position) {
+        const int64_t row = (pages[position / windows.block] * windows.layers + windows.layer) * windows.block + position % windows.block;
+        return reinterpret_cast<T*>(windows.data) + row * sizes.d;
+      };
+      for (int64_t r = batch.first_row[s]; r < batch.first_row[s + 1]; ++r) {
+        const int64_t position = batch.position[s] + r - batch.first_row[s];
+        const int64_t count = position < sizes.kernel ? position + 1 : sizes.kernel;
+        T* seen[longest_conv];
+        for (int64_t j = 0; j < count; ++j) seen[j] = at(position - j);
+        for (int64_t column = begin; column < end; ++column) {
+          const int64_t c = column * width, n = c + width <= sizes.d ? width : sizes.d - c;
+          put(seen[0] + c, input<T>(given, r, c, n), n);
+          lanes total = sizes.bias ? take(sizes.bias + c, n) : lanes{};
+          for (int64_t j = count - 1; j >= 0; --j) total += take(sizes.weight + j * sizes.d + c, n) * take(seen[j] + c, n);
+          const lanes value = sizes.silu ? Silu::at(total).value : total;
+          put(row_of<T>(y, r) + c, given.after.data ? take(row_of<const T>(given.after, r) + c, n) * value : value, n);
+        }
+      }
+    }
+  });
+}
+
 // A thread takes columns and goes through the rows from the last to the first: when it comes to a row, the gradients
 // of all rows that see it are in its sum, and nothing before it reads what is overwritten.
 template <class T>
@@ -98,6 +127,11 @@ void forward(const ConvSizes& sizes, const GatedRows& given, const Rows& y) {
   sizes.dtype == Dtype::float32 ? forward_typed<float>(sizes, given, y) : forward_typed<bf16>(sizes, given, y);
 }
 
+void windowed(const ConvSizes& sizes, const ConvWindows& windows, const PagedBatch& batch, const GatedRows& given, const Rows& y) {
+  sizes.dtype == Dtype::float32 ? windowed_typed<float>(sizes, windows, batch, given, y)
+                                : windowed_typed<bf16>(sizes, windows, batch, given, y);
+}
+
 void backward(const ConvSizes& sizes, const Rows& dy, const GatedRows& given, float* sums, const GatedRows& gradients, const Rows& y) {
   sizes.dtype == Dtype::float32 ? backward_typed<float>(sizes, dy, given, sums, gradients, y)
                                 : backward_typed<bf16>(sizes, dy, given, sums, gradients, y);
@@ -105,7 +139,7 @@ void backward(const ConvSizes& sizes, const Rows& dy, const GatedRows& given, fl
 
 }  // namespace
 
-const ConvKernels conv = {forward, backward};
+const ConvKernels conv = {forward, windowed, backward};
 
 }  // namespace VENEER_ISA
 }  // namespace veneer

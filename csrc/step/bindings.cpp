@@ -100,6 +100,11 @@ class StepProgram {
     add<GluInstruction>(Activation(activation), d, gate, up, up_first, target);
   }
 
+  // `weight`: a row for each token that is seen, the latest first; `bias`: 0 for none.
+  void add_conv(int64_t d, int64_t kernel, int64_t layer, int64_t weight, int64_t bias, int source, int target) {
+    add<ConvInstruction>(d, kernel, layer, pointer<float>(weight), pointer<float>(bias), source, target);
+  }
+
   void add_activation(int activation, int64_t d, int source, int target) { add<ActivationInstruction>(Activation(activation), d, source, target); }
 
   // `router`: experts, how many are chosen, whether by sigmoids, whether normalized, groups and those kept. `at`: registers of
@@ -152,8 +157,8 @@ class StepProgram {
     for (auto& instruction : instructions_) instruction->drop(version);
   }
 
-  // Instructions [first, last). `registers`: address and stride of each; `store`: address, tokens of a page, layers, heads
-  // and values of a head; `batch`: sequences, then addresses; `runs`: version, first row and the row behind the last, of each;
+  // Instructions [first, last). `registers`: address and stride of each; `store`: address, tokens of a page, layers, heads,
+  // values of a head, and address and layers of short convolutions; `batch`: sequences, then addresses; `runs`: version, first row and the row behind the last, of each;
   // `given`: addresses of positions and of ids, how many rows are picked, addresses of these and of their tokens.
   void run(int64_t first, int64_t last, int64_t n, const Numbers& registers, const Numbers& store, const Numbers& batch,
            const Numbers& runs, const Numbers& given) {
@@ -170,7 +175,7 @@ class StepProgram {
                                pointer<int64_t>(batch[4])};
     const Pass pass{n, dtype_, rows.data(), pages, sequences, tables.data(), versions.data(), static_cast<int64_t>(versions.size()),
                     blocks_.data(), pointer<int64_t>(given[1]), pointer<int64_t>(given[3]), given[2], const_cast<int64_t*>(pointer<int64_t>(given[4])),
-                    scratch_, rows_, threads_};
+                    scratch_, rows_, threads_, const_cast<char*>(pointer<char>(store[5])), store[6]};
     seconds_.resize(instructions_.size());
     with_standing_team([&] {
       for (int64_t i = first; i < last; ++i) {
@@ -234,6 +239,7 @@ void bind_step(nb::module_& m) {
       .def("add_attention", &StepProgram::add_attention)
       .def("add_head", &StepProgram::add_head)
       .def("add_glu", &StepProgram::add_glu)
+      .def("add_conv", &StepProgram::add_conv)
       .def("add_activation", &StepProgram::add_activation)
       .def("add_experts", &StepProgram::add_experts)
       .def("add_change", &StepProgram::add<ChangeInstruction, int64_t, int, int>)

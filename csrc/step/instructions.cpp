@@ -67,6 +67,14 @@ void GluInstruction::run(const Pass& pass) const {
   glu_kernels().forward({pass.n, d_, pass.dtype, activation_}, pass.registers[gate_], up, pass.registers[target_]);
 }
 
+void ConvInstruction::run(const Pass& pass) const {
+  const Rows& source = pass.registers[source_];
+  const auto third = [&](int64_t i) { return Rows{static_cast<char*>(source.data) + i * d_ * pass.bytes(), source.stride}; };
+  conv_kernels().windowed({pass.n, d_, kernel_, pass.dtype, false, nullptr, weight_, bias_},
+                          {pass.windows, pass.window_layers, pass.store.block, layer_}, pass.batch,
+                          {third(0), third(2), third(1)}, pass.registers[target_]);
+}
+
 void ActivationInstruction::run(const Pass& pass) const {
   activation_kernels().forward({pass.n, d_, pass.dtype, activation_}, pass.registers[source_], pass.registers[target_]);
 }

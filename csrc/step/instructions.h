@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "conv/conv.h"
 #include "core/panels.h"
 #include "experts/mixture.h"
 #include "glu/glu.h"
@@ -172,6 +173,18 @@ class GluInstruction final : public Instruction {
   Activation activation_;
   int64_t d_, up_first_;
   int gate_, up_, target_;
+};
+
+class ConvInstruction final : public Instruction {  // between two gates: the source holds the first, the last, and x
+ public:
+  ConvInstruction(int64_t d, int64_t kernel, int64_t layer, const float* weight, const float* bias, int source, int target)
+      : d_(d), kernel_(kernel), layer_(layer), weight_(weight), bias_(bias), source_(source), target_(target) {}
+  void run(const Pass& pass) const override;
+
+ private:
+  int64_t d_, kernel_, layer_;
+  const float *weight_, *bias_;
+  int source_, target_;
 };
 
 class ActivationInstruction final : public Instruction {

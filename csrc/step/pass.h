@@ -63,6 +63,8 @@ struct Pass {
   int64_t* tokens;        // takes them; -1 where a logit is not finite
   Memory &scratch, &rows;  // of kernels; of rows that have no register
   ThreadMemory& threads;
+  char* windows = nullptr;  // of short convolutions, in pages of their own with the numbers of those in the store
+  int64_t window_layers = 0;
 
   int64_t bytes() const { return dtype == Dtype::float32 ? 4 : 2; }  // of a value
   Rows from_row(const Rows& rows_, int64_t r) const {

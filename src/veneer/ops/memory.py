@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +37,41 @@ def address(x: Tensor, device: str = "cpu") -> int:
 def whole_numbers(values: Sequence[int]) -> Tensor:
     """Return whole numbers as an int64 tensor, three times as fast as torch itself reads a list of them."""
     return torch.frombuffer(array("q", values), dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
+
+
+def empty_pages(
+    n_pages: int, values: int, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Tensor, mmap.mmap | None]:
+    """Return pages of zeros (n_pages, values). On a CPU they take memory when they are touched.
+
+    The mapping that holds them comes second. torch's own zeros are written at once.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.zeros(n_pages, values, dtype=dtype, device=device), None
+    memory = mmap.mmap(-1, n_pages * values * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(n_pages, values), memory
+
+
+def discard_pages(memory: mmap.mmap | None, page_bytes: int, pages: Iterable[int]) -> None:
+    """Give the memory of pages back to the system, if it supports this. The pages are then zeros or unchanged."""
+    if memory is None or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    for run in _runs(pages):
+        start = -(-run.start * page_bytes // mmap.PAGESIZE) * mmap.PAGESIZE  # neighbours are in use
+        stop = run.stop * page_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < stop:
+            memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+def _runs(numbers: Iterable[int]) -> Iterator[range]:
+    """Yield the numbers as ranges of consecutive ones."""
+    start = stop = 0
+    for number in sorted(numbers):
+        if number != stop:
+            yield range(start, stop)
+            start = number
+        stop = number + 1
+    yield range(start, stop)
 
 
 def _told(x: Tensor, device: str) -> str:

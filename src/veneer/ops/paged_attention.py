@@ -11,6 +11,7 @@ import mmap
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -19,12 +20,23 @@ from torch import Tensor
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.attention import AttentionOptions
 from veneer.ops.dispatch import implementation
+from veneer.ops.memory import discard_pages, empty_pages
 
 DTYPES = (torch.float32, torch.bfloat16)
 PLAIN = AttentionOptions()
 Heads = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values of rows: (n, heads, head_dim) each."""
 UNIT = 16  # tokens of a page, and values of a head, come in multiples of it
+
+
+class Sized(Protocol):
+    """Store of ``n_pages`` pages with ``block`` tokens each."""
+
+    @property
+    def n_pages(self) -> int: ...
+
+    @property
+    def block(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,12 +76,8 @@ class PagedStore:
             )
         n_layers, kv_heads, head_dim = heads
         values = n_layers * kv_heads * 2 * block * padded(head_dim)
-        if torch.device(device).type != "cpu":
-            return cls(torch.zeros(n_pages, values, dtype=dtype, device=device), block, *heads)
-        # The system hands these zeros out when they are touched: torch's own are written at once.
-        n_bytes = n_pages * values * dtype.itemsize
-        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return cls(torch.frombuffer(memory, dtype=dtype).view(n_pages, values), block, *heads, memory)
+        data, memory = empty_pages(n_pages, values, dtype, device)
+        return cls(data, block, *heads, memory)
 
     @property
     def n_pages(self) -> int:
@@ -83,24 +91,7 @@ class PagedStore:
 
     def discard(self, pages: Iterable[int]) -> None:
         """Give the memory of pages back to the system, if it supports this. The pages are then zeros or unchanged."""
-        if self.memory is None or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        for run in _runs(pages):
-            start = -(-run.start * self.page_bytes // mmap.PAGESIZE) * mmap.PAGESIZE  # neighbours are in use
-            stop = run.stop * self.page_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-            if start < stop:
-                self.memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
-
-
-def _runs(numbers: Iterable[int]) -> Iterator[range]:
-    """Yield the numbers as ranges of consecutive ones."""
-    start = stop = 0
-    for number in sorted(numbers):
-        if number != stop:
-            yield range(start, stop)
-            start = number
-        stop = number + 1
-    yield range(start, stop)
+        discard_pages(self.memory, self.page_bytes, pages)
 
 
 def padded(head_dim: int) -> int:
@@ -141,7 +132,7 @@ class PagedRows:
 
     @classmethod
     def of(
-        cls, sequences: Iterable[tuple[Sequence[int], int, int]], store: PagedStore, tables: PageTables | None = None
+        cls, sequences: Iterable[tuple[Sequence[int], int, int]], store: Sized, tables: PageTables | None = None
     ) -> PagedRows:
         """Return the rows of a step from its sequences: pages, position of the first row, number of rows.
 

@@ -8,7 +8,9 @@ from torch.nn import functional
 
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.forks import Fork
+from veneer.ops.paged_attention import PagedRows
 from veneer.ops.state.conv import ConvKernel, GatedInput, conv_backward, conv_forward, previous_rows
+from veneer.ops.state.windows import WindowStore, windowed_conv
 
 OP = "conv.conv_forward"
 BOUNDS = torch.tensor([0, 1, 3, 3, 10, 23])
@@ -96,6 +98,35 @@ def test_a_packed_row_has_the_bits_of_its_sequences(dtype, backend):
             assert torch.equal(packed[rows], single)
 
 
+def in_steps(given, kernel, steps, dtype, backend):
+    """Each sequence in the pieces of its steps: rows of step i are those of its sequences' i-th pieces."""
+    store = WindowStore.zeros(7, 2, 16, given.x.shape[1], dtype=dtype)
+    y = torch.empty_like(given.x)
+    for step in steps:
+        rows = PagedRows.of([(pages, start, stop - start) for pages, _, start, stop in step], store)
+        own = [first + i for _, first, start, stop in step for i in range(start, stop)]
+        part = GatedInput(*(None if t is None else t[own] for t in (given.x, given.before, given.after)))
+        y[own] = windowed_conv(store, 1, part, kernel, rows, backend=backend)
+    return y
+
+
+@pytest.mark.looped("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.looped("gated", [True, False])
+def test_a_served_row_has_the_bits_of_training_in_any_chunks(gated, dtype, backend):
+    generator = torch.Generator().manual_seed(3)
+    before, after, x = torch.randn(51, 3 * 37, generator=generator).to(dtype).chunk(3, dim=1)
+    given = GatedInput(x, before, after) if gated else GatedInput(x)
+    activation = "identity" if backend == "reference" else "silu"  # torch rounds the end of a tensor otherwise
+    kernel = ConvKernel(torch.randn(37, 4, generator=generator).to(dtype), activation=activation)
+    whole = conv_forward(given, kernel, previous_rows(torch.tensor([0, 31, 51])), backend=backend)
+    one, two = ([4, 2], 0), ([6, 0], 31)  # pages, and the first row of the sequence
+    at_once = [[(*one, 0, 31), (*two, 0, 20)]]
+    chunked = [[(*one, 0, 15), (*two, 0, 1)], [(*two, 1, 3), (*one, 15, 18)], [(*one, 18, 31)], [(*two, 3, 20)]]
+    again = [[(*one, 0, 31)], [(*one, 14, 31), (*two, 0, 20)]]  # as after a draft that was taken back
+    for steps in (at_once, chunked, again):
+        assert torch.equal(in_steps(given, kernel, steps, dtype, backend), whole)
+
+
 @pytest.mark.looped("owns_dy", [False, True])
 @pytest.mark.looped("owns_inputs", [False, True])
 def test_parts_of_one_buffer_overwritten(owns_inputs, owns_dy, backend):
@@ -127,3 +158,6 @@ def test_errors():
         conv_forward(given, kernel, previous[1:])
     with pytest.raises(ShapeError, match=r"given \(22, 5\)"):
         conv_backward(dy[1:], given, kernel, previous)
+    store = WindowStore.zeros(1, 1, 32, 5, dtype=torch.bfloat16)
+    with pytest.raises(ShapeError, match=r"takes rows \(23, 5\) in torch.bfloat16; given \(23, 5\) in torch.float32"):
+        windowed_conv(store, 0, given, kernel, PagedRows.of([([0], 0, 23)], store))

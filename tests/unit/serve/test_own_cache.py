@@ -65,7 +65,7 @@ def test_answers_are_those_of_generate_alone_and_in_a_crowd(kind, tokenizer, cap
     adapted = get_peft_model(made(kind), LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
     adapted.save_pretrained(tmp_path)
     with_adapter = greedy(adapted.eval(), tokenizer, PROMPTS[1])
-    llm = LLM(model, tokenizer=tokenizer, max_num_batched_tokens=11, max_num_seqs=2)
+    llm = LLM(model, tokenizer=tokenizer, max_num_batched_tokens=11, max_num_seqs=2, general_runner=True)
     runner = llm.engine.runner
     assert isinstance(runner, OwnCacheRunner)
     assert runner.caching.way is WAYS.get(kind, Way.AT_ONCE)
@@ -124,7 +124,9 @@ def test_sequences_that_are_preempted_or_aborted_give_their_caches_back(tokenize
     kept = kept_bytes(model, Way.AT_ONCE)
     page = 16 * kept.position
     fixed = -(-kept.sequence // page)
-    llm = LLM(model, tokenizer=tokenizer, max_model_len=66, kv_cache_memory_bytes=page * (2 * fixed + 5))
+    llm = LLM(
+        model, tokenizer=tokenizer, max_model_len=66, kv_cache_memory_bytes=page * (2 * fixed + 5), general_runner=True
+    )
     engine, runner = llm.engine, llm.engine.runner
     most = []
     run = runner.run

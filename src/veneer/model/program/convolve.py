@@ -8,30 +8,52 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import DescriptionError
 from veneer.model.blueprint.parts import ShortConv
 from veneer.model.program.acting import Acting, is_plain
-from veneer.model.program.operation import Frame, Register
+from veneer.model.program.binding import Binding
+from veneer.model.program.operation import Frame, PassKind, Register, Window
 from veneer.model.program.rows import PassRows
 from veneer.model.program.stretch import ActingStretch, Keep, Kept, Tape, Trained
-from veneer.ops.state.conv import ConvKernel, GatedInput, conv_backward, conv_forward, previous_rows
+from veneer.ops.cpu.step import StepProgram
+from veneer.ops.state.conv import LONGEST, ConvKernel, GatedInput, conv_backward, conv_forward, previous_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Convolve(Trained):
     """Convolution: ``target = c · conv(b · x)``, where ``source`` (n, 3 · width) holds b, c and x.
 
-    In training a token sees those of its own sequence alone. The output is computed again in the backward pass.
+    ``layer`` is the index of its inputs in a page. In training a token sees those of its own sequence alone. The output
+    is computed again in the backward pass.
     """
 
     cheap = True
 
+    layer: int
     part: ShortConv
     source: Register
     target: Register
 
-    def forward(self, weights: None, rows: PassRows, frame: Frame) -> None:
-        raise DescriptionError(f"{self.part.path} keeps the last tokens of a sequence, and pages hold keys and values")
+    @property
+    def state(self) -> Window:
+        return Window(self.part.width)
+
+    def bind(self, to: Binding) -> ConvKernel:
+        held = to.model.get_submodule(self.part.conv)._parameters
+        return ConvKernel(cast(Tensor, held["weight"])[:, 0], held["bias"])
+
+    def forward(self, weights: ConvKernel, rows: PassRows, frame: Frame) -> None:
+        [source] = self.source.read(frame)
+        self.target.write(frame, [rows.cache.convolve(self.layer, _gated(source), weights, rows.rows)])
+
+    def emit(self, weights: ConvKernel, step: StepProgram) -> bool:
+        if self.part.kernel > LONGEST:
+            return False
+        sizes = [self.part.width, self.part.kernel, self.layer]
+        step.add("conv", *sizes, *weights.values(), step.first_of(self.source), step.first_of(self.target))
+        return True
+
+    def fits(self, kind: PassKind) -> bool:
+        return kind.in_pages
 
     @property
     def gives_output(self) -> bool:

@@ -98,7 +98,7 @@ def reasons(block: Block, width: int) -> list[str]:
 
 
 def block_operations(layer: int, block: Block, stream: Register) -> Iterator[Operation]:
-    """Yield the operations of a block that is fully described. Its keys and values are those of ``layer``."""
+    """Yield the operations of a block that is fully described. Its state is number ``layer`` of its kind."""
     norms = block.norms
     seen = yield from _normed(norms.attention, stream, "x")
     fed = seen
@@ -157,7 +157,7 @@ def _attention(layer: int, block: Block, seen: Register, stream: Register) -> It
     if isinstance(part, ShortConv):
         inner, mixed = _outputs("inner", (part.inner,)), Register("mixed", (part.width,))
         yield Product(linears=(part.inner,), source=seen, target=inner)
-        yield Convolve(part=part, source=inner, target=mixed)
+        yield Convolve(layer=layer, part=part, source=inner, target=mixed)
         yield from half.joined(part.out, mixed, block.norms.attention_post)
         return
     qkv, mixed = _outputs("qkv", part.qkv), Register("mixed", (part.heads.n_heads * part.heads.head_dim,))

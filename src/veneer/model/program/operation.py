@@ -53,6 +53,17 @@ class Keys(NamedTuple):
         return 2 * self.n_heads * self.width
 
 
+class Window(NamedTuple):
+    """State that a token leaves for the tokens right behind it: an input of a short convolution, of a width."""
+
+    width: int
+
+    @property
+    def n_numbers(self) -> int:
+        """Number of values of a token."""
+        return self.width
+
+
 class PassKind(NamedTuple):
     """Kind of a pass: whether keys are only in the kernels' pages, and whether the pass begins with token ids."""
 
@@ -117,7 +128,7 @@ class Operation(ABC):
         return (self,)
 
     @property
-    def state(self) -> Keys | None:
+    def state(self) -> Keys | Window | None:
         """The values that the operation stores for each token, or None."""
         return None
 

@@ -12,12 +12,12 @@ from functools import cached_property
 
 from veneer.errors import DescriptionError
 from veneer.model.blueprint.decoder import Decoder, Embedding, Head
-from veneer.model.blueprint.parts import Attention, Linear, Norm, ShortConv, Stack
+from veneer.model.blueprint.parts import Attention, Linear, Norm, Stack
 from veneer.model.blueprint.rotary import DynamicScaling, LongRopeScaling, Rotary
 from veneer.model.program.embed import Embed
 from veneer.model.program.halves import block_operations
 from veneer.model.program.logits import Logits, Pick
-from veneer.model.program.operation import STREAM, Keys, Operation, Register
+from veneer.model.program.operation import STREAM, Keys, Operation, Register, Window
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,18 @@ class Program:
 
     @property
     def states(self) -> tuple[Keys, ...]:
-        """The values that each layer stores for a token."""
-        return tuple(each.state for each in self.operations if each.state is not None)
+        """The keys and values that each layer of attention stores for a token."""
+        return tuple(each.state for each in self.operations if isinstance(each.state, Keys))
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """The values that each short convolution stores for a token."""
+        return tuple(each.state for each in self.operations if isinstance(each.state, Window))
 
     @property
     def numbers_per_position(self) -> int:
-        """Number of values in the keys and values of a token."""
-        return sum(state.n_numbers for state in self.states)
+        """Number of values that a token leaves."""
+        return sum(state.n_numbers for state in self.states) + sum(window.n_numbers for window in self.windows)
 
     @property
     def rotaries(self) -> tuple[Rotary, ...]:
@@ -82,11 +87,20 @@ def compile_program(decoder: Decoder, n_positions: int) -> Program:
     stream, head = Register(STREAM, (decoder.embedding.width,)), decoder.head
     operations = (
         Embed(embedding=decoder.embedding, target=stream),
-        *(each for layer, block in enumerate(decoder.blocks) for each in block_operations(layer, block, stream)),
+        *_block_operations(decoder, stream),
         Pick(norm=decoder.norm, head=head, stream=stream),
         Logits(norm=decoder.norm, head=head, stream=stream),
     )
     return Program(operations, n_positions, decoder.embedding, head, decoder.attentions)
+
+
+def _block_operations(decoder: Decoder, stream: Register) -> Iterator[Operation]:
+    """Yield the operations of all blocks. States are numbered by kind."""
+    n_of = dict[type, int]()
+    for block in decoder.blocks:
+        kind = type(block.attention)
+        yield from block_operations(n_of.setdefault(kind, 0), block, stream)
+        n_of[kind] += 1
 
 
 def _unsaid(decoder: Decoder, n_positions: int) -> Iterator[str]:
@@ -95,9 +109,6 @@ def _unsaid(decoder: Decoder, n_positions: int) -> Iterator[str]:
     positions = decoder.embedding.positions
     if positions is not None and n_positions + positions.offset > positions.rows:
         yield f"{positions.path} has {positions.rows} positions, and sequences may have {n_positions}"
-    for block in decoder.blocks:
-        if isinstance(block.attention, ShortConv):
-            yield f"{block.attention.path} keeps the last tokens of a sequence, and pages hold keys and values alone"
     for part in decoder.attentions:
         if part.alibi:
             yield f"{part.path} has a bias that falls with distance (ALiBi)"

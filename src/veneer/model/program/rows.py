@@ -12,6 +12,7 @@ from veneer.model.blueprint.parts import Attention
 from veneer.ops.grouped_low_rank import AdapterRuns
 from veneer.ops.paged_attention import Heads
 from veneer.ops.pairs import Segments
+from veneer.ops.state.conv import ConvKernel, GatedInput
 
 
 class Pages(Protocol):
@@ -33,6 +34,9 @@ class Pages(Protocol):
 
         The rows' own keys must have been appended.
         """
+
+    def convolve(self, layer: int, given: GatedInput, weights: ConvKernel, rows: Any) -> Tensor:
+        """Return the short convolution (n, width) of a pass's rows, whose inputs are written into the pages."""
 
 
 @dataclass(slots=True)

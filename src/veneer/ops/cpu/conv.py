@@ -8,11 +8,11 @@ from torch import Tensor
 from veneer.ops.cpu.dtypes import is_served
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.memory import address
+from veneer.ops.paged_attention import PagedRows
 from veneer.ops.reference import conv as reference
 from veneer.ops.rows import put_back, same_dtype, with_rows
-from veneer.ops.state.conv import ConvKernel, GatedInput
-
-LONGEST = 16  # tokens
+from veneer.ops.state.conv import LONGEST, ConvKernel, GatedInput
+from veneer.ops.state.windows import WindowStore
 
 
 def conv_forward(given: GatedInput, kernel: ConvKernel, previous: Tensor) -> Tensor:
@@ -21,6 +21,22 @@ def conv_forward(given: GatedInput, kernel: ConvKernel, previous: Tensor) -> Ten
     y = torch.empty(given.x.shape, dtype=given.x.dtype)
     sizes, _held = _sizes(given, kernel, previous)
     kernels().conv_forward(sizes, _places(*_rows(given)), _places(y))
+    return y
+
+
+def windowed_conv(store: WindowStore, layer: int, given: GatedInput, kernel: ConvKernel, rows: PagedRows) -> Tensor:
+    if not _is_known(given, kernel):
+        return reference.windowed_conv(store, layer, given, kernel, rows)
+    y = torch.empty(given.x.shape, dtype=given.x.dtype)
+    sizes, _held = _sizes(given, kernel, None)
+    tables = (rows.pages, rows.first_page, rows.first_row, rows.position)
+    kernels().conv_windowed(
+        sizes,
+        [address(store.data), *store.data.shape[1:3], layer],
+        [len(rows.position), *map(address, tables)],
+        _places(*_rows(given)),
+        _places(y),
+    )
     return y
 
 
@@ -55,11 +71,10 @@ def _rows(given: GatedInput) -> list[Tensor | None]:
     return [None if t is None else with_rows(t) for t in given.tensors]
 
 
-def _sizes(given: GatedInput, kernel: ConvKernel, previous: Tensor) -> tuple[list[int], list[Tensor | None]]:
+def _sizes(given: GatedInput, kernel: ConvKernel, previous: Tensor | None) -> tuple[list[int], list[Tensor | None]]:
     """Return what the kernels take in front of their rows, and the tensors whose memory that names."""
-    weight = kernel.weight.detach().float().t().flip(0).contiguous()
-    bias = None if kernel.bias is None else kernel.bias.detach().float().contiguous()
-    previous = previous.to(torch.int32).contiguous()
+    weight, bias = kernel.values()
+    previous = None if previous is None else previous.to(torch.int32).contiguous()
     places = [0 if t is None else address(t) for t in (previous, weight, bias)]
     sizes = [*given.x.shape, len(weight), DTYPES[given.x.dtype], int(kernel.activation == "silu"), *places]
     return sizes, [previous, weight, bias]

@@ -25,6 +25,7 @@ from veneer.ops.packed import PackedWeight
 from veneer.ops.packed_codes import PackedCodes
 from veneer.ops.paged_attention import PagedRows, PagedStore
 from veneer.ops.pairs import PackedPairs
+from veneer.ops.state.windows import WindowStore
 from veneer.ops.terms import TERM_KINDS, LayerTerms, PackedTerm
 
 Part = Tensor | float | Sequence["Part"] | None
@@ -186,7 +187,7 @@ class StepProgram:
         self,
         part: range,
         registers: list[int],
-        pages: tuple[PagedStore, PagedRows] | None,
+        pages: tuple[PagedStore, WindowStore | None, PagedRows] | None,
         rows: StepRows,
         runs: Sequence[tuple[int, int, int]],
     ) -> None:
@@ -196,7 +197,7 @@ class StepProgram:
         the last). Raises IndexError for an id outside a table of embeddings, or a position outside the rotation
         tables.
         """
-        store, batch = _pages(*pages) if pages else ([0] * 5, [0] * 5)
+        store, batch = _pages(*pages) if pages else ([0] * 7, [0] * 5)
         self._program.run(
             part.start,
             part.stop,
@@ -214,9 +215,10 @@ def places(registers: Sequence[Tensor]) -> list[int]:
     return [number for register in registers for number in (address(register), register.stride(0))]
 
 
-def _pages(store: PagedStore, rows: PagedRows) -> tuple[list[int], list[int]]:
+def _pages(store: PagedStore, windows: WindowStore | None, rows: PagedRows) -> tuple[list[int], list[int]]:
     tables = (rows.pages, rows.first_page, rows.first_row, rows.position)
     sizes = [address(store.data), store.block, store.n_layers, store.kv_heads, store.head_dim]
+    sizes += [0, 0] if windows is None else [address(windows.data), windows.data.shape[1]]
     return sizes, [len(rows.position), *map(address, tables)]
 
 

@@ -5,12 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from veneer.ops.paged_attention import PagedRows
 from veneer.ops.state.conv import ConvKernel, GatedInput
+from veneer.ops.state.windows import WindowStore
 
 
 def conv_forward(given: GatedInput, kernel: ConvKernel, previous: Tensor) -> Tensor:
     value, _ = _value_and_slope(_sums(given, kernel, _seen(kernel, previous, given.x.device)), kernel)
     return (value if given.after is None else value * given.after.to(value.dtype)).to(given.x.dtype)
+
+
+def windowed_conv(store: WindowStore, layer: int, given: GatedInput, kernel: ConvKernel, rows: PagedRows) -> Tensor:
+    y, inputs = torch.empty_like(given.x), store.data[:, layer]
+    for pages, position, first, stop in rows.sequences():
+        places = torch.arange(max(0, position - kernel.weight.shape[1] + 1), position + stop - first)
+        held = (torch.tensor(pages)[places // inputs.shape[1]], places % inputs.shape[1])
+        own = slice(len(places) - (stop - first), None)
+        inputs[held[0][own], held[1][own]] = _input(given)[first:stop]
+        seen, previous = inputs[held], torch.arange(-1, len(places) - 1)
+        found, _ = _value_and_slope(_sums(GatedInput(seen), kernel, _seen(kernel, previous, seen.device)), kernel)
+        found = found[own] if given.after is None else found[own] * given.after[first:stop].to(found.dtype)
+        y[first:stop] = found.to(y.dtype)
+    return y
 
 
 def conv_backward(
@@ -57,13 +73,20 @@ def _seen(kernel: ConvKernel, previous: Tensor, device: torch.device) -> list[Te
 
 def _sums(given: GatedInput, kernel: ConvKernel, seen: list[Tensor]) -> Tensor:
     """Return the bias and the products of each row with the rows that it sees, the farthest first."""
-    x, wide = given.x, torch.promote_types(given.x.dtype, torch.float32)
-    z = x.to(wide) if given.before is None else (x.to(wide) * given.before.to(wide)).to(x.dtype).to(wide)
+    x, z = given.x, _input(given)
+    wide = torch.promote_types(z.dtype, torch.float32)
+    z = z.to(wide)
     z = torch.cat([z, z.new_zeros(1, z.shape[1])])  # row -1
     total = torch.zeros_like(z[:-1]) if kernel.bias is None else kernel.bias.to(wide).expand(len(x), -1)
     for rows, weight in zip(reversed(seen), kernel.weight.to(wide).unbind(1), strict=True):
         total = total + z[rows] * weight
     return total
+
+
+def _input(given: GatedInput) -> Tensor:
+    """Return what the convolution reads, rounded as it is kept."""
+    wide = torch.promote_types(given.x.dtype, torch.float32)
+    return given.x if given.before is None else (given.x.to(wide) * given.before.to(wide)).to(given.x.dtype)
 
 
 def _value_and_slope(x: Tensor, kernel: ConvKernel) -> tuple[Tensor, Tensor | float]:

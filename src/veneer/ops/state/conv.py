@@ -19,6 +19,7 @@ from veneer.ops.dispatch import implementation
 from veneer.ops.forks import Fork
 
 ACTIVATIONS = ("identity", "silu")
+LONGEST = 16  # tokens that the kernels take
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,11 @@ class ConvKernel:
     weight: Float[Tensor, "d kernel"]
     bias: Float[Tensor, " d"] | None = None
     activation: str = "identity"
+
+    def values(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight (kernel, d), that of a token itself first, and the bias, in float32."""
+        weight = self.weight.detach().float().t().flip(0).contiguous()
+        return weight, None if self.bias is None else self.bias.detach().float().contiguous()
 
 
 def previous_rows(cu_seqlens: Int[Tensor, " n_sequences_plus_1"], forks: Sequence[Fork] = ()) -> Int[Tensor, " n"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from veneer.ops import paged_attention as kernel
 from veneer.ops.attention import AttentionOptions
 from veneer.ops.dispatch import backends
 from veneer.ops.rotary import rotate_both
+from veneer.ops.state.conv import ConvKernel, GatedInput
+from veneer.ops.state.windows import WindowStore, windowed_conv
 
 
 class KVCache(Pages, Protocol):
@@ -44,19 +46,23 @@ class KVCache(Pages, Protocol):
 
 def make_cache(program: Program, n_pages: int, block: int, dtype: torch.dtype, device: torch.device) -> KVCache:
     """Return empty pages for a program, which take memory when they are written to."""
-    heads = _heads_in_pages(program, block, dtype, device)
+    heads, windows = _heads_in_pages(program, block, dtype, device), None
+    if program.windows:
+        sizes = (n_pages, len(program.windows), block, program.windows[0].width)
+        windows = WindowStore.zeros(*sizes, dtype=dtype, device=device)
     if heads is None:
-        return SlotCache(SlotStore(n_pages, block))
+        return SlotCache(SlotStore(n_pages, block), windows)
     shape = (len(program.states), *heads)
-    return PageCache(kernel.PagedStore.zeros(n_pages, block, shape, dtype=dtype, device=device))
+    return PageCache(kernel.PagedStore.zeros(n_pages, block, shape, dtype=dtype, device=device), windows)
 
 
 def numbers_per_position(program: Program, block: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return the number of values that a token's keys and values take in `make_cache`, with the padding of heads."""
+    """Return the number of values that a token takes in `make_cache`, with the padding of heads."""
     heads = _heads_in_pages(program, block, dtype, device)
     if heads is None:
         return program.numbers_per_position
-    return 2 * len(program.states) * heads[0] * kernel.padded(heads[1])
+    of_windows = sum(window.n_numbers for window in program.windows)
+    return 2 * len(program.states) * heads[0] * kernel.padded(heads[1]) + of_windows
 
 
 def _heads_in_pages(program: Program, block: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int] | None:
@@ -71,9 +77,13 @@ def _heads_in_pages(program: Program, block: int, dtype: torch.dtype, device: to
 
 @dataclass(frozen=True, slots=True)
 class PageCache:
-    """Cache in the kernels' pages. ``tables`` keeps the page tables of the last step for reuse."""
+    """Cache in the kernels' pages, and ``windows`` of short convolutions.
+
+    ``tables`` keeps the page tables of the last step for reuse.
+    """
 
     store: kernel.PagedStore
+    windows: WindowStore | None = None
     tables: kernel.PageTables = field(default_factory=kernel.PageTables)
 
     def rows(self, stretches: Sequence[Stretch]) -> kernel.PagedRows:
@@ -91,11 +101,16 @@ class PageCache:
         options = AttentionOptions(scale=part.scale, window=part.window, softcap=part.softcap)
         return kernel.paged_attention(self.store, layer, queries, rows, options).flatten(1)
 
+    def convolve(self, layer: int, given: GatedInput, weights: ConvKernel, rows: kernel.PagedRows) -> Tensor:
+        return windowed_conv(cast(WindowStore, self.windows), layer, given, weights, rows)
+
     def slots(self) -> SlotStore:
         return SlotsInPages(self.store)
 
     def discard(self, pages: Sequence[int]) -> None:
         self.store.discard(pages)
+        if self.windows is not None:
+            self.windows.discard(pages)
 
 
 class SlotsInPages(SlotStore):
@@ -119,9 +134,13 @@ class SlotsInPages(SlotStore):
 
 @dataclass(frozen=True, slots=True)
 class SlotRows:
-    """Rows of a pass by slots. ``seen``: the keys that they attend to, by window, computed on first use."""
+    """Rows of a pass by slots. ``seen``: the keys that they attend to, by window, computed on first use.
+
+    ``paged`` are the same rows by pages, for short convolutions; None if the program has none.
+    """
 
     step: PagedStep
+    paged: kernel.PagedRows | None = None
     seen: dict[int | None, SeenKeys] = field(default_factory=dict)
 
     def within(self, window: int | None) -> SeenKeys:
@@ -138,9 +157,14 @@ class SlotCache:
     """Cache in plain torch, for any page size, dtype, device and mixture of heads."""
 
     store: SlotStore
+    windows: WindowStore | None = None
 
     def rows(self, stretches: Sequence[Stretch]) -> SlotRows:
-        return SlotRows(PagedStep.of(self.store, stretches, torch.device("cpu")))
+        paged = None if self.windows is None else kernel.PagedRows.of(stretches, self.store)
+        return SlotRows(PagedStep.of(self.store, stretches, torch.device("cpu")), paged)
+
+    def convolve(self, layer: int, given: GatedInput, weights: ConvKernel, rows: SlotRows) -> Tensor:
+        return windowed_conv(cast(WindowStore, self.windows), layer, given, weights, cast(Any, rows.paged))
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: SlotRows) -> None:
         self.store.write(layer, rows.step.slots, keys, values)
@@ -166,7 +190,9 @@ class SlotCache:
         return self.store
 
     def discard(self, pages: Sequence[int]) -> None:
-        """Do nothing: plain tensors cannot be freed page by page."""
+        """Free those of short convolutions: plain tensors cannot be freed page by page."""
+        if self.windows is not None:
+            self.windows.discard(pages)
 
 
 def _near(query: Tensor, key: Tensor, window: int | None) -> Tensor:

@@ -200,7 +200,7 @@ class NativeStretch:
         if not self.place:
             return
         native, given = self.native, frame["given"]
-        pages = (rows.cache.store, rows.rows) if isinstance(rows.cache, PageCache) else None
+        pages = (rows.cache.store, rows.cache.windows, rows.rows) if isinstance(rows.cache, PageCache) else None
         runs = [(native.numbers[rows.versions[place]], start, stop) for place, start, stop in rows.runs.runs]
         registers = self._registers(frame, len(rows.positions))
         ids = None if given.is_floating_point() else given
