@@ -34,6 +34,8 @@ from veneer.ops.packed_codes import PackedCodes
 from veneer.ops.paged_attention import PagedRows, PagedStore
 from veneer.ops.pairs import FactorPair, PackedPairs, Segment, Segments
 from veneer.ops.scaled import ScaledCodes
+from veneer.ops.state.conv import ConvKernel, GatedInput
+from veneer.ops.state.windows import WindowStore
 from veneer.ops.terms import PackedTerm
 from veneer.records.terms.form import Form
 
@@ -52,6 +54,12 @@ def cases():
     yield "attention.attention_forward", (heads, heads.clone(), heads.clone(), Plain(bounds), *numbers)
     given = [heads.clone() for _ in range(4)]
     yield "attention.attention_backward", (heads, *given, lse, Plain(bounds), *numbers)
+    kernel, previous = Plain(ConvKernel(torch.randn(D, 3))), torch.arange(-1, N - 1, dtype=torch.int32)
+    gated = GatedInput(x, x.clone(), x.clone())
+    yield "conv.conv_forward", (gated, kernel, previous)
+    yield "conv.conv_backward", (y, gated, kernel, previous, (False, False))
+    windows = WindowStore.zeros(1, 1, 16, D, dtype=torch.float32)
+    yield "conv.windowed_conv", (windows, 0, gated, kernel, Plain(PagedRows.of([([0], 0, N)], windows)))
     yield "cross_entropy.softmax_cross_entropy", (x, rows, None, True)
     yield "dropout.drop", (x, 30000, 7, rows)
     yield "experts.route", (torch.randn(N, 8), Plain(Router(n_experts=8, top_k=2)), torch.randn(8))
@@ -173,6 +181,8 @@ tree.register_pytree_node(
     lambda w: ([w.codes, w.scales, w.zeros, w.overall], w),
     lambda t, w: replace(w, codes=t[0], scales=t[1], zeros=t[2], overall=t[3]),
 )
+tree.register_pytree_node(GatedInput, lambda g: ([g.x, g.before, g.after], None), lambda t, _: GatedInput(*t))
+tree.register_pytree_node(WindowStore, lambda s: ([s.data], s), lambda t, s: replace(s, data=t[0]))
 tree.register_pytree_node(PagedStore, lambda s: ([s.data], s), lambda t, s: replace(s, data=t[0]))
 tree.register_pytree_node(Moment8bit, lambda m: ([m.codes, m.absmax], None), lambda parts, _: Moment8bit(*parts))
 tree.register_pytree_node(LowRankGroup, lambda g: ([*g.a, *g.b], g), lambda ab, g: replace(g, a=(ab[0],), b=(ab[1],)))
