@@ -19,6 +19,7 @@ from veneer.model.adapted.masks import masks_of
 from veneer.model.adapted.site import Adapted, TiedFactors, factors_of
 from veneer.model.cut_weight import read_whole, whole
 from veneer.model.inplace import plain_class
+from veneer.model.linear_class import computes_linear
 from veneer.model.quantized.frozen_weight import frozen_weight
 from veneer.model.quantized.module import CodedModule
 from veneer.ops.dropout import Mask, dropout
@@ -471,23 +472,4 @@ def is_linear(module: nn.Module) -> bool:
     """
     if hasattr(module, "frozen_format"):
         return True
-    return isinstance(module, (nn.Linear, Conv1D)) and _computes_linear(cast(Hashable, plain_class(type(module))))
-
-
-@functools.cache
-def _computes_linear(kind: Hashable) -> bool:
-    """Return True if a class computes x Wᵀ + b: its forward is torch's, or gives the same results on random values."""
-    cls: Any = kind
-    if cls.forward in (nn.Linear.forward, Conv1D.forward):
-        return True
-    made = cls.__new__(cls)
-    nn.Module.__init__(made)
-    made.in_features, made.out_features = 3, 2
-    made.weight = nn.Parameter(torch.arange(6.0, device="cpu").view(2, 3), requires_grad=False)
-    made.bias = nn.Parameter(torch.arange(2.0, device="cpu"), requires_grad=False)
-    x = torch.arange(1.0, 13.0, device="cpu").view(4, 3)
-    try:
-        y = cls.forward(made, x)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return False
-    return isinstance(y, Tensor) and y.shape == (4, 2) and torch.equal(y, x @ made.weight.T + made.bias)
+    return isinstance(module, (nn.Linear, Conv1D)) and computes_linear(cast(Hashable, plain_class(type(module))))

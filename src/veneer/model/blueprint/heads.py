@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-HeadOrder = Literal["apart", "joined", "by head"]
+HeadOrder = Literal["apart", "joined", "by group"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +18,8 @@ class HeadLayout:
     """Layout of heads in the outputs of the projections.
 
     ``order`` is "apart" for three projections. One projection is "joined" if its output is all of q, then k, then v
-    (Phi-3, GPT-2). It is "by head" if its output is q, k and v of one head after the other (GPT-NeoX). ``n_heads``
-    counts query heads.
+    (Phi-3, GPT-2). It is "by group" if its output is one group after the other: the queries that share a key head, then
+    its k and v (Falcon; GPT-NeoX, with one query each). ``n_heads`` counts query heads.
     """
 
     order: HeadOrder
@@ -27,12 +27,21 @@ class HeadLayout:
     n_kv_heads: int
     head_dim: int
 
+    @property
+    def group(self) -> int:
+        """Number of query heads that share a key head."""
+        return self.n_heads // self.n_kv_heads
+
     def split(self, outputs: Sequence[Float[Tensor, "n _"]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q (n, heads, d), k and v (n, kv_heads, d): views of the projections' outputs."""
+        """Return q (n, heads, d), k and v (n, kv_heads, d): views of the projections' outputs.
+
+        Several queries in each of several groups are copied.
+        """
         if self.order == "apart":
             q, k, v = (t.view(t.shape[0], -1, self.head_dim) for t in outputs)
-        elif self.order == "by head":
-            q, k, v = outputs[0].view(len(outputs[0]), self.n_heads, 3, self.head_dim).unbind(dim=2)
+        elif self.order == "by group":
+            groups = outputs[0].view(len(outputs[0]), self.n_kv_heads, self.group + 2, self.head_dim)
+            q, k, v = groups[:, :, :-2].reshape(len(groups), -1, self.head_dim), groups[:, :, -2], groups[:, :, -1]
         else:
             sizes = [self.n_heads, self.n_kv_heads, self.n_kv_heads]
             q, k, v = torch.split(outputs[0].view(len(outputs[0]), -1, self.head_dim), sizes, dim=1)
@@ -42,5 +51,7 @@ class HeadLayout:
         """Return the inverse of `split`: q, k and v in the layout of the projections' outputs."""
         if self.order == "apart":
             return [t.view(len(t), -1) for t in qkv]
-        joined = torch.stack(list(qkv), dim=2) if self.order == "by head" else torch.cat(list(qkv), dim=1)
+        if self.order == "by group":
+            qkv = [t.reshape(len(t), self.n_kv_heads, -1, self.head_dim) for t in qkv]
+        joined = torch.cat(list(qkv), dim=-2)
         return [joined.view(len(joined), -1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import cast
 
 from torch import Tensor, nn
@@ -10,14 +11,17 @@ from transformers.pytorch_utils import Conv1D
 from veneer.model.blueprint.parts import Linear, Role
 from veneer.model.blueprint.source import BlockSource
 from veneer.model.inplace import InPlace, base_of
+from veneer.model.linear_class import computes_linear
 from veneer.model.quantized.frozen_weight import frozen_weight
 from veneer.model.quantized.packed_linear import PackedLinear, PackedQuantLinear
 from veneer.model.quantized.quant_linear import QuantLinear
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return True if a module is a linear layer of a known class, adapted or not."""
-    return _own_class(module) in (nn.Linear, Conv1D, QuantLinear, PackedLinear, PackedQuantLinear)
+    """Return True if a module is a linear layer, adapted or not: of a known class, or of one that computes the same."""
+    kind = _own_class(module)
+    known = kind in (nn.Linear, Conv1D, QuantLinear, PackedLinear, PackedQuantLinear)
+    return known or (issubclass(kind, nn.Linear) and computes_linear(cast(Hashable, kind)))
 
 
 def read_linear(source: BlockSource, module: nn.Module, role: Role) -> Linear:

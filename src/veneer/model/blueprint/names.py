@@ -7,9 +7,11 @@ no role expresses are in `contract.family_targets`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from veneer.model.blueprint.heads import HeadOrder
 from veneer.model.blueprint.parts import Role
+
+NamedOrder = Literal["joined", "by head", "by group"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +49,8 @@ class InnerNames:
 class Names:
     """Alternatives for every part, as children of the module that holds them; the first that a model has counts.
 
-    ``joined`` maps the names of joined q, k and v layers to the order of their heads, if k and v have as many heads as
-    q. With fewer, the order is always q, then k, then v.
+    ``joined`` maps the names of joined q, k and v layers to the order of their heads. "by head" is q, k and v of one
+    head after the other if k and v have as many heads as q, and with fewer all of q, then k, then v.
     """
 
     positions: tuple[str, ...] = ("wpe", "embed_positions")
@@ -59,7 +61,7 @@ class Names:
     single: tuple[str, ...] = ("mixer",)  # the only part of a block, whose norm is ``single_norm``
     single_norm: str = "norm"
     q_k_v: tuple[tuple[str, str, str], ...] = (("q_proj", "k_proj", "v_proj"),)
-    joined: tuple[tuple[str, HeadOrder], ...] = (
+    joined: tuple[tuple[str, NamedOrder], ...] = (
         ("qkv_proj", "joined"),
         ("query_key_value", "by head"),
         ("c_attn", "joined"),

@@ -10,6 +10,7 @@ from torch import nn
 from veneer.model.blueprint.heads import HeadLayout, HeadOrder
 from veneer.model.blueprint.linears import is_linear, read_linear
 from veneer.model.blueprint.masks import FULL, types_in
+from veneer.model.blueprint.names import NamedOrder
 from veneer.model.blueprint.norms import read_norm
 from veneer.model.blueprint.parts import Attention, Linear, Norm, Role, Strange
 from veneer.model.blueprint.read_rotary import read_rotary, read_temperature, rotates, turns_neighbours
@@ -79,20 +80,19 @@ def _read(source: BlockSource, module: nn.Module, layer: int) -> Attention | Str
     )
 
 
-def _projections(source: BlockSource, module: nn.Module) -> tuple[tuple[Linear, ...], Linear, HeadOrder]:
+def _projections(source: BlockSource, module: nn.Module) -> tuple[tuple[Linear, ...], Linear, NamedOrder | None]:
     names, out = source.names, _out(source, module)
     apart = next((each for each in names.q_k_v if has_all(module, each)), None)
     joined = next((each for each in names.joined if has_all(module, each[:1])), None)
     if (apart is None and joined is None) or out is None:
         raise _OddError("no q, k, v and o projections of known names in it")
-    inner = apart or (cast("tuple[str, HeadOrder]", joined)[0],)
+    inner = apart or (cast("tuple[str, NamedOrder]", joined)[0],)
     layers = [getattr(module, name) for name in inner]
     if not all(is_linear(layer) for layer in (*layers, out)):
         raise _OddError("its projections are no plain linear layers")
     roles = Q_K_V if apart else cast("tuple[Role, ...]", ("qkv",))
     qkv = tuple(read_linear(source, layer, role) for layer, role in zip(layers, roles, strict=True))
-    order: HeadOrder = "apart" if apart else cast("tuple[str, HeadOrder]", joined)[1]
-    return qkv, read_linear(source, out, "o"), order
+    return qkv, read_linear(source, out, "o"), None if apart else cast("tuple[str, NamedOrder]", joined)[1]
 
 
 def _out(source: BlockSource, module: nn.Module) -> nn.Module | None:
@@ -101,7 +101,7 @@ def _out(source: BlockSource, module: nn.Module) -> nn.Module | None:
 
 
 def _heads(
-    source: BlockSource, module: nn.Module, qkv: tuple[Linear, ...], out: Linear, order: HeadOrder
+    source: BlockSource, module: nn.Module, qkv: tuple[Linear, ...], out: Linear, order: NamedOrder | None
 ) -> HeadLayout:
     name = first(module, source.names.head_dim)
     found = None if name is None else _layout(int(cast(int, getattr(module, name))), qkv, out, order)
@@ -110,17 +110,20 @@ def _heads(
     return found
 
 
-def _layout(head_dim: int, qkv: tuple[Linear, ...], out: Linear, order: HeadOrder) -> HeadLayout | None:
+def _layout(head_dim: int, qkv: tuple[Linear, ...], out: Linear, order: NamedOrder | None) -> HeadLayout | None:
+    """Return the layout of three projections, or of one with heads in an ``order``; None if the sizes do not fit."""
     n_heads, rest = divmod(out.in_features, head_dim)
     n_all, rest_all = divmod(sum(linear.out_features for linear in qkv), head_dim)
     n_kv_heads = (n_all - n_heads) // 2
     if rest or rest_all or n_heads < 1 or n_kv_heads < 1 or n_all != n_heads + 2 * n_kv_heads:
         return None
-    if order == "apart" and qkv[0].out_features != n_heads * head_dim:
+    if order is None and qkv[0].out_features != n_heads * head_dim:
         return None
-    if order == "by head" and n_kv_heads != n_heads:
-        order = "joined"
-    return HeadLayout(order, n_heads, n_kv_heads, head_dim)
+    in_groups = order == "by group" or (order == "by head" and n_kv_heads == n_heads)
+    if in_groups and n_heads % n_kv_heads:
+        return None
+    held: HeadOrder = "apart" if order is None else "by group" if in_groups else "joined"
+    return HeadLayout(held, n_heads, n_kv_heads, head_dim)
 
 
 def _norm_names(source: BlockSource, module: nn.Module) -> tuple[str, ...]:

@@ -100,7 +100,8 @@ class Attend(Trained):
     def emit(self, weights: AttendWeights, step: StepProgram) -> bool:
         part, heads, rotary = self.attention, self.attention.heads, self.attention.rotary
         plain = part.clip is None and part.temperature is None and not part.alibi
-        if not plain or any(len(norm.shape) > 1 for norm in part.norms):
+        apart = heads.order == "by group" and 1 not in (heads.group, heads.n_kv_heads)  # queries at uneven distances
+        if not plain or apart or any(len(norm.shape) > 1 for norm in part.norms):
             return False
         norms = [None if norm is None else norm.for_step() for norm in (weights.q_norm, weights.k_norm)]
         half, interleaved = (0, False) if rotary is None else (-(-rotary.dim // 2), rotary.interleaved)
@@ -228,12 +229,12 @@ def _places(layout: HeadLayout, first: int) -> list[list[int]]:
     """Return where the heads of queries, keys and values lie, as `HeadLayout.split` splits them.
 
     For each of the three: the tensor's index, counted from ``first``, the index of the first value, and the stride
-    between heads.
+    between heads. Each group has one query, or there is one group.
     """
     d = layout.head_dim
     if layout.order == "apart":
         return [[first, 0, d], [first + 1, 0, d], [first + 2, 0, d]]
-    if layout.order == "by head":
+    if layout.order == "by group" and layout.group == 1:
         return [[first, 0, 3 * d], [first, d, 3 * d], [first, 2 * d, 3 * d]]
     keys, values = layout.n_heads * d, (layout.n_heads + layout.n_kv_heads) * d
     return [[first, 0, d], [first, keys, d], [first, values, d]]

@@ -15,6 +15,7 @@ from transformers import (
     CwmConfig,
     Ernie4_5Config,
     Exaone4Config,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -86,6 +87,10 @@ def rope(parameters: dict[str, Any], original: int | None = None) -> dict[str, A
 MPT: dict[str, Any] = {
     "d_model": 42, "n_heads": 6, "n_layers": 3, "vocab_size": 97, "max_seq_len": 64, "layer_norm_epsilon": 1e-3,
 }  # fmt: skip
+FALCON: dict[str, Any] = {
+    "hidden_size": 84, "ffn_hidden_size": 58, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 97,
+    "max_position_embeddings": 64,
+}  # fmt: skip
 FAMILIES: dict[str, PreTrainedConfig] = {
     "arcee": ArceeConfig(**SIZES),
     "bigcode": GPTBigCodeConfig(**OLD),
@@ -98,6 +103,12 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "cwm": CwmConfig(sliding_window=5, layer_types=TURNS, **SIZES),
     "ernie4_5": Ernie4_5Config(**SIZES),
     "exaone4": Exaone4Config(sliding_window=5, layer_types=TURNS, **WIDE),
+    "falcon": FalconConfig(**FALCON),
+    "falcon, groups": FalconConfig(new_decoder_architecture=True, num_kv_heads=2, bias=True, **FALCON),
+    "falcon, groups, one norm": FalconConfig(
+        new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, **FALCON
+    ),
+    "falcon, all heads, serial": FalconConfig(multi_query=False, parallel_attn=False, bias=True, **FALCON),
     "gemma": GemmaConfig(**SIZES),
     "gemma2": Gemma2Config(attn_logit_softcapping=3.0, **GEMMA),
     "gemma3": Gemma3TextConfig(
