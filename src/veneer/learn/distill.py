@@ -118,14 +118,17 @@ class DistillTrainer(SFTTrainer):
         """Return the divergence over the tokens of the answers, before it is normalized."""
         taught = {name.removeprefix(TEACHER): value for name, value in inputs.items() if name.startswith(TEACHER)}
         own = {name: value for name, value in inputs.items() if not name.startswith(TEACHER)}
-        inner = cast(Any, model_of(model))
-        with torch.no_grad(), evaluation(inner), inner.disable_adapter():
-            teacher, _ = _logits_of_answers(inner, taught)
-        student, labels = _logits_of_answers(model, own)
-        total, hits = summed_divergence(
-            student, teacher, labels, beta=self.args.beta, temperature=self.args.temperature
-        )
-        return TokenLoss(total, torch.tensor(len(labels), device=labels.device), hits, None)
+        return taught_loss(model, own, taught, self.args)
+
+
+def taught_loss(model: nn.Module, own: dict[str, Any], taught: dict[str, Any], args: DistillConfig) -> TokenLoss:
+    """Return the divergence of a student's batch from the same answers in a teacher's, summed over their tokens."""
+    inner = cast(Any, model_of(model))
+    with torch.no_grad(), evaluation(inner), inner.disable_adapter():
+        teacher, _ = _logits_of_answers(inner, taught)
+    student, labels = _logits_of_answers(model, own)
+    total, hits = summed_divergence(student, teacher, labels, beta=args.beta, temperature=args.temperature)
+    return TokenLoss(total, torch.tensor(len(labels), device=labels.device), hits, None)
 
 
 def _logits_of_answers(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -174,7 +174,7 @@ def rollouts_of_base(base: PreTrainedModel, tokenizer: Any, args: Any, config: M
     base asks for a second copy. Do so too if the engine cannot draw by this base. Raises ConfigError if
     ``rollout_memory`` is "one" and the run needs a second copy.
     """
-    if not _packs_once(base, tokenizer, args, config):
+    if not keeps_one_copy(base, args, config, _is_for_transformers(tokenizer, args)):
         return None
     try:
         base.requires_grad_(False)
@@ -193,7 +193,7 @@ def rollouts_of_members(
     Raises the errors of `rollouts_of_base`.
     """
     drawing = [args for args, _ in members if args.rollout_engine != "generate"]
-    once = [_packs_once(base, tokenizer, args, config) for args, config in members]
+    once = [keeps_one_copy(base, args, config, _is_for_transformers(tokenizer, args)) for args, config in members]
     if not drawing or _is_for_transformers(tokenizer, drawing[0]) is not None:
         return None
     try:
@@ -204,11 +204,15 @@ def rollouts_of_members(
         return None
 
 
-def _packs_once(base: PreTrainedModel, tokenizer: Any, args: Any, config: MethodConfig | None) -> bool:
-    """Return True if the engine is to hold the base's only copy. Raises ConfigError as `rollouts_of_base` does."""
+def keeps_one_copy(base: PreTrainedModel, args: Any, config: MethodConfig | None, reason: str | None = None) -> bool:
+    """Return True if the engine's packed weights are to be the only copy of a base, before an adapter is attached.
+
+    ``reason`` is one against it that is known already. Raises ConfigError if ``rollout_memory`` is "one" and the run
+    cannot do with one copy.
+    """
     if args.rollout_memory == "beside" or args.rollout_engine == "generate":
         return False
-    reason = _is_for_transformers(tokenizer, args) or _needs_own_copy(base, args, config)
+    reason = reason or _needs_own_copy(base, args, config)
     if reason is not None and args.rollout_memory == "one":
         raise ConfigError(f"rollout_memory='one' is impossible: {reason}. Set 'auto' or 'beside'")
     return reason is None and (args.rollout_memory == "one" or _is_as_fast_packed(base, args))

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapters.token_scores import PreferenceScoring
+from veneer.data.encoding import IGNORED
+from veneer.learn.distill import taught_loss
 from veneer.recipe.adapter import FROM
 from veneer.train.loss import token_loss
 from veneer.train.preference.reference import Reference
@@ -18,20 +20,24 @@ from veneer.train.preference.scores import ScoredModel
 Loss = Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
 
 
-def reference_of(task: str, adapter: Mapping[str, Any], model: PreTrainedModel) -> Reference | None:
+def reference_of(task: str, adapter: Mapping[str, Any], model: PreTrainedModel, args: Any) -> Reference | None:
     """Return the reference model that the trainer of a task holds; ``adapter`` is that part of the recipe.
 
     The trainer also holds it if the reference log-probabilities are computed once before the run.
     """
-    if task == "sft":
+    if task in ("sft", "distill") or (task in ("grpo", "rloo") and not args.beta):
         return None
     return Reference(model, PreferenceScoring(details=False), fresh=FROM not in adapter)
 
 
-def loss_of(task: str, reference: Reference | None, args: Any) -> Loss:
-    """Return the loss function of a recipe's step."""
+def loss_of(task: str, reference: Reference | None, args: Any, n_taught: int = 0) -> Loss:
+    """Return the loss function of a recipe's step. A teacher reads ``n_taught`` tokens before each row."""
     if task == "sft":
         return trained_tokens
+    if task == "distill":
+        return lambda model, inputs: distilled(model, inputs, args, n_taught)
+    if task in ("grpo", "rloo"):
+        return lambda model, inputs: rewarded(model, inputs, args)
     asked = None if args.precompute_ref_log_probs else reference
     passes = pairs if task == "dpo" else labelled
     return lambda model, inputs: passes(model, asked, inputs, args)
@@ -67,6 +73,24 @@ def labelled(model: PreTrainedModel, reference: Reference | None, inputs: dict[s
     if args.loss_type == "kto":
         divergence = (divergence - _referred(reference, inputs)).mean().clamp(min=0)
     return 1 - torch.sigmoid(args.beta * (ratio - divergence)).mean()
+
+
+def rewarded(model: PreTrainedModel, inputs: dict[str, Tensor], args: Any) -> Tensor:
+    """Return the policy gradient's loss of answers of advantage 1, with the entropy that the log shows."""
+    scored = ScoredModel(model, PreferenceScoring(args.temperature))(**inputs, fused_lm_head=True)
+    ratio: Tensor = (scored.log_probs - scored.log_probs.detach()).exp()
+    return -ratio.mean()
+
+
+def distilled(model: PreTrainedModel, inputs: dict[str, Tensor], args: Any, n_taught: int) -> Tensor:
+    """Return the divergence from a teacher that reads ``n_taught`` tokens before each row."""
+    front = torch.full((len(inputs["labels"]), n_taught), IGNORED, dtype=torch.long)
+    before = {"input_ids": front.abs() % model.config.get_text_config().vocab_size, "labels": front}
+    before["attention_mask"] = torch.ones_like(front)
+    taught = {name: torch.cat([before[name], value], dim=1) for name, value in inputs.items()}
+    counted = taught_loss(model, inputs, taught, args)
+    mean: Tensor = counted.total / counted.n_tokens.clamp(min=1)
+    return mean
 
 
 def _referred(reference: Reference | None, inputs: dict[str, Tensor]) -> Tensor | float:

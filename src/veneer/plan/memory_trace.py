@@ -6,24 +6,28 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.model.batch.invocation import acting_tokens
+from veneer.model.batch.own_cache import KeptBytes
 from veneer.model.fused.decoder import fuse, fuse_as_described
 from veneer.model.memory.checkpointing import checkpoint_fully, checkpoint_selectively
 from veneer.model.memory.offload import ActivationOffload
 from veneer.model.quantized.module import CodedModule
 from veneer.ops.traced import tracing
+from veneer.plan.draw import ENGINE, PAGES, Drawing, draw_of, packed_in
 from veneer.plan.live_bytes import LiveBytes, Peak, peaks
 from veneer.plan.losses import Loss, loss_of, reference_of, trained_tokens
-from veneer.plan.model import adapter_of, traced_model
+from veneer.plan.model import adapter_of, ready_to_train, traced_base
 from veneer.plan.parts import tell_parts
+from veneer.plan.serving import kept_in_engine
 from veneer.plan.step import Batch, Step, as_accelerate
 from veneer.plan.work import CountWork, Work
+from veneer.recipe.adapter import FROM
 from veneer.recipe.optimizers import steps_in_backward
 from veneer.recipe.recipe import Recipe
 from veneer.train.config import SFTConfig
@@ -35,7 +39,21 @@ BASE, EMBEDDINGS, HEAD, NORMS = "base", "embeddings", "head", "norms and biases"
 ADAPTERS, GRADIENTS, STATE = "adapters", "gradients", "optimizer state"
 TRAINED = "trained weights"
 ACTIVATIONS, LOGITS, SCRATCH = "activations", "logits and loss", "scratch"
-KINDS = (BASE, EMBEDDINGS, HEAD, NORMS, TRAINED, ADAPTERS, GRADIENTS, STATE, ACTIVATIONS, LOGITS, SCRATCH)
+KINDS = (
+    BASE,
+    EMBEDDINGS,
+    HEAD,
+    NORMS,
+    ENGINE,
+    PAGES,
+    TRAINED,
+    ADAPTERS,
+    GRADIENTS,
+    STATE,
+    ACTIVATIONS,
+    LOGITS,
+    SCRATCH,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +73,7 @@ class Shallow:
     largest_coded: int
     not_fused: str | None
     reaches_all: bool
+    drawing: Drawing | None
 
 
 def trace(
@@ -72,20 +91,28 @@ def trace(
     before in this process, and each of its trained parameters got a gradient. Errors of building and adapting the model
     are raised.
     """
-    live, counted = LiveBytes(), CountWork()
+    live, counted, args, adapter = LiveBytes(), CountWork(), recipe.training_config(), adapter_of(recipe.adapter)
+    draw, fresh = draw_of(recipe.task, args, batch), None if FROM in recipe.adapter else adapter
+    kept = KeptBytes(0) if draw is None else kept_in_engine(config, recipe.model)
     with tracing(counted.kernel, isa) as mode:
-        model = traced_model(config, recipe.model, adapter_of(recipe.adapter))
-        args = recipe.training_config()
+        base = traced_base(config, recipe.model, frozen=adapter is not None)
+        coded, n_base = list(_coded(base)), n_parameters(base)
+        drawing = None if draw is None else Drawing(base, draw, args, fresh, kept)
+        n_base -= n_parameters(base)  # a packed weight is no parameter
+        model = ready_to_train(base, adapter)
+        if adapter is not None and getattr(args, "disable_dropout", False):
+            cast(Any, model).adapter_state.drops = False
         not_fused = prepare(model, args)
-        optimizer, reference = make_optimizer(model, args), reference_of(recipe.task, recipe.adapter, model)
+        optimizer, reference = make_optimizer(model, args), reference_of(recipe.task, recipe.adapter, model, args)
         mode.seen = live.see, counted.see
-        for tensor, kind in (*kinds_of(model), *kinds_of_copies(reference)):
+        for tensor, kind in (*kinds_of(model), *kinds_of_copies(reference), *kinds_of_engine(model, drawing)):
             live.hold(tensor, kind)
         held = peaks(live.events, live.kinds, kind_under)["load"]
-        loss = loss_of(recipe.task, reference, args)
+        loss = loss_of(recipe.task, reference, args, batch.n_taught)
         reaches_all = run_steps(
-            model, optimizer, batch, args, live, loss=loss, counted=counted, held_out=held_out, warm=warm
-        )
+            model, optimizer, batch, args, live,
+            loss=loss, counted=counted, held_out=held_out, warm=warm, drawing=drawing,
+        )  # fmt: skip
     found = {mark: peak for mark, peak in peaks(live.events, live.kinds, kind_under).items() if FIRST not in mark}
     return Shallow(
         n_blocks=config.get_text_config().num_hidden_layers,
@@ -93,10 +120,11 @@ def trace(
         held=held,
         work=counted.of_one(args.gradient_accumulation_steps),
         n_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        n_parameters=n_parameters(model),
-        largest_coded=max(_coded(model), default=0) if recipe.model.quantization != "none" else 0,
+        n_parameters=n_parameters(model) + n_base,
+        largest_coded=max(coded, default=0) if recipe.model.quantization != "none" else 0,
         not_fused=not_fused,
         reaches_all=reaches_all,
+        drawing=drawing,
     )
 
 
@@ -143,12 +171,14 @@ def run_steps(
     counted: CountWork | None = None,
     held_out: Batch | None = None,
     warm: bool = False,
+    drawing: Drawing | None = None,
 ) -> bool:
     """Run two steps and an evaluation, and report the kinds of tensors to ``live``. Return `Step.reaches_all`.
 
     Only the second step has the optimizer's state from its start. If a run sums gradients of several micro-batches, the
     second step has two, and gradients exist from its start. If ``warm``, the process has run such a step before: of the
-    first step only the update is run, unless the optimizer updates within the backward pass.
+    first step only the update is run, unless the optimizer updates within the backward pass. A ``drawing``
+    comes before the second step.
     """
     offload = ActivationOffload(model, "disk") if args.activation_offloading else None
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -185,6 +215,8 @@ def run_steps(
             live.hold(tensor, STATE)
         if counted is not None:
             counted.on = True
+        if drawing is not None:
+            drawing.run(step, live, counted, batch)
         step.run(n_passes(args))
         if held_out is not None:
             with nullcontext() if counted is None else counted.paused():
@@ -208,9 +240,9 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 def kind_under(mark: str) -> str:
     """Return the kind of tensors that are allocated under a mark and have no kind of their own."""
     mark = mark.removeprefix(FIRST)
-    if mark in ("loss", "backward.loss", "evaluation.loss"):
+    if mark in ("loss", "backward.loss", "evaluation.loss", "score.loss"):
         return LOGITS
-    return ACTIVATIONS if mark.startswith(("forward", "evaluation")) else SCRATCH
+    return ACTIVATIONS if mark.startswith(("forward", "evaluation", "draw", "score")) else SCRATCH
 
 
 def kinds_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, str]]:
@@ -245,6 +277,13 @@ def kinds_of_copies(reference: Reference | None) -> Iterator[tuple[Tensor, str]]
     for copy in [] if reference is None else reference.copies():
         for tensor in (*copy.parameters(), *copy.buffers()):
             yield tensor, ADAPTERS
+
+
+def kinds_of_engine(model: nn.Module, drawing: Drawing | None) -> Iterator[tuple[Tensor, str]]:
+    """Yield the packed weights of a model's own layers, and then those of an engine, with their kinds."""
+    if drawing is not None:
+        yield from ((tensor, BASE) for tensor in packed_in(model))
+        yield from ((tensor, ENGINE) for tensor in drawing.weights)
 
 
 def n_parameters(model: nn.Module) -> int:

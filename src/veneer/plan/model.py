@@ -91,12 +91,21 @@ def traced_model(
 
     Call it while tracing. ``encodes``: an encoder with a decoder will do too.
     """
-    model = meta_base(config, part, frozen=adapter is not None, encodes=encodes)
-    if adapter is None:
+    return ready_to_train(traced_base(config, part, frozen=adapter is not None, encodes=encodes), adapter)
+
+
+def traced_base(config: PreTrainedConfig, part: ModelPart, *, frozen: bool, encodes: bool = False) -> PreTrainedModel:
+    """Return the base, with float32 weights if it is not ``frozen``. Call it while tracing."""
+    model = meta_base(config, part, frozen=frozen, encodes=encodes)
+    if not frozen:
         model = model.float().requires_grad_(True)
     make_traced(model)  # casts go before it: a traced tensor cannot be given other data
-    if adapter is not None:
-        model = with_adapter(model, adapter)
+    return model
+
+
+def ready_to_train(base: PreTrainedModel, adapter: MethodConfig | None) -> PreTrainedModel:
+    """Return a traced base with its adapter, if there is one, ready to train."""
+    model = base if adapter is None else with_adapter(base, adapter)
     return cast(PreTrainedModel, model.train())
 
 

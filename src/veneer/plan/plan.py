@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -14,23 +14,29 @@ from veneer.model.modules.snapshot import look_at
 from veneer.ops.traced import tracing
 from veneer.plan.architecture import config_of
 from veneer.plan.depth import Pattern, between, line, pattern_of, peaks_by_place
+from veneer.plan.draw import PAGES, Draw
 from veneer.plan.live_bytes import Peak
 from veneer.plan.memory_trace import SCRATCH, Shallow, trace
 from veneer.plan.model import adapter_of, meta_base, shortened, traced_model
 from veneer.plan.planned_tasks import ROWS, require_planned
+from veneer.plan.rows import prompt_lengths, text_tokens
 from veneer.plan.step import Batch
 from veneer.plan.work import Work
 from veneer.recipe.parts import DataPart, ModelPart
 from veneer.recipe.recipe import Recipe
 
-PHASES = ("load", "forward", "loss", "backward", "optimizer", "evaluation")
+PHASES = ("load", "draw", "score", "forward", "loss", "backward", "optimizer", "evaluation")
 SEQUENCE = 256
 """Tokens of a sequence in a packed row, where nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Memory and time of a run. ``phases``: the peak of each; ``held``: everything before the first step."""
+    """Memory and time of a run. ``phases``: the peak of each; ``held``: everything before the first step.
+
+    ``work`` is that of a micro-batch, with its share of the update and of a ``draw``. ``apart`` is the work of a whole
+    draw, of scoring its answers and of the micro-batches that learn from it. ``copies`` of the base are in memory.
+    """
 
     recipe: Recipe
     batch: Batch
@@ -41,6 +47,9 @@ class Plan:
     phases: Mapping[str, Peak]
     work: Work
     not_fused: str | None
+    draw: Draw | None = None
+    apart: Mapping[str, Work] = field(default_factory=dict)
+    copies: int = 1
 
     @property
     def peak_phase(self) -> str:
@@ -55,7 +64,7 @@ class Plan:
     @property
     def n_tokens(self) -> int:
         """Tokens of one micro-batch."""
-        return self.batch.n_rows * self.batch.length
+        return self.batch.n_tokens
 
 
 def plan_recipe(
@@ -97,16 +106,35 @@ def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
     is not planned.
     """
     require_planned(recipe.task, recipe.method)
-    args = recipe.training_config()
+    args, task = recipe.training_config(), recipe.task
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    n_rows, prompts = ROWS[task] * args.per_device_train_batch_size, prompt_lengths(recipe)
+    if task in ("grpo", "rloo"):
+        return _answers(args, max(prompts, default=SEQUENCE))
     length = args.max_length or context or 1024
     if context is not None and length > context:
         raise ConfigError(
             f"training.max_length={length} is more than the {context} tokens of the context of {recipe.model.source}: "
             "lower it"
         )
-    packed = bool(getattr(args, "packing", False))
-    return _full_batch(ROWS[recipe.task] * args.per_device_train_batch_size, length, packed)
+    shared = min(min(prompts, default=0), length - 1)
+    if task == "distill":
+        drawn = max(prompts, default=SEQUENCE) + args.max_completion_length if args.lmbda > 0 else 0
+        length = max(length, drawn) if args.lmbda < 1 else drawn
+        taught = text_tokens(recipe.model.source, args.teacher_prompt)
+        return Batch(n_rows=n_rows, length=length, n_trained=length - shared, n_taught=taught)
+    if task == "dpo" and shared:
+        n_prompts = args.per_device_train_batch_size
+        return Batch(n_rows=n_rows, length=length, n_trained=length - shared, n_prompts=n_prompts, n_shared=shared)
+    return _full_batch(n_rows, length, bool(getattr(args, "packing", False)))
+
+
+def _answers(args: Any, prompt: int) -> Batch:
+    """Return a micro-batch of drawn answers. Answers to a prompt are together if a draw is one optimizer step."""
+    n, group, longest = args.per_device_train_batch_size, args.num_generations, args.max_completion_length
+    is_one_step = args.steps_per_generation == 1 or args.gradient_accumulation_steps % args.steps_per_generation == 0
+    n_prompts = -(-n // group) if is_one_step else min(n, n * args.steps_per_generation // group)
+    return Batch(n_rows=n, length=prompt + longest, n_trained=longest, n_prompts=n_prompts, n_shared=prompt)
 
 
 def held_out_batch(data: DataPart, task: str, args: Any, batch: Batch) -> Batch | None:
@@ -114,8 +142,8 @@ def held_out_batch(data: DataPart, task: str, args: Any, batch: Batch) -> Batch 
     if not data.holds_out:
         return None
     own = getattr(args, "eval_packing", None)
-    packed = batch.packed if own is None else bool(own)
-    return _full_batch(ROWS[task] * args.per_device_eval_batch_size, batch.length, packed)
+    packed, n_rows = batch.packed if own is None else bool(own), ROWS[task] * args.per_device_eval_batch_size
+    return _full_batch(n_rows, batch.length, packed) if task in ("sft", "kto") else batch.with_rows(n_rows)
 
 
 def _full_batch(n_rows: int, length: int, packed: bool) -> Batch:
@@ -150,7 +178,12 @@ def _deepened(traces: list[Shallow], pattern: Pattern, recipe: Recipe, batch: Ba
         own = [peak for mark, peak in deep.items() if mark.split(".")[0] == phase]
         if own:
             phases[phase] = max(own, key=lambda peak: peak.n_bytes)
-    work = high.work if low is high else low.work.plus(high.work.plus(low.work, -1.0), more)
+    work, apart, draw = _at_depth(low.work, high.work, more), dict[str, Work](), None
+    if low.drawing is not None and high.drawing is not None:
+        draw = high.drawing.draw
+        apart = {name: _at_depth(low.drawing.work[name], high.drawing.work[name], more) for name in low.drawing.work}
+        apart["train"] = work.plus(work, draw.n_batches - 1)
+        work = work.plus(apart["draw"].plus(apart["score"], 1), 1 / draw.n_batches)
     return Plan(
         recipe=recipe,
         batch=batch,
@@ -161,7 +194,14 @@ def _deepened(traces: list[Shallow], pattern: Pattern, recipe: Recipe, batch: Ba
         phases=phases,
         work=work,
         not_fused=high.not_fused,
+        draw=draw,
+        apart=apart,
+        copies=2 if high.drawing is not None and high.drawing.weights and not high.drawing.is_one else 1,
     )
+
+
+def _at_depth(low: Work, high: Work, more: float) -> Work:
+    return low.plus(high.plus(low, -1.0), more)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -171,7 +211,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "task": plan.recipe.task,
         "method": plan.recipe.method,
         "quantization": plan.recipe.model.quantization,
-        "batch": {"rows": plan.batch.n_rows, "length": plan.batch.length, "packed": plan.batch.packed},
+        "batch": {"rows": plan.batch.n_rows, "length": plan.batch.length, "packed": plan.batch.packed} | _shared(plan),
         "path": "general" if plan.not_fused else "fused",
         **({"not_fused": plan.not_fused} if plan.not_fused else {}),
         "trained": {"parameters": plan.n_trained, "share": plan.n_trained / plan.n_parameters},
@@ -180,4 +220,26 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "phases": {phase: {"bytes": p.n_bytes, "kinds": dict(p.kinds)} for phase, p in plan.phases.items()},
         "peak": {"phase": plan.peak_phase, "bytes": plan.peak.n_bytes, "kinds": dict(plan.peak.kinds)},
         "flops": plan.work.flops,
+        **({} if plan.draw is None else {"draw": _draw_told(plan, plan.draw)}),
+    }
+
+
+def _shared(plan: Plan) -> dict[str, int]:
+    batch = plan.batch
+    return {"prompts": batch.n_prompts, "shared": batch.n_shared} if batch.n_prompts else {}
+
+
+def _draw_told(plan: Plan, draw: Draw) -> dict[str, Any]:
+    """Return a draw as plain numbers, and the peak of each part of the steps around it."""
+    train = max(plan.phases[phase].n_bytes for phase in ("forward", "loss", "backward", "optimizer"))
+    n_bytes = {
+        "draw": plan.phases["draw"].n_bytes,
+        "rewards": plan.held.n_bytes + plan.phases["draw"].kinds.get(PAGES, 0) * draw.by_engine,
+        "score": plan.phases["score"].n_bytes,
+        "train": train,
+    }
+    return {
+        **asdict(draw),
+        "copies": plan.copies,
+        "parts": {name: {"bytes": n} for name, n in n_bytes.items()},
     }

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from veneer.errors import ConfigError
 
-ROWS = {"sft": 1, "dpo": 2, "kto": 1}
+ROWS = {"sft": 1, "dpo": 2, "kto": 1, "grpo": 1, "rloo": 1, "distill": 1}
 """The tasks that are planned, with the rows that a row of their data becomes in a batch."""
 _NOT_PLANNED = {
-    "distill": "a second pass of the teacher, over longer rows",
     "reward": "a head of its own in place of the vocabulary's",
-    "grpo": "answers that are drawn between the steps",
-    "rloo": "answers that are drawn between the steps",
 }
 
 

@@ -21,6 +21,7 @@ from veneer.model.memory.available import available_bytes, high_water
 from veneer.plain.units import count, duration, size
 from veneer.plan.budget import MeasuringTime
 from veneer.plan.cards import Card, card_of
+from veneer.plan.draw import Draw
 from veneer.plan.fit import CHECKPOINTS, Fit
 from veneer.plan.machine import Rates, free_here
 from veneer.plan.model import base_quantization
@@ -31,6 +32,7 @@ from veneer.plan.rows import OwnRows, own_rows
 from veneer.plan.start import known_start
 from veneer.plan.step import Batch
 from veneer.plan.time import ROUGH, Seconds, seconds_by, seconds_here, seconds_like, seconds_on
+from veneer.plan.work import Work
 from veneer.recipe.parts import ModelPart
 from veneer.recipe.recipe import Recipe
 from veneer.store.source import float32_note
@@ -121,9 +123,13 @@ class Machine:
 
     def seconds(self, plan: Plan) -> Seconds:
         """Return the seconds of one micro-batch. Raises UnmeasuredError if there is no time to measure a rate."""
+        return self.seconds_of(plan.work)
+
+    def seconds_of(self, work: Work) -> Seconds:
+        """Return the seconds of some work. Raises UnmeasuredError if there is no time to measure a rate."""
         if self.card is not None:
-            return seconds_on(plan.work, self.card)
-        return seconds_here(plan.work, Rates.here(self.budget))
+            return seconds_on(work, self.card)
+        return seconds_here(work, Rates.here(self.budget))
 
     @property
     def knows_seconds(self) -> bool:
@@ -149,9 +155,19 @@ class Machine:
         if self.timed:
             try:
                 found["time"] = self._time(plan, n_rows)
+                found |= self._draw_seconds(plan)
             except UnmeasuredError as error:
                 found["no_time"] = str(error)
         return found
+
+    def _draw_seconds(self, plan: Plan) -> dict[str, Any]:
+        """Return the draw of a plan as plain numbers, with seconds by measured rates."""
+        if plan.draw is None:
+            return {}
+        draw = as_json(plan)["draw"]
+        for name, work in plan.apart.items():
+            draw["parts"][name]["seconds"] = self.seconds_of(work).step
+        return {"draw": draw}
 
     def _time(self, plan: Plan, n_rows: int | None) -> dict[str, Any]:
         """Return the seconds of a micro-batch as plain numbers."""
@@ -165,7 +181,7 @@ class Machine:
             **({} if own is None else {"rows": {"encoded": own.n_rows, "length": batch.length}}),
             "seconds_a_step": seconds.step,
             **({} if seconds.between is None else {"between": list(seconds.between)}),
-            "tokens_a_second": batch.n_rows * batch.length / seconds.step,
+            "tokens_a_second": batch.n_tokens / seconds.step,
             "kinds": dict(seconds.kinds),
             "source": seconds.source,
         }
@@ -216,8 +232,7 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
     head = Text(
         f"{plan.recipe.model.source}, {_method(plan)}, base {_stored(plan)}: "
         f"{plan.n_trained:,} of {plan.n_parameters:,} parameters trained ({share:.2%}); "
-        f"{batch.n_rows} row{'s' if batch.n_rows > 1 else ''} of {batch.length:,} tokens"
-        f"{', packed' if batch.packed else ''}"
+        f"{_rows_told(batch)}"
     )
     lines: list[Any] = [head]
     if plan.not_fused:
@@ -229,6 +244,8 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
         Text(f"\nthe peak, in {plan.peak_phase}:"),
         _bars(dict(plan.peak.kinds), "kind"),
     ]
+    if plan.draw is not None:
+        lines += [Text(f"\n{_draw_told(plan.draw, plan.copies)}"), _parts(facts["draw"]["parts"])]
     process = facts["process"]
     sheet = f" ({process['source']})" if "source" in process else ""
     lines.append(
@@ -244,6 +261,32 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
     elif "no_time" in facts:
         lines.append(Text(f"no seconds: {facts['no_time']}", style="yellow"))
     return Group(*lines)
+
+
+def _rows_told(batch: Batch) -> str:
+    """Return the rows of a micro-batch in words."""
+    shared = f", {count(batch.n_prompts, 'prompt')} of {batch.n_shared:,} once each" if batch.n_prompts else ""
+    return f"{count(batch.n_rows, 'row')} of {batch.length:,} tokens{shared}{', packed' if batch.packed else ''}"
+
+
+def _draw_told(draw: Draw, copies: int) -> str:
+    """Return in words what a draw is, and which micro-batches learn from it."""
+    who = "the engine" if draw.by_engine else "transformers"
+    held = {1: "one copy", 2: "two copies"}[copies]
+    return (
+        f"a draw by {who}: {count(draw.n_answers, 'answer')} of {draw.n_tokens:,} tokens to "
+        f"{count(draw.n_prompts, 'prompt')} of {draw.prompt:,}; {held} of the base; "
+        f"{draw.n_batches:g} micro-batch{'' if draw.n_batches == 1 else 'es'} trained on it:"
+    )
+
+
+def _parts(parts: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return the parts of a draw with their peak, and their seconds if they are known."""
+    table = Table("part", "peak", "seconds", box=None, padding=(0, 2))
+    for name, part in parts.items():
+        told = "of your functions" if name == "rewards" else f"{part['seconds']:.3g}" if "seconds" in part else ""
+        table.add_row(name, size(int(part["bytes"])), told)
+    return table
 
 
 def _method(plan: Plan) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from jinja2.exceptions import TemplateError
 
 from veneer.data.chat import with_template
 from veneer.data.encoding import Encoder, kind_of
@@ -17,7 +20,9 @@ from veneer.errors import VeneerError
 from veneer.plan.presets import hub_id_of
 from veneer.plan.step import Batch
 from veneer.recipe.parts import DataPart
+from veneer.recipe.readers import preference_reader
 from veneer.recipe.recipe import Recipe
+from veneer.recipe.tasks import OF_ANSWERS, Task
 from veneer.store.source import load_tokenizer
 from veneer.train.sources import sources_of
 
@@ -72,13 +77,58 @@ def filled(full: Batch, recipe: Recipe) -> Batch:
     It is returned unchanged if the rows are in no file or in several, or if they cannot be read here.
     """
     data, most = recipe.data, recipe.training_config().per_device_train_batch_size
-    if full.packed or data.more or not _is_file(data):
+    if recipe.task in ("grpo", "rloo") or full.packed or data.more or not _is_file(data):
         return full
     try:
         n_rows = sum(1 for _ in itertools.islice(numbered_rows(Path(data.train), []), min(data.limit or most, most)))
     except (VeneerError, OSError):
         return full
-    return replace(full, n_rows=full.n_rows // most * max(1, n_rows))
+    return full.with_rows(full.n_rows // most * max(1, n_rows))
+
+
+def prompt_lengths(recipe: Recipe) -> Sequence[int]:
+    """Return the tokens of prompts, of at most `MOST_ENCODED` of a recipe's rows.
+
+    There are none for tasks whose plan does not ask, or if the rows lie in no file or cannot be read here. A run
+    reports the reason.
+    """
+    if recipe.task not in ("dpo", "grpo", "rloo", "distill") or hub_id_of(recipe.model.source) is not None:
+        return ()
+    return _prompt_lengths(recipe.task, recipe.model.source, recipe.data.model_dump_json())
+
+
+@lru_cache(maxsize=16)
+def _prompt_lengths(task: Task, source: str, data: str) -> Sequence[int]:
+    part = DataPart.model_validate_json(data)
+    if not _is_file(part):
+        return ()
+    reader = sources_of(part)[0].reader if task in OF_ANSWERS else preference_reader(part, task)
+    try:
+        rows = [row for _, row in itertools.islice(numbered_rows(Path(part.train), []), part.limit or MOST_READ)]
+        tokenizer = with_template(load_tokenizer(source), part.chat_template)
+        form = reader.form(list(rows[0])) if rows else ""
+        read = [reader.read(row, form) for row in rows[:: -(-len(rows) // MOST_ENCODED) or 1]]
+        return tuple(_n_tokens(tokenizer, prompt) for row in read if (prompt := _prompt_of(row)))
+    except (VeneerError, OSError, TemplateError, ValueError, TypeError):
+        return ()
+
+
+def text_tokens(source: str, text: str) -> int:
+    """Return the tokens of a text, by the model's own tokenizer if it is here; else a quarter of its characters."""
+    if hub_id_of(source) is not None:
+        return len(text) // 4
+    return _n_tokens(load_tokenizer(source), text)
+
+
+def _prompt_of(row: Mapping[str, Any]) -> Any:
+    """Return a row's prompt, as a text or messages; None if it has none of its own."""
+    return row["prompt"] if "prompt" in row else row["messages"][:-1] if "messages" in row else None
+
+
+def _n_tokens(tokenizer: Any, prompt: Any) -> int:
+    if isinstance(prompt, str):
+        return len(tokenizer(prompt)["input_ids"])
+    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 def _is_file(part: DataPart) -> bool:

@@ -101,6 +101,11 @@ def serving_of(
     )
 
 
+def kept_in_engine(config: PreTrainedConfig, part: ModelPart) -> KeptBytes:
+    """Return the bytes that an engine on a recipe's base keeps, as `kept_in_serving` does, by the usual pages."""
+    return kept_in_serving(meta_base(config, part, prepared=False, frozen=False), EngineOptions().block_size)
+
+
 def kept_in_serving(model: PreTrainedModel, block: int) -> KeptBytes:
     """Return the bytes that a served sequence of a model on the meta device keeps, in pages of ``block`` tokens.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -23,13 +23,30 @@ Mark = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Rows of ``length`` tokens; each holds ``n_sequences`` packed ones, or is a single unpacked one."""
+    """Rows of ``length`` tokens; each holds ``n_sequences`` packed ones, or is a single unpacked one.
+
+    The last ``n_trained`` tokens of a row are trained (None: all). Rows begin with one of ``n_prompts`` prompts of
+    ``n_shared`` tokens, which the step computes once if the model can. A teacher reads ``n_taught`` tokens before each
+    row.
+    """
 
     n_rows: int
     length: int
     n_sequences: int = 1
     packed: bool = False
     n_trained: int | None = None
+    n_prompts: int = 0
+    n_shared: int = 0
+    n_taught: int = 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all rows; those of a prompt count once."""
+        return self.n_rows * self.length - max(0, self.n_rows - self.n_prompts) * self.n_shared
+
+    def with_rows(self, n_rows: int) -> Batch:
+        """Return a batch of other rows, as many to a prompt as here."""
+        return replace(self, n_rows=n_rows, n_prompts=-(-n_rows * self.n_prompts // self.n_rows))
 
     def inputs(self, vocabulary: int, first: Sequence[int] = ()) -> dict[str, Tensor]:
         """Return a batch as the collator makes it; every token is trained except the first ``length - n_trained``.
@@ -37,6 +54,8 @@ class Batch:
         Each row begins with the tokens ``first``.
         """
         ids = (torch.arange(self.n_rows * self.length).view(self.n_rows, self.length) * 7 + 3) % vocabulary
+        if self.n_prompts:
+            ids[:, : self.n_shared] = ids[torch.arange(self.n_rows) % self.n_prompts, : self.n_shared]
         ids[:, : len(first)] = torch.tensor(first, dtype=ids.dtype)
         labels = ids.clone()
         if self.n_trained is not None:
@@ -121,10 +140,10 @@ class Step:
         self.model.zero_grad(set_to_none=True)
         self.mark("done")
 
-    def evaluate(self, inputs: Mapping[str, Tensor]) -> None:
-        """Compute the loss of a batch of held-out rows."""
+    def evaluate(self, inputs: Mapping[str, Tensor], phase: str = "evaluation") -> None:
+        """Compute the loss of a batch without gradients, in a phase of that name."""
         self.model.eval()
-        with self._forward("evaluation"), torch.no_grad():
+        with self._forward(phase), torch.no_grad():
             self.loss(self.model, dict(inputs))
         self.model.train()
         self.mark("done")

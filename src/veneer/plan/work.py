@@ -137,13 +137,14 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
         self._before_repeated = list[Work]()
         self.watched, self.updating, self.general = False, False, False
         self.general_outside, self.general_blocks = False, dict[str, bool]()
+        self._apart: Work | None = None
 
     def mark(self, name: str) -> None:
         """Note that the part of the step with this name begins."""
         self.updating = name == "optimizer"
         if self.on and name == BEGIN and self.passes[-1].n_ops:
             self.passes.append(Work())
-        self._now = self.update if self.updating else self.passes[-1]
+        self._now = self._apart or (self.update if self.updating else self.passes[-1])
         self.general = self.general_blocks.get(name.rpartition(".")[2], self.general_outside)
 
     def of_one(self, n_a_step: int) -> Work:
@@ -163,6 +164,16 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
             yield
         finally:
             self.on = before
+
+    @contextmanager
+    def apart(self) -> Iterator[Work]:
+        """Count in the block into work of its own, which is none of a micro-batch's."""
+        before, self._now = self._now, Work()
+        self._apart = self._now
+        try:
+            yield self._apart
+        finally:
+            self._now, self._apart = before, None
 
     def kernel(self, name: str, arguments: tuple[Any, ...]) -> None:
         """Count a kernel that a traced step would have run, or a page that it would have written: an op too."""

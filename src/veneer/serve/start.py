@@ -76,7 +76,7 @@ _ONLY: dict[str, tuple[Collection[object], str]] = {
 
 _CACHED_SHARE = 4
 _ADAPTERS_SHARE = 4  # of the room on a device whose pages take their memory at once
-_STEP_TOKENS, _GPU_STEP_TOKENS = 512, 2048  # a GPU computes many rows in the time of few
+STEP_TOKENS, _GPU_STEP_TOKENS = 512, 2048  # a GPU computes many rows in the time of few
 _COUNTS = (
     *("kv_cache_memory_bytes", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
     *("max_loras", "max_lora_rank", "max_waiting_requests", "max_waiting_tokens", "adapter_cache_bytes"),
@@ -346,7 +346,7 @@ def _step_tokens(options: EngineOptions, model: PreTrainedModel) -> int:
     """Return the largest number of tokens of a step: by default 512, and 2,048 on a GPU."""
     if options.max_num_batched_tokens is not None:
         return options.max_num_batched_tokens
-    return _GPU_STEP_TOKENS if model.device.type == "cuda" else _STEP_TOKENS
+    return _GPU_STEP_TOKENS if model.device.type == "cuda" else STEP_TOKENS
 
 
 def ending_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:

@@ -188,10 +188,8 @@ def test_wrong_options_and_rows_of_eval_are_told_before_torch_is_imported(model_
 
 
 def test_a_task_that_is_not_planned_is_told_before_torch_is_imported(tmp_path: Path) -> None:
-    rewards = [{"function": "exact-match", "column": "answer"}]
-    grpo = recipe(tmp_path, "a.yaml", tmp_path / "run", task="grpo", rewards=rewards)
-    commands = [["plan", grpo, *more] for more in ([], ["--fit", "8GB"], ["--advice"])]
-    commands.append(["plan", recipe(tmp_path, "b.yaml", tmp_path / "run", task="reward")])
+    reward = recipe(tmp_path, "a.yaml", tmp_path / "run", task="reward")
+    commands = [["plan", reward, *more] for more in ([], ["--fit", "8GB"], ["--advice"])]
     for command, (code, told) in zip(commands, told_early(commands), strict=True):
         assert (code, " is not planned, for its step has " in told) == (2, True), (command, told)
 

@@ -311,7 +311,7 @@ def copied(trainer: DPOTrainer) -> Iterator[torch.Tensor]:
     ("task", "method", "told"),
     [
         ("reward", "lora", "task reward is not planned.*a head of its own.*--set training.max_steps=2"),
-        ("grpo", "lora", "task grpo is not planned.*answers that are drawn"),
+        ("grpo", "full", "task grpo of a whole model is not planned.*a copy of the model"),
         ("dpo", "full", "task dpo of a whole model is not planned.*a copy of the model"),
     ],
 )

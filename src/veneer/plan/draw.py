@@ -1,0 +1,173 @@
+"""Answers that a step draws: how many, the engine's copy of the base, its keys and values, the work of drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.adapters.token_scores import kept_logits
+from veneer.contract import MethodConfig
+from veneer.errors import DescriptionError
+from veneer.evaluate.scoring import context_length
+from veneer.learn.policy import keeps_one_copy
+from veneer.model.adapted.packed_experts import pack_experts
+from veneer.model.batch.own_cache import KeptBytes
+from veneer.model.blueprint.describe import describe
+from veneer.model.program.program import compile_program
+from veneer.model.quantized.packed_linear import pack_group
+from veneer.plan.live_bytes import LiveBytes
+from veneer.plan.step import Batch, Step
+from veneer.plan.work import CountWork, Work
+from veneer.serve.start import STEP_TOKENS, EngineOptions
+
+ENGINE, PAGES = "engine's weights", "keys and values"
+_OPTIONS = EngineOptions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """Answers of ``n_tokens`` each to prompts of ``prompt`` tokens, drawn at once.
+
+    ``n_batches`` micro-batches are trained before the next draw. Log-probabilities of all answers are computed
+    ``n_scores`` times without gradients: by the reference, and by the model if the engine's are not used.
+    """
+
+    n_answers: int
+    n_prompts: int
+    prompt: int
+    n_tokens: int
+    n_batches: float
+    n_scores: int = 0
+    by_engine: bool = True
+
+    @property
+    def n_positions(self) -> int:
+        """Tokens in the cache at the end of a draw: in whole pages of the engine, which has each prompt once."""
+        if not self.by_engine:
+            return self.n_answers * (self.prompt + self.n_tokens)
+        block = _OPTIONS.block_size
+        own = -(-(self.prompt % block + self.n_tokens) // block) * block
+        return self.n_prompts * (self.prompt // block * block) + self.n_answers * own
+
+
+def draw_of(task: str, args: Any, batch: Batch) -> Draw | None:
+    """Return the draw of a recipe's step, of answers of the maximal length; None if the step draws nothing."""
+    n_rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if task == "distill" and args.lmbda > 0:
+        n, longest = n_rows * steps, args.max_completion_length
+        prompt = max(1, batch.length - longest)
+        return Draw(n_answers=n, n_prompts=n, prompt=prompt, n_tokens=longest, n_batches=steps / args.lmbda)
+    if task not in ("grpo", "rloo"):
+        return None
+    n, of_engine = n_rows * args.steps_per_generation, args.rollout_engine != "generate"
+    n_batches = args.steps_per_generation * args.num_iterations
+    is_known = of_engine and not (args.bf16 or args.fp16)  # the engine's log-probabilities are then the old policy's
+    scores_old = task == "rloo" or of_engine or steps % n_batches != 0
+    return Draw(
+        n_answers=n, n_prompts=-(-n // args.num_generations),
+        prompt=batch.n_shared, n_tokens=batch.length - batch.n_shared,
+        n_batches=n_batches, n_scores=int(args.beta != 0) + int(scores_old and not is_known), by_engine=of_engine,
+    )  # fmt: skip
+
+
+class Drawing:
+    """Draw of a step on a traced base, to which no adapter is attached yet. The engine packs the base's weights.
+
+    ``is_one``: the packed weights are the only copy. ``weights`` are the engine's tensors. ``kept`` are the bytes of a
+    token's keys and values, and of a sequence. Transformers draws from a base without a program. ``work``, after `run`,
+    is that of a draw and of scoring its answers.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, draw: Draw, args: Any, config: MethodConfig | None, kept: KeptBytes
+    ) -> None:
+        self.is_one, self.weights, self.work = False, list[Tensor](), dict[str, Work]()
+        self._n_blocks: int = base.config.get_text_config().num_hidden_layers
+        if draw.by_engine:
+            try:
+                program = compile_program(describe(base), context_length(base) or 2048)
+            except DescriptionError:
+                draw = replace(draw, by_engine=False)
+            else:
+                self.is_one = hasattr(args, "rollout_memory") and keeps_one_copy(base, args, config)
+                groups = [[linear.path for linear in group] for group in program.groups]
+                packed: list[Any] = [pack_group(base, paths, give_up=self.is_one) for paths in groups]
+                stacks = [tuple(stack.path for stack in each) for each in program.stacks]
+                packed += [pack_experts(base, paths, give_up=self.is_one) for paths in stacks]
+                self.weights = list(_tensors_in(packed))
+        self.draw, self._position = draw, kept.position
+        self.n_cached = draw.n_positions * kept.position + draw.n_answers * kept.sequence
+        if not draw.by_engine:  # it grows by copies of one layer at a time
+            self.n_cached = self.n_cached * (self._n_blocks + 1) // self._n_blocks
+        else:  # a schedule begins at 0: two draws by one adapter, whose pages are kept
+            self.n_cached *= 2
+        self._kept: tuple[Tensor, ...] | None = None
+
+    def _blocks_of(self, model: PreTrainedModel) -> int:
+        """Return the bytes of the adapter that an engine draws by, and of the one that it is handed next."""
+        n = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        width: int = model.dtype.itemsize
+        return 2 * n * width if self.draw.by_engine else 0
+
+    def run(self, step: Step, live: LiveBytes, counted: CountWork | None, batch: Batch) -> None:
+        """Draw, and score the answers of a micro-batch."""
+        draw, vocabulary = self.draw, step.model.config.get_text_config().vocab_size
+        counted = counted or CountWork()
+        step.mark("draw")
+        if self._kept is None:
+            sizes = self.n_cached, self._blocks_of(step.model)
+            with counted.paused():
+                self._kept = tuple(torch.empty(size, dtype=torch.uint8) for size in sizes)
+            for tensor, kind in zip(self._kept, (PAGES, ENGINE), strict=True):
+                live.hold(tensor, kind)
+        at_once = min(draw.n_answers, _OPTIONS.max_num_seqs)
+        own = draw.n_prompts if draw.by_engine else draw.n_answers
+        n_rows = max(1, min(own, STEP_TOKENS // max(1, draw.prompt)))
+        with counted.apart() as first:
+            _pass(step, torch.ones(n_rows, draw.prompt, dtype=torch.long) % vocabulary)
+        with counted.apart() as token:
+            _pass(step, torch.ones(at_once, 1, dtype=torch.long) % vocabulary)
+        if not draw.by_engine:
+            self._kept = None
+        with counted.apart() as scored:
+            step.evaluate(batch.inputs(vocabulary), "score")
+        step.mark("done")
+        n_tokens = draw.n_tokens * draw.n_answers / at_once
+        work = first.plus(first, own / n_rows - 1).plus(token, n_tokens)
+        work.moved += self._position * draw.n_tokens * draw.n_answers * (draw.prompt + draw.n_tokens / 2)
+        if draw.by_engine:  # one call computes a pass
+            work.n_ops = work.n_general = work.n_watched = 0
+        n_scored = draw.n_scores * draw.n_answers / batch.n_rows
+        self.work = {"draw": work, "score": scored.plus(scored, n_scored - 1)}
+
+
+def _pass(step: Step, ids: Tensor) -> None:
+    """Compute the logits of the last token of each row."""
+    step.model.eval()
+    with torch.no_grad():
+        kept_logits(step.model, {"input_ids": ids}, torch.tensor([ids.shape[1] - 1]))
+    step.model.train()
+
+
+def _tensors_in(packed: Any) -> Iterator[Tensor]:
+    """Yield the tensors of packed weights, however they are nested."""
+    if isinstance(packed, Tensor):
+        yield packed
+    elif isinstance(packed, list | tuple):
+        for each in packed:
+            yield from _tensors_in(each)
+    elif hasattr(packed, "parts"):
+        yield from _tensors_in(packed.parts)
+    elif hasattr(packed, "__dataclass_fields__"):
+        yield from _tensors_in([getattr(packed, each.name) for each in fields(packed)])
+
+
+def packed_in(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors of a model's layers that hold packed weights alone."""
+    for module in model.modules():
+        yield from _tensors_in(getattr(module, "packed_weight", None))
