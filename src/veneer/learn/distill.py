@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer.adapters.peft_model import PeftModel
 from veneer.adapters.token_scores import has_own_loss, kept_logits, model_of, unmade_logits
 from veneer.data.encoding import IGNORED, Encoder
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DataError
 from veneer.evaluate.scoring import context_length
 from veneer.learn.distill_config import DistillConfig
 from veneer.learn.divergence import summed_divergence
@@ -118,7 +118,17 @@ class DistillTrainer(SFTTrainer):
         """Return the divergence over the tokens of the answers, before it is normalized."""
         taught = {name.removeprefix(TEACHER): value for name, value in inputs.items() if name.startswith(TEACHER)}
         own = {name: value for name, value in inputs.items() if not name.startswith(TEACHER)}
+        self._require_context(taught)
         return taught_loss(model, own, taught, self.args)
+
+    def _require_context(self, taught: dict[str, Any]) -> None:
+        """Raise DataError if a teacher's row is longer than the context: rows of a stream are seen here first."""
+        context, longest = context_length(self.model), int(taught["attention_mask"].sum(dim=1).max())
+        if context is not None and longest > context:
+            raise DataError(
+                f"the teacher would read {longest} tokens, its prompt with a row, and the model's context is "
+                f"{context}: shorten the teacher's prompt or the rows"
+            )
 
 
 def taught_loss(model: nn.Module, own: dict[str, Any], taught: dict[str, Any], args: DistillConfig) -> TokenLoss:

@@ -161,7 +161,8 @@ def policy_of(trainer: Any) -> Policy | None:
                 f"rollout_engine='engine' cannot draw: {reason}. Set it to 'auto' (rollouts.engine in a recipe), and "
                 "transformers draws"
             ) from reason
-        log.warning("transformers draws the answers, slowly, since veneer's engine cannot: %s", reason)
+        packed = "" if trainer.rollouts_of_base is None else ", on the weights that were packed for it"
+        log.warning("transformers draws the answers, slowly%s, since veneer's engine cannot: %s", packed, reason)
         return None
     is_exact = trainer.model.dtype == torch.float32 and not (args.bf16 or args.fp16)
     return Policy(rollouts, adapter, params, is_exact=is_exact)

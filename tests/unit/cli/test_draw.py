@@ -135,6 +135,23 @@ def test_wrong_settings_are_refused_before_torch_is_imported(model_folder: Path,
         assert told in found, command
 
 
+def test_an_interrupt_while_rewards_are_computed_names_the_file_of_answers(
+    veneer: Veneer, adapter_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rewards.py").write_text(
+        "import _thread, time\n\n"
+        "def waits(completions, **row):\n"
+        "    _thread.interrupt_main()\n    time.sleep(5)\n    return [1.0] * len(completions)\n"
+    )
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
+    given = ("draw", adapter_folder, "-i", tmp_path / "rows.jsonl", "-o", tmp_path / "out.jsonl", "--n", 2)
+    found = veneer(*given, "--max-new-tokens", 3, "-r", f"{tmp_path}/rewards.py:waits")
+    kept = tmp_path / "out.drawn.jsonl"
+    assert found.exit_code == 130
+    assert f"interrupted: all answers are in {kept}, without rewards" in found.output.replace("\n", "")
+    assert len(kept.read_text().splitlines()) == 2
+
+
 def test_answers_stay_on_disk_whatever_a_reward_does(veneer: Veneer, adapter_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "rewards.py").write_text(
         "import time\n\n"

@@ -175,7 +175,7 @@ def test_settings_that_cannot_act_are_refused(trainer_of, changes, message):
         trainer_of(**changes)
 
 
-def test_rows_that_cannot_be_taught_are_refused(tokenizer, trainer_of):
+def test_rows_that_cannot_be_taught_are_refused(tokenizer, trainer_of, make_model, settings):
     with pytest.raises(DataError, match="needs rows with messages, or with prompt and completion"):
         trainer_of(rows=Dataset.from_list([{"text": "a"}] * 3))
 
@@ -185,6 +185,12 @@ def test_rows_that_cannot_be_taught_are_refused(tokenizer, trainer_of):
         trainer_of(teacher_prompt=SHOTS * 999)
     with pytest.raises(ConfigError, match="and an answer of 9000, and the model's context is"):
         trainer_of(lmbda=1, max_completion_length=9000)
+
+    stream = {"train_dataset": ROWS.to_iterable_dataset(), "processing_class": tokenizer}
+    args = DistillConfig(**{**settings, "teacher_prompt": SHOTS * 999, "max_steps": 1})
+    trainer = DistillTrainer(make_model(), args, **stream, peft_config=LoraConfig(**LORA))
+    with pytest.raises(DataError, match=r"the teacher would read \d+ tokens, its prompt with a row, and the model's"):
+        trainer.train()
 
     class Merging:
         """Tokenizer with a token that begins in a prompt and ends in an answer."""

@@ -217,3 +217,15 @@ def test_which_bases_are_kept_once(trainer_of, make_model, settings, tokenizer):
         trainer_of(rollout_memory="most")
     with pytest.raises(ConfigError, match="memory='one' packs a base before adapters are attached"):
         Rollouts(get_peft_model(make_model(), LoraConfig(**LORA)), None, memory="one")
+
+
+@pytest.mark.parametrize("memory", ["one", "beside"])
+def test_transformers_draws_on_packed_weights_and_says_so(memory, trainer_of, monkeypatch, caplog):
+    def refuse(*_: Any) -> Any:
+        raise ConfigError("the adapter has no place")
+
+    monkeypatch.setattr(Rollouts, "hand_over", refuse)
+    trainer = trainer_of(rollout_memory=memory, max_steps=1)
+    told = ", on the weights that were packed for it" if memory == "one" else ""
+    assert f"slowly{told}, since veneer's engine cannot: the adapter has no place" in caplog.text
+    trainer.train()

@@ -61,13 +61,16 @@ def _rewarded(
 ) -> list[list[Line]]:
     """Return answers with their rewards. The file ``kept`` holds the answers until then.
 
-    Raises RewardError that names it.
+    Raises RewardError that names it; the message of Ctrl-C names it too.
     """
     _write(kept, [line for lines in groups for line in lines])
     try:
         found = rewarded(asked, groups, rewards)
     except RewardError as error:
         raise RewardError(f"{error}. All answers are in {kept}, without rewards") from error
+    except KeyboardInterrupt as error:
+        error.args = (f"all answers are in {kept}, without rewards",)
+        raise
     kept.unlink()
     return found
 
