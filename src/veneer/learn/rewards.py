@@ -129,9 +129,10 @@ class _Judge:
         return [place for place in range(len(row["completions"])) if place not in self.left_out]
 
     def _alone(self, row: Mapping[str, Any], place: int, until: float | None, whole: RewardError) -> Any:
-        """Judge one answer by itself, after the call on all answers failed with the error ``whole``.
+        """Judge one answer by itself, after the call for all answers failed with the error ``whole``.
 
-        Return its opinion, or the error if this call fails too. Return ``whole`` if the time is past ``until``.
+        Return its opinion, or the error if this call fails too. If the time ``until`` is already over, return
+        ``whole``.
         """
         seconds = left(until)
         if seconds == 0:

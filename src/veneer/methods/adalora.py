@@ -36,10 +36,10 @@ class AdaLoraConfig(LinearMethod):
 
     ``init_r`` is the rank with which every layer starts, ``target_r`` the mean rank at the end. The budget of ranks
     stays at its full size for ``tinit`` steps. Then it falls with the cube of the time left, every ``deltaT`` steps.
-    For the last ``tfinal`` of ``total_step`` steps it stays at its target. If ``total_step`` is None, it is the length
-    of the run. ``beta1`` and ``beta2`` smooth the sensitivity and its uncertainty. ``orth_reg_weight`` is the weight of
-    the pull towards orthogonality. ``rank_pattern`` marks the ranks of each layer that were kept, by ``<path>.lora_E``,
-    as in PEFT's files, which hold only these.
+    For the last ``tfinal`` steps it stays at its target. ``total_step`` is the number of steps of the run; if it is
+    None, the trainer gives it. ``beta1`` and ``beta2`` smooth the sensitivity and its uncertainty. ``orth_reg_weight``
+    is the weight of the pull towards orthogonality. ``rank_pattern`` marks the ranks of each layer that were kept, by
+    ``<path>.lora_E``, as in PEFT's files, which hold only these.
     """
 
     peft_type: ClassVar[str] = "ADALORA"

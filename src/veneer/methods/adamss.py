@@ -43,12 +43,12 @@ class AdamssConfig(LinearMethod):
     """AdaMSS in PEFT's fields.
 
     ``r`` singular vectors are taken, their rows fall into ``num_subspaces`` clusters, and each cluster has a pair of
-    rank ``subspace_rank`` at most. With ``use_dynamic_rank``, a cluster's rank counts its singular values whose square
-    is above ``svd_threshold`` times the largest's. ``random_seed`` is that of the decomposition. No file holds the
-    clusters: they are found again in the base's weights, whose V must equal the file's. ``init_weights``: "orthogonal"
-    starts B at zero; None (or False) draws it at random. ``use_asa`` freezes clusters in training until the
-    ``asa_target_subspaces`` most important are left. ``stored`` (the shapes of a file's parameters) is filled in when a
-    file is read.
+    rank ``subspace_rank`` at most. ``use_dynamic_rank``: a cluster's rank is the number of its singular values whose
+    square is above ``svd_threshold`` times the largest's. ``random_seed`` is that of the decomposition. No file holds
+    the clusters: they are found again in the base's weights, whose V must equal the file's. ``init_weights``:
+    "orthogonal" starts B at zero; None (or False) draws it at random. ``use_asa`` freezes clusters in training until
+    the ``asa_target_subspaces`` most important are left. ``stored`` (the shapes of a file's parameters) is filled in
+    when a file is read.
     Departs: the rank of a pair is r if ``subspace_rank`` is above it. PEFT's forward pass fails there.
     """
 

@@ -94,7 +94,7 @@ class CartridgeConfig(PrefixMethod):
 
 @dataclass(frozen=True)
 class _Joined(Packing):
-    """Packing that stores frozen and trained tokens in one matrix."""
+    """Form on disk that has frozen and trained tokens in one matrix."""
 
     config: CartridgeConfig | None = None
 

@@ -67,7 +67,7 @@ class OFTConfig(LinearMethod):
     num_cayley_neumann_terms: int = 5
 
     def told(self) -> dict[str, object]:
-        """Return the settings to show to people, without the one of block number and size that is 0."""
+        """Return the settings to show to people, without the one of block number and block size that is 0."""
         return {name: value for name, value in super().told().items() if value != 0 or name not in _SIZES}
 
     def problems(self) -> list[str]:

@@ -78,10 +78,10 @@ class Triplets(Change):
 class OSFConfig(LinearMethod):
     """OSF in PEFT's fields.
 
-    ``effective_rank`` is the number of singular triplets of each weight that stay fixed; all others are trained. It may
-    be a share of the smaller width; None is half of it. ``rank_pattern`` overrides it for layers whose path contains
-    the key, a regular expression. ``init_weights=False`` draws the trained values at random, so that the start changes
-    the model.
+    ``effective_rank``: how many singular triplets of each weight stay fixed, as a number or a share of the smaller
+    width; None is half of it. All others are trained. ``rank_pattern`` overrides it for layers whose path contains the
+    key, a regular expression. ``init_weights=False`` draws the trained values at random, so that the start changes the
+    model.
     """
 
     peft_type: ClassVar[str] = "OSF"

@@ -35,8 +35,8 @@ NETWORK = {
 class PrefixTuningConfig(PrefixMethod):
     """Prefix tuning in PEFT's fields.
 
-    ``num_virtual_tokens`` is n, the number of pairs. ``prefix_projection``: in training, an MLP makes the prefix. It
-    has ``encoder_hidden_size`` inner units; if that is None, as many as one layer's keys are wide. ``init_weights``:
+    ``num_virtual_tokens`` is n, the number of pairs. ``prefix_projection``: in training, an MLP with
+    ``encoder_hidden_size`` inner units (None: as many as one layer's keys are wide) makes the prefix. ``init_weights``:
     None (normal) or "zero".
     """
 

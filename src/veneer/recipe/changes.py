@@ -89,7 +89,9 @@ def changes(before: Recipe, now: Recipe, places: Mapping[str, str] | None = None
 
 
 def is_longer(before: Recipe, now: Recipe) -> bool:
-    """Return True if the run now takes more steps or epochs than before, or counts in the other of the two."""
+    """Return True if the run now takes more steps or epochs than before, or if only one of the two is
+    limited by steps.
+    """
     old, new = (settings(recipe) for recipe in (before, now))
     steps, epochs = ([each[f"training.{key}"] for each in (old, new)] for key in ("max_steps", "num_train_epochs"))
     if steps[0] > 0 and steps[1] > 0:  # where steps are given, epochs do not count

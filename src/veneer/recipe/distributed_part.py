@@ -30,11 +30,11 @@ class DistributedPart(BaseModel):
 
     strategy: Literal["auto", "ddp", "fsdp", "hybrid"] = Field(
         default="ddp",
-        description="a whole base in each process (ddp), frozen blocks cut over all (fsdp) or over each machine's "
-        "(hybrid), or the first of ddp, hybrid and fsdp whose plan fits (auto)",
+        description="a copy of the base in each process (ddp), its frozen blocks sharded over all processes (fsdp) or "
+        "those of a machine (hybrid), or the first of ddp, hybrid and fsdp whose plan fits (auto)",
     )
     shard: int | None = Field(
-        default=None, ge=1, description="in place of strategy: how many processes share one copy of the base"
+        default=None, ge=1, description="instead of strategy: how many processes share one copy of the base"
     )
 
     def copy_sizes(self, n_processes: int, n_on_machine: int) -> list[int]:

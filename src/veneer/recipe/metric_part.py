@@ -17,14 +17,14 @@ class MetricPart(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Literal["exact-match", "labels", "regex"] = Field(description="as in `veneer eval`")
-    pattern: str | None = Field(default=None, description="regex: what is compared in answers")
+    pattern: str | None = Field(default=None, description="for regex: the part of an answer that is compared")
     labels: list[str] = Field(
-        default=[], description="labels: the words; where none are given, all answers of the data"
+        default=[], description="for labels: the words to choose from, by default all answers in the data"
     )
-    ignore_case: bool = Field(default=False, description="case and white space do not count")
-    limit: int = Field(default=200, ge=1, description="held-out rows that are asked at most")
-    max_new_tokens: int = Field(default=64, ge=1, description="longest answer")
-    batch_size: int = Field(default=16, ge=1, description="most rows in one pass")
+    ignore_case: bool = Field(default=False, description="ignore case and white space in comparisons")
+    limit: int = Field(default=200, ge=1, description="at most this many held-out rows are used")
+    max_new_tokens: int = Field(default=64, ge=1, description="most tokens of an answer")
+    batch_size: int = Field(default=16, ge=1, description="most rows in one forward pass")
 
     @property
     def key(self) -> str:

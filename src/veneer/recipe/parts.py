@@ -71,7 +71,7 @@ class RolloutsPart(_Part):
 
     engine: Literal["auto", "engine", "generate"] = Field(
         default="auto",
-        description="who draws the answers: the engine, or transformers' generate; `auto` is the engine if it can "
+        description="what draws the answers: the engine, or transformers' generate; `auto` is the engine if it can "
         "([answers.md](answers.md))",
     )
     journal: bool = Field(
@@ -105,12 +105,12 @@ class Written(_Part):
     rewards: list[str | dict[str, Any]] = []
     tools: list[str] = Field(
         default=[],
-        description="of grpo, functions that the model may call: file.py:function or module:function "
+        description="for grpo, functions that the model may call: file.py:function or module:function "
         "([answers.md](answers.md#conversations))",
     )
     environment: str | None = Field(
         default=None,
-        description="of grpo, the class of environments: file.py:Class or module:Class. If it has `get_reward`, "
+        description="for grpo, the class of environments: file.py:Class or module:Class. If it has `get_reward`, "
         "`rewards` may be missing",
     )
     rollouts: RolloutsPart = RolloutsPart()

@@ -15,11 +15,11 @@ class SourcePart(BaseModel):
 
     source: str = Field(description="as `data.train`")
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="how often each row is taken")
-    count: int | None = Field(default=None, ge=1, description="so many rows, in place of a weight")
-    prompt: str | None = Field(default=None, description="as `data.prompt`; together with completion")
+    count: int | None = Field(default=None, ge=1, description="the number of rows to take, instead of a weight")
+    prompt: str | None = Field(default=None, description="as `data.prompt`; only together with completion")
     completion: str | None = Field(default=None, description="as `data.completion`")
-    chat: bool | None = Field(default=None, description="as `data.chat`, whose value it has if left out")
-    system: str | None = Field(default=None, description="as `data.system`, whose value it has if left out")
+    chat: bool | None = Field(default=None, description="as `data.chat`, and by default its value")
+    system: str | None = Field(default=None, description="as `data.system`, and by default its value")
 
 
 _OF_SFT = ("more", "streaming")

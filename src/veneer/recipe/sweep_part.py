@@ -22,7 +22,7 @@ KEYS = {
     "grid": "list of values for each key; every combination is a member",
     "engine": "process or ray: the members share one pass in this process, or train on the workers of a Ray cluster",
     "scheduler": "none, or asha, which stops members early",
-    "reduction": "of asha: one in so many members trains on from a rung, by default 3",
+    "reduction": "for asha: after each comparison, one in this many members goes on training, by default 3",
 }
 HOW = ("engine", "scheduler", "reduction")  # fields of `train.sweep.recipe.Sweep`
 ENGINES, SCHEDULERS = ("process", "ray"), ("none", "asha")

@@ -155,7 +155,7 @@ def summed_in_place(values: torch.Tensor) -> None:
 
 
 def largest(value: int, device: torch.device) -> int:
-    """Return the largest of the processes' numbers."""
+    """Return the largest ``value`` of all processes."""
     if n_processes() == 1:
         return value
     found = torch.tensor(value, device=device)

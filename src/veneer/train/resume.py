@@ -157,7 +157,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         super()._maybe_log_save_evaluate(*args, **options)
 
     def _run_epoch(self, **options: Any) -> None:
-        """Run the epoch. Run no step if the checkpoint, written within an epoch, is of the last step: Trainer would run
+        """Run the epoch. If the checkpoint within it is of the run's last step, run no step, where Trainer would run
         one more.
         """
         if self.order is not None:  # accelerate does not reach it within an epoch that several processes go on with

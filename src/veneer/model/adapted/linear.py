@@ -112,7 +112,9 @@ class AdaptedSite(Adapted):
     def add_adapter(
         self, name: str, allocation: Allocation, keys: Mapping[str, str], start: Params | None = None
     ) -> None:
-        """Give a new adapter its parameters; ``keys`` are those of the file. ``start``: see `Allocation.parameters`."""
+        """Give a new adapter its parameters in this layer. ``keys`` are their keys on disk. ``start``: see
+        `Allocation.parameters`.
+        """
         method, site = self.method(name), self.site((name,))
         dtype, device = self.parameter_dtype(allocation.widen), device_of(self)
         held = allocation.parameters(method, site, device, dtype, start)

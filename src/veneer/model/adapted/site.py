@@ -86,7 +86,8 @@ class Kept:
 
 
 class Adapted(InPlace, Holder):
-    """Mixin for adapted modules. A generated class has it before the module's own class; the module changes in place.
+    """Mixin for adapted modules. It precedes the module's own class in a generated class, which the module gets in
+    place.
 
     ``adapters[name]`` holds the tensors that a method adds here. ``copies[name]`` holds whole parameters of this module
     that the adapter trains (as parameters) or saves frozen (as buffers). The module's own parameters stay unchanged.

@@ -91,8 +91,8 @@ class Acting:
         return ActingNorm(weight, torch.zeros_like(weight) if bias is None else bias, norm.eps, 0.0)
 
     def layer(self, path: str) -> LinearLayer | None:
-        """Return a frozen layer with the records of its adapters, without dropout masks, or None if the kernels cannot
-        run it.
+        """Return a frozen layer with its adapters' changes, without dropout masks, or None if the kernels cannot run
+        it.
 
         They cannot if several adapters have dropout, if weights are trained or copied, or if there are hooks.
         """

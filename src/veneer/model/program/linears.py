@@ -86,7 +86,7 @@ class Linears:
         return own if self.group is None else self._packed(own, packing)
 
     def fits(self, own: OwnChanges) -> bool:
-        """Return True if packed changes are for this number of layers and their sizes."""
+        """Return True if a version's packed changes fit the number and sizes of the layers."""
         if self.group is None or len(own.records) != len(self.paths):
             return False
         sizes, pairs = tuple(weight.shape[0] for weight in self.weights), own.pairs
@@ -95,7 +95,9 @@ class Linears:
         return not own.terms or self.takes(own.terms)
 
     def takes(self, terms: Sequence[LayerTerms | None]) -> bool:
-        """Return True if packed terms are valid, and are for this number of layers and their sizes."""
+        """Return True if a version's packed changes, one for each layer, are valid and fit the number and sizes of the
+        layers.
+        """
         return len(terms) == len(self.weights) and all(
             each is None or each.fits(*weight.shape) for each, weight in zip(terms, self.weights, strict=True)
         )

@@ -37,7 +37,7 @@ class HeadWeights:
     def of(self, h: Tensor, rows: Tensor, runs: AdapterRuns, versions: tuple[str, ...]) -> Tensor:
         """Return the logits of some rows of the residual stream, in the dtype in which they are computed.
 
-        ``runs`` are the runs of versions among these rows.
+        ``runs`` say which adapter version each of these rows has.
         """
         y = self.uncapped(h, rows, runs, versions)
         return y if self.head.softcap is None else self.head.softcap * torch.tanh(y.float() / self.head.softcap)
