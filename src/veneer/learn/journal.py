@@ -68,7 +68,8 @@ class Journal:
         if later:
             self._cut(min(later))
             self._places = {draw: place for draw, place in self._places.items() if draw < number}
-        told = "".join(json.dumps({"draw": number, **line}, ensure_ascii=False, default=str) + "\n" for line in lines)
+        how: dict[str, Any] = {"ensure_ascii": False, "default": str, "separators": (",", ":")}
+        told = "".join(json.dumps({"draw": number, **line}, **how) + "\n" for line in lines)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:

@@ -5,7 +5,6 @@ Each is a trainer of its own, and one engine draws for all of them, in one batch
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from veneer.serve.schedule.outputs import RequestOutput
 from veneer.store.source import load_tokenizer
 from veneer.train.base_model import device_of, load_base
 from veneer.train.interrupt import Stop
+from veneer.train.preference.trainer import without_old_names
 from veneer.train.run import Tell
 from veneer.train.sweep.coroutines import Coroutine, ask
 from veneer.train.sweep.together import Job, JobEnd, run_job, told_end
@@ -159,7 +159,7 @@ def draw_together(jobs: Sequence[Job], tell: Tell, stop: Stop) -> list[JobEnd]:
     settings = [each.training_config() for each in recipes]
     rollouts = rollouts_of_members(base, tokenizer, [*zip(settings, configs, strict=True)])
     together = DrawnTogether(base, rollouts, stop)
-    with warnings.catch_warnings(), stop.deferred():  # each member changes the filters, and they end in any order
+    with without_old_names(), stop.deferred():  # members' own such blocks end in another order than they begin
         try:
             for job in jobs:
                 together.start(job)

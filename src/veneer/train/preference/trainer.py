@@ -139,7 +139,7 @@ class PreferenceTrainer(RunTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
         """Train as `RunTrainer.train` does; with ``disable_dropout`` no adapter applies dropout."""
-        with _without_old_names(), self.dropout_as_set():
+        with without_old_names(), self.dropout_as_set():
             return super().train(resume_from_checkpoint, **options)
 
     @contextmanager
@@ -181,7 +181,7 @@ class PreferenceTrainer(RunTrainer):
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
         """Evaluate as `RunTrainer.evaluation_loop` does, and keep the training's counters for its next log line."""
         self._metrics["eval"].clear()
-        with _without_old_names():
+        with without_old_names():
             return super().evaluation_loop(*args, **options)
 
     def prediction_step(self, *args: Any, **options: Any) -> tuple[Tensor | None, Any, Any]:
@@ -207,7 +207,7 @@ class PreferenceTrainer(RunTrainer):
 
 
 @contextmanager
-def _without_old_names() -> Iterator[None]:
+def without_old_names() -> Iterator[None]:
     """Enter a context that silences a warning: at each step TRL enables gradient checkpointing by a deprecated name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
