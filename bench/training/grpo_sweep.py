@@ -4,7 +4,8 @@
 
 Each member has prompts of 32 tokens, with answers of 32 tokens each, in float32; LoRA of rank 8 on all linear layers,
 with a rate and a seed of its own, and one copy of the base. Each measurement is a process of its own. The adapters that
-the two sides train must be equal to the bit. The first step, with its proof, is left out, as is the loading.
+the two sides train must be equal to the bit. The first step, with its proof, and the last, with the end of a
+run, are left out, as is the loading.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def jobs_of(options: argparse.Namespace, place: Path) -> list[Any]:
     (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (place / "rewards.py").write_text(REWARDS)
     training = {
-        "max_steps": options.steps + 1, "per_device_train_batch_size": options.prompts * options.answers,
+        "max_steps": options.steps + 2, "per_device_train_batch_size": options.prompts * options.answers,
         "num_generations": options.answers, "max_completion_length": N_TOKENS, "save_strategy": "no", "bf16": False,
         "use_cpu": True, "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False, "logging_steps": 1,
     }  # fmt: skip
@@ -111,8 +112,8 @@ def one_side(options: argparse.Namespace) -> None:
         digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in saved]
     times = [*steps.values()]
     if options.side == "together":  # rounds, which end with the last member's step
-        times = [[max(own[n] for own in times) for n in range(options.steps + 1)]]
-    spent = [sum(own[-1][i] - own[0][i] for own in times) / options.steps for i in (0, 1)]
+        times = [[max(own[n] for own in times) for n in range(options.steps + 2)]]
+    spent = [sum(own[-2][i] - own[0][i] for own in times) / options.steps for i in (0, 1)]
     print(json.dumps({"cpu": spent[0], "wall": spent[1], "mb": high_water_mb(), "adapters": digests}))
 
 

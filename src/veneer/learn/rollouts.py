@@ -93,13 +93,14 @@ class Rollouts:
             )
         self._live: dict[str, LiveAdapter] = {}
         self._base = [*_base_modules(self.model)]
-        self._places = _places(self._base)
+        self._children = [(each, name) for each in self._base for name in each._modules if is_of_base(name)]
+        self._places = _places(self._base, self._children)
 
     def _settle(self) -> None:
         """Restart the engine if the base's tensors have moved, as they do when a trainer prepares for several
         processes.
         """
-        if self._places == _places(self._base):
+        if self._places == _places(self._base, self._children):
             return
         if self._is_one:
             raise TrainingError(
@@ -300,14 +301,16 @@ def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
             yield from _base_modules(child)
 
 
-def _places(modules: Sequence[nn.Module]) -> list[int]:
-    """Return the addresses of the base's tensors and the ids of its modules, which show whether any has moved."""
+def _places(modules: Sequence[nn.Module], children: Sequence[tuple[nn.Module, str]]) -> list[int]:
+    """Return the addresses of the base's tensors, and the ids of its modules, each given by its parent and its name.
+
+    Modules that hold only an adapter, such as a prompt's, may come to a parent later.
+    """
     found = []
     for module in modules:
         for held in (module._parameters, module._buffers):
             found += [tensor.data_ptr() for tensor in held.values() if tensor is not None]
-        found += [id(child) for name, child in module._modules.items() if is_of_base(name)]
-    return found
+    return found + [id(module._modules.get(name)) for module, name in children]
 
 
 @contextmanager

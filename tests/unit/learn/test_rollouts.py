@@ -147,6 +147,20 @@ def test_a_base_that_was_moved_is_read_where_it_lies(model):
     assert own.engine is not engine
 
 
+@pytest.mark.parametrize("name", ["lora", "bottleneck", "prefix", "prompt"])
+def test_an_adapter_with_modules_of_its_own_does_not_move_the_base(name):
+    drawn = []
+    for memory in ("one", "beside"):
+        base = make_model().requires_grad_(False)
+        rollouts = Rollouts(base, byte_tokenizer(), memory=memory)
+        engine = rollouts.engine
+        torch.manual_seed(5)
+        moved(get_peft_model(base, METHODS[name]()), 0.3, 7)
+        drawn.append([each[0] for each in told(rollouts.draw(PROMPTS, DRAWS, key=(2,)))])
+        assert rollouts.engine is engine
+    assert drawn[0] == drawn[1]
+
+
 def test_what_is_refused(model):
     own = Rollouts(model, byte_tokenizer())
     with pytest.raises(AdapterNameError, match="no adapter 'other' on this model: it has"):
