@@ -75,11 +75,12 @@ def differences(options: argparse.Namespace, base: str, config: str, values: dic
     source = str(options.gguf) if base == "gguf" else options.model
     model = load_base(ModelPart(source=source, dtype="float32", quantization=quantization)).requires_grad_(False)
     tokenizer = load_tokenizer(options.model)
-    memory = "beside" if base == "gguf" else "one"  # as recipes choose
+    own = getattr(veneer, config)(**values)
+    memory = "beside" if base == "gguf" or own.virtual_tokens else "one"  # as recipes choose
     rollouts = veneer.Rollouts(model, tokenizer, memory=memory)
     torch.manual_seed(3)
     with torch.no_grad():
-        model = stir(veneer.get_peft_model(model, getattr(veneer, config)(**values)))
+        model = stir(veneer.get_peft_model(model, own))
     text = tokenizer(TEXT)["input_ids"]
     prompts = [text[: 1 + n % len(text)] for n in range(N_ROWS)]
     params = veneer.SamplingParams(temperature=1.0, max_tokens=N_TOKENS, ignore_eos=True)
@@ -87,14 +88,14 @@ def differences(options: argparse.Namespace, base: str, config: str, values: dic
     width = max(map(len, prompts)) + N_TOKENS
     ids, mask = torch.zeros(2, N_ROWS, width, dtype=torch.long)
     for row, (prompt, answer) in enumerate(zip(prompts, drawn, strict=True)):
-        own = [*prompt, *answer.token_ids]
-        ids[row, width - len(own) :], mask[row, width - len(own) :] = torch.tensor(own), 1
+        told = [*prompt, *answer.token_ids]
+        ids[row, width - len(told) :], mask[row, width - len(told) :] = torch.tensor(told), 1
     labels = ids.clone()
     labels[:, :-N_TOKENS] = -100
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     with torch.no_grad(), fused(model.eval()):
-        own = token_scores(model, inputs, PreferenceScoring(details=False)).log_probs[:, -N_TOKENS:]
-    parted = (own - torch.tensor([each.logprobs for each in drawn])).double().abs()
+        scored = token_scores(model, inputs, PreferenceScoring(details=False)).log_probs[:, -N_TOKENS:]
+    parted = (scored - torch.tensor([each.logprobs for each in drawn])).double().abs()
     return {"tokens": parted.numel(), "largest": float(parted.max()), "sum": float(parted.sum())}
 
 

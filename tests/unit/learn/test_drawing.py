@@ -201,6 +201,7 @@ def test_which_bases_are_kept_once(trainer_of, make_model, settings, tokenizer):
     assert not is_one(rollout_memory="auto", bf16=True)  # products in 16 bits are faster on the base's own weights
     assert not is_one(rollout_memory="auto", rollout_engine="generate")
     assert not is_one(rollout_memory="auto", use_transformers_continuous_batching=True)
+    assert not is_one(rollout_memory="auto", peft_config=PromptTuningConfig(num_virtual_tokens=3))
     copies = LoraConfig(**{**LORA, "modules_to_save": ["lm_head"]})
     assert not is_one(rollout_memory="auto", peft_config=copies)
     with pytest.raises(ConfigError, match=r"is impossible: the adapter trains copies of \['lm_head'\]"):

@@ -147,7 +147,7 @@ def test_a_base_that_was_moved_is_read_where_it_lies(model):
     assert own.engine is not engine
 
 
-@pytest.mark.parametrize("name", ["lora", "bottleneck", "prefix", "prompt"])
+@pytest.mark.parametrize("name", ["lora", "bottleneck"])
 def test_an_adapter_with_modules_of_its_own_does_not_move_the_base(name):
     drawn = []
     for memory in ("one", "beside"):
