@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -18,7 +18,7 @@ from veneer.learn.distill_config import DistillConfig
 from veneer.learn.divergence import summed_divergence
 from veneer.learn.rollouts import Rollouts, seed_of
 from veneer.learn.taught_rows import COLUMNS, TEACHER, TaughtCollator, TaughtEncoder, answered, prompts_in
-from veneer.model.sites.structure import evaluation
+from veneer.learn.teachers import Teacher, base_of, teacher_of
 from veneer.serve.schedule.sampling_params import SamplingParams
 from veneer.train.config import as_settings
 from veneer.train.loss import TokenLoss
@@ -46,6 +46,7 @@ class DistillTrainer(SFTTrainer):
         held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         for rows in (self.train_dataset, *held_out):
             self._require_room(rows)
+        self._teacher = teacher_of(self.args.teacher, self.model, self._tokenizer)
         self._rollouts: Rollouts | None = None
         if self.args.lmbda > 0:
             self._adapter = self.model.adapter_state.active[0]
@@ -119,7 +120,7 @@ class DistillTrainer(SFTTrainer):
         taught = {name.removeprefix(TEACHER): value for name, value in inputs.items() if name.startswith(TEACHER)}
         own = {name: value for name, value in inputs.items() if not name.startswith(TEACHER)}
         self._require_context(taught)
-        return taught_loss(model, own, taught, self.args)
+        return taught_loss(model, own, taught, self.args, self._teacher)
 
     def _require_context(self, taught: dict[str, Any]) -> None:
         """Raise DataError if a teacher's row is longer than the context: rows of a stream are seen here first."""
@@ -131,11 +132,12 @@ class DistillTrainer(SFTTrainer):
             )
 
 
-def taught_loss(model: nn.Module, own: dict[str, Any], taught: dict[str, Any], args: DistillConfig) -> TokenLoss:
+def taught_loss(
+    model: nn.Module, own: dict[str, Any], taught: dict[str, Any], args: DistillConfig, teaches: Teacher = base_of
+) -> TokenLoss:
     """Return the divergence of a student's batch from the same answers in a teacher's, summed over their tokens."""
-    inner = cast(Any, model_of(model))
-    with torch.no_grad(), evaluation(inner), inner.disable_adapter():
-        teacher, _ = _logits_of_answers(inner, taught)
+    with torch.no_grad(), teaches(model_of(model)) as other:
+        teacher, _ = _logits_of_answers(other, taught)
     student, labels = _logits_of_answers(model, own)
     total, hits = summed_divergence(student, teacher, labels, beta=args.beta, temperature=args.temperature)
     return TokenLoss(total, torch.tensor(len(labels), device=labels.device), hits, None)

@@ -11,13 +11,15 @@ from veneer.train.config import SFTConfig
 class DistillConfig(SFTConfig):
     """`SFTConfig` with the settings of distillation, in TRL's names. Raises ConfigError with all problems at once.
 
-    ``teacher_prompt`` is the text that the teacher reads before each row's prompt. ``beta`` is 0 for the forward KL
-    divergence and 1 for the reverse one; between them it is a Jensen-Shannon divergence. ``lmbda`` is the share of
-    optimizer steps whose answers the student draws: with 0, every step uses the rows' own answers. ``temperature``
-    divides the logits of student and teacher, and is the temperature of the draws. ``max_completion_length`` is the
-    longest drawn answer in tokens.
+    ``teacher`` is "base", which is the model with its adapter off, or the folder of another model with the same
+    vocabulary. ``teacher_prompt`` is the text that the teacher reads before each row's prompt. ``beta`` is 0 for the
+    forward KL divergence and 1 for the reverse one; between them it is a Jensen-Shannon divergence. ``lmbda`` is the
+    share of optimizer steps whose answers the student draws: with 0, every step uses the rows' own answers.
+    ``temperature`` divides the logits of student and teacher, and is the temperature of the draws.
+    ``max_completion_length`` is the longest drawn answer in tokens.
     """
 
+    teacher: str = "base"
     teacher_prompt: str = ""
     beta: float = 0.5
     lmbda: float = 0.0
@@ -27,8 +29,11 @@ class DistillConfig(SFTConfig):
     def problems(self) -> list[str]:
         """Return all problems of the teacher, the loss and the draws."""
         found = super().problems()
-        if not self.teacher_prompt:
-            found.append("teacher_prompt is empty, so the teacher would be the student: give the text that it reads")
+        if self.teacher == "base" and not self.teacher_prompt:
+            found.append(
+                "teacher_prompt is empty, so the teacher would be the student: give the text that it reads, or another "
+                "teacher"
+            )
         found += [
             f"{name}={value!r} must be between 0 and 1"
             for name, value in (("beta", self.beta), ("lmbda", self.lmbda))

@@ -56,6 +56,8 @@ class TaughtEncoder(Encoder):
         if column is None:
             raise DataError("distillation needs rows with messages, or with prompt and completion")
         given = row[column]
+        if not self.teacher_prompt:
+            return dict(row)
         if isinstance(given, str):
             return {**row, column: self.teacher_prompt + given}
         first, text = given[0], self.teacher_prompt

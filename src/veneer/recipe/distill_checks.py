@@ -22,6 +22,8 @@ def distill_problems(values: Mapping[str, Any]) -> list[str]:
     found = []
     if "distill" not in values:
         found.append("distill: is missing; say what the teacher reads: {teacher_prompt: FILE}")
+    elif given.get("teacher", "base") == "base" and given.get("teacher_prompt") is None:
+        found.append("distill.teacher_prompt: is missing, so the teacher would be the student; give it, or a teacher")
     if method_of(section(values, "adapter")) == FULL:
         found.append("adapter.method: full changes the base, which is the teacher; use an adapter, such as lora")
     for key in _SHARES:

@@ -86,11 +86,17 @@ class RolloutsPart(_Part):
 
 
 class DistillPart(_Part):
-    """Teacher of distillation: the base, with a prompt that the student does not read."""
+    """Teacher of distillation, and a prompt that it reads and the student does not."""
 
-    teacher_prompt: str = Field(
+    teacher: str = Field(
+        default="base",
+        description="`base`, which is the model without its adapter, or the folder of another model with the same "
+        "vocabulary",
+    )
+    teacher_prompt: str | None = Field(
+        default=None,
         description="file with the text that the teacher reads before each prompt, such as examples; in a "
-        "conversation it begins the system message ([answers.md](answers.md#distillation))"
+        "conversation it begins the system message ([answers.md](answers.md#distillation))",
     )
 
 

@@ -28,6 +28,7 @@ ELSEWHERE = {
     "assistant_only_loss": "as data.train_on (answers or everything)",
     "completion_only_loss": "as data.train_on (answers or everything)",
     "reward_weights": "in rewards, as weight of each function",
+    "teacher": "in distill, as teacher",
     "teacher_prompt": "in distill, as teacher_prompt (a file)",
     "rollout_engine": "in rollouts, as engine",
     "rollout_journal": "in rollouts, as journal",

@@ -18,7 +18,7 @@ from veneer.recipe.distributed_part import ROWS_OF_A_PROCESS, dealing_problems
 from veneer.recipe.key_checks import keys_of, typed
 from veneer.recipe.methods import adapter_config, imported, name_of, usual_learning_rate
 from veneer.recipe.optimizers import steps_in_backward
-from veneer.recipe.parts import RolloutsPart, Written
+from veneer.recipe.parts import DistillPart, RolloutsPart, Written
 from veneer.recipe.problems import problems_of
 from veneer.recipe.rewards import named_function, reward_function
 from veneer.recipe.tasks import KEYS, OF_ANSWERS, settings_of
@@ -132,6 +132,11 @@ def _of_rollouts(part: RolloutsPart) -> dict[str, Any]:
     return {"rollout_engine": part.engine, "rollout_journal": part.journal, "rollout_memory": part.memory}
 
 
+def _of_teacher(part: DistillPart) -> dict[str, Any]:
+    text = "" if part.teacher_prompt is None else teacher_prompt(part.teacher_prompt)
+    return {"teacher": part.teacher, "teacher_prompt": text}
+
+
 def _defaults(recipe: Recipe) -> dict[str, Any]:
     evaluates = recipe.data.holds_out
     return {
@@ -150,7 +155,7 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
         "eval_on_start": evaluates and recipe.task in OF_ANSWERS,
         "gradient_checkpointing": False,
         "report_to": ["tensorboard"],
-        **({"teacher_prompt": teacher_prompt(recipe.distill.teacher_prompt)} if recipe.distill else {}),
+        **(_of_teacher(recipe.distill) if recipe.distill else {}),
         **({"reward_weights": recipe.reward_functions()[1]} if recipe.rewards else {}),
         **(_of_rollouts(recipe.rollouts) if KEYS[recipe.task].rewards else {}),
     }

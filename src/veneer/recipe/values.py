@@ -19,6 +19,7 @@ PLACES = (
     ("data", "chat_template"),
     ("model", "source"),
     ("adapter", "from"),
+    ("distill", "teacher"),
     ("distill", "teacher_prompt"),
 )  # keys that may name a file
 _MEANT = {

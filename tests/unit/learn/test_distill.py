@@ -208,3 +208,27 @@ def test_rows_that_cannot_be_taught_are_refused(tokenizer, trainer_of, make_mode
     )
     with pytest.raises(DataError, match="row 0: its answer has other tokens behind the teacher's prompt"):
         encoder({"prompt": "a", "completion": "yes"}, 0)
+
+
+def test_another_model_teaches(trainer_of, make_model, tokenizer, tmp_path):
+    torch.manual_seed(7)
+    other = type(make_model())(make_model().config).eval()
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    given = {"teacher": str(tmp_path / "other"), "teacher_prompt": "", "beta": 0.3}
+    trainer = trainer_of(**given, max_steps=1, per_device_train_batch_size=11)
+    trainer.train()
+    base, total, n = make_model().eval(), 0.0, 0
+    for row in ROWS:
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        answer = len(ids) - len(tokenizer(row["prompt"])["input_ids"])
+        with torch.no_grad():
+            own, taught = (model(torch.tensor([ids])).logits[0, -answer - 1 : -1] for model in (base, other))
+        total, n = total + divergence(own, taught, 0.3).sum().item(), n + answer
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total / n, rel=1e-5)
+    other.config.vocab_size -= 1
+    small = type(other)(other.config)
+    small.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    with pytest.raises(ConfigError, match=r"has another vocabulary .* give a teacher with the student's tokenizer"):
+        trainer_of(teacher=str(tmp_path / "small"))

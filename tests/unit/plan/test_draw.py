@@ -13,6 +13,7 @@ from tests.unit.plan.conftest import Make
 
 from bench.training.measured import measured_model
 from veneer.adapters.shared_rows import shared_rows
+from veneer.errors import ConfigError
 from veneer.plan.draw import ENGINE, PAGES
 from veneer.plan.live_bytes import LiveBytes, peaks
 from veneer.plan.losses import loss_of
@@ -107,6 +108,8 @@ def test_a_teacher_costs_a_longer_pass_and_a_student_that_draws_an_engine(drawin
     assert drawn.draw.n_batches == 2  # of two steps, one draws
     assert drawn.copies == 2
     assert drawn.work.flops > read.work.flops
+    with pytest.raises(ConfigError, match="distillation from another model is not planned"):
+        plan_recipe(drawing("distill", {"distill": {"teacher": "other"}}))
 
 
 def test_one_copy_of_the_base_saves_the_weights_that_are_packed(drawing: Any) -> None:

@@ -60,7 +60,7 @@ def test_every_task_has_a_trainer_and_settings_of_its_own(task):
         ({"distill": {"teacher_prompt": "shots.txt"}}, "distill: belongs to task distill, and the task here is dpo"),
         ({"task": "distill"}, "distill: is missing; say what the teacher reads"),
         ({**DISTILL, "distill": {"teacher_prompt": "no.txt"}}, r"distill.teacher_prompt: no.txt cannot be read"),
-        ({**DISTILL, "distill": {"teacher": "base"}}, "distill.teacher: unknown key; the nearest is 'teacher_prompt'"),
+        ({**DISTILL, "distill": {"teacher": "base"}}, "distill.teacher_prompt: is missing, so the teacher would be"),
         ({**DISTILL, "training": {"beta": 1.5}}, "training.beta: 1.5 must be between 0 and 1"),
         ({**DISTILL, "training": {"lmbda": -0.5}}, "training.lmbda: -0.5 must be between 0 and 1"),
         ({**DISTILL, "training": {"teacher_prompt": "x"}}, "training.teacher_prompt: say it in distill"),

@@ -1,0 +1,47 @@
+"""Teachers of distillation: the base of the student, or another model with the same vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from veneer.errors import ConfigError
+from veneer.model.sites.structure import evaluation
+from veneer.store.source import load_model, load_tokenizer
+
+BASE = "base"
+Teacher = Callable[[Any], AbstractContextManager[nn.Module]]
+"""Context of a pass by the teacher of a student, which gives the teacher's model."""
+
+
+@contextmanager
+def base_of(student: Any) -> Iterator[nn.Module]:
+    """Context in which a student is its own base, in evaluation mode."""
+    with evaluation(student), student.disable_adapter():
+        yield student
+
+
+def teacher_of(source: str, student: PreTrainedModel, tokenizer: Any) -> Teacher:
+    """Return the teacher that ``source`` names: "base", or the model in a folder.
+
+    Raises ConfigError for a model of another vocabulary, and the errors of `load_model`.
+    """
+    if source == BASE:
+        return base_of
+    other = load_model(source, device=student.device).eval().requires_grad_(False)
+    sizes = [int(each.config.get_text_config().vocab_size) for each in (other, student)]
+    if sizes[0] != sizes[1] or load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"teacher={source!r} has another vocabulary ({sizes[0]:,} ids) than the student ({sizes[1]:,}), so their "
+            "distributions cannot be compared: give a teacher with the student's tokenizer"
+        )
+
+    @contextmanager
+    def alone(_: Any) -> Iterator[nn.Module]:
+        yield other
+
+    return alone
