@@ -53,7 +53,8 @@ class Middle(NamedTuple):
     """Vectors that act between and after the two products of a version's pairs, in float32, joined over the layers.
 
     ``core`` and ``bias`` act between the products and have as many values for a layer as its packed rank. ``out_scale``
-    and ``out_bias`` act after the second product.
+    and ``out_bias`` act after the second product. If ``scales_y``, ``out_scale`` also multiplies the output to which
+    the pair is added.
     """
 
     core: Float[Tensor, " ranks"] | None
@@ -61,11 +62,12 @@ class Middle(NamedTuple):
     activation: str
     out_scale: Float[Tensor, " outputs"] | None
     out_bias: Float[Tensor, " outputs"] | None
+    scales_y: bool = False
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """Numbers for the kernels: addresses, and the activation's index."""
-        places = [0 if v is None else address(v, v.device.type) for v in (*self[:2], *self[3:])]
+        places = [0 if v is None else address(v, v.device.type) for v in (*self[:2], *self[3:5])]
         return (*places[:2], ACTIVATIONS.index(self.activation), *places[2:])
 
 
@@ -112,12 +114,28 @@ class PackedPairs:
         """Return a copy with the vectors of ``pairs``. The factors are shared, not copied."""
         return replace(self, middle=_middle(pairs, self.out_features, self.dtype) or self.middle)
 
+    def scaling(self, scales: Sequence[Tensor | None]) -> PackedPairs | None:
+        """Return a copy that computes ``y = scale * (y + B A x)`` with a scale (o,) a layer, None for one.
+
+        Return None if the pairs have vectors after their products. The kernels of the CPU do not compute such pairs.
+        """
+        middle = self.middle or Middle(None, None, "identity", None, None)
+        scale = _joined(scales, self.out_features, 1.0)
+        if scale is None or middle.out_scale is not None or middle.out_bias is not None:
+            return None
+        return replace(self, middle=middle._replace(out_scale=scale, scales_y=True))
+
+    @property
+    def scales_y(self) -> bool:
+        """Return True if the outputs to which the pairs are added are scaled too."""
+        return self.middle is not None and self.middle.scales_y
+
     @property
     def numbers(self) -> tuple[int, ...]:
         """Numbers for the kernels that describe the vectors between and after the products."""
         if self.middle is None:
             return (0,) * 6
-        return (3 if self.shares_a else 1, *self.middle.numbers)
+        return (1 | 2 * self.shares_a | 4 * self.middle.scales_y, *self.middle.numbers)
 
     @property
     def dtype(self) -> torch.dtype:

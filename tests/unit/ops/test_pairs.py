@@ -121,6 +121,30 @@ def test_what_is_added_is_exact_to_its_roundings(i, sizes, dtype, x_dtype, y_dty
         assert (whole[:, 100 + got.shape[1] :] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_outputs_are_scaled_with_what_is_added(name, shared, dtype):
+    """One version scales, of one layer without a pair too; beside it are one that only adds, and rows without one."""
+    a, outs = draw(16, 67), (83, 67, 131)
+    ranks = (16, 16, 16) if shared else (3, 0, 16)
+    pairs = [FactorPair(a[:r], draw(o, r), 0.7) if r else None for r, o in zip(ranks, outs, strict=True)]
+    adds = PackedPairs.pack(pairs, outs, dtype=dtype)
+    assert adds.shares_a == shared
+    assert adds.scaling([None] * 3) is None
+    scales = [draw(o, seed=1) for o in outs]
+    scaling = adds.scaling([scales[0], scales[1], None])
+    x, before = draw(9, 67), [draw(9, o) for o in outs]
+    found = [y.clone() for y in before]
+    add_pairs(x, [Segment(adds, 0, 2), Segment(scaling, 3, 8)], found, backend=name)
+    added = [y.clone() for y in before]
+    add_pairs(x, [Segment(adds, 0, 2), Segment(adds, 3, 8)], added, backend="reference")
+    for y, exact, scale in zip(found, added, [scales[0], scales[1], torch.ones(131)], strict=True):
+        exact[3:8] *= scale
+        assert torch.allclose(y, exact, rtol=1e-5, atol=1e-3)
+    assert all(torch.equal(y[2], z[2]) and torch.equal(y[8], z[8]) for y, z in zip(found, before, strict=True))
+
+
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])

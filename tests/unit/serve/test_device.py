@@ -143,7 +143,7 @@ def test_draws_of_every_kind_come_back_by_one_read(device: Crossings, adapters: 
     assert set(steps) == {(2, 1)}
 
 
-HELD = {"none": 9, "lora": 17, "dora": 22}
+HELD = {"none": 9, "lora": 17, "dora": 16}
 """Launches of a block in a decode step, those of DoRA for two adapters. The aim is 12, whatever the adapters.
 
 Fewer are written here, more are a fault.

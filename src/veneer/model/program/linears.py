@@ -149,7 +149,7 @@ class Linears:
         if self.group is None or self.bias is not None:
             return False
         own = None if version is None else self.own(version)
-        return own is None or own.only_adds
+        return own is None or (own.only_adds and not own.scales)
 
     def _sums(
         self, x: Tensor, owns: Sequence[OwnChanges | None], runs: AdapterRuns, group: PackedGroup
@@ -239,7 +239,21 @@ class Linears:
             each = zip(pairs, sizes, strict=True)
             apart = tuple(None if pair is None else self._pack([pair], [o], packing) for pair, o in each)
             return replace(left, apart=apart)
-        return replace(left, pairs=self._pack(pairs, sizes, packing))
+        packed = self._pack(pairs, sizes, packing)
+        scaling = self._scaling(left, packed)
+        if scaling is not None:
+            return replace(left, records=(NOTHING,) * len(left.records), pairs=scaling)
+        return replace(left, pairs=packed)
+
+    def _scaling(self, left: OwnChanges, packed: PackedPairs) -> PackedPairs | None:
+        """Return pairs that compute the scales of outputs as well, on a GPU; None if more than such scales is left."""
+        scaled = all(
+            record is NOTHING or (record.only_scales and record.input is None and record.bias is None)
+            for record in left.records
+        )
+        if self.device.type == "cpu" or self.bias is not None or left.whole or not scaled:
+            return None
+        return packed.scaling([record.output_scale for record in left.records])
 
     def _with_terms(self, own: OwnChanges) -> OwnChanges:
         """Pack those terms of the records that the CPU's kernels support."""

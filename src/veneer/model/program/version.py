@@ -58,6 +58,11 @@ class OwnChanges:
         """Return True if the changes only add low-rank parts to the layers' outputs."""
         return not (self.whole or self.apart or self.terms) and all(record is NOTHING for record in self.records)
 
+    @property
+    def scales(self) -> bool:
+        """Return True if the pairs scale the layers' outputs too (`PackedPairs.scaling`)."""
+        return self.pairs is not None and self.pairs.scales_y
+
 
 class Owns(Protocol):
     """One version's changes of all groups of layers."""

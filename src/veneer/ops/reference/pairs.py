@@ -29,8 +29,10 @@ def add(x: Tensor, segments: Segments, ys: Sequence[Tensor]) -> None:
         rows = slice(start, stop)
         inner = [x[rows].float() @ a.T for a, _ in unpacked(pairs)]  # before outputs are written, which may be x
         for i, (y, (_, b)) in enumerate(zip(ys, unpacked(pairs), strict=True)):
-            if pairs.ranks[i]:
-                y[rows] = y[rows].float() + _behind(pairs, i, _between(pairs, i, inner[i]) @ b.T)
+            if pairs.ranks[i] or pairs.scales_y:
+                added = _between(pairs, i, inner[i]) @ b.T
+                given = y[rows].float()
+                y[rows] = _behind(pairs, i, given + added) if pairs.scales_y else given + _behind(pairs, i, added)
 
 
 def _between(pairs: PackedPairs, layer: int, u: Tensor) -> Tensor:
@@ -49,7 +51,7 @@ def _behind(pairs: PackedPairs, layer: int, y: Tensor) -> Tensor:
     if pairs.middle is None:
         return y
     outs = list(pairs.out_features)
-    scale, bias = (None if v is None else torch.split(v, outs)[layer] for v in pairs.middle[3:])
+    scale, bias = (None if v is None else torch.split(v, outs)[layer] for v in pairs.middle[3:5])
     y = y if scale is None else y * scale
     return y if bias is None else y + bias
 

@@ -23,7 +23,7 @@ from veneer.ops.triton.launch import block, launch
 _DEPTH, _PART, _WIDTH, _MOST_ROWS = 64, 1024, 64, 32
 _START, _STOP, _FORM, _CORE, _BIAS, _ACTIVATION = (tl.constexpr(at) for at in range(1, 7))
 _OUT_SCALE, _OUT_BIAS, _RANKS = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9)
-_SHARED = tl.constexpr(3)
+_SHARED, _SCALES_Y = tl.constexpr(2), tl.constexpr(4)  # bits of a form
 _RELU, _SQUARED, _TANH, _SIGMOID, _LEAKY, _IDENTITY = (
     tl.constexpr(ACTIVATIONS.index(kind))
     for kind in ("relu", "relu_squared", "tanh", "sigmoid", "leaky_relu", "identity")
@@ -95,7 +95,7 @@ def _rows_in_a(segment, OUTS: tl.constexpr, PAIR: tl.constexpr):
     total = tl.load(segment) * 0
     for layer in tl.static_range(len(OUTS)):
         total += _filled(tl.load(segment + _RANKS + layer), PAIR)
-    return tl.where(tl.load(segment + _FORM) == _SHARED, _filled(tl.load(segment + _RANKS), PAIR), total)
+    return tl.where((tl.load(segment + _FORM) & _SHARED) != 0, _filled(tl.load(segment + _RANKS), PAIR), total)
 
 
 @triton.jit(do_not_specialize=["n"])  # a batch of another size is no variant
@@ -246,7 +246,8 @@ def _expand_kernel(
     stop, rank = tl.load(segment + _STOP), tl.load(segment + _RANKS + layer)
     rows = tl.load(segment + _START) + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = tile * WIDTH + tl.arange(0, WIDTH)
-    if (tl.min(rows, axis=0) < stop) & (rank > 0):
+    scales_y = (tl.load(segment + _FORM) & _SCALES_Y) != 0
+    if (tl.min(rows, axis=0) < stop) & ((rank > 0) | scales_y):
         before = rank * 0  # ranks of the layers in front of this one
         own = tl.cdiv(_rows_in_a(segment, OUTS, PAIR), 16) * 16 * depth  # values in front of its b
         for other in tl.static_range(END - 1):
@@ -254,7 +255,7 @@ def _expand_kernel(
             before += n_own
             own += tl.cdiv(OUTS[other], 16) * 16 * n_own
         factors = tl.load(segment).to(tl.pointer_type(FACTOR)) + own
-        first_u = tl.where(tl.load(segment + _FORM) == _SHARED, 0, before)
+        first_u = tl.where((tl.load(segment + _FORM) & _SHARED) != 0, 0, before)
         total = tl.zeros([ROWS, WIDTH], tl.float32)
         for first in range(0, rank, RANKS):
             own_ranks = first + tl.arange(0, RANKS)
@@ -271,8 +272,9 @@ def _expand_kernel(
             else:
                 weight = weight.to(tl.float32)
             total = tl.dot(u, weight, total, input_precision="ieee")
-        total = _behind(total, segment, behind + columns, columns < o)
         there = (rows < stop)[:, None] & (columns < o)[None, :]
         to = y + rows[:, None] * y_row + (in_front + columns)[None, :]
-        total += tl.load(to, mask=there, other=0.0).to(tl.float32)
+        given = tl.load(to, mask=there, other=0.0).to(tl.float32)
+        total = _behind(total + tl.where(scales_y, given, 0.0), segment, behind + columns, columns < o)
+        total += tl.where(scales_y, 0.0, given)
         tl.store(to, total.to(y.dtype.element_ty), mask=there)
