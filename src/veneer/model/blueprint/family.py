@@ -25,7 +25,8 @@ class Family:
     - ``interleaved``: q and k are rotated in neighbouring pairs. ``rotates``: whether a layer rotates at all.
     - ``alibi``: attention has a bias that decreases with distance.
     - ``norm_eps``: the epsilon of norms that hold none themselves.
-    - ``softmax_experts``: experts are chosen and weighted by the softmax of the router's scores.
+    - ``experts``: experts are chosen and weighted by the softmax of the router's scores, or by their sigmoids in
+      DeepSeek V3's form. None if neither is known.
     - ``scales_queries``: queries grow with position by ``llama_4_scaling_beta``.
     - ``adds_inside``: halves that add to the stream themselves: their residual adapters sit at their last layer.
     - ``strange``: the reason if a config of the family cannot be described, None if it can.
@@ -37,7 +38,7 @@ class Family:
     rotates: Callable[[Any, int], bool] = _always
     alibi: bool = False
     norm_eps: float | None = None
-    softmax_experts: bool = False
+    experts: Literal["softmax", "sigmoid"] | None = None
     scales_queries: bool = False
     adds_inside: tuple[Literal["attention", "mlp"], ...] = ()
     strange: Callable[[Any], str | None] = _nothing

@@ -124,7 +124,8 @@ EMBEDDING_MULTIPLIERS = ("scalar_embed_scale", "embed_scale")  # on a table that
 EXPERTS = ("experts", "gate")  # the stacks of a mixture and its router, as children of the feed-forward part
 STACKS = ("gate_up_proj", "down_proj")
 UNGATED_STACKS = ("up_proj", "down_proj")
-SHARED = ("shared_expert", "shared_expert_gate")
+SHARED, SHARED_GATE = ("shared_expert", "shared_experts"), "shared_expert_gate"
+CORRECTION = "e_score_correction_bias"  # a router's buffer
 # The layers of one expert by name, in files that hold each apart.
 EXPERT_LAYERS: dict[str, Role] = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down",

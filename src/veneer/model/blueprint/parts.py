@@ -187,10 +187,13 @@ class FeedForward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """Weighted sum of the ``top_k`` gated feed-forward parts with the highest probabilities of a router's softmax.
+    """Weighted sum of the ``top_k`` gated feed-forward parts with the highest values of a router.
 
-    ``normalized``: the probabilities of the chosen ones are divided by their sum. ``shared`` also runs on every token,
-    times the sigmoid of ``shared_gate`` if there is one.
+    The values are the softmax of its scores, or the sigmoid of each. ``normalized``: those of the chosen ones are
+    divided by their sum. ``n_groups``, ``kept_groups`` and ``scale`` are as in `veneer.ops.experts.Router`.
+    ``corrected``: the router's buffer `names.CORRECTION` is added to the values by which experts are chosen.
+    ``wide_scores``: the scores are computed in float32. ``shared`` also runs on every token, times the sigmoid of
+    ``shared_gate`` if there is one.
     """
 
     path: str
@@ -201,6 +204,12 @@ class Experts:
     gate_up: Stack
     down: Stack
     activation: str
+    values: Literal["softmax", "sigmoid"] = "softmax"
+    n_groups: int = 1
+    kept_groups: int = 1
+    scale: float = 1.0
+    corrected: bool = False
+    wide_scores: bool = False
     shared: FeedForward | None = None
     shared_gate: Linear | None = None
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from veneer.model.blueprint.linears import is_linear, read_linear
-from veneer.model.blueprint.names import EXPERTS, SHARED, STACKS, InnerNames
+from veneer.model.blueprint.names import CORRECTION, EXPERTS, SHARED, SHARED_GATE, STACKS, InnerNames
 from veneer.model.blueprint.parts import Experts, FeedForward, Linear, Role, Stack, Strange
 from veneer.model.blueprint.read_forward import named_activation
-from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
+from veneer.model.blueprint.source import BlockSource, all_of, first, has_all, undescribed
 from veneer.model.quantized.stack import map_shape, parameter_names
 from veneer.ops.activation import KINDS, activation_forward
 
@@ -77,14 +77,14 @@ def _experts(source: BlockSource, module: nn.Module) -> Experts | Strange:
     stacks = _stacks(source, experts)
     activation, shared = activation_of(getattr(experts, "act_fn", None)), _shared(source, module)
     score = cast("Tensor | None", router._parameters.get("weight"))
-    if not source.family.softmax_experts:
+    if source.family.experts is None:
         return Strange(path=path, reason="how its experts are chosen and weighted is not known for this family")
     if stacks is None or score is None or activation is None:
         return Strange(path=path, reason="its experts or their router are of another form than Mixtral's")
     if isinstance(shared, Strange):
         return shared
     n_experts, width = score.shape
-    rest = next(undescribed(source, module, [experts, router, *_modules(module, SHARED)]), None)
+    rest = next(undescribed(source, module, [experts, router, *all_of(module, (*SHARED, SHARED_GATE))]), None)
     return rest or Experts(
         path=path,
         router=Linear(role="router", path=source.path(router), out_features=n_experts, in_features=width, bias=False),
@@ -94,6 +94,7 @@ def _experts(source: BlockSource, module: nn.Module) -> Experts | Strange:
         gate_up=stacks[0],
         down=stacks[1],
         activation=activation,
+        **_sigmoid(router) if source.family.experts == "sigmoid" else {},
         shared=shared,
         shared_gate=_shared_gate(source, module),
     )
@@ -112,18 +113,22 @@ def _stacks(source: BlockSource, experts: nn.Module) -> tuple[Stack, Stack] | No
     return gate_up, down
 
 
-def _modules(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module | None]:
-    return [getattr(module, name, None) for name in names]
+def _sigmoid(router: Any) -> dict[str, Any]:
+    """Return the fields of experts that a router by sigmoids has, in DeepSeek V3's form."""
+    groups = {"n_groups": int(router.num_group), "kept_groups": int(router.topk_group)}
+    scale, corrected = float(router.routed_scaling_factor), CORRECTION in router._buffers
+    return {"values": "sigmoid", **groups, "scale": scale, "corrected": corrected, "wide_scores": True}
 
 
 def _shared(source: BlockSource, module: nn.Module) -> FeedForward | Strange | None:
-    shared = getattr(module, SHARED[0], None)
-    if shared is None:
+    name = first(module, SHARED)
+    if name is None:
         return None
+    shared = getattr(module, name)
     found = read_feed_forward(source, shared)
     return found if not isinstance(found, Experts) else Strange(path=found.path, reason="experts within experts")
 
 
 def _shared_gate(source: BlockSource, module: nn.Module) -> Linear | None:
-    gate = getattr(module, SHARED[1], None)
+    gate = getattr(module, SHARED_GATE, None)
     return None if gate is None else read_linear(source, gate, "shared_gate")

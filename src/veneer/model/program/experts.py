@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from veneer.model.adapted.experts import CodedExperts
 from veneer.model.adapted.parameters import AdaptedParameters, acting_record
 from veneer.model.adapted.state import base_alone
+from veneer.model.blueprint.names import CORRECTION
 from veneer.model.blueprint.parts import Experts, Stack
 from veneer.model.inplace import InPlace, base_of, mixin_of
 from veneer.model.program.acting import Acting, is_plain
@@ -31,11 +33,23 @@ from veneer.records.terms.pair import Pair
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MixWeights:
-    """Packed ``stacks`` of the experts' weights. Without them, the model's own ``module`` computes the outputs."""
+    """Packed ``stacks`` of the experts; without them the model's own ``module`` computes their outputs.
+
+    ``bias`` is added to the values by which they are chosen.
+    """
 
     model: nn.Module
     module: nn.Module
     stacks: Stacks | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActingExperts:
+    """Experts in training, and the ``bias`` that is added to the values by which they are chosen."""
+
+    experts: TrainedExperts
+    bias: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,15 +87,24 @@ class MixExperts(Trained):
     def router(self) -> Router:
         """The function that chooses experts from their scores."""
         part = self.experts
-        return Router(n_experts=part.n_experts, top_k=part.top_k, normalized=part.normalized)
+        return Router(
+            n_experts=part.n_experts,
+            top_k=part.top_k,
+            values=part.values,
+            normalized=part.normalized,
+            n_groups=part.n_groups,
+            kept_groups=part.kept_groups,
+            scale=part.scale,
+        )
 
     def bind(self, to: Binding) -> MixWeights:
         path = self.experts.gate_up.path.rpartition(".")[0]
         paths = tuple(stack.path for stack in self.stacks)
-        return MixWeights(to.model, to.model.get_submodule(path), to.stacks.get(paths))
+        bias = _bias(to.model.get_submodule(self.experts.router.path), self.experts)
+        return MixWeights(to.model, to.model.get_submodule(path), to.stacks.get(paths), bias)
 
     def forward(self, weights: MixWeights, rows: PassRows, frame: Frame) -> None:
-        x, ids, factors = frame[self.source.name], *route(frame[self.scores.name], self.router)
+        x, ids, factors = frame[self.source.name], *route(frame[self.scores.name], self.router, weights.bias)
         shared, gate = (None if each is None else frame[each.name] for each in (self.shared, self.shared_gate))
         if weights.stacks is not None:
             y = mix(x, ids, factors, weights.stacks, self.experts.activation, shared=shared, shared_gate=gate)
@@ -91,15 +114,19 @@ class MixExperts(Trained):
         frame[self.target.name] = y
 
     def emit(self, weights: MixWeights, step: StepProgram) -> bool:
-        if weights.stacks is None:
+        narrow = self.experts.wide_scores and step.dtype != torch.float32  # its registers have one dtype
+        if weights.stacks is None or narrow:
             return False
         at = [-1 if each is None else step.first_of(each) for each in (self.shared, self.shared_gate)]
         at = [step.first_of(self.scores), step.first_of(self.source), *at, step.first_of(self.target)]
-        step.add_experts(self.router, weights.stacks, self.experts.activation, at)
+        step.add_experts(self.router, weights.bias, weights.stacks, self.experts.activation, at)
         return True
 
-    def acting(self, at: Acting) -> TrainedExperts | None:
-        """Return the experts, or None if they are adapted, hooked or trained, or if noise is added to their input."""
+    def acting(self, at: Acting) -> ActingExperts | None:
+        """Return the experts with the pairs that act on them.
+
+        None if they are hooked or trained, if rows have adapters of their own there, or if their input is made noisy.
+        """
         half, path = at.module(self.experts.path), self.experts.gate_up.path.rpartition(".")[0]
         module = at.module(path)
         if not (is_plain(half) and is_plain(module)) or getattr(half, "jitter_noise", False) or not _is_frozen(module):
@@ -113,26 +140,27 @@ class MixExperts(Trained):
         stacks = [stack_of(module, name) for name in names]
         weights = ([_weight(stack.expert(n)) for n in range(self.experts.n_experts)] for stack in stacks)
         inner, down = (ExpertLayers(own, _pair(record)) for own, record in zip(weights, records, strict=True))
-        return TrainedExperts(inner, down, self.experts.activation)
+        experts = TrainedExperts(inner, down, self.experts.activation)
+        return ActingExperts(experts, _bias(at.module(self.experts.router.path), self.experts))
 
-    def tensors_of(self, weights: TrainedExperts) -> tuple[Tensor, ...]:
-        return weights.tensors
+    def tensors_of(self, weights: ActingExperts) -> tuple[Tensor, ...]:
+        return weights.experts.tensors
 
-    def train(self, weights: TrainedExperts, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
+    def train(self, weights: ActingExperts, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
         [x], [scores], *beside = (each.read(frame) for each in self.sources)
         x = x.to(run.dtype)
-        ids, factors = route(scores, self.router)
-        y, kept = weights.forward(x, ChosenExperts.of(ids, self.experts.n_experts, x), factors)
+        ids, factors = route(scores, self.router, weights.bias)
+        y, kept = weights.experts.forward(x, ChosenExperts.of(ids, self.experts.n_experts, x), factors)
         if beside:
             [shared], *gate = beside
             y = y.add_(shared if not gate else gate[0][0].sigmoid() * shared)
         self.target.write(frame, [y])
         return (kept.hidden, *kept.us, ids, factors, *((y,) if keep.output else ()))
 
-    def kept_output(self, weights: TrainedExperts, kept: Kept) -> list[Tensor] | None:
+    def kept_output(self, weights: ActingExperts, kept: Kept) -> list[Tensor] | None:
         return [cast(Tensor, y) for y in kept[5:]] or None
 
-    def back(self, weights: TrainedExperts, tape: Tape) -> tuple[Tensor | None, ...]:
+    def back(self, weights: ActingExperts, tape: Tape) -> tuple[Tensor | None, ...]:
         """Return the gradients of the pairs' tensors."""
         [dy], [x], [scores] = tape.take(self.target), tape.value(self.source), tape.value(self.scores)
         hidden, first, second, ids, factors = tape.kept[:5]
@@ -141,7 +169,7 @@ class MixExperts(Trained):
             KeptOfExperts(cast(Tensor, hidden), (first, second)),
             ChosenExperts.of(ids, self.experts.n_experts, dy),
         )
-        found = weights.backward(dy, x.to(dy.dtype), kept, chosen, factors)
+        found = weights.experts.backward(dy, x.to(dy.dtype), kept, chosen, factors)
         if self.shared is not None and self.shared_gate is None:
             tape.give(self.shared, [dy])
         elif self.shared is not None and self.shared_gate is not None:
@@ -158,6 +186,11 @@ class MixExperts(Trained):
 def is_known(part: Experts) -> bool:
     """Return True if `MixExperts` has an operation for the experts of a description."""
     return part.activation in ACTIVATIONS and part.n_experts <= MOST_EXPERTS
+
+
+def _bias(router: nn.Module, part: Experts) -> Tensor | None:
+    """Return a router's bias in float32, on which choices depend and nothing else."""
+    return router._buffers[CORRECTION].float() if part.corrected else None  # type: ignore[union-attr]
 
 
 def _is_frozen(module: nn.Module) -> bool:

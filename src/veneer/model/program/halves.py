@@ -21,6 +21,7 @@ from veneer.model.program.operation import STREAM, Operation, Register
 from veneer.model.program.own_module import OwnModule
 from veneer.model.program.product import Product
 from veneer.model.program.stretch import Trained, TrainedStretch
+from veneer.model.program.wide_product import WideProduct
 
 _PATHS = ("path", "act", "conv", "input_path", "output_path")
 
@@ -191,7 +192,8 @@ def _acted(part: FeedForward, fed: Register) -> Generator[Operation, None, Regis
 
 def _mixture(part: Experts, fed: Register, target: Register) -> Iterator[Operation]:
     scores, shared, gate = _outputs("scores", (part.router,)), None, None
-    yield Product(linears=(part.router,), source=fed, target=scores)
+    kind = WideProduct if part.wide_scores else Product
+    yield kind(linears=(part.router,), source=fed, target=scores)
     if part.shared is not None:
         acted, shared = (yield from _acted(part.shared, fed)), _outputs("shared", (part.shared.down,))
         yield Product(linears=(part.shared.down,), source=acted, target=shared)

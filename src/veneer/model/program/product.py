@@ -62,8 +62,12 @@ class Product(Trained):
     def masked(self, weights: tuple[LinearLayer, ...], at: Acting, x: Tensor) -> tuple[LinearLayer, ...]:
         return tuple(at.masked(each.path, layer, x) for each, layer in zip(self.linears, weights, strict=True))
 
+    def dtype_in(self, run: ActingStretch) -> torch.dtype:
+        """Return the dtype of its products."""
+        return run.dtype
+
     def train(self, weights: tuple[LinearLayer, ...], run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
-        ys, kept = op.forward(_in(run.dtype, self.source.read(frame)), weights, owns_x=keep.owns)
+        ys, kept = op.forward(_in(self.dtype_in(run), self.source.read(frame)), weights, owns_x=keep.owns)
         self.target.write(frame, ys)
         kept = kept.without_products() if keep.again else kept
         pairs = zip(ys, kept.products, strict=True)
@@ -82,15 +86,22 @@ class Product(Trained):
         runs first.
         """
         dys, (kept, _), maker = tape.take(self.target), self._kept(weights, tape.kept), tape.maker(self.source)
-        late = maker is not None and maker.gives_output and len(weights) == 1 and op.takes_input_late(weights[0])
+        dtype = self.dtype_in(tape.run)
+        late = (
+            dtype == tape.run.dtype
+            and maker is not None
+            and maker.gives_output
+            and len(weights) == 1
+            and op.takes_input_late(weights[0])
+        )
         if late and tape.wants:
             tape.prepare(self.source)
             return op.backward_before_input(dys[0], kept, weights[0], lambda dx: tape.through(self.source, dx))
-        x = _in(tape.run.dtype, tape.value(self.source))
+        x = _in(dtype, tape.value(self.source))
         owns, overwrite = maker is not None and maker.cheap, tape.owns(dys[0])
         found = op.backward(dys, x, kept, weights, input_grad=tape.wants, overwrite=overwrite, owns_x=owns)
         if found.x is not None:
-            tape.give(self.source, [found.x])
+            tape.give(self.source, [found.x.to(tape.run.dtype)])
         return found.records
 
     def _kept(self, weights: tuple[LinearLayer, ...], kept: Kept) -> tuple[op.SavedForBackward, Kept]:

@@ -125,12 +125,20 @@ class StepProgram:
         self.n_instructions += 1
 
     def add_experts(
-        self, router: Router, stacks: tuple[PackedStack, PackedStack], activation: str, at: list[int]
+        self,
+        router: Router,
+        bias: Tensor | None,
+        stacks: tuple[PackedStack, PackedStack],
+        activation: str,
+        at: list[int],
     ) -> None:
-        """Add the experts of a mixture; ``at``: tensors of scores, source, shared, its gate (-1: none) and target."""
+        """Add the experts of a mixture. ``bias`` is added to the values by which they are chosen.
+
+        ``at``: tensors of scores, source, shared, its gate (-1: none) and target.
+        """
         panels = [stack_numbers(stack, address(stack.panels)) for stack in stacks]
         self._kept.append(stacks)
-        self.add("experts", router_numbers(router), router.scale, 0, *panels, GATED.index(activation), at)
+        self.add("experts", router_numbers(router), router.scale, bias, *panels, GATED.index(activation), at)
 
     def _sent(self, part: Part) -> Any:
         if isinstance(part, Tensor):

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from veneer.ops.experts import Router
 from veneer.ops.glu import glu_backward, glu_forward
+from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run, add_grouped_low_rank, grouped_low_rank_backward
 from veneer.ops.linear.layer import Weight
 from veneer.ops.linear.weight import add_transposed, product
-from veneer.ops.matmul import add_matmul, matmul, operand
+from veneer.ops.matmul import operand
 from veneer.ops.traced import Traced
 from veneer.records.terms.pair import Pair
 
@@ -52,22 +53,30 @@ class ChosenExperts:
         bounds = tuple((end - count, end) for end, count in zip(ends, counts, strict=True))
         return cls(order // ids.shape[1], places.view(ids.shape), bounds)
 
-    def each(self) -> Iterator[tuple[int, slice, Tensor]]:
-        """Yield each chosen expert: its number, the slice of its choices, and the rows to compute.
+    @property
+    def runs(self) -> AdapterRuns:
+        """Sorted choices as runs of the experts' pairs."""
+        each = (Run(number, start, stop) for number, (start, stop) in enumerate(self.bounds) if start < stop)
+        return AdapterRuns(tuple(each), len(self.tokens))
 
-        These are the rows of its choices, and some of the following ones, so that their number is a multiple of
-        `ROWS_AT_ONCE`.
+    def each(self) -> Iterator[tuple[int, slice, slice]]:
+        """Yield each chosen expert: its number, the slice of its choices, and the slice of the choices to compute.
+
+        The second has some of the following choices too, so that their number is a multiple of `ROWS_AT_ONCE`.
         """
         for number, (start, stop) in enumerate(self.bounds):
             if start < stop:
-                yield number, slice(start, stop), self.tokens[start : stop + (start - stop) % ROWS_AT_ONCE]
+                yield number, slice(start, stop), slice(start, stop + (start - stop) % ROWS_AT_ONCE)
 
-    def summed(self, rows: Float[Tensor, "choices d"], weights: Tensor | None = None) -> Float[Tensor, "n d"]:
-        """Sum the rows of each token's choices, times their weights, in the order of choice and in float32."""
+    def sorted(self, weights: Float[Tensor, "n top_k"]) -> Float[Tensor, "choices 1"]:
+        """Return a number of each choice in the order of the sorted choices."""
+        return weights.new_empty(weights.numel()).scatter_(0, self.places.flatten(), weights.flatten())[:, None]
+
+    def summed(self, rows: Float[Tensor, "choices d"]) -> Float[Tensor, "n d"]:
+        """Sum the rows of each token's choices, in the order of choice and in float32."""
         total = rows.new_zeros(len(self.places), rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
         for place in range(self.places.shape[1]):
-            own = rows[self.places[:, place]]
-            total += own if weights is None else own * weights[:, place, None]
+            total += rows[self.places[:, place]]
         return total.to(rows.dtype)
 
 
@@ -88,6 +97,40 @@ class ExpertLayers:
     def tensors(self) -> tuple[Tensor, ...]:
         """Tensors that receive gradients: A (experts, r, i) and B (experts, o, r)."""
         return () if self.pair is None else (self.pair.a, self.pair.b)
+
+    @property
+    def group(self) -> LowRankGroup | None:
+        """Pairs of the experts, each an adapter of its own rows; None if there are none."""
+        pair = self.pair
+        if pair is None:
+            return None
+        b = pair.b.contiguous()  # PEFT's form has the experts side by side
+        return LowRankGroup(pair.a.unbind(), b.unbind(), (pair.scale,) * len(b))
+
+    def forward(
+        self, x: Float[Tensor, "choices i"], chosen: ChosenExperts
+    ) -> tuple[Float[Tensor, "choices o"], Tensor | None]:
+        """Return the outputs for sorted rows, and the A-products in the form in which `backward` reads them."""
+        y, group = x.new_empty(len(x), self.shape[0]), self.group
+        for number, rows, wide in chosen.each():
+            own = x[wide]
+            y[rows] = product(own, operand(own), self.weights[number])[: rows.stop - rows.start]
+        return y, None if group is None else add_grouped_low_rank(x, [group], chosen.runs, [y])
+
+    def backward(
+        self, dy: Float[Tensor, "choices o"], x: Float[Tensor, "choices i"], u: Tensor | None, chosen: ChosenExperts
+    ) -> tuple[Float[Tensor, "choices i"], tuple[Tensor | None, ...]]:
+        """Return the gradients in the sorted rows and in `tensors`."""
+        dx, group = dy.new_empty(len(dy), self.shape[1]), self.group
+        for number, rows, wide in chosen.each():
+            own = dy[wide]
+            dx[rows] = add_transposed(None, own, operand(own), self.weights[number])[: rows.stop - rows.start]
+        if group is None or u is None:
+            return dx, ()
+        added, [das], [dbs] = grouped_low_rank_backward([dy], x, u, [group], chosen.runs)
+        each = zip(self.tensors, (das, dbs), strict=True)
+        found = (torch.stack(cast("list[Tensor]", own)).to(t.dtype) if t.requires_grad else None for t, own in each)
+        return dx.add_(cast(Tensor, added)), tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +169,14 @@ class TrainedExperts:
     def forward(
         self, x: Float[Tensor, "n d"], chosen: ChosenExperts, weights: Float[Tensor, "n top_k"]
     ) -> tuple[Float[Tensor, "n d"], KeptOfExperts]:
-        """Return the weighted sums of the experts' outputs, and the tensors that `backward` reads."""
-        n, (d, width) = len(chosen.tokens), self.down.shape
-        hidden, out = x.new_empty(n, 2 * width), x.new_empty(n, d)
-        first, second = (_Factors.of(layers, x.dtype) for layers in (self.inner, self.down))
-        us = tuple(None if own is None else x.new_empty(n, own.rank) for own in (first, second))
-        for number, rows, tokens in chosen.each():
-            inner = _product(x[tokens], self.inner, number, first, us[0], rows)
-            hidden[rows] = inner[: rows.stop - rows.start]
-            acted = glu_forward(inner[:, :width], inner[:, width:], self.activation)
-            out[rows] = _product(acted, self.down, number, second, us[1], rows)[: rows.stop - rows.start]
-        return chosen.summed(out, weights), KeptOfExperts(hidden, (us[0], us[1]))
+        """Return the weighted sums of the experts' outputs, and the tensors that `backward` reads.
+
+        The inputs of the second layers are weighted, not their outputs: so the gradients of pairs read them once.
+        """
+        hidden, first = self.inner.forward(x[chosen.tokens], chosen)
+        acted = glu_forward(*_halves(hidden), self.activation)
+        out, second = self.down.forward((acted * chosen.sorted(weights)).to(x.dtype), chosen)
+        return chosen.summed(out), KeptOfExperts(hidden, (first, second))
 
     def backward(
         self,
@@ -150,95 +190,20 @@ class TrainedExperts:
 
         The gradient in a weight is ⟨downᵀ dy, act(gate) · up⟩, so that the experts' outputs need not be kept.
         """
-        width, dtype = self.down.shape[1], dy.dtype
-        by_choice = weights.new_empty(weights.numel()).scatter_(0, chosen.places.flatten(), weights.flatten())
-        dx, dweights = dy.new_empty(len(chosen.tokens), dy.shape[1]), torch.empty_like(by_choice)
-        first, second = (_Factors.of(layers, dtype) for layers in (self.inner, self.down))
-        found = _PairGradients(self.inner), _PairGradients(self.down)
-        for number, rows, tokens in chosen.each():
-            count, own, wide = rows.stop - rows.start, dy[tokens], slice(rows.start, rows.start + len(tokens))
-            own[count:] = 0  # rows of other experts, which the pairs' gradients would count
-            share = by_choice[wide, None]
-            through, du = _transposed(own, self.down, number, second)
-            dinner, dacted = kept.hidden[wide].clone(), (through * share).to(dtype)
-            _, _, acted = glu_backward(
-                dacted, dinner[:, :width], dinner[:, width:], self.activation, owns_dh=True, owns_inputs=True
-            )
-            dweights[rows] = (through[:count].float() * acted[:count].float()).sum(1)
-            if du is not None:
-                u = cast(Tensor, kept.us[1])[wide]
-                found[1].add(number, (du * share).to(dtype), acted, own, (u * share).to(dtype))
-            into, du = _transposed(dinner, self.inner, number, first)
-            if du is not None:
-                found[0].add(number, du, x[tokens], dinner, cast(Tensor, kept.us[0])[wide])
-            dx[rows] = into[:count]
-        pairs = (*found[0].listed(), *found[1].listed())
-        return ExpertGradients(chosen.summed(dx), dweights[chosen.places], pairs)
+        share, dtype, width = chosen.sorted(weights), dy.dtype, self.down.shape[1]
+        acted = glu_forward(*_halves(kept.hidden), self.activation)
+        through, second = self.down.backward(dy[chosen.tokens], (acted * share).to(dtype), kept.us[1], chosen)
+        dweights = (through.float() * acted.float()).sum(1)
+        dinner, dacted = kept.hidden.clone(), (through * share).to(dtype)
+        del through, acted
+        glu_backward(dacted, dinner[:, :width], dinner[:, width:], self.activation, owns_dh=True, owns_inputs=True)
+        dx, first = self.inner.backward(dinner, x[chosen.tokens], kept.us[0], chosen)
+        return ExpertGradients(chosen.summed(dx), dweights[chosen.places], (*first, *second))
 
 
-@dataclass(frozen=True, slots=True)
-class _Factors:
-    """Pairs of all experts in the dtype of a pass: A (experts, r, i), and B (experts, o, r) times the scale."""
-
-    a: Tensor
-    b: Tensor
-
-    @classmethod
-    def of(cls, layers: ExpertLayers, dtype: torch.dtype) -> _Factors | None:
-        pair = layers.pair
-        return None if pair is None else cls(pair.a.to(dtype), (pair.b * pair.scale).to(dtype).contiguous())
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[1]
-
-
-class _PairGradients:
-    """Gradients in the pairs of a layer's experts, in the tensors' own dtypes; zero for experts that no row chose."""
-
-    def __init__(self, layers: ExpertLayers) -> None:
-        self.scale = 1.0 if layers.pair is None else layers.pair.scale
-        self.values = [
-            t.new_zeros(t.shape) if t.requires_grad else None for t in layers.tensors
-        ]  # not like B, whose experts lie side by side in PEFT's form
-
-    def add(self, number: int, du: Tensor, x: Tensor, dy: Tensor, u: Tensor) -> None:
-        """Set the gradients of one expert from those in its A-product and its output."""
-        da, db = self.values
-        if da is not None:
-            da[number] = matmul(du.T, x, du.dtype)
-        if db is not None:
-            db[number] = matmul(u.T, dy, u.dtype).T
-
-    def listed(self) -> tuple[Tensor | None, ...]:
-        for db in self.values[1:]:
-            if db is not None:
-                db.mul_(self.scale)
-        return tuple(self.values)
-
-
-def _product(
-    x: Tensor, layers: ExpertLayers, number: int, factors: _Factors | None, us: Tensor | None, rows: slice
-) -> Tensor:
-    """Return an expert's layer applied to rows, and write the A-products of those that are its own into ``us``."""
-    read = operand(x)
-    y = product(x, read, layers.weights[number])
-    if factors is not None and us is not None:
-        u = matmul(read, factors.a[number].T, x.dtype)
-        add_matmul(y, u, factors.b[number].T)
-        us[rows] = u[: rows.stop - rows.start]
-    return y
-
-
-def _transposed(
-    dy: Tensor, layers: ExpertLayers, number: int, factors: _Factors | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients in the rows that an expert's layer read, and in their A-products if it has a pair."""
-    read = operand(dy)
-    if factors is None:
-        return add_transposed(None, dy, read, layers.weights[number]), None
-    du = matmul(read, factors.b[number], dy.dtype)
-    return add_transposed(matmul(du, factors.a[number], dy.dtype), dy, read, layers.weights[number]), du
+def _halves(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = hidden.chunk(2, dim=1)
+    return gate, up
 
 
 def route_backward(
@@ -247,11 +212,17 @@ def route_backward(
     ids: Int64[Tensor, "n top_k"],
     router: Router,
 ) -> Float[Tensor, "n experts"]:
-    """Return the gradient in a softmax router's scores.
+    """Return the gradient in a router's scores.
 
     ``dweights`` is the gradient in the weights of the chosen experts.
     """
     dweights = dweights * router.scale
+    if router.values == "sigmoid":
+        values = scores.float().gather(1, ids).sigmoid()
+        if router.normalized:
+            total = values.sum(-1, keepdim=True)
+            dweights = (dweights - (values * dweights).sum(-1, keepdim=True) / total) / total
+        return torch.zeros_like(scores).scatter_(1, ids, (dweights * values * (1 - values)).to(scores.dtype))
     if router.normalized:  # the softmax of the chosen scores alone
         weights = scores.float().gather(1, ids).softmax(-1)
         own = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))

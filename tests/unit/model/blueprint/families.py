@@ -13,13 +13,16 @@ from transformers import (
     Cohere2Config,
     CohereConfig,
     CwmConfig,
+    Dots1Config,
     Ernie4_5Config,
     Exaone4Config,
+    ExaoneMoeConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     GPT2Config,
     GPTBigCodeConfig,
@@ -51,9 +54,12 @@ from transformers import (
     Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
+    SolarOpenConfig,
     StableLmConfig,
     Starcoder2Config,
 )
+
+from veneer.model.blueprint.names import CORRECTION
 
 SIZES: dict[str, Any] = {
     "hidden_size": 42, "intermediate_size": 58, "num_hidden_layers": 4, "num_attention_heads": 6,
@@ -64,6 +70,7 @@ SQUARE = {k: v for k, v in WIDE.items() if k not in ("num_key_value_heads", "hea
 OLD: dict[str, Any] = {"n_embd": 42, "n_layer": 3, "n_head": 3, "n_inner": 58, "vocab_size": 97, "n_positions": 64}
 GEMMA: dict[str, Any] = {**SIZES, "query_pre_attn_scalar": 11, "sliding_window": 5, "final_logit_softcapping": 2.3}
 MOE: dict[str, Any] = {**WIDE, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 28}
+GROUPED: dict[str, Any] = {**WIDE, "num_experts_per_tok": 3, "moe_intermediate_size": 28}
 TURNS = ["sliding_attention", "full_attention"] * 2
 
 LINEAR = {"rope_type": "linear", "factor": 2.7}
@@ -160,6 +167,13 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen2 experts": Qwen2MoeConfig(shared_expert_intermediate_size=20, mlp_only_layers=[1], **MOE),
     "qwen3": Qwen3Config(use_sliding_window=True, sliding_window=5, max_window_layers=1, **SIZES),
     "qwen3 experts": Qwen3MoeConfig(norm_topk_prob=True, **MOE),
+    "glm4 experts": Glm4MoeConfig(
+        n_routed_experts=6, n_group=3, topk_group=2, routed_scaling_factor=1.7, first_k_dense_replace=1,
+        **{**GROUPED, "head_dim": 16},
+    ),
+    "dots1": Dots1Config(n_routed_experts=6, n_shared_experts=1, first_k_dense_replace=1, **GROUPED),
+    "exaone experts": ExaoneMoeConfig(num_experts=5, num_shared_experts=1, first_k_dense_replace=1, **GROUPED),
+    "solar experts": SolarOpenConfig(n_routed_experts=7, routed_scaling_factor=2.1, **GROUPED),
     "seed_oss": SeedOssConfig(**SIZES),
     "smollm3": SmolLM3Config(no_rope_layer_interval=2, **WIDE),
     "stablelm": StableLmConfig(use_qkv_bias=True, **WIDE, **rope(PARTIAL)),
@@ -174,6 +188,9 @@ def model_of(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel
     config = copy.deepcopy(FAMILIES[family])
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith(CORRECTION):
+                buffer.uniform_(-0.3, 0.3)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter += 0.3 * torch.randn_like(parameter)

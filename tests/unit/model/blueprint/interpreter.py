@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear as matmul
 
 from veneer.model.blueprint.decoder import Block, Decoder
+from veneer.model.blueprint.names import CORRECTION
 from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Linear, Norm, ShortConv, Strange
 from veneer.ops.activation import activation_forward
 
@@ -117,9 +118,17 @@ def acted(inner: Tensor, activation: str, gated: bool) -> Tensor:
 
 
 def mixture(part: Experts, weights: Weights, x: Tensor) -> Tensor:
-    ratings, chosen = project(part.router, weights, x).softmax(-1).topk(part.top_k, -1)
+    scores = project(part.router, weights, x)
+    values = scores.softmax(-1) if part.values == "softmax" else scores.sigmoid()
+    choice = values + weights[f"{part.router.path}.{CORRECTION}"] if part.corrected else values
+    groups = choice.unflatten(-1, (part.n_groups, -1))
+    kept = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1).topk(part.kept_groups, -1).indices
+    outside = torch.ones(groups.shape[:-1], dtype=torch.bool).scatter(-1, kept, False)
+    chosen = groups.masked_fill(outside[..., None], -torch.inf).flatten(-2).topk(part.top_k, -1).indices
+    ratings = values.gather(-1, chosen)
     if part.normalized:
         ratings = ratings / ratings.sum(-1, keepdim=True)
+    ratings = ratings * part.scale
     inner = torch.einsum("btd,eid->btei", x, weights[part.gate_up.path])
     outputs = torch.einsum("btei,edi->bted", acted(inner, part.activation, True), weights[part.down.path])
     y = (ratings[..., None] * outputs.gather(2, chosen[..., None].expand(*chosen.shape, x.shape[-1]))).sum(2)

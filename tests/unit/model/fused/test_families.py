@@ -13,6 +13,7 @@ from tests.unit.model.conftest import base
 from tests.unit.model.steps import BATCHES, adapted, error, step
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Ernie4_5_MoeConfig,
     Glm4MoeLiteConfig,
     Ministral3Config,
@@ -39,7 +40,7 @@ NEW = [
     "bloom", "bloom, 3 heads", "cohere", "cohere, normed heads", "cohere2", "ernie4_5", "exaone4", "falcon",
     "falcon, groups", "falcon, groups, one norm", "falcon, all heads, serial", "glm", "glm4", "gptj",
     "gptj, whole heads", "granite", "helium", "mpt", "nemotron", "olmo", "olmo, clipped", "olmo2", "olmo3", "opt",
-    "qwen2 experts", "qwen3 experts", "smollm3",
+    "qwen2 experts", "qwen3 experts", "smollm3", "solar experts", "dots1", "exaone experts", "glm4 experts",
 ]  # fmt: skip
 BY_MASK = ("bloom", "bloom, 3 heads", "mpt", "opt")  # their own code takes no positions
 BORDERS = {"cohere, normed heads": "attention", "olmo, clipped": "attention"}
@@ -70,19 +71,29 @@ def test_a_family_fuses_up_to_its_borders_and_equals_its_own_code(family: str, h
     assert error(found[2], expected[2]) <= 5e-5
 
 
+@pytest.mark.parametrize("kind", [DeepseekV3Config, Glm4MoeLiteConfig])
 def test_halves_of_kinds_that_no_kernel_has_leave_the_others_fused(
-    halves: list[str], caplog: pytest.LogCaptureFixture
+    kind: type[PreTrainedConfig], halves: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Latent attention, and experts of a router that is not described: the dense half of the first block is fused."""
+    """Latent attention: only the second halves are fused, the dense one of the first block and experts."""
     ranks = {"q_lora_rank": 21, "kv_lora_rank": 12, "qk_rope_head_dim": 6, "qk_nope_head_dim": 8, "v_head_dim": 14}
     sizes = {**WIDE, "num_hidden_layers": 2, "num_key_value_heads": 6, "head_dim": 6}
-    model = adapted(base(Glm4MoeLiteConfig(**sizes, **ranks)), LoraConfig(r=5, target_modules="all-linear"))
+    experts = {
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 28,
+    }
+    dense = {"first_k_dense_replace": 1} if kind is DeepseekV3Config else {}
+    config = kind(**sizes, **ranks, **experts, **dense)
+    model = adapted(base(config), LoraConfig(r=5, target_modules="all-linear"))
     expected = step(model, BATCHES["padded"])
     with caplog.at_level(logging.INFO, logger="veneer"), fused(model) as takes:
         halves.clear()
         found = step(model, BATCHES["padded"])
     assert takes
-    assert halves == ["mlp"]
+    assert halves == ["mlp", "mlp"]
     assert "run its own code: no q, k, v and o projections" in caplog.text
     assert (found[0] - expected[0]).norm() <= 1e-5 * expected[0].norm()
     assert error(found[2], expected[2]) <= 5e-5
@@ -133,11 +144,11 @@ def test_in_bfloat16_they_err_no_more_than_twice_their_own_code(family: str) -> 
     assert error(found[2], exact[2]) <= 2 * error(general[2], exact[2])
 
 
-def test_forty_three_types_fuse_whole() -> None:
+def test_forty_seven_types_fuse_whole() -> None:
     whole: dict[str, bool] = {}
     for family in TYPES:
         shapes: list[Any] = [block_program(block, 1) for block in describe_config(config_of(family)).blocks]
         fits = all(isinstance(shape, BlockProgram) and shape.attention and shape.mlp for shape in shapes)
         whole[TYPES[family].model_type] = whole.get(TYPES[family].model_type, False) or fits
-    assert len(whole) == 43
+    assert len(whole) == 47
     assert not {name for name, fits in whole.items() if not fits}

@@ -2,4 +2,4 @@
 
 from veneer.model.blueprint.family import Family
 
-FAMILY = Family(model_types=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"), softmax_experts=True)
+FAMILY = Family(model_types=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"), experts="softmax")
