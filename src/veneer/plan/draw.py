@@ -30,7 +30,7 @@ _OPTIONS = EngineOptions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Draw:
+class DrawSize:
     """Answers of ``n_tokens`` each to prompts of ``prompt`` tokens, drawn at once.
 
     ``n_batches`` micro-batches are trained before the next draw. Log-probabilities of all answers are computed
@@ -55,27 +55,27 @@ class Draw:
         return self.n_prompts * (self.prompt // block * block) + self.n_answers * own
 
 
-def draw_of(task: str, args: Any, batch: Batch) -> Draw | None:
+def draw_of(task: str, args: Any, batch: Batch) -> DrawSize | None:
     """Return the draw of a recipe's step, of answers of the maximal length; None if the step draws nothing."""
     n_rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
     if task == "distill" and args.lmbda > 0:
         n, longest = n_rows * steps, args.max_completion_length
         prompt = max(1, batch.length - longest)
-        return Draw(n_answers=n, n_prompts=n, prompt=prompt, n_tokens=longest, n_batches=steps / args.lmbda)
+        return DrawSize(n_answers=n, n_prompts=n, prompt=prompt, n_tokens=longest, n_batches=steps / args.lmbda)
     if task not in ("grpo", "rloo"):
         return None
     n, of_engine = n_rows * args.steps_per_generation, args.rollout_engine != "generate"
     n_batches = args.steps_per_generation * args.num_iterations
     is_known = of_engine and not (args.bf16 or args.fp16)  # the engine's log-probabilities are then the old policy's
     scores_old = task == "rloo" or of_engine or steps % n_batches != 0
-    return Draw(
+    return DrawSize(
         n_answers=n, n_prompts=-(-n // args.num_generations),
         prompt=batch.n_shared, n_tokens=batch.length - batch.n_shared,
         n_batches=n_batches, n_scores=int(args.beta != 0) + int(scores_old and not is_known), by_engine=of_engine,
     )  # fmt: skip
 
 
-class Drawing:
+class TracedDraw:
     """Draw of a step on a traced base, to which no adapter is attached yet. The engine packs the base's weights.
 
     ``is_one``: the packed weights are the only copy. ``weights`` are the engine's tensors. ``kept`` are the bytes of a
@@ -84,7 +84,7 @@ class Drawing:
     """
 
     def __init__(
-        self, base: PreTrainedModel, draw: Draw, args: Any, config: MethodConfig | None, kept: KeptBytes
+        self, base: PreTrainedModel, draw: DrawSize, args: Any, config: MethodConfig | None, kept: KeptBytes
     ) -> None:
         self.is_one, self.weights, self.work = False, list[Tensor](), dict[str, Work]()
         self._n_blocks: int = base.config.get_text_config().num_hidden_layers

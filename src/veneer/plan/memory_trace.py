@@ -19,7 +19,7 @@ from veneer.model.memory.checkpointing import checkpoint_fully, checkpoint_selec
 from veneer.model.memory.offload import ActivationOffload
 from veneer.model.quantized.module import CodedModule
 from veneer.ops.traced import tracing
-from veneer.plan.draw import ENGINE, PAGES, Drawing, draw_of, packed_in
+from veneer.plan.draw import ENGINE, PAGES, TracedDraw, draw_of, packed_in
 from veneer.plan.live_bytes import LiveBytes, Peak, peaks
 from veneer.plan.losses import Loss, loss_of, reference_of, trained_tokens
 from veneer.plan.model import adapter_of, ready_to_train, traced_base
@@ -73,7 +73,7 @@ class Shallow:
     largest_coded: int
     not_fused: str | None
     reaches_all: bool
-    drawing: Drawing | None
+    drawing: TracedDraw | None
 
 
 def trace(
@@ -97,7 +97,7 @@ def trace(
     with tracing(counted.kernel, isa) as mode:
         base = traced_base(config, recipe.model, frozen=adapter is not None)
         coded, n_base = list(_coded(base)), n_parameters(base)
-        drawing = None if draw is None else Drawing(base, draw, args, fresh, kept)
+        drawing = None if draw is None else TracedDraw(base, draw, args, fresh, kept)
         n_base -= n_parameters(base)  # a packed weight is no parameter
         model = ready_to_train(base, adapter)
         if adapter is not None and getattr(args, "disable_dropout", False):
@@ -171,7 +171,7 @@ def run_steps(
     counted: CountWork | None = None,
     held_out: Batch | None = None,
     warm: bool = False,
-    drawing: Drawing | None = None,
+    drawing: TracedDraw | None = None,
 ) -> bool:
     """Run two steps and an evaluation, and report the kinds of tensors to ``live``. Return `Step.reaches_all`.
 
@@ -279,7 +279,7 @@ def kinds_of_copies(reference: Reference | None) -> Iterator[tuple[Tensor, str]]
             yield tensor, ADAPTERS
 
 
-def kinds_of_engine(model: nn.Module, drawing: Drawing | None) -> Iterator[tuple[Tensor, str]]:
+def kinds_of_engine(model: nn.Module, drawing: TracedDraw | None) -> Iterator[tuple[Tensor, str]]:
     """Yield the packed weights of a model's own layers, and then those of an engine, with their kinds."""
     if drawing is not None:
         yield from ((tensor, BASE) for tensor in packed_in(model))

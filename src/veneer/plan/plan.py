@@ -14,7 +14,7 @@ from veneer.model.modules.snapshot import look_at
 from veneer.ops.traced import tracing
 from veneer.plan.architecture import config_of
 from veneer.plan.depth import Pattern, between, line, pattern_of, peaks_by_place
-from veneer.plan.draw import PAGES, Draw
+from veneer.plan.draw import PAGES, DrawSize
 from veneer.plan.live_bytes import Peak
 from veneer.plan.memory_trace import SCRATCH, Shallow, trace
 from veneer.plan.model import adapter_of, meta_base, shortened, traced_model
@@ -47,7 +47,7 @@ class Plan:
     phases: Mapping[str, Peak]
     work: Work
     not_fused: str | None
-    draw: Draw | None = None
+    draw: DrawSize | None = None
     apart: Mapping[str, Work] = field(default_factory=dict)
     copies: int = 1
 
@@ -108,7 +108,8 @@ def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
     require_planned(recipe.task, recipe.method)
     args, task = recipe.training_config(), recipe.task
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    n_rows, prompts = ROWS[task] * args.per_device_train_batch_size, prompt_lengths(recipe)
+    n_rows = ROWS[task] * args.per_device_train_batch_size
+    prompts = prompt_lengths(task, recipe.model.source, recipe.data)
     if task in ("grpo", "rloo"):
         return _answers(args, max(prompts, default=SEQUENCE))
     length = args.max_length or context or 1024
@@ -234,7 +235,7 @@ def _shared(plan: Plan) -> dict[str, int]:
     return {"prompts": batch.n_prompts, "shared": batch.n_shared} if batch.n_prompts else {}
 
 
-def _draw_told(plan: Plan, draw: Draw) -> dict[str, Any]:
+def _draw_told(plan: Plan, draw: DrawSize) -> dict[str, Any]:
     """Return a draw as plain numbers, and the peak of each part of the steps around it."""
     train = max(plan.phases[phase].n_bytes for phase in ("forward", "loss", "backward", "optimizer"))
     n_bytes = {

@@ -21,7 +21,7 @@ from veneer.model.memory.available import available_bytes, high_water
 from veneer.plain.units import count, duration, size
 from veneer.plan.budget import MeasuringTime
 from veneer.plan.cards import Card, card_of
-from veneer.plan.draw import Draw
+from veneer.plan.draw import DrawSize
 from veneer.plan.fit import CHECKPOINTS, Fit
 from veneer.plan.machine import Rates, free_here
 from veneer.plan.model import base_quantization
@@ -269,7 +269,7 @@ def _rows_told(batch: Batch) -> str:
     return f"{count(batch.n_rows, 'row')} of {batch.length:,} tokens{shared}{', packed' if batch.packed else ''}"
 
 
-def _draw_told(draw: Draw, copies: int) -> str:
+def _draw_told(draw: DrawSize, copies: int) -> str:
     """Return in words what a draw is, and which micro-batches learn from it."""
     who = "the engine" if draw.by_engine else "transformers"
     held = {1: "one copy", 2: "two copies"}[copies]

@@ -86,15 +86,15 @@ def filled(full: Batch, recipe: Recipe) -> Batch:
     return full.with_rows(full.n_rows // most * max(1, n_rows))
 
 
-def prompt_lengths(recipe: Recipe) -> Sequence[int]:
-    """Return the tokens of prompts, of at most `MOST_ENCODED` of a recipe's rows.
+def prompt_lengths(task: Task, source: str, data: DataPart) -> Sequence[int]:
+    """Return the tokens of prompts, of at most `MOST_ENCODED` rows, by the tokenizer of the model ``source``.
 
     There are none for tasks whose plan does not ask, or if the rows lie in no file or cannot be read here. A run
     reports the reason.
     """
-    if recipe.task not in ("dpo", "grpo", "rloo", "distill") or hub_id_of(recipe.model.source) is not None:
+    if task not in ("dpo", "grpo", "rloo", "distill") or hub_id_of(source) is not None:
         return ()
-    return _prompt_lengths(recipe.task, recipe.model.source, recipe.data.model_dump_json())
+    return _prompt_lengths(task, source, data.model_dump_json())
 
 
 @lru_cache(maxsize=16)

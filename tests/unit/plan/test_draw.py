@@ -61,7 +61,7 @@ def test_prompts_of_a_batch_are_shared_as_a_step_finds_them() -> None:
 
 def test_answers_of_the_longest_prompt_are_planned(drawing: Any) -> None:
     wanted = drawing()
-    assert sorted(prompt_lengths(wanted)) == [1, 3, 5]
+    assert sorted(prompt_lengths(wanted.task, wanted.model.source, wanted.data)) == [1, 3, 5]
     plan = plan_recipe(wanted)
     assert (plan.batch.length, plan.batch.n_shared, plan.batch.n_prompts, plan.batch.n_trained) == (5 + 17, 5, 2, 17)
     assert plan.draw is not None

@@ -15,7 +15,7 @@ from veneer.ops.pairs import Segments
 from veneer.ops.state.conv import ConvKernel, GatedInput
 
 
-class Pages(Protocol):
+class PagedCache(Protocol):
     """Keys and values of all layers."""
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: Any) -> None:
@@ -50,7 +50,7 @@ class PassRows:
     if they were laid out before the pass, see `Interpreter.segments`.
     """
 
-    cache: Pages
+    cache: PagedCache
     rows: Any
     positions: Tensor
     versions: tuple[str, ...]

@@ -16,7 +16,7 @@ from torch import Tensor
 from veneer.model.batch.paged import KeysValues, PagedStep, SeenKeys, SlotStore, Stretch, attend
 from veneer.model.blueprint.parts import Attention
 from veneer.model.program.program import Program
-from veneer.model.program.rows import Pages
+from veneer.model.program.rows import PagedCache
 from veneer.ops import paged_attention as kernel
 from veneer.ops.attention import AttentionOptions
 from veneer.ops.dispatch import backends
@@ -25,7 +25,7 @@ from veneer.ops.state.conv import ConvKernel, GatedInput
 from veneer.ops.state.windows import WindowStore, windowed_conv
 
 
-class KVCache(Pages, Protocol):
+class KVCache(PagedCache, Protocol):
     """Pages of all layers."""
 
     def rows(self, stretches: Sequence[Stretch]) -> Any:
