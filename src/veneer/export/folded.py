@@ -43,12 +43,12 @@ NAME = "merged"
 
 
 class FoldedCheckpoint:
-    """Dense base in ``folder`` with an adapter merged in; the base alone if ``adapter`` is None.
+    """Checkpoint of the dense base in ``folder`` with an adapter merged in; without one if ``adapter`` is None.
 
     ``specs``: dtype and shape of every tensor of the result, by its name in files. ``untied``: tied embeddings have
     become two tensors. ``prefix``: the start of names in the model without its head. ``n_modules``: the number of
-    modules that the adapter changes. ``dtype``: that of the result's floating tensors; None keeps the base's. ``wide``:
-    merged weights are float32 sums, never rounded to the base's dtype. ``called``: the base's name in errors.
+    modules that the adapter changes. ``dtype``: that of the result's floating-point tensors; if it is None, the base's.
+    ``wide``: merged weights are float32 sums, never rounded to the base's dtype. ``called``: the base's name in errors.
 
     Raises FormatError if the files are damaged or do not fit each other. Raises CompositionError for adapters that
     cannot be merged or are already in the base.
@@ -98,7 +98,7 @@ class FoldedCheckpoint:
         return self._pending.pop((path, key))
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Yield the rows (k, …) of `read` in order, a few of them in memory at a time.
+        """Yield the rows (k, …) of the tensor that `read` returns, in order, a few of them in memory at a time.
 
         Fully trained modules, and adapters whose factors depend on the weight itself, are read whole.
         """
@@ -191,8 +191,9 @@ def _vocabulary(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> 
 
 
 def _came_along(stored: Mapping[str, StoredTensor], skeleton: PreTrainedModel, weights: BaseWeights) -> set[str]:
-    """Return the keys of unchanged embeddings: PEFT saves a copy of the base's embeddings beside the factors
-    for them.
+    """Return the keys of embeddings that equal the base's.
+
+    PEFT saves such a copy with the low-rank factors of embeddings.
     """
     ends = {key: f"{path}.weight" for path, _ in _ends(skeleton) for key in weight_keys(path) if is_of_wrapped(key)}
     return {
@@ -251,7 +252,10 @@ def _plan(weights: BaseWeights, changed: Mapping[str, Adapted], dtype: torch.dty
 
 
 def _stay_one(changed: list[Adapted], n_names: int) -> bool:
-    """Return True if a tied tensor stays tied; ``changed`` are those of its modules that the adapter changes."""
+    """Return True if the modules that share a tensor still share one after folding.
+
+    ``changed`` are those that the adapter changes.
+    """
     alike = (len(changed) == n_names) and all(module.changes_as(changed[0], (NAME,)) for module in changed)
     return not changed or alike
 

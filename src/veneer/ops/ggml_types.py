@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class GgmlType:
-    """Type of ggml: its ``number`` in a GGUF file, the values of a ``block``, and the ``n_bytes`` of a block."""
+    """Type of ggml. ``number`` identifies it in a GGUF file. A block has ``block`` values in ``n_bytes`` bytes."""
 
     name: str
     number: int

@@ -34,7 +34,8 @@ class AdapterRuns:
     n_rows: int
 
     def times(self, n: int) -> AdapterRuns:
-        """Return the runs after each row becomes ``n`` rows, for example tokens."""
+        """Return the runs of a batch in which each row is divided into ``n`` rows, for example a sequence into
+        tokens."""
         if n == 1:
             return self
         return AdapterRuns(tuple(Run(k, start * n, stop * n) for k, start, stop in self.runs), self.n_rows * n)

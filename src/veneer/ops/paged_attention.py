@@ -122,7 +122,11 @@ class PageTables:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PagedRows:
-    """Rows of a step, sequence by sequence: the same for all layers."""
+    """Rows of a step by sequence, as the kernels of all layers read them.
+
+    ``pages`` holds the page tables of all sequences, one after the other. ``first_page`` and ``first_row`` hold where
+    each sequence's pages and rows begin, and the ends of the last. ``position`` is that of each sequence's first row.
+    """
 
     pages: Int[Tensor, " n_page_entries"]
     first_page: Int[Tensor, " n_sequences_plus_1"]

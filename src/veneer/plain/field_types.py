@@ -31,10 +31,10 @@ _ONE_AND_MANY = {
 
 
 def check(config: Any, problems: Callable[[], list[str]], error: type[VeneerError] = ConfigError) -> None:
-    """Convert the fields of a new dataclass to the form that is kept, and raise ``error`` with all problems.
+    """Convert the fields of a new dataclass to the types that it keeps, and raise ``error`` with all problems.
 
-    ``problems`` returns further problems. It runs while each field of another type holds its default, so that every
-    comparison is possible. Sentences that name such a field are left out: they may be about the default.
+    ``problems`` returns further problems. While it runs, each field of a wrong type holds its default, so that every
+    comparison is possible. Its sentences that name such a field are left out: they may be about the default.
     """
     kind: type = type(config)
     hints, wrong = _hints(kind), dict[str, list[str]]()
@@ -77,7 +77,7 @@ def fits(value: object, hint: Any) -> bool:
 
 
 def kept(value: Any, hint: Any) -> Any:
-    """Return a fitting value in the form that a frozen config keeps.
+    """Return a fitting value with the types that a frozen config keeps.
 
     Collections become tuples (sets sorted), mappings are copied, and numbers become Python's.
     """

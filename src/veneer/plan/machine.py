@@ -224,7 +224,7 @@ def free_here() -> int:
 
 
 def _side(n: int, most: int) -> int:
-    """Return the side that is measured in place of ``n``."""
+    """Return the side at which a matrix product is measured in place of side ``n``."""
     if n <= EXACT_SIDE:
         return n
     power = 1 << (min(n, most).bit_length() - 1)

@@ -372,7 +372,9 @@ def changes_line(own: Mapping[str, object], fit: Fit) -> str:
 
 
 def own_values(recipe: Recipe, found: Sequence[Fit]) -> dict[str, object]:
-    """Return a recipe's own values of all keys that settings change; defaults where it has none."""
+    """Return a recipe's own values of all keys that the found settings change; the default if the recipe has no such
+    key.
+    """
     own = dict[str, object]()
     for key in dict.fromkeys(key for fit in found for key in fit.changes):
         part, _, name = key.partition(".")

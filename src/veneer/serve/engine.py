@@ -354,7 +354,7 @@ class Engine:
                 self._touch(request)
 
     def _load(self, id: str | None) -> bool:
-        """Let the loader read a version. Return False if there is none."""
+        """Queue the version ``id`` for the loader. Return False if ``id`` is None."""
         if id is not None:
             read = partial(read_version, self.runner, self.versions, self.pool.version(id), self._loader.later)
             self._loader.submit(id, read)

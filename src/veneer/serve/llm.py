@@ -44,7 +44,7 @@ class _Order(NamedTuple):
 
 
 class LLM:
-    """Model that answers many prompts at once, each with the adapter that it names, of any method.
+    """Model that answers many prompts in one batch, each with its own adapter or none. Adapters may be of any method.
 
     ``options`` are vLLM's, see `EngineOptions`. Raises ConfigError, FormatError, and TargetError for a model that
     cannot be served.

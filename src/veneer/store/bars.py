@@ -62,6 +62,6 @@ def downloads_shown(name: str) -> Iterator[None]:
 
 @contextmanager
 def bars_in_terminals_alone() -> Iterator[None]:
-    """Disable the bars if stderr is a file or a pipe, which would record every state of them."""
+    """Disable progress bars in the ``with`` block if stderr is a file or a pipe, which would record every update."""
     with nullcontext() if sys.stderr.isatty() else without_bars():
         yield

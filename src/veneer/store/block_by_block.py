@@ -34,9 +34,9 @@ def blocks_handed_on(take: EachBlock | None) -> Iterator[None]:
 
 
 class Unread:
-    """Tensor of the checkpoint, read when transformers' loader slices it.
+    """Tensor of a checkpoint, read only when transformers' loader slices it, into its own memory.
 
-    It is read into memory of its own: pages of a mapped file would count until the file is closed.
+    Pages of a mapped file would count as used memory until the file is closed.
     """
 
     def __init__(self, stored: Stored) -> None:

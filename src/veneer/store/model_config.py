@@ -25,9 +25,9 @@ _ADVICE = "Give the folder of another model, or install a later transformers"
 
 
 def model_config(folder: Path) -> Any:
-    """Return transformers' config of a folder. Code beside it is not run.
+    """Return transformers' config of a model's folder. No code in the folder is run.
 
-    Raises FormatError if it is no JSON object, has an impossible size, or is of an unknown model.
+    Raises FormatError if it is not a JSON object, has an impossible size, or is of an unknown model.
     """
     path = folder / "config.json"
     problems = list(_wrong_sizes(read_values(path)))

@@ -92,7 +92,10 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def _read(name: str, spec: _Spec, parts: Mapping[str, Stored]) -> tuple[_Spec, dict[str, Tensor]]:
-    """Return a weight's tensors in the files, and its specification according to them. Errors name file and weight."""
+    """Read a weight's tensors from the files. Return its storage format, as they determine it, and the tensors.
+
+    Errors name file and weight.
+    """
     try:
         found = cast(Any, spec).from_disk({part: tensor.read() for part, tensor in parts.items()})
         return cast("tuple[_Spec, dict[str, Tensor]]", found)

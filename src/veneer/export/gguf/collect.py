@@ -103,7 +103,7 @@ def _windows(tokenizer: Any, text: Path, options: CollectOptions) -> list[Tensor
 
 @contextmanager
 def _watched(model: Any, family: GgufFamily, sums: _Sums) -> Iterator[None]:
-    """Enter a context in which each linear layer and each expert adds its inputs to the sums."""
+    """Enter a context in which each linear layer and each expert adds the squares of its inputs to ``sums``."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     handles = []
     for path, module in model.named_modules():

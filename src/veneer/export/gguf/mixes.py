@@ -1,4 +1,4 @@
-"""Types of a file by name: llama-quantize's mixes, and those of an adapter's file. Read without torch.
+"""Names of mixes of tensor types: llama-quantize's, and those of an adapter's file. Read without torch.
 
 Source: ggml-org/llama.cpp, src/llama-quant.cpp (b9190).
 """

@@ -91,7 +91,7 @@ class GgufExport:
         """Write the file.
 
         Raises DiskError if the disk is full. Raises NonFiniteError or FormatError, with the tensor's name, for values
-        that no block can hold. Then nothing is written.
+        that no block can hold. After an error nothing is left on disk.
         """
         plan = self.plan
         writer = GgufFileWriter(

@@ -17,7 +17,10 @@ from veneer.store.gguf.writer import TensorSpec
 
 
 class FileSurvival:
-    """Comparison of written blocks with those of the base in the file ``base``. Both have the same layout."""
+    """Comparison of the blocks of an exported file with those of the base, which is the GGUF file ``base``.
+
+    Both have the same layout.
+    """
 
     def __init__(self, base: Path) -> None:
         self._source = MappedFile(base)

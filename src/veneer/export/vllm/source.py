@@ -73,7 +73,7 @@ class AdapterSource:
         return dict(zip(left, self.snapshot.sites(left), strict=True))
 
     def targets(self, filled: Mapping[str, LinearSite]) -> tuple[str, ...]:
-        """Return names that match exactly the written layers."""
+        """Return module names for ``target_modules`` that match exactly the layers ``filled``."""
         paths = (*self.stored.updates, *filled)
         return paths if self.snapshot is None else shortest_names(self.snapshot.index(), paths)
 

@@ -107,7 +107,10 @@ def factor_gradients(
 
 
 def _b_gradient(u: Float[Tensor, "n r"], read: Float[Tensor, "n o"], dtype: torch.dtype) -> Float[Tensor, "o r"]:
-    """Return the gradient in B without its scale. On a GPU it has B's own strides, so that autograd makes no copy."""
+    """Return the gradient in B, without the pair's scale.
+
+    On a GPU it has B's own strides, so that autograd makes no copy.
+    """
     return matmul(read.T, u, dtype) if read.is_cuda else matmul(u.T, read, dtype).T
 
 

@@ -295,7 +295,7 @@ def _together(layers: Sequence[LinearLayer]) -> list[list[int]]:
 
 
 def _summed(total: Tensor | None, part: Tensor) -> Tensor:
-    """Add a gradient to another, in the memory of the first, which nothing else may read."""
+    """Add ``part`` to ``total``, a gradient that nothing else may read; return ``part`` if there is no total."""
     return part if total is None else total.add_(part)
 
 

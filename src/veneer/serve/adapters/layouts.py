@@ -56,7 +56,9 @@ class Layouts:
         return None
 
     def learn(self, folder: Path, block: VersionBlock, factors: Sequence[Factor]) -> None:
-        """Store the layout of an adapter packed from ``factors``, if reading by its table gives the same values."""
+        """Store the layout of an adapter packed from ``factors``, if reading its file by that layout gives the same
+        values.
+        """
         with self._lock:
             layout = _layout_of(block, factors, self._memory)
         if layout is None:
@@ -100,7 +102,8 @@ class _Stretch:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Stretches of a file whose values have one dtype, and the layout of the block packed from them."""
+    """Layout of an adapter's file: its consecutive tensors, all of one dtype, and the block into which they are
+    packed."""
 
     stretches: list[_Stretch]
     block: BlockLayout

@@ -36,9 +36,9 @@ PromptScores = Sequence[TokenLogprobs | None] | None
 class Shape:
     """Response format of a route: the prefix of ids, the objects' names, and functions that make choices.
 
-    ``choice`` makes a choice of a whole response from an answer and its index, ``delta`` one of a stream. ``opening``
-    makes the first event of a stream for each choice. If not ``tells_answers``, answers are empty. If
-    ``lists_prompt``, the first choice of a prompt also has the prompt's log-probabilities.
+    ``choice`` makes a choice of a complete response from an answer and its index, ``delta`` one of a stream.
+    ``opening`` makes the first event of a stream for each choice. If ``tells_answers`` is False, the answers' texts are
+    empty. If ``lists_prompt``, the first choice of a prompt also has the prompt's log-probabilities.
     """
 
     id: str

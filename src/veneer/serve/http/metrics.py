@@ -106,9 +106,9 @@ class EngineCollector(Collector):
 
 
 def text_of(metrics: Sequence[Iterable[Family]], key: Key) -> bytes:
-    """Return metrics in the text format of Prometheus, grouped by name, without the adapters hidden from a key.
+    """Return metrics in the text format of Prometheus, grouped by name, without the adapters that a key may not see.
 
-    Adapters without series of their own share one series, which counts hidden adapters too.
+    Adapters beyond the number that have series of their own share one series, which counts hidden adapters too.
     """
     families: dict[str, Family] = {}
     for family in (family for each in metrics for family in each):

@@ -28,7 +28,10 @@ Result = TypeVar("Result")
 
 
 class Service:
-    """Checks and counts requests, and gives them to the engine ``running``, which steps on its own thread."""
+    """Engine ``running``, with the models and limits that all routes share. It checks, counts and submits requests.
+
+    The engine steps on its own thread.
+    """
 
     def __init__(self, engine: Engine, catalogue: Catalogue, limits: ServerLimits, keys: Keys | None = None) -> None:
         self.engine, self.catalogue, self.limits, self.running = engine, catalogue, limits, RecordedEngine(engine)

@@ -35,7 +35,10 @@ class _Progress:
 
 
 class OwnCacheRunner(OwnCodeRunner):
-    """`Runner` on the model itself. Pages are only counted; the memory is that of the caches."""
+    """`Runner` by the model's own forward pass and transformers' caches.
+
+    Pages are only counted: the caches hold the memory.
+    """
 
     def __init__(self, model: PreTrainedModel, way: Way) -> None:
         super().__init__(model)

@@ -16,11 +16,11 @@ from veneer.ops.sample import RowRule, draw
 def policy_logprobs(
     logits: Float[Tensor, "n vocabulary"], rules: Sequence[RowRule], tokens: Int64[Tensor, " n"]
 ) -> tuple[Float64[Tensor, " n"], Float64[Tensor, " n"]]:
-    """Return the log-probabilities of tokens at the temperatures of their rules, over all ids, and the kept mass.
+    """Return, for each token, its log-probability at the rule's temperature over all ids, and the kept mass.
 
     The kept mass is the logarithm of the share of this distribution that masks, ``min_p``, ``top_k`` and ``top_p``
-    leave: 0 without them. The log-probability of a token among those left is the difference. Biases and penalties count
-    in neither. A result depends only on its own row. Every temperature is above 0.
+    leave; it is 0 without them. The difference of the two numbers is the token's log-probability among the ids that are
+    left. Biases and penalties count in neither. A result depends only on its own row. Every temperature is above 0.
     """
     rates = torch.tensor([1 / rule.temperature for rule in rules], dtype=torch.float32, device=logits.device)
     scaled = logits.float() * rates[:, None]

@@ -36,10 +36,16 @@ class Runner(Protocol):
         """Read adapters as `read` does, as their weighted sum. Raises CompositionError if they have none."""
 
     def kept(self, version: str) -> Any:
-        """Return a version as `read` does, if it was kept on disk; None otherwise. On the thread that reads."""
+        """Return a version as `read` does if its packed tensors are on disk; None otherwise.
+
+        Called on the thread that reads.
+        """
 
     def keep(self, version: str, adapter: Any) -> None:
-        """Cache a version's packed tensors on disk, if that is possible and requested. On the thread that reads."""
+        """Write a version's packed tensors to disk, if that is possible and requested.
+
+        Called on the thread that reads.
+        """
 
     def load(self, version: str, adapter: Any) -> None:
         """Load an adapter that was read. Raises VeneerError if it does not fit; the runner is then unchanged."""
@@ -51,7 +57,8 @@ class Runner(Protocol):
         """Free the memory of pages that are not held."""
 
     def release(self, request_ids: Sequence[Hashable]) -> None:
-        """Free memory besides pages of sequences that have released theirs: they begin again, or have ended."""
+        """Free what else is kept for sequences that have released their pages, because they begin again or have
+        ended."""
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -73,9 +80,10 @@ class Runner(Protocol):
 def read_version(
     runner: Runner, versions: Versions, version: AdapterVersion, later: Callable[[Callable[[], None]], None]
 ) -> Any:
-    """Return an adapter for a runner to load, which is kept on disk later.
+    """Return an adapter for ``runner`` to load: from disk if its packed tensors are there, else read and packed.
 
-    Raises FormatError if the files have changed since the version was known.
+    ``later`` takes a function that writes the packed tensors to disk. Raises FormatError if the adapter's files have
+    changed since the version was identified.
     """
     try:
         versions.require_unchanged(version)
@@ -179,6 +187,6 @@ def _rows(sequence: PlannedSequence) -> list[Row]:
 
 
 def _as_drafted(drafted: Sequence[int], tokens: Sequence[int]) -> Sequence[int]:
-    """Return the drawn tokens that agree with the draft, and the one after them."""
+    """Return the drawn tokens up to the first that differs from the draft, that one included."""
     wrong = (n for n, (guess, token) in enumerate(zip(drafted, tokens, strict=False), start=1) if guess != token)
     return tokens[: next(wrong, len(tokens))]

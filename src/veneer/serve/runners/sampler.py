@@ -1,7 +1,8 @@
-"""Tokens from logits: the rules of all rows of a step, for one call of `ops.sample.draw`.
+"""Tokens from logits: collects the sampling rules of all rows of a step, for one call of `ops.sample.draw`.
 
-The order is vLLM's: allowed tokens, banned words and ends, bias, penalties. Then comes the likeliest token, or
-temperature, min_p, top_k, top_p and a draw. Log-probabilities are those of the model, before any of these.
+The order of effects is vLLM's: allowed tokens, banned words and ends, bias, penalties. Then the likeliest token is
+taken, or one is drawn by temperature, min_p, top_k and top_p. Log-probabilities are those of the model, before any of
+these.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class Sampler:
     def _policy(
         self, rows: Sequence[Row], logits: Tensor, rules: Sequence[RowRule], tokens: Tensor
     ) -> dict[int, tuple[float, float]]:
-        """Return ``policy_logprobs`` by row, for the rows that draw and request them."""
+        """Return ``policy_logprobs`` for the rows that draw a token and request them, by index of the row."""
         places = [
             i for i, row in enumerate(rows)
             if row.target is None and self._states[row.request_id].rule.params.policy_logprobs and tokens[i] >= 0
@@ -207,7 +208,7 @@ class Sampler:
 
 
 class _State:
-    """The answer so far as its penalties read it: ids that were seen, and how often each was drawn."""
+    """The answer so far, as its penalties need it: the ids that occurred, and how often each was drawn."""
 
     def __init__(self, rule: DrawRule) -> None:
         self.rule, self.output = rule, list[int]()
@@ -290,7 +291,10 @@ def _count(asked: int, vocabulary: int) -> int:
 
 
 def _logprobs(found: Draws, rules: Sequence[RowRule]) -> list[TokenLogprobs | None]:
-    """Return log-probabilities by id, for the rows that request them: of the drawn token, then of the likeliest."""
+    """Return each row's log-probabilities by id: the drawn token's, then those of the likeliest.
+
+    None for rows that request none.
+    """
     if all(rule.n_likeliest is None for rule in rules):
         return [None] * len(rules)
     ids, values = (each.tolist() for each in found.likeliest)

@@ -22,9 +22,9 @@ _FILTERS = frozenset(
 
 
 def is_plain(template: str) -> bool:
-    """Return True if all operations of a template are known to be quick.
+    """Return True if a template has only operations that are known to be quick.
 
-    Powers, products, formats, ranges and unknown functions are not.
+    Powers, products, formats, ranges and unknown functions are not known to be.
     """
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)

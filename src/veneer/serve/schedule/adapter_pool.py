@@ -20,10 +20,11 @@ _TOLD = 10  # names in a message
 
 
 class AdapterPool:
-    """Names, the versions that they refer to, and the loaded versions.
+    """Adapters by name, the versions that the names refer to, and the loaded versions.
 
-    At most ``n_resident`` versions are loaded, and at most ``n_acting`` are in one batch; None is no limit. ``memory``
-    lends their bytes, from the moment that a load begins. Invariants:
+    At most ``n_resident`` versions are loaded, and at most ``n_acting`` are in one batch; None is no limit. A version's
+    bytes are lent by ``memory`` from the moment that its load begins. Invariants:
+
     - A version with requests in the batch, or pinned, is not evicted.
     - At most ``n_resident`` versions are loaded or loading, and the lent bytes are theirs.
     - A version without a name and without requests is removed, with its cached pages.
@@ -391,7 +392,7 @@ class AdapterPool:
     def _finds_place(self, entry: PoolEntry, kept: Collection[str] = (), spares_awaited: bool = False) -> bool:
         """Evict enough to load an adapter version, and reserve its bytes.
 
-        Return False, with nothing evicted, if too little may be evicted.
+        If this is impossible, evict nothing and return False.
         """
         lacking = self._lacking(entry)
         if not self._suffice(*lacking, kept, spares_awaited):

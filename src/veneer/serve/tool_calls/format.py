@@ -30,14 +30,15 @@ class Fields:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallFormat:
-    """Calls of one answer: ``before`` ARGUMENTS (``between`` ARGUMENTS)* ``after``; names precede their arguments.
+    """Format of an answer's calls: ``before`` ARGUMENTS (``between`` ARGUMENTS)* ``after``, with the names in the
+    literals.
 
-    ``between`` is None if an answer has at most one call. ``fields`` is None if arguments are a JSON object; its
-    ``separators`` are those of `json.dumps`, or None if it uses others.
-    ``added``: ids by text of the added tokens of the tokenizer that literals contain. ``special``: the special tokens
-    among them, which an answer's text would otherwise omit. ``hidden``: all other special tokens, if there are any
-    ``special`` ones. For calls in the history, ``content`` replaces missing content beside them, and ``as_text`` is
-    True if the template takes arguments as text, not as a mapping.
+    ``between`` is None if an answer has at most one call. ``fields`` is None if arguments are a JSON object. Its
+    ``separators`` are then those of `json.dumps`, or None if the template uses others. ``added`` are the ids of the
+    tokenizer's added tokens that literals contain, by text. ``special`` are the special ones among them, which would
+    otherwise be left out of an answer's text. ``hidden`` are all other special tokens, if there are any ``special``
+    ones. For earlier calls in a conversation, ``content`` replaces missing content, and ``as_text`` is True if the
+    template takes arguments as text, not as a mapping.
     """
 
     before: Parts

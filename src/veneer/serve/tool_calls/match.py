@@ -45,9 +45,10 @@ Match = Found | Growing | None
 
 
 def match(parts: Parts, text: str, at: int, names: Collection[str], *, final: bool) -> Match:
-    """Match parts at an offset of a text. ``names``: the functions that may be called. ``final``: no more text comes.
+    """Match a format's parts at offset ``at`` of a text. ``names`` are the functions that may be called. ``final``: no
+    more text follows.
 
-    The amount of white space is free if the format has some there, and beside brackets, commas and colons.
+    If the format has white space somewhere, any amount of it matches; so it does next to brackets, commas and colons.
     """
     values = dict[Slot, str]()
     loose = False

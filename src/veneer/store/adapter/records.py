@@ -1,4 +1,5 @@
-"""Records of an adapter folder, place by place, from its tensors and the sites alone, without a model."""
+"""Records of an adapter folder (its changes of each module), from its tensors and the modules' shapes, without
+a model."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class NeedsBaseError(CompositionError):
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """Saved adapter: its config, and by module path its places (modules it acts on) and records (its effect on them).
+    """Saved adapter: its config, and by module path the modules that it acts on (``places``) and its changes of them
+    (``records``).
 
     ``others`` are the keys of its other tensors: whole parameters, and trained rows of embeddings.
     """

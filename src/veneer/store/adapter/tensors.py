@@ -180,9 +180,9 @@ def holds_network(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Expected:
-    """Tensors that an adapter's file holds, by key.
+    """Tensors that an adapter's file should hold, by key.
 
-    They are the adapter's ``parameters`` and, optionally, the full weights of modules of the model at ``places``.
+    They are the adapter's ``parameters`` and, optionally, the full weights of the model's modules at ``places``.
     """
 
     parameters: dict[str, Tensor]
@@ -341,9 +341,9 @@ def _repeated(model: nn.Module, name: str) -> set[str]:
 
 
 def _saves_embedding(model: nn.Module, config: MethodConfig, key: str, wanted: SaveEmbeddings) -> bool:
-    """Return True if embeddings are saved under PEFT's rule "auto".
+    """Return True if an embedding is saved with the adapter. ``wanted`` may be PEFT's rule "auto".
 
-    It saves those that are targeted under a known name, and all of them if the vocabulary was resized.
+    It saves embeddings that are targeted under a known name, and all of them if the vocabulary was resized.
     """
     if wanted != "auto":
         return wanted

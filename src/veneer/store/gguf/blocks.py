@@ -28,9 +28,10 @@ DESCRIPTION = "blocks.json"
 
 @dataclass(frozen=True)
 class BlockFile:
-    """GGUF file that a folder describes, as it was when it was described.
+    """GGUF file that a folder of the cache describes, unchanged since then.
 
-    ``dtype`` is that of the model's other parameters. ``places`` has all parameters, tied ones too.
+    ``dtype`` is that of the parameters that are not in blocks. ``places`` has the tensors of all parameters, tied ones
+    too.
     """
 
     folder: Path
@@ -58,7 +59,7 @@ class BlockFile:
 
     @cached_property
     def tensors(self) -> dict[str, GgufParameter]:
-        """Parameters in the order of the model; a tied one is there once."""
+        """Parameters in the order of the model. Tied parameters are listed once."""
         found, once = self.parameters(_shapes(model_without_storage(self.config))), dict[tuple[str, ...], str]()
         for name, held in self.places.items():
             once.setdefault(tuple(held), name)

@@ -35,29 +35,37 @@ class GgufFamily:
     """Model family in GGUF files: the keys of one architecture (``general.architecture``), and the layout of its
     tensors.
 
-    Law: write a config's keys, let transformers read the file, and apply these keys to its config. Every field is then
-    that of the first config.
+    Law: write a config's keys, let transformers read the file, and apply these keys to its config. Every field then
+    equals that of the first config.
 
-    ``rotary`` is the path of the dict that ``rope.scaling`` fills; None without rotary embedding. ``sliding_rotary`` is
-    that of the layers with windows. ``partial_rotary``: ``rope.dimension_count`` may be less than a head. ``biases``
-    are the config's switches, by the tensor of a layer that shows them. ``fixed`` are values without which the family's
-    tensors have another layout.
+    - ``rotary``: path of the dict that ``rope.scaling`` fills; None without rotary embedding.
+    - ``sliding_rotary``: the same for layers with sliding windows.
+    - ``partial_rotary``: ``rope.dimension_count`` may be less than a head.
+    - ``biases``: the config's switches for biases, by the tensor of a layer that shows them.
+    - ``fixed``: values of keys without which the family's tensors have another layout.
+    - ``query_width_layers``: the number of layers of the one model whose queries are scaled by the root of hidden_size
+      / heads. It has no key; all other models scale by that of head_dim.
+    - ``windows``: some layers have sliding windows. Without a key, these are all but every ``window_step``-th; a step
+      of 0 means that the key is always there.
+    - ``cut_to_window``: every layer has a window that the runtime does not know, so that texts may be no longer.
+    - ``experts``: tensors that hold a layer's experts, stacked.
+    - ``silent``: keys that add nothing to the shapes of the tensors.
+    - ``reads``: transformers reads such files.
+    - ``marked_by``: a key that only this family's files have, if several share an architecture.
 
-    ``query_width_layers`` is the number of layers of the one model whose queries are scaled by the root of hidden_size
-    / heads. It has no key; all other models scale by that of head_dim. ``windows``: some layers have sliding windows.
-    Without a key, these are all but every ``window_step``-th (0: the key is always there). ``cut_to_window``: every
-    layer has a window unknown to the runtime, which bounds the length of texts. ``experts``: tensors that hold a
-    layer's experts, stacked. ``silent``: keys that add nothing to the shapes of the tensors. ``reads``: transformers
-    reads such files. ``marked_by``: a key that only this family's files have, if several share an architecture.
+    For writing:
 
-    For writing: ``model_types`` are transformers' names of the models, none if the family is only read. ``only`` are
-    attributes of the config without a key, with the values that the runtime computes. ``refuses`` gives further reasons
-    why a config cannot be written. ``scalings`` are rotary scalings that the runtime computes. ``rotary_width``:
-    ``rope.dimension_count`` is written. ``rows(leaf, tensor, config)`` puts the output rows of a tensor, or of LoRA's B
-    of it, in the file's order. ``turned`` are leaves whose weights are stored as (in, out). ``plus_one``: norms are
-    stored as their difference from one. ``parts(name)`` gives the leaves of a parameter that is several tensors, or one
-    of several that are stacked. ``head``: an untied head may be there, must be there even if it is tied, or is never
-    read.
+    - ``model_types``: transformers' names of the models; none if the family is only read.
+    - ``only``: attributes of the config without a key, with the values that the runtime computes.
+    - ``refuses``: a function that returns further reasons why a config cannot be written.
+    - ``scalings``: rotary scalings that the runtime computes.
+    - ``rotary_width``: ``rope.dimension_count`` is written.
+    - ``rows(leaf, tensor, config)``: puts the output rows of a tensor, or of LoRA's B of it, in the file's order.
+    - ``turned``: names of tensors whose weights are stored as (in, out).
+    - ``plus_one``: norms are stored as their difference from one.
+    - ``parts(name)``: the tensors of a parameter that is stored as several, or that is one of several stacked in a
+      tensor.
+    - ``head``: an untied head may be there, must be there even if it is tied, or is never read.
     """
 
     architecture: str

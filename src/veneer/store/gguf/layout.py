@@ -35,9 +35,9 @@ def shared_gate(leaf: str, tensor: Tensor, config: Any) -> Tensor:
 
 
 def experts(name: str) -> Iterator[Part]:
-    """Return the leaves of a layer's stacked experts (n, out, in).
+    """Return the tensors of a layer's stacked experts (n, out, in) for a parameter, with its part of each.
 
-    Gate and up are in one parameter, or each expert has its own tensor.
+    Gate and up may be one parameter, and each expert may have parameters of its own.
     """
     # Here, as it imports torch: the families are known without it.
     from veneer.model.blueprint.names import EXPERT_LAYERS, EXPERTS, STACKS

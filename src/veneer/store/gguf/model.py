@@ -54,10 +54,10 @@ _TOKEN_IDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufFacts:
-    """Facts in the header of a GGUF file.
+    """Facts in the header of a GGUF file. ``values`` are those of all keys, the vocabulary's included.
 
     ``dtype`` is that of the matrices if nothing is quantized, and bfloat16 otherwise. ``token_ids`` are the ids of the
-    special tokens by transformers' names. ``values`` are those of all keys, the vocabulary's too.
+    special tokens by transformers' names.
     """
 
     values: Mapping[str, Any]
@@ -174,7 +174,8 @@ def convert_gguf(path: Path, folder: Path, on_progress: OnProgress = lambda done
 
 
 def describe_gguf(path: Path, folder: Path) -> None:
-    """Write what a model in blocks needs beside the file into ``folder``: config, tokenizer, and where tensors lie.
+    """Describe a GGUF file in ``folder``, so that its model can be used in place: config, tokenizer, and where tensors
+    lie.
 
     Raises FormatError as `convert_gguf` does.
     """
@@ -293,8 +294,9 @@ def _dtype(stored: set[str]) -> torch.dtype:
 
 @contextmanager
 def _counted_progress(on_progress: OnProgress) -> Iterator[None]:
-    """Report the progress of transformers' reader within the context, and hide its own bar, which no setting
-    turns off.
+    """Report the progress of transformers' reader while the context is open.
+
+    Hide the reader's own bar, which no setting turns off.
     """
     with without_bars(), redirect_stderr(_Counted(on_progress)):
         yield

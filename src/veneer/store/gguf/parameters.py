@@ -54,7 +54,7 @@ class GgufParameter:
 
     @property
     def is_coded_stack(self) -> bool:
-        """Return True if these are experts (n, out, in) that can be used in place, some of them in blocks."""
+        """Return True for stacked experts (n, out, in) that can be used in place, if some of them are quantized."""
         stacked = len(self.shape) == 3 and all(len(tensor.shape) == 3 for tensor in self.tensors)
         in_blocks = any(GGML_TYPES[tensor.type].block > 1 for tensor in self.tensors)
         return stacked and in_blocks and not self.is_turned and self.order is None

@@ -26,10 +26,10 @@ _YARN = {"yarn_attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", 
 def rotary_scaling(
     pairs: Mapping[str, Any], factors: Mapping[str, Tensor], frequencies: Tensor, max_positions: int
 ) -> dict[str, Any]:
-    """Return the ``rope_parameters`` other than the base; empty for files without scaling.
+    """Return the ``rope_parameters`` besides the rotary base; empty for files without scaling.
 
     ``pairs`` are the file's values by key, without the architecture's prefix. ``factors`` are its tensors of factors by
-    name. ``frequencies`` (rotary width / 2) are those of the base, in radians per position. Raises FormatError for
+    name. ``frequencies`` (rotary width / 2) are those without scaling, in radians per position. Raises FormatError for
     scalings that transformers does not know.
     """
     named = "longrope" if SHORT_FACTORS in factors or LONG_FACTORS in factors else "linear"
