@@ -207,7 +207,7 @@ def _slow(base: Any) -> str:
 def _unsaid(base: Any) -> str:
     """Return why, by the model's settings, the engine's answers would differ, or an empty text if they would not."""
     if context_length(base) is None:
-        return "the model's config tells no length of its context"
+        return "the model's config has no context length"
     stored = base.generation_config.to_diff_dict()
     foreign = sorted(name for name, value in stored.items() if name not in _KNOWN and value not in (None, False))
     return f"its generation_config.json sets {', '.join(foreign)}, which the engine does not know" if foreign else ""

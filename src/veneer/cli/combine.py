@@ -68,7 +68,7 @@ def _show(report: Report, output: Path) -> None:
     if report.worst == 0:
         console.print(f"exact on all {len(report.errors)} layers, written to {output}")
         return
-    console.print("the sum is cut to a rank; the relative error of the layers that lost most:")
+    console.print("the sum is reduced to a rank; the relative error of the layers that lost most:")
     table = Table(box=box.SIMPLE)
     table.add_column("layer")
     table.add_column("error", justify="right")

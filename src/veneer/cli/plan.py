@@ -141,7 +141,7 @@ def _require_read(what: str, modes: dict[str, bool], given: dict[str, Any]) -> N
     several = (given["--processes"] or 1) > 1 or any(modes.values())
     for option in OF_SEVERAL if not several else ():
         if given[option] is not None:
-            found.append(f"{option} {given[option]} is of several processes: add --processes N")
+            found.append(f"{option} {given[option]} applies to several processes: add --processes N")
     if given["--strategy"] is not None and given["--shard"] is not None:
         found.append("--strategy and --shard both say how the base is shared: give one of the two")
     if given["--method"] is not None and _is_recipe(what):

@@ -99,7 +99,7 @@ def train(
     if recipe is None:
         raise ConfigError("veneer train needs a recipe: `veneer train --print-recipe > recipe.yaml` writes one to edit")
     if allow_changes and resume is None:
-        raise ConfigError("--allow-changes says how a run goes on, so it needs --resume beside it")
+        raise ConfigError("--allow-changes says how a run continues: add --resume")
     join_slurm(os.environ)
     values = read_values(recipe, overrides or [])
     shows = show_sample or show_rollouts is not None

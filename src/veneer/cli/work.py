@@ -18,7 +18,7 @@ from typing import Any
 from veneer.errors import Interrupted
 from veneer.plain.libraries import libraries_loading
 
-_LEFT = "an unfinished output is removed, and what stood in its place is unchanged"
+_LEFT = "an unfinished output is removed, and existing files are unchanged"
 
 
 def verb(arguments: type, place: str | Callable[[Any], str], name: str, *, hears: bool = True) -> Callable[..., None]:

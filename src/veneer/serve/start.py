@@ -277,7 +277,7 @@ def _program(
         return proved(model, longest, give_up=give_up), ""
     except DescriptionError as error:
         _LOG.warning(
-            "%s runs by transformers' own code, slowly, for it has no program: %s", type(model).__name__, error
+            "%s runs by transformers' own code, slowly, because it has no program: %s", type(model).__name__, error
         )
         return None, str(error)
 
@@ -369,7 +369,7 @@ def _load(model: Any, options: EngineOptions) -> tuple[PreTrainedModel, Any]:
         return model, _with_template(named, options.chat_template)
     if isinstance(model, nn.Module):
         raise ConfigError(
-            f"model, a {type(model).__name__}, is no model of transformers: give a folder, or a PreTrainedModel"
+            f"model, a {type(model).__name__}, is not a model of transformers: give a folder, or a PreTrainedModel"
         )
     quantization = _nf4() if options.quantization == "bitsandbytes" else None
     loaded = load_model(model, dtype=options.dtype, quantization=quantization, device=default_device(), encodes=True)

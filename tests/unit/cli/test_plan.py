@@ -33,8 +33,8 @@ from .conftest import told_early
         (["--advice", "--rows", "0", "--tokens", "-3"], ["--rows 0 must be at least 1", "--tokens -3 must be"]),
         (["--task", "code", "--tokens", "7"], ["--tokens is read by --advice alone", "--task is read by --advice"]),
         (["--advice", "--rank", "7"], ["--rank is not read by --advice: leave it out"]),
-        (["--strategy", "fsdp"], ["--strategy fsdp is of several processes: add --processes N"]),
-        (["--shard", "3", "--bandwidth", "7"], ["--shard 3 is of several", "--bandwidth 7.0 is of several"]),
+        (["--strategy", "fsdp"], ["--strategy fsdp applies to several processes: add --processes N"]),
+        (["--shard", "3", "--bandwidth", "7"], ["--shard 3 applies to several", "--bandwidth 7.0 applies to several"]),
         (
             ["--processes", "6", "--shard", "0", "--strategy", "fsdp", "--bandwidth", "-2"],
             ["give one of the two", "--shard 0 must be at least 1", "--bandwidth -2.0 must be above 0"],

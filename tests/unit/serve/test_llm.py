@@ -239,7 +239,7 @@ def test_chat(llm):
         ([], "messages is empty"),
         ([{"content": "x"}], r"messages\[0\]"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "only parts of the type text"),
-        ([{"role": "user", "content": 3}], r"messages\[0\].content=3 is no text"),
+        ([{"role": "user", "content": 3}], r"messages\[0\].content=3 is not text"),
         ([{"role": "user", "content": None}], "chat template refuses"),
         (
             [{"role": "user", "content": "x"}, {"role": "boss", "content": "y"}, {"role": "boss", "content": "z"}],

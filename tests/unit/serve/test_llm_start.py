@@ -161,5 +161,5 @@ def test_models_whose_base_cannot_be_told_are_refused(tokenizer):
     with pytest.raises(ConfigError, match=r"layers.0.self_attn.q_proj has an adapter of the library peft"):
         LLM(foreign, tokenizer=tokenizer)
     for model in (peft.get_peft_model(make_model(), peft.LoraConfig(r=3, target_modules=["q_proj"])), torch.nn.ReLU()):
-        with pytest.raises(ConfigError, match=r"is no model of transformers: give a folder, or a PreTrainedModel"):
+        with pytest.raises(ConfigError, match=r"is not a model of transformers: give a folder, or a PreTrainedModel"):
             LLM(model, tokenizer=tokenizer)

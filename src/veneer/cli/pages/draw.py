@@ -107,7 +107,7 @@ class DrawArguments:
             try:
                 entry = yaml.safe_load(given)
             except yaml.YAMLError as error:
-                raise ConfigError(f"--reward {given!r} is no entry of a recipe: correct its YAML") from error
+                raise ConfigError(f"--reward {given!r} is not an entry of a recipe: correct its YAML") from error
             entry = {"function": entry} if isinstance(entry, str) else entry
             if not isinstance(entry, dict) or not isinstance(entry.get("function"), str):
                 raise ConfigError(f"--reward {given!r} names no function: write NAME, or '{{function: NAME, …}}'")

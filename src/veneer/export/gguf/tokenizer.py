@@ -61,7 +61,7 @@ class SourceTokenizer:
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise FormatError(
                 f"the chat template in {self.folder} does not render a question and an answer: {error}. A runtime "
-                "would fail on the first chat: mend the template, or delete it"
+                "would fail on the first chat: correct the template, or delete it"
             ) from error
         return text
 

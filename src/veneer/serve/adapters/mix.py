@@ -42,8 +42,8 @@ def _summand(folder: Path, effects: Effects) -> Effects:
     reason = _reason(effects)
     if reason:
         raise CompositionError(
-            f"the adapter in {folder} {reason}, which has no sum with others: a mix takes low-rank updates (LoRA, "
-            "rsLoRA, AdaLoRA, VeRA) and biases; ask for this adapter by itself"
+            f"the adapter in {folder} {reason}, which cannot be summed with others: a mix takes low-rank updates "
+            "(LoRA, rsLoRA, AdaLoRA, VeRA) and biases; ask for this adapter by itself"
         )
     return effects
 
@@ -56,7 +56,7 @@ def _reason(effects: Effects) -> str:
         return f"has a bottleneck at {next(iter(effects.residual))}"
     if effects.whole or effects.rows:
         place = next((f"{path}.{name}" for path, name in effects.whole), None) or next(iter(effects.rows))
-        return f"has values of its own in place of the base's at {place}"
+        return f"replaces values of the base at {place}"
     records = effects.linear if effects.table is None else {**effects.linear, "the embeddings": effects.table}
     for path, record in records.items():
         if not record.only_adds:

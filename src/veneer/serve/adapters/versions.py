@@ -145,7 +145,7 @@ def version_of(config: MethodConfig, told: str, n_bytes: int, id: str = "") -> A
         )
     if config.task_type in TASK_HEADS and config.task_type != SERVED:
         raise CompositionError(
-            f"{told} has a head of its own (task_type {config.task_type}), and requests are answered with tokens: load "
+            f"{told} has its own head (task_type {config.task_type}), and requests are answered with tokens: load "
             "it on the model of its task (AutoPeftModel) and run that"
         )
     if config.n_tasks > 1:
@@ -173,13 +173,13 @@ def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
     for version, weight in parts:
         if version.invocation:
             raise CompositionError(
-                f"the adapter in {version.folder} acts from its invocation tokens on, so it has no sum with others: "
-                "ask for this adapter by itself"
+                f"the adapter in {version.folder} acts from its invocation tokens on, so it cannot be summed with "
+                "others: ask for this adapter by itself"
             )
         if version.has_head:
             raise CompositionError(
-                f"the adapter in {version.folder} has a head of classes, so it has no sum with others: ask for this "
-                "adapter by itself"
+                f"the adapter in {version.folder} has a head of classes, so it cannot be summed with others: ask for "
+                "this adapter by itself"
             )
         versions[version.id] = version
         weights[version.id] = weights.get(version.id, 0.0) + weight

@@ -125,7 +125,7 @@ def _why_far(scope: Scope) -> str:
     if not _is_near(scope.get("client")):
         return "the request comes from another one"
     if (sign := next(filter(_is_of_proxy, headers), None)) is not None:
-        return f"the request comes through a proxy, which the header {sign} tells"
+        return f"the request comes through a proxy, as its header {sign} shows"
     if not _is_local(host):
         return f"the request names the server {host[:_LONGEST_HOST]!r}, not localhost"
     if _is_of_another_site(headers.get("origin"), host):

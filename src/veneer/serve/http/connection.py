@@ -278,7 +278,7 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse a request that cannot be parsed."""
-        self._refuse(self._why or RefusedError("this is no valid HTTP request: send another"))
+        self._refuse(self._why or RefusedError("this is not a valid HTTP request: correct it and send it again"))
 
     def pause_writing(self) -> None:
         """Note the time since when the client has unread bytes."""

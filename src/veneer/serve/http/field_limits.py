@@ -33,7 +33,7 @@ class FieldLimit:
         if not isinstance(value, _LISTS):
             return None
         if len(value) > self.entries:
-            return f"{len(value)} entries are too many, at most {self.entries} are taken"
+            return f"{len(value)} entries are too many: at most {self.entries} are allowed. Send fewer"
         return self._problem_within(value)
 
     def _problem_within(self, value: Any) -> str | None:
@@ -57,7 +57,7 @@ class FieldLimit:
     def _too_long(self, n: int) -> str | None:
         if self.characters is None or n <= self.characters:
             return None
-        return f"{n} characters are too many, at most {self.characters} are taken"
+        return f"{n} characters are too many: at most {self.characters} are allowed. Send fewer"
 
 
 def _n_characters(given: Any, inner: list[Any]) -> int:

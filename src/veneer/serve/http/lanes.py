@@ -62,8 +62,8 @@ class Lane:
             raise self._busy()
         self._note_stuck(future, coming)
         raise RefusedError(
-            f"the prompt, its template or its form takes longer than {self._seconds:g} s to read: send less, or a "
-            "simpler form"
+            f"the prompt, its template or its grammar takes longer than {self._seconds:g} s to read: send less, or a "
+            "simpler grammar"
         )
 
     def _give(self, future: Future[Result], context: contextvars.Context, work: Callable[[], Result]) -> None:

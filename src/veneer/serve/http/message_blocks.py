@@ -78,7 +78,8 @@ def _blocks(place: str, content: Any, read: Collection[str]) -> Iterator[tuple[s
         return
     if not isinstance(content, Sequence):
         raise RefusedError(
-            f"{place}={content!r:.100} is no content: give text, or a list of blocks ({', '.join(read)})", place
+            f"{place}={content!r:.100} is not a message's content: give text, or a list of blocks ({', '.join(read)})",
+            place,
         )
     for number, block in enumerate(content):
         where = f"{place}.{number}"
@@ -105,8 +106,7 @@ def _result(place: str, block: Mapping[str, Any], names: Mapping[str, str]) -> d
     id = _text(place, block, "tool_use_id")
     if id not in names:
         raise RefusedError(
-            f"{place}.tool_use_id={id!r:.100} is of no tool_use in front of it: send the assistant's message with the "
-            "call",
+            f"{place}.tool_use_id={id!r:.100} names no earlier tool_use: send the assistant's message with the call",
             f"{place}.tool_use_id",
         )
     blocks = _blocks(f"{place}.content", block.get("content") or "", ("text",))

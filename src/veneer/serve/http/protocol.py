@@ -136,7 +136,7 @@ def few(given: Any) -> Any:
     """Return a mapping unchanged. Raises PydanticCustomError for one with too many entries."""
     if isinstance(given, Mapping) and len(given) > _MOST_NAMES:
         raise PydanticCustomError(
-            "too_many_entries", f"{len(given)} entries are too many, at most {_MOST_NAMES} are taken"
+            "too_many_entries", f"{len(given)} entries are too many: at most {_MOST_NAMES} are allowed. Send fewer"
         )
     return given
 
@@ -259,7 +259,7 @@ class CompletionBody(Body):
 
     @property
     def scores_prompt(self) -> bool:
-        """Return True if the prompt's log-probabilities precede those of the answer, which is then not streamed."""
+        """Return True if the answer contains the prompt's log-probabilities. Such an answer is not streamed."""
         return self.echo and self.logprobs is not None
 
     @property

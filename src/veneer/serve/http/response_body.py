@@ -18,7 +18,7 @@ _REFUSED = {
     "conversation": "no conversation is stored: send the earlier turns in input",
     "prompt": "no prompt is stored: send instructions and input",
     "background": "no response is stored: wait for it, or read its stream",
-    "truncation": "no input is cut: shorten it, and leave the field out or send 'disabled'",
+    "truncation": "input is never truncated: shorten it, and leave the field out or send 'disabled'",
 }
 _ALLOWED = {"background": False, "truncation": "disabled"}
 _LOGPROBS = "message.output_text.logprobs"

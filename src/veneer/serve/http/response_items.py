@@ -67,7 +67,7 @@ def _output(place: str, item: Mapping[str, Any], names: Mapping[str, str]) -> di
     id = _text(place, item, "call_id")
     if id not in names:
         raise RefusedError(
-            f"{place}.call_id={id!r} is of no function_call in front of it: send the call first", f"{place}.call_id"
+            f"{place}.call_id={id!r} names no earlier function_call: send the call first", f"{place}.call_id"
         )
     content = _content(f"{place}.output", item.get("output"))
     return {"role": "tool", "tool_call_id": id, "name": names[id], "content": content}

@@ -75,7 +75,7 @@ class BlockLayout:
             for group in range(len(layout.changes)):
                 layout.change(group, memory)
         except _ODD as error:
-            raise ValueError(f"its layout says no block: {error}") from error
+            raise ValueError(f"its layout describes no block: {error}") from error
         return layout
 
     @classmethod

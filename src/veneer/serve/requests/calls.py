@@ -83,11 +83,12 @@ def calls_of(tools: Tools, reader: PromptReader, template: str | None = None, *,
 def _require_uncut(params: SamplingParams) -> None:
     if params.structured_outputs is not None:
         raise ConfigError(
-            "tool_choice asks for a call, and response_format or structured_outputs for another form: leave one out"
+            "tool_choice asks for a call, and response_format or structured_outputs constrains the answer otherwise: "
+            "leave one out"
         )
     given = [name for name in ("stop", "stop_token_ids") if getattr(params, name)]
     if given:
         raise ConfigError(
-            f"tool_choice asks for a whole call, which {' and '.join(given)} could cut: leave {given[0]} out, or send "
-            'tool_choice="auto"'
+            f"tool_choice requires a complete call, which {' and '.join(given)} could cut: leave {given[0]} out, or "
+            'send tool_choice="auto"'
         )

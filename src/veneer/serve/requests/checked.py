@@ -213,7 +213,7 @@ def require_client(client: str | None, priority: int) -> None:
         told = repr(client)[:_LONGEST_NAME]
         raise ConfigError(f"client={told} is no name: give a text of 1 to {_LONGEST_NAME} characters, or None")
     if not isinstance(priority, int) or isinstance(priority, bool):
-        raise ConfigError(f"priority={priority!r} is no whole number: a lower one is more urgent, 0 is usual")
+        raise ConfigError(f"priority={priority!r} must be a whole number: a lower one is more urgent, 0 is usual")
 
 
 def _word_ids(tokenizer: Any, word: str) -> list[tuple[int, ...]]:

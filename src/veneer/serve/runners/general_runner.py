@@ -34,7 +34,7 @@ Front = dict[int, KeysValues]  # keys and values of virtual tokens by layer, (n,
 
 @dataclass(frozen=True, slots=True)
 class StoredFolder:
-    """Adapter that has not been read, with the bytes of its stored tensors."""
+    """Adapter in a folder, not read yet. ``n_bytes`` is the size of its stored tensors."""
 
     folder: Path
     n_bytes: int
@@ -47,7 +47,7 @@ class StoredFolder:
 
 @dataclass(frozen=True, slots=True)
 class StoredMix:
-    """Adapters with their weights in a mix, none of them read, with the bytes of their stored tensors."""
+    """Adapters of a mix with their weights, not read yet. ``n_bytes`` is the size of their stored tensors."""
 
     parts: Parts
     n_bytes: int
@@ -67,7 +67,9 @@ def stored_mix(parts: Parts) -> StoredMix:
 
 
 class OwnCodeRunner(DrawingRunner):
-    """Part of a `Runner` by a model's own code: the model becomes a `PeftModel` and loads the adapters itself."""
+    """`Runner` by a model's own code, as far as adapters are concerned: the model becomes a `PeftModel` and loads them
+    itself.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -86,10 +88,10 @@ class OwnCodeRunner(DrawingRunner):
         return stored_mix(parts)
 
     def kept(self, version: str) -> None:
-        """Return None: the model itself loads adapters, from their own files."""
+        """Return None: no packed adapters are on disk, since the model itself loads adapters from their own files."""
 
     def keep(self, version: str, adapter: StoredFolder | StoredMix) -> None:
-        """Keep nothing."""
+        """Write nothing to disk: adapters are loaded from their own files."""
 
     def load(self, version: str, adapter: StoredFolder | StoredMix) -> None:
         told = ", ".join(map(str, adapter.folders))
@@ -117,7 +119,7 @@ class OwnCodeRunner(DrawingRunner):
                 told = told.replace(repr(name), f"in {folder}")
             folders = ", ".join(map(str, mix.folders))
             raise CompositionError(
-                f"the adapters in {folders} have no sum in a mix: {told}. Ask for them one at a time"
+                f"the adapters in {folders} cannot be summed in a mix: {told}. Ask for them one at a time"
             ) from error
         finally:
             for name in self.loaded.intersection(names):
@@ -141,7 +143,7 @@ class OwnCodeRunner(DrawingRunner):
 
 
 class GeneralRunner(OwnCodeRunner):
-    """`Runner` on the model itself; between plans its attention is its own.
+    """`Runner` by the model's own forward pass, whose attention reads pages only while a plan runs.
 
     Adapters whose rows cannot be mixed with others, such as those of experts, have a separate pass in a step.
     """

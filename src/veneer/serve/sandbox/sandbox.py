@@ -119,7 +119,7 @@ class Sandbox:
         return found or _Process(self._kind, self.seconds, self.most_bytes)
 
     def _full(self, busy: str) -> QueueFullError:
-        return QueueFullError(f"{busy} running, and no place is free for {self._kind}: ask again", self.seconds)
+        return QueueFullError(f"{busy} running, and no process is free for {self._kind}: ask again", self.seconds)
 
 
 class _Process:

@@ -76,11 +76,11 @@ def chat_text(
         return (rendering or Rendering(tokenizer)).text(tokenizer, turns, how)
     except SandboxError as error:
         raise SandboxError(
-            f"the chat template is not run to its end: {error}. Shorten the messages, or mend the template"
+            f"the chat template was not run to its end: {error}. Shorten the messages, or correct the template"
         ) from error
     except TimeoutError as error:
         raise ConfigError(
-            f"the chat template takes {error}, and so it is stopped: shorten the messages, or mend the template"
+            f"the chat template takes {error}, so it was stopped: shorten the messages, or correct the template"
         ) from error
     except (TemplateError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"the chat template refuses the messages: {error}") from error
@@ -104,7 +104,7 @@ def _turn(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
 def text_of(number: int, message: Mapping[str, Any]) -> str | None:
     """Return a message's content as one text; None if it has none. Raises ConfigError with the message's number."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ConfigError(f"messages[{number}]={message!r:.100} is no message: give a role and a content")
+        raise ConfigError(f"messages[{number}]={message!r:.100} is not a message: give a role and a content")
     content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):
         wrong = [part for part in content if not isinstance(part, Mapping) or not isinstance(part.get("text"), str)]
@@ -113,6 +113,6 @@ def text_of(number: int, message: Mapping[str, Any]) -> str | None:
         return "\n".join(part["text"] for part in content)
     if content is not None and not isinstance(content, str):
         raise ConfigError(
-            f"messages[{number}].content={content!r:.100} is no text: give a string, or parts of the type text"
+            f"messages[{number}].content={content!r:.100} is not text: give a string, or parts of the type text"
         )
     return content

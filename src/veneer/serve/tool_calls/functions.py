@@ -84,7 +84,7 @@ class Tools:
     def __post_init__(self) -> None:
         names = [function.name for function in self.functions]
         if len(names) > MOST_FUNCTIONS:
-            raise ConfigError(f"{len(names)} tools are too many: at most {MOST_FUNCTIONS} are taken. Send fewer")
+            raise ConfigError(f"{len(names)} tools are too many: at most {MOST_FUNCTIONS} are allowed. Send fewer")
         twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
         if twice is not None:
             raise ConfigError(f"two tools have the name {twice!r}: names must differ. Rename one")

@@ -36,7 +36,7 @@ def _with_calls(number: int, message: Mapping[str, Any], format: CallFormat | No
 def _call(where: str, call: Any, as_text: bool) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ConfigError(f'{where} is no call: give {{"id": …, "type": "function", "function": {{"name": …, …}}}}')
+        raise ConfigError(f'{where} is not a call: give {{"id": …, "type": "function", "function": {{"name": …, …}}}}')
     given = function.get("arguments") or "{}"
     if not isinstance(given, (str, Mapping)):
         raise ConfigError(f"{where}.function.arguments={given!r} must be the text of a JSON object")

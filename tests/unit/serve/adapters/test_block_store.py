@@ -296,7 +296,7 @@ def test_an_odd_layout_is_a_value_error_alone(what, tmp_path, caplog):
     """Though its checksums are right."""
     assert BlockLayout.parse(text_of(RIGHT)).n_bytes == 128
     text = text_of(ODD[what])
-    with pytest.raises(ValueError, match="its layout says no block"):
+    with pytest.raises(ValueError, match="its layout describes no block"):
         BlockLayout.parse(text)
     store = BlockStore.open(tmp_path, 1 << 30, "base", Blocks(3))
     values = bytes(128)
@@ -306,7 +306,7 @@ def test_an_odd_layout_is_a_value_error_alone(what, tmp_path, caplog):
     path.touch(mode=0o600)
     path.write_bytes(head + text + values)
     assert store.find("v1") is None
-    assert "its layout says no block" in caplog.text
+    assert "its layout describes no block" in caplog.text
 
 
 def test_another_version_of_veneer_finds_nothing(adapters, tmp_path, monkeypatch):

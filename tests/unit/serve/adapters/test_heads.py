@@ -60,7 +60,7 @@ def test_tokens_of_a_head_and_classes_without_one_are_refused(base, tokenizer, t
         llm.classify(PROMPTS[0], lora_request=plain)
     with pytest.raises(CompositionError, match="the base has no head of classes"):
         llm.classify(PROMPTS[0])
-    with pytest.raises(CompositionError, match="so it has no sum with others"):
+    with pytest.raises(CompositionError, match="so it cannot be summed with others"):
         llm.generate(PROMPTS[0], lora_request=LoRARequest.mix("both", 3, [(three, 0.5), (plain, 0.5)]))
     weights = tmp_path / "three" / "adapter_model.safetensors"
     tensors = {key: value for key, value in load_file(weights).items() if "score" not in key}

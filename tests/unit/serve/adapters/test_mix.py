@@ -125,7 +125,7 @@ def test_trained_biases_add_up(tokenizer, tmp_path, bias):
         parts.append((LoRARequest(f"a{seed}", seed, str(folder)), weight))
     llm = LLM(biased_model(), tokenizer=tokenizer)
     if bias == "all":
-        with pytest.raises(CompositionError, match=r"in place of the base's at transformer\.h\.0\.ln_1\.bias"):
+        with pytest.raises(CompositionError, match=r"replaces values of the base at transformer\.h\.0\.ln_1\.bias"):
             answers(llm, mix_of(parts))
         return
     reference = summed(parts, biased_model)
@@ -216,7 +216,7 @@ def test_a_mix_is_added_pinned_and_removed_like_an_adapter(adapters, tokenizer):
         ("prefix", "has virtual tokens"),
         ("prompt", "has virtual tokens"),
         ("ptuning", "has virtual tokens"),
-        ("saved", "has values of its own in place of the base's at"),
+        ("saved", "replaces values of the base at"),
     ],
 )
 def test_what_has_no_sum_is_refused(adapters, tokenizer, name, said):
@@ -233,7 +233,7 @@ def test_what_has_no_sum_is_refused(adapters, tokenizer, name, said):
 def test_what_has_no_sum_is_refused_by_the_general_runner(adapters, tokenizer, name):
     llm = LLM(make_model(), tokenizer=tokenizer, general_runner=True)
     before = answers(llm, adapters["lora"])
-    with pytest.raises(CompositionError, match=f"/{name}, .* have no sum in a mix: ") as caught:
+    with pytest.raises(CompositionError, match=f"/{name}, .* cannot be summed in a mix: ") as caught:
         answers(llm, mix_of([(adapters["lora"], 0.7), (adapters[name], 0.3)]))
     assert "'v" not in str(caught.value)  # a part's name in the engine
     assert answers(llm, adapters["lora"]) == before

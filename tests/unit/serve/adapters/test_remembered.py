@@ -82,5 +82,5 @@ def test_the_tokenizers_of_few_folders_are_remembered(folders, monkeypatch):
 def test_an_adapter_with_a_head_is_refused_with_what_runs_it(folders):
     config = folders[0] / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"task_type": "TOKEN_CLS"}))
-    with pytest.raises(CompositionError, match=r"has a head of its own \(task_type TOKEN_CLS\).*AutoPeftModel"):
+    with pytest.raises(CompositionError, match=r"has its own head \(task_type TOKEN_CLS\).*AutoPeftModel"):
         Versions().of(LoRARequest("a", 1, str(folders[0])))

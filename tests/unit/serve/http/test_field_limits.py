@@ -76,8 +76,8 @@ def nested(levels: int) -> Any:
 @pytest.mark.parametrize(("model", "name"), sized_fields(), ids=lambda each: getattr(each, "__name__", each))
 def test_every_list_object_and_text_has_a_limit(model, name):
     limit = limit_of(name)
-    assert f"at most {limit.entries} are taken" in refusal(model, name, [1] * (limit.entries + 1))
-    assert f"at most {limit.entries} are taken" in refusal(
+    assert f"at most {limit.entries} are allowed" in refusal(model, name, [1] * (limit.entries + 1))
+    assert f"at most {limit.entries} are allowed" in refusal(
         model, name, dict.fromkeys(map(str, range(limit.entries + 1)))
     )
     assert f"nested more than {limit.levels} deep" in refusal(model, name, nested(limit.levels + 1))
@@ -87,7 +87,7 @@ def test_every_list_object_and_text_has_a_limit(model, name):
         assert name in OF_THE_BODY
     else:
         for value in ("x" * (limit.characters + 1), ["x" * (limit.characters + 1)], {"x" * (limit.characters + 1): 1}):
-            assert f"at most {limit.characters} are taken" in refusal(model, name, value)
+            assert f"at most {limit.characters} are allowed" in refusal(model, name, value)
 
 
 def test_the_models_of_all_routes_are_among_them(base_folder, tmp_path):
@@ -113,7 +113,7 @@ def test_fields_of_other_routes_may_be_too_many_for_a_chat_together():
     for body, said in (
         (
             message_body.MessagesBody(messages=[TURN], max_tokens=1, **stops),
-            "stop: 80 entries are too many, at most 64",
+            "stop: 80 entries are too many: at most 64",
         ),
         (message_body.MessagesBody(messages=turns, max_tokens=1, system="x"), "messages: 4097 entries"),
         (response_body.ResponsesBody(input=[TURN] * 5000), "messages: 5000 entries are too many"),
@@ -132,7 +132,7 @@ def test_what_is_within_all_limits_is_taken():
 def test_names_and_texts_of_all_levels_are_counted():
     limit = FieldLimit(entries=3, values=7, characters=11, levels=3)
     assert limit.problem({"abc": [{"de": "fghijk"}]}) is None
-    assert "12 characters are too many, at most 11" in str(limit.problem({"abc": [{"def": "fghijk"}]}))
+    assert "12 characters are too many: at most 11" in str(limit.problem({"abc": [{"def": "fghijk"}]}))
     assert limit.problem([[1, 2], [3, 4]]) is None
     assert "more than 7 values" in str(limit.problem([[1, 2, 3], [4, 5, 6]]))
     assert "nested more than 3 deep" in str(limit.problem([[[[]]]]))

@@ -374,7 +374,7 @@ def test_what_is_refused_without_keys_is_told(tmp_path):
     sent = answered("127.0.0.1", "/metrics", {"via": "1.1 x"}, is_open=True)
     assert json.loads(sent[1]["body"])["error"]["message"] == (
         "POST '/metrics' needs a key with the scope admin: without keys, this machine alone has it, and the request "
-        "comes through a proxy, which the header via tells. Start the server with --keys"
+        "comes through a proxy, as its header via shows. Start the server with --keys"
     )
 
 

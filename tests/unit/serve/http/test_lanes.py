@@ -164,7 +164,7 @@ def test_a_template_of_one_long_call_is_an_error_of_who_asked(server, monkeypatc
     monkeypatch.setattr(server.app.state.sandboxes[0], "seconds", 1.5)
     body = {"messages": [TURN], "chat_template": "{% set x = 7 ** 30000000 %}", "max_tokens": 1}
     status, told = server.post("/v1/chat/completions", body)
-    assert (status, "the chat template is not run to its end" in told["error"]["message"]) == (400, True)
+    assert (status, "the chat template was not run to its end" in told["error"]["message"]) == (400, True)
 
 
 def test_fields_that_are_far_too_large_are_refused(server):

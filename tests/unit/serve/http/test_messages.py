@@ -217,8 +217,8 @@ def test_text_and_calls_are_blocks_in_their_order():
         ({"messages": [{"role": "boss", "content": "x"}]}, "messages.0.role='boss' is unknown: give one of user,"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0.type='image' is not"),
         ({"messages": [{"role": "user", "content": [USE]}]}, "'tool_use' is not read here: give text or tool_result"),
-        ({"messages": [{"role": "user", "content": [RESULT]}]}, "tool_use_id='c1' is of no tool_use in front of it"),
-        ({"messages": [{"role": "user", "content": 3}]}, "content=3 is no content: give text, or a list of blocks ("),
+        ({"messages": [{"role": "user", "content": [RESULT]}]}, "tool_use_id='c1' names no earlier tool_use"),
+        ({"messages": [{"role": "user", "content": 3}]}, "content=3 is not a message's content: give text, or a list"),
         ({"messages": [{"role": "user", "name": "x"}]}, "unknown field 'messages.0.name': there are content, role"),
         (
             {"messages": [TURN, {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "n"}]}]},

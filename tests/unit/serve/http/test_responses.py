@@ -129,7 +129,7 @@ def test_calls_are_of_the_assistants_turn():
         ({"role": "user", "content": [{"type": "text"}]}, "content.0.text must be text", "input.0.content.0.text"),
         ({"role": "user", "contents": "x", "name": None}, "unknown field 'input.0.contents'", "input.0.contents"),
         ({"type": "function_call", "call_id": "x"}, "input.0.name must be text", "input.0.name"),
-        ({"type": "function_call_output", "call_id": "x"}, "'x' is of no function_call in front", "input.0.call_id"),
+        ({"type": "function_call_output", "call_id": "x"}, "'x' names no earlier function_call", "input.0.call_id"),
     ],
 )  # fmt: skip
 def test_an_item_that_is_not_read_is_told(item, said, param):
@@ -283,7 +283,7 @@ def test_events_have_names(server):
         ({"previous_response_id": "resp_1"}, "no response is stored: send the earlier turns", "previous_response_id"),
         ({"conversation": {"id": "c"}}, "conversation: no conversation is stored", "conversation"),
         ({"background": True}, "background: no response is stored: wait for it", "background"),
-        ({"truncation": "auto"}, "truncation: no input is cut", "truncation"),
+        ({"truncation": "auto"}, "truncation: input is never truncated", "truncation"),
         ({"prompt": {"id": "p"}}, "no prompt is stored: send instructions and input", "prompt"),
         ({"reasoning": {"effort": "low", "mode": 1}}, "unknown field 'reasoning.mode'", "reasoning.mode"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type='xml' must be one of", "text.format"),

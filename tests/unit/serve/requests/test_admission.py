@@ -101,7 +101,7 @@ def test_the_time_to_ask_again_is_that_in_which_as_many_ended(monkeypatch):
         ({"client": ""}, "client='' is no name"),
         ({"client": "x" * 257}, "give a text of 1 to 256 characters"),
         ({"client": 3}, "client=3 is no name"),
-        ({"priority": 0.5}, "priority=0.5 is no whole number"),
+        ({"priority": 0.5}, "priority=0.5 must be a whole number"),
         ({"priority": True}, "priority=True"),
         ({"priority": [1, 2]}, "2 priority for 1 prompts"),
     ],

@@ -209,7 +209,7 @@ def test_the_models_own_plain_template_is_rendered_here_and_no_other(monkeypatch
 def test_a_format_of_calls_is_not_looked_for_again_and_again(templates):
     rendering = Rendering(byte_tokenizer())
     rendering.sandbox = templates
-    with pytest.raises(SandboxError, match="the chat template is not run to its end: it takes more than"):
+    with pytest.raises(SandboxError, match="the chat template was not run to its end: it takes more than"):
         format_of(byte_tokenizer(), POWER + "  ", rendering)
 
 

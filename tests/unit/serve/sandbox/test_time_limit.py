@@ -111,6 +111,6 @@ def test_no_flag_is_left_for_which_the_interpreter_looks_at_every_call():
 def test_a_template_that_never_ends_is_the_error_of_who_asked(tokenizer, monkeypatch):
     monkeypatch.setattr(conversation, "_SECONDS", 0.1)
     messages = [{"role": "user", "content": "a"}]
-    with pytest.raises(ConfigError, match=r"the chat template takes longer than 0\.1 s, and so it is stopped"):
+    with pytest.raises(ConfigError, match=r"the chat template takes longer than 0\.1 s, so it was stopped"):
         chat_text(tokenizer, messages, {"chat_template": ENDLESS})
     assert chat_text(tokenizer, messages, {"chat_template": "{{ messages[0].content }}"}) == "a"

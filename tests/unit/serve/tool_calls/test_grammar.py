@@ -142,7 +142,11 @@ def test_strings_of_fields_end_at_their_end():
     [
         ("required", {"stop": ["x"]}, "which stop could cut"),
         ("required", {"stop_token_ids": [3]}, "which stop_token_ids could cut"),
-        ("required", {"structured_outputs": StructuredOutputsParams(json_object=True)}, "for another form"),
+        (
+            "required",
+            {"structured_outputs": StructuredOutputsParams(json_object=True)},
+            "constrains the answer otherwise",
+        ),
         ("auto", {"structured_outputs": StructuredOutputsParams(regex="a")}, "leaves no room for calls"),
     ],
 )
