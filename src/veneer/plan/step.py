@@ -180,7 +180,7 @@ class Step:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if self._phase is None:
                 return
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = output[0] if isinstance(output, tuple | list) else output
             if hidden.requires_grad:
                 hidden.register_hook(lambda gradient: self.mark(f"backward.block.{k}"))
             if k == n_blocks - 1:

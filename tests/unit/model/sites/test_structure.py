@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from veneer.errors import TargetError
-from veneer.model.sites.structure import sublayers
+from veneer.model.sites.structure import sublayers, watched_sublayers
 
 SMALL = {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 3}
 IMAGE = {"image_size": 16, "patch_size": 8, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2}
@@ -50,7 +50,7 @@ EXPECTED: dict[str, tuple[PreTrainedConfig, list[tuple[str, str, str]]]] = {
     ),
     "parallel, added in place": (
         FalconConfig(vocab_size=67, hidden_size=24, num_hidden_layers=2, num_attention_heads=3),
-        [("mlp", "h.1.mlp", "h.1.mlp"), ("attention", "h.1.self_attention", "h.1.self_attention")],
+        [("attention", "h.1.self_attention", "h.1.self_attention"), ("mlp", "h.1.mlp", "h.1.mlp")],
     ),
     "residual handed in": (
         BloomConfig(vocab_size=67, hidden_size=24, n_layer=2, n_head=3),
@@ -106,8 +106,13 @@ def model_of(config: PreTrainedConfig) -> torch.nn.Module:
 @pytest.mark.parametrize("shape", EXPECTED)
 def test_what_each_sublayer_reads_and_gives_out(shape: str):
     config, expected = EXPECTED[shape]
-    found = [(s.kind, s.input_path, s.output_path) for s in sublayers(model_of(config)) if s.layer == 1]
+    model = model_of(config)
+    found, watched = (
+        [(s.kind, s.input_path, s.output_path) for s in each(model) if s.layer == 1]
+        for each in (sublayers, watched_sublayers)
+    )
     assert found == expected
+    assert sorted(watched) == sorted(expected)  # parts of a parallel block are seen in the order of their sums
 
 
 def test_a_layer_that_runs_several_times_is_one_place():
