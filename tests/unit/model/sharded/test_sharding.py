@@ -104,7 +104,7 @@ def test_what_cannot_be_cut_is_refused(make_model, monkeypatch: pytest.MonkeyPat
         shard_base(make_model())
     blockless = make_model()
     blockless.model.layers = nn.ModuleList()
-    with pytest.raises(ConfigError, match="cannot be cut over processes: .* holds 0 lists of layers: exactly one"):
+    with pytest.raises(ConfigError, match=r"cannot be cut over processes: .* holds 0 lists of layers: exactly one"):
         shard_base(blockless)
     packed = make_model().requires_grad_(False)
     pack_group(packed, ["model.layers.0.mlp.up_proj"], give_up=True)
