@@ -11,7 +11,7 @@ from veneer.plain.units import count, size
 from veneer.plan.architecture import config_of
 from veneer.plan.observed import remember
 from veneer.plan.plan import as_json, batch_of, plan_recipe
-from veneer.plan.planned_tasks import ROWS
+from veneer.plan.planned_tasks import ROWS, length_key
 from veneer.plan.processes import cut_over, first_that_fits
 from veneer.plan.report import Machine, told
 from veneer.plan.rows import filled
@@ -94,7 +94,7 @@ def _advice(facts: Mapping[str, Any], free: int) -> str:
         return "set model.quantization to nf4" if facts["quantization"] == "none" else "take a smaller base"
     if rows > ROWS[facts["task"]]:
         return f"lower training.per_device_train_batch_size (planned are {rows:,} rows of {length:,} tokens)"
-    return f"lower training.max_length (planned is {count(rows, 'row')} of {length:,} tokens)"
+    return f"lower training.{length_key(facts['task'])} (planned is {count(rows, 'row')} of {length:,} tokens)"
 
 
 def remember_run(facts: Mapping[str, Any], record: Mapping[str, Any]) -> None:

@@ -87,7 +87,6 @@ class TracedDraw:
         self, base: PreTrainedModel, draw: DrawSize, args: Any, config: MethodConfig | None, kept: KeptBytes
     ) -> None:
         self.is_one, self.weights, self.work = False, list[Tensor](), dict[str, Work]()
-        self._n_blocks: int = base.config.get_text_config().num_hidden_layers
         if draw.by_engine:
             try:
                 program = compile_program(describe(base), context_length(base) or 2048)
@@ -103,7 +102,8 @@ class TracedDraw:
         self.draw, self._position = draw, kept.position
         self.n_cached = draw.n_positions * kept.position + draw.n_answers * kept.sequence
         if not draw.by_engine:  # it grows by copies of one layer at a time
-            self.n_cached = self.n_cached * (self._n_blocks + 1) // self._n_blocks
+            n_blocks: int = base.config.get_text_config().num_hidden_layers
+            self.n_cached = self.n_cached * (n_blocks + 1) // n_blocks
         else:  # a schedule begins at 0: two draws by one adapter, whose pages are kept
             self.n_cached *= 2
         self._kept: tuple[Tensor, ...] | None = None
@@ -119,12 +119,11 @@ class TracedDraw:
         draw, vocabulary = self.draw, step.model.config.get_text_config().vocab_size
         counted = counted or CountWork()
         step.mark("draw")
-        if self._kept is None:
-            sizes = self.n_cached, self._blocks_of(step.model)
-            with counted.paused():
-                self._kept = tuple(torch.empty(size, dtype=torch.uint8) for size in sizes)
-            for tensor, kind in zip(self._kept, (PAGES, ENGINE), strict=True):
-                live.hold(tensor, kind)
+        sizes = self.n_cached, self._blocks_of(step.model)
+        with counted.paused():
+            self._kept = tuple(torch.empty(size, dtype=torch.uint8) for size in sizes)
+        for tensor, kind in zip(self._kept, (PAGES, ENGINE), strict=True):
+            live.hold(tensor, kind)
         at_once = min(draw.n_answers, _OPTIONS.max_num_seqs)
         own = draw.n_prompts if draw.by_engine else draw.n_answers
         n_rows = max(1, min(own, STEP_TOKENS // max(1, draw.prompt)))

@@ -14,6 +14,7 @@ from veneer.plain.progress import waiting_for
 from veneer.plain.units import size
 from veneer.plan.memory_trace import ACTIVATIONS, LOGITS, SCRATCH
 from veneer.plan.plan import Plan, plan_recipe
+from veneer.plan.planned_tasks import length_key
 from veneer.plan.presets import hub_id_of
 from veneer.recipe.distributed_part import DistributedPart
 from veneer.recipe.optimizers import steps_in_backward
@@ -80,7 +81,7 @@ def _missing(recipe: Recipe, needed: int, changes: Mapping[str, Any], plan: Plan
     knobs = [
         *(["an adapter in place of the whole model (adapter.method)"] if recipe.method == "full" else []),
         *(["model.quantization=nf4"] if kind not in FORMATS else []),
-        *(["a shorter training.max_length"] if weights <= budget else []),
+        *([f"a shorter training.{length_key(recipe.task)}"] if weights <= budget else []),
         "a smaller base",
     ]
     count = _row_counts(args)[0]
@@ -92,7 +93,7 @@ def _missing(recipe: Recipe, needed: int, changes: Mapping[str, Any], plan: Plan
         missing = f"Beside its tensors the process takes {size(beside)}, and so no base is small enough"
     enough = -(-int(needed * (1 + SPARE) + 1) // 10**7) * 10**7  # rounded up, as far as a size is told
     return (
-        f"the least is {size(needed)} ({told}, {rows} of {args.max_length} tokens), {size(weights)} of it weights"
+        f"the least is {size(needed)} ({told}, {rows} of {plan.batch.length} tokens), {size(weights)} of it weights"
         f"{alone}. From {size(enough)} on it fits. {missing}"
     )
 

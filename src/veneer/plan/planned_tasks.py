@@ -11,6 +11,11 @@ _NOT_PLANNED = {
 }
 
 
+def length_key(task: str) -> str:
+    """Return the training setting that bounds the length of a task's rows."""
+    return "max_completion_length" if task in ("grpo", "rloo") else "max_length"
+
+
 def require_planned(task: str, method: str) -> None:
     """Raise ConfigError for a task whose step is not planned, with the reason and how to measure it instead."""
     if task in _NOT_PLANNED:

@@ -104,7 +104,8 @@ def _prompt_lengths(task: Task, source: str, data: str) -> Sequence[int]:
         return ()
     reader = sources_of(part)[0].reader if task in OF_ANSWERS else preference_reader(part, task)
     try:
-        rows = [row for _, row in itertools.islice(numbered_rows(Path(part.train), []), part.limit or MOST_READ)]
+        n = min(part.limit or MOST_READ, MOST_READ)
+        rows = [row for _, row in itertools.islice(numbered_rows(Path(part.train), []), n)]
         tokenizer = with_template(load_tokenizer(source), part.chat_template)
         form = reader.form(list(rows[0])) if rows else ""
         read = [reader.read(row, form) for row in rows[:: -(-len(rows) // MOST_ENCODED) or 1]]

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from veneer.model.memory.available import available_bytes
 from veneer.plan.before import TOLD, UNEXPECTED
+from veneer.plan.draw import ENGINE
 from veneer.plan.memory_trace import BASE, EMBEDDINGS, HEAD, NORMS
 from veneer.plan.plan import Plan, plan_recipe
 from veneer.plan.report import FRAGMENTS
 from veneer.train.sweep.recipe import Member
 
-_SHARED = (BASE, EMBEDDINGS, HEAD, NORMS)
+_SHARED = (BASE, EMBEDDINGS, HEAD, NORMS, ENGINE)  # members that draw have one engine
 
 
 def n_places(members: Sequence[Member], n_sharing: int) -> tuple[int, str]:
@@ -41,4 +42,5 @@ def places_of(plan: Plan, free: int) -> int:
 
 def _size(member: Member) -> tuple[int, int]:
     args = member.recipe.training_config()
-    return args.per_device_train_batch_size * (args.max_length or 0), int(member.recipe.adapter.get("r") or 0)
+    length = getattr(args, "max_length", None) or getattr(args, "max_completion_length", 0)
+    return args.per_device_train_batch_size * length, int(member.recipe.adapter.get("r") or 0)

@@ -10,7 +10,7 @@ from typing import Any
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError, listed
 from veneer.recipe.recipe import Recipe
-from veneer.recipe.values import PLACES
+from veneer.recipe.values import PLACES, is_place
 
 # The one place that says which keys no weight depends on. A key that is not listed counts as one that the weights
 # depend on, a new key too.
@@ -51,7 +51,7 @@ WITHOUT_CHOICE = frozenset(
 # How long: harmless where the rate of no step, and nothing else, depends on the number of all steps.
 LENGTH = frozenset({"training.max_steps", "training.num_train_epochs"})
 
-_SAID_ELSEWHERE = ("output_dir", "seed", "local_rank", "resume_from_checkpoint")
+_SAID_ELSEWHERE = ("output_dir", "seed", "local_rank", "resume_from_checkpoint", "teacher")
 _HIDDEN = ("eos_token", "pad_token")  # `to_dict` hides what may be secret
 
 
@@ -111,6 +111,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
             "from": recipe.adapter.get("from"),
             **(asdict(config) if is_dataclass(config) else {}),
         },
+        "distill": {"teacher": recipe.distill.teacher} if recipe.distill else {},
         "metric": {} if recipe.metric is None else recipe.metric.model_dump(),
         "training": {key: value for key, value in training.items() if key not in _SAID_ELSEWHERE},
     }
@@ -120,9 +121,13 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def places_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the absolute path of each source in a recipe, by its key. A name on the hub is returned unchanged."""
+    """Return the absolute path of each source in a recipe, by its key. A name on the hub is returned unchanged.
+
+    A teacher that is the base has none.
+    """
     named = {f"{part}.{key}": (values[part] or {}).get(key) for part, key in PLACES}
-    return {key: str(Path(name).resolve()) if Path(name).exists() else name for key, name in named.items() if name}
+    given = {key: str(name) for key, name in named.items() if name and is_place(key, name)}
+    return {key: str(Path(name).resolve()) if Path(name).exists() else name for key, name in given.items()}
 
 
 def refuse(found: Iterable[ChangedSetting], output: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from veneer.errors import ConfigError, listed
 from veneer.recipe.key_checks import perhaps
 from veneer.recipe.tasks import task_of, task_problems
-from veneer.recipe.values import PLACES, beside, put
+from veneer.recipe.values import beside, is_place, put
 
 PART = "sweep"
 _RUNS = ("members", "grid")
@@ -136,8 +136,7 @@ def _changes(part: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _located(changes: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    places = {".".join(place) for place in PLACES}
-    return {key: beside(source, value) if key in places else value for key, value in changes.items()}
+    return {key: beside(source, value) if is_place(key, value) else value for key, value in changes.items()}
 
 
 def _name_of(changes: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ PLACES = (
     ("distill", "teacher"),
     ("distill", "teacher_prompt"),
 )  # keys that may name a file
+_KEYS_OF_PLACES = frozenset(map(".".join, PLACES))
 _MEANT = {
     "mapping values": "': ' has no place here. Quote the value, or correct the indentation",
     "expected <block end>, but found '<scalar>'": "text follows a closing quote or bracket. Take it out, or put "
@@ -52,7 +53,7 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path} must hold keys and values; `veneer train --print-recipe` shows one")
     for part, key in PLACES:
         section = values.get(part)
-        if isinstance(section, dict) and key in section:
+        if isinstance(section, dict) and key in section and is_place(f"{part}.{key}", section[key]):
             section[key] = beside(path, section[key])
     if isinstance(values.get("rewards"), list):
         values["rewards"] = [_function_beside(path, each) for each in values["rewards"]]
@@ -122,6 +123,11 @@ def _where_and_why(error: yaml.YAMLError, text: str) -> str:
     mark, reason = cast("yaml.Mark", marked.problem_mark), str(marked.problem)
     meant = next((told for begin, told in _MEANT.items() if reason.startswith(begin)), f"{reason}. Correct it")
     return f"line {mark.line + 1}, column {mark.column + 1}: {meant}"
+
+
+def is_place(key: str, value: Any) -> bool:
+    """Return True if a value of ``key`` may name a file. The teacher "base" does not, even beside a folder "base"."""
+    return key in _KEYS_OF_PLACES and (key, value) != ("distill.teacher", "base")
 
 
 def beside(path: Path, value: Any) -> Any:

@@ -14,7 +14,9 @@ from tests.unit.plan.conftest import Make
 from bench.training.measured import measured_model
 from veneer.adapters.shared_rows import shared_rows
 from veneer.errors import ConfigError
+from veneer.plan.architecture import config_of
 from veneer.plan.draw import ENGINE, PAGES
+from veneer.plan.fit import fits
 from veneer.plan.live_bytes import LiveBytes, peaks
 from veneer.plan.losses import loss_of
 from veneer.plan.memory_trace import FIRST, STATE, kind_under, kinds_of, make_optimizer, prepare, run_steps
@@ -170,3 +172,10 @@ def test_the_parts_of_a_draw_are_a_table(drawing: Any) -> None:
     for part in ("draw", "rewards", "score", "train"):
         line = next(line for line in text.partition("a draw by")[2].splitlines() if line.split()[:1] == [part])
         assert part == "rewards" or float(line.split()[-1]) > 0
+
+
+def test_a_budget_without_room_names_the_length_of_answers(drawing: Any) -> None:
+    wanted = drawing()
+    budget = int(1.07 * plan_recipe(wanted).held.n_bytes)
+    with pytest.raises(ConfigError, match=r"rows? of 22 tokens.*shorter training\.max_completion_length"):
+        fits(wanted, config_of(wanted.model.source), budget, lambda plan: plan.peak.n_bytes, lambda plan: 1.0)

@@ -18,7 +18,8 @@ from veneer.recipe.changes import (
 )
 from veneer.recipe.parts import DataPart, ModelPart
 from veneer.recipe.recipe import Recipe, parse_recipe
-from veneer.recipe.values import put
+from veneer.recipe.sweep_part import _located
+from veneer.recipe.values import put, read_values
 from veneer.train.config import SFTConfig
 
 
@@ -135,3 +136,29 @@ def test_another_task_is_refused_alone():
     with pytest.raises(ConfigError, match=r"^run holds a run of task sft, and this recipe is of task dpo: ") as told:
         refuse(found, Path("run"))
     assert "before" not in str(told.value)
+
+
+def taught(teacher=None):
+    given = {"teacher_prompt": "told.txt", **({} if teacher is None else {"teacher": teacher})}
+    return recipe(task="distill", distill=given)
+
+
+def test_a_teacher_is_compared_by_its_place_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("told.txt").write_text("b")
+    Path("other").mkdir()
+    before = places_of(taught().model_dump())
+    assert "distill.teacher" not in before
+    assert not keys(taught(), taught("base"), before)  # a run of a version without the key has no place of it
+    assert not keys(taught("other"), taught("./other"), places_of(taught("other").model_dump()))
+    assert keys(taught(), taught("other"), before) == ["distill.teacher"]
+
+
+def test_the_teacher_base_is_no_folder_of_that_name(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "other").mkdir()
+    file = tmp_path / "recipe.yaml"
+    for name, meant in (("base", "base"), ("other", str(tmp_path / "other"))):
+        file.write_text(f"distill: {{teacher: {name}}}")
+        assert read_values(file)["distill"]["teacher"] == meant
+        assert _located({"distill.teacher": name}, file) == {"distill.teacher": meant}

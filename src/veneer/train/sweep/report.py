@@ -135,7 +135,7 @@ def _outcome(name: str, changes: Mapping[str, Any], record: Mapping[str, Any]) -
         n_trained=record["n_trained"],
         best=False,
         saved=record.get("saved"),
-        reward=reward_of(record),
+        reward=reward_of(record) if "results" in record else None,
     )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
 
 from pictures import check_picture, ticks_of
 from veneer.train.sweep.recipe import Sweep
-from veneer.train.sweep.report import Outcome, pareto_figure, pareto_front, quality, table, write_report
+from veneer.train.sweep.report import Outcome, outcomes, pareto_figure, pareto_front, quality, table, write_report
 
 
 def outcome(name: str, n_trained: int, loss: float | None, best: bool = False, held_out: bool = True) -> Outcome:
@@ -64,3 +66,16 @@ def test_the_table_is_sorted_by_what_members_are_compared_by(held_out: bool, sai
     assert names == ["better", "worse", "gone"] if held_out else ["better", "worse", "gone"]
     assert lines[1][-1] == "*"
     assert lines[3][-1] == "diverged"
+
+
+@pytest.mark.parametrize("status", ["diverged", "interrupted"])
+def test_a_member_that_did_not_end_has_no_reward(status: str) -> None:
+    members = [SimpleNamespace(name=name, changes={}) for name in ("ended", "other")]
+    log = [{"reward": 0.9}]
+    records = [
+        {"status": "finished", "n_trained": 7, "log": [{"reward": 0.1}], "results": {"steps": 3}},
+        {"status": status, "n_trained": 7, "log": log},
+    ]
+    ended, other = outcomes(cast(Any, SimpleNamespace(members=members)), records)
+    assert (ended.measure, ended.best) == (-0.1, True)
+    assert (other.measure, other.best) == (None, False)
