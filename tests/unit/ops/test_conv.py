@@ -110,6 +110,14 @@ def in_steps(given, kernel, steps, dtype, backend):
     return y
 
 
+def test_inputs_whose_columns_lie_apart_are_held_until_they_are_read(backend):
+    x = torch.ones(500, 200).T
+    y = conv_forward(
+        GatedInput(x), ConvKernel(torch.ones(500, 1)), previous_rows(torch.tensor([0, 200])), backend=backend
+    )
+    assert torch.equal(y, x)
+
+
 @pytest.mark.looped("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.looped("gated", [True, False])
 def test_a_served_row_has_the_bits_of_training_in_any_chunks(gated, dtype, backend):
@@ -161,3 +169,12 @@ def test_errors():
     store = WindowStore.zeros(1, 1, 32, 5, dtype=torch.bfloat16)
     with pytest.raises(ShapeError, match=r"takes rows \(23, 5\) in torch.bfloat16; given \(23, 5\) in torch.float32"):
         windowed_conv(store, 0, given, kernel, PagedRows.of([([0], 0, 23)], store))
+    store = WindowStore.zeros(1, 1, 32, 5, dtype=torch.float32)
+    rows = PagedRows.of([([0], 0, 23)], store)
+    for wrong in (kernel.weight[:4], kernel.weight[:, :0]):
+        with pytest.raises(ShapeError, match=r"a weight \("):
+            windowed_conv(store, 0, given, ConvKernel(wrong), rows)
+    with pytest.raises(ConfigError, match="'relu' is unknown"):
+        windowed_conv(store, 0, given, ConvKernel(kernel.weight, None, "relu"), rows)
+    with pytest.raises(ShapeError, match="n whole numbers as previous rows"):
+        conv_forward(given, kernel, previous.float())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, cast
 
@@ -65,9 +66,12 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
     if attention is None:
         masks = {name: each for name, each in kwargs.items() if isinstance(each, LayoutMask)}
         kwargs = {**kwargs, **{name: _own_mask(block, name, each, x) for name, each in masks.items()}}
-        if mlp is None:
+        bounds = mask.cu_seqlens.tolist()
+        leaks = isinstance(program.block.attention, blueprint.ShortConv) and len(bounds) > len(x) + 1
+        if mlp is None and not leaks:
             return _again(block, functools.partial(super(FusedBlock, block).forward, **kwargs), x)
-        h = _again(block, functools.partial(own_attention, block, kwargs), x)
+        own = functools.partial(_conv_apart, bounds=bounds) if leaks else own_attention
+        h = _again(block, functools.partial(own, block, kwargs), x)
     else:
         h = run_half(block, "attention", attention, x, x, positions)
     fed = x if program.block.parallel else h
@@ -113,6 +117,15 @@ def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tenso
     change = module(hidden_states=_through(block, part.norms.attention, x), **kwargs)
     change = change[0] if isinstance(change, tuple) else change
     return x + _weighed(block, _through(block, part.norms.attention_post, change))
+
+
+def _conv_apart(block: FusedBlock, kwargs: dict[str, Any], x: Tensor, bounds: list[int]) -> Tensor:
+    """Return what `own_attention` does for a short convolution, computed for each sequence of packed rows by itself:
+    transformers' own code carries inputs over from one sequence to the next.
+    """
+    flat, alone = x.flatten(0, 1), {**kwargs, "attention_mask": None}
+    parts = [own_attention(block, alone, flat[None, start:end]) for start, end in itertools.pairwise(bounds)]
+    return torch.cat(parts, 1).view(x.shape)
 
 
 def _own_mask(block: FusedBlock, name: str, mask: LayoutMask, x: Tensor) -> Tensor | None:

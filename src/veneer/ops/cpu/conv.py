@@ -19,8 +19,8 @@ def conv_forward(given: GatedInput, kernel: ConvKernel, previous: Tensor) -> Ten
     if not _is_known(given, kernel):
         return reference.conv_forward(given, kernel, previous)
     y = torch.empty(given.x.shape, dtype=given.x.dtype)
-    sizes, _held = _sizes(given, kernel, previous)
-    kernels().conv_forward(sizes, _places(*_rows(given)), _places(y))
+    (sizes, _held), inputs = _sizes(given, kernel, previous), _rows(given)
+    kernels().conv_forward(sizes, _places(*inputs), _places(y))
     return y
 
 
@@ -28,13 +28,13 @@ def windowed_conv(store: WindowStore, layer: int, given: GatedInput, kernel: Con
     if not _is_known(given, kernel):
         return reference.windowed_conv(store, layer, given, kernel, rows)
     y = torch.empty(given.x.shape, dtype=given.x.dtype)
-    sizes, _held = _sizes(given, kernel, None)
+    (sizes, _held), inputs = _sizes(given, kernel, None), _rows(given)
     tables = (rows.pages, rows.first_page, rows.first_row, rows.position)
     kernels().conv_windowed(
         sizes,
         [address(store.data), *store.data.shape[1:3], layer],
         [len(rows.position), *map(address, tables)],
-        _places(*_rows(given)),
+        _places(*inputs),
         _places(y),
     )
     return y
@@ -72,7 +72,9 @@ def _rows(given: GatedInput) -> list[Tensor | None]:
 
 
 def _sizes(given: GatedInput, kernel: ConvKernel, previous: Tensor | None) -> tuple[list[int], list[Tensor | None]]:
-    """Return what the kernels take in front of their rows, and the tensors whose memory that names."""
+    """Return what the kernels take in front of their rows, and the tensors whose memory that names: hold these, and
+    `_rows`, until the kernel has run.
+    """
     weight, bias = kernel.values()
     previous = None if previous is None else previous.to(torch.int32).contiguous()
     places = [0 if t is None else address(t) for t in (previous, weight, bias)]

@@ -76,7 +76,7 @@ def conv_forward(
     state keeps it; all else is computed in float32 and rounded once. Raises ShapeError if the parts do not fit, and
     ConfigError for an unknown activation.
     """
-    _check(given, kernel, previous)
+    require_fitting(given, kernel, previous)
     y: Tensor = implementation("conv.conv_forward", given.x.device, backend)(given, kernel, previous)
     return y
 
@@ -96,7 +96,7 @@ def conv_backward(
 
     ``owns_inputs`` writes the gradients into the given tensors, ``owns_dy`` the output into dy; these are returned.
     """
-    _check(given, kernel, previous)
+    require_fitting(given, kernel, previous)
     if dy.shape != given.x.shape:
         raise ShapeError(
             f"the gradient of a convolution has its input's shape {tuple(given.x.shape)}; given {_told(dy)}"
@@ -106,19 +106,24 @@ def conv_backward(
     return gradients, y
 
 
-def _check(given: GatedInput, kernel: ConvKernel, previous: Tensor) -> None:
+def require_fitting(given: GatedInput, kernel: ConvKernel, previous: Tensor | None) -> None:
+    """Raise ShapeError or ConfigError if the parts of a convolution do not fit.
+
+    ``previous`` is None if the earlier rows lie in pages.
+    """
     if kernel.activation not in ACTIVATIONS:
         raise ConfigError(f"activation {kernel.activation!r} is unknown; there are {list(ACTIVATIONS)}")
     x, gates = given.x, [gate for gate in (given.before, given.after) if gate is not None]
     same = all(gate.shape == x.shape and gate.dtype == x.dtype for gate in gates)
-    fits = (
-        x.ndim == 2 and kernel.weight.ndim == 2 and len(kernel.weight) == x.shape[1] and previous.shape == x.shape[:1]
-    )
+    fits = x.ndim == 2 and kernel.weight.ndim == 2 and len(kernel.weight) == x.shape[1] and kernel.weight.shape[1] > 0
+    if previous is not None:
+        fits = fits and previous.shape == x.shape[:1] and not previous.is_floating_point()
     if not same or not fits or (kernel.bias is not None and kernel.bias.shape != x.shape[1:]):
         told = ", ".join(map(_told, (x, *gates)))
         raise ShapeError(
-            f"a convolution takes x and its gates (n, d) of one dtype, a weight (d, kernel), a bias (d) and n previous "
-            f"rows; given {told}, a weight {tuple(kernel.weight.shape)} and {len(previous)} previous rows"
+            f"a convolution takes x and its gates (n, d) of one dtype, a weight (d, kernel), a bias (d) and n whole "
+            f"numbers as previous rows; given {told}, a weight {tuple(kernel.weight.shape)} and "
+            f"{'no' if previous is None else len(previous)} previous rows"
         )
 
 

@@ -18,7 +18,7 @@ from veneer.errors import ShapeError
 from veneer.ops.dispatch import implementation
 from veneer.ops.memory import discard_pages, empty_pages
 from veneer.ops.paged_attention import PagedRows
-from veneer.ops.state.conv import ConvKernel, GatedInput
+from veneer.ops.state.conv import ConvKernel, GatedInput, require_fitting
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +72,7 @@ def windowed_conv(
             f"layer {layer} of windows {tuple(store.data.shape)} takes rows {shape} in {store.data.dtype}; given "
             f"{tuple(given.x.shape)} in {given.x.dtype}"
         )
+    require_fitting(given, kernel, None)
     run = implementation("conv.windowed_conv", given.x.device, backend)
     y: Tensor = run(store, layer, given, kernel, rows)
     return y

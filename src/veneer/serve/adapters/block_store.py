@@ -25,7 +25,7 @@ from veneer.serve.program.block import Blocks, VersionBlock
 from veneer.serve.program.block_layout import BlockLayout
 
 _LOG = logging.getLogger(__name__)
-_MAGIC = b"veneer block 3\r\n"  # the number grows with what is packed, its panels, and the files themselves
+_MAGIC = b"veneer block 4\r\n"  # the number grows with what is packed, its panels, and the files themselves
 _VENEER = version_of("veneer")
 _HEAD = struct.Struct("<16s32s32sQQI")  # magic, keys of the block and its layout, bytes of these two, CRC-32 of both
 _SUFFIX = ".block"
