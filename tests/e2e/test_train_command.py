@@ -299,7 +299,7 @@ def test_changes_that_are_allowed_act_and_are_written_down(project: Path) -> Non
     assert files_of(project / "run") == after
     code, output = train(project, "--allow-changes")
     assert code == 2
-    assert "it needs --resume" in output
+    assert "add --resume" in output
 
 
 def test_show_sample_marks_what_is_trained(project: Path) -> None:
