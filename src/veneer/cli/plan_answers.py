@@ -57,7 +57,7 @@ def answer_plan(
         copy_sizes(recipe.distributed, ranks.n_processes)  # refused before anything is measured
     _tell_measuring(machine)
     batch = filled(batch_of(recipe, config), recipe)
-    plan = plan_recipe(recipe, config=config, batch=batch, isa=machine.isa)
+    plan = plan_recipe(recipe, config=config, batch=batch, isa=machine.isa, n_processes=ranks.n_processes)
     facts = as_plain(plan) | machine.facts(plan, rows)
     if several:
         facts["rank"] = rank_facts(plan, machine, ranks, facts.get("time", {}).get("seconds_a_step"))

@@ -38,6 +38,7 @@ from veneer.serve.schedule.sampling_params import SamplingParams, StructuredOutp
 from veneer.train.processes import n_processes
 
 log = logging.getLogger(__name__)
+ONLY_ON_CPUS = "weights are packed on CPUs only"
 _CANNOT = (ConfigError, DescriptionError, UnsaidError, CompositionError)
 """Errors of a model, an adapter or settings by which the engine cannot draw."""
 
@@ -161,7 +162,8 @@ def policy_of(trainer: Any) -> Policy | None:
                 f"rollout_engine='engine' cannot draw: {reason}. Set it to 'auto' (rollouts.engine in a recipe), and "
                 "transformers draws"
             ) from reason
-        packed = "" if trainer.rollouts_of_base is None else ", on the weights that were packed for it"
+        is_packed = trainer.rollouts_of_base is not None and trainer.rollouts_of_base.is_one
+        packed = "" if not is_packed else ", on the weights that were packed for it"
         log.warning("transformers draws the answers, slowly%s, since veneer's engine cannot: %s", packed, reason)
         return None
     is_exact = trainer.model.dtype == torch.float32 and not (args.bf16 or args.fp16)
@@ -205,21 +207,24 @@ def rollouts_of_members(
         return None
 
 
-def keeps_one_copy(base: PreTrainedModel, args: Any, config: MethodConfig | None, reason: str | None = None) -> bool:
+def keeps_one_copy(
+    base: PreTrainedModel, args: Any, config: MethodConfig | None, reason: str | None = None, n_training: int = 0
+) -> bool:
     """Return True if the engine's packed weights are to be the only copy of a base, before an adapter is attached.
 
-    ``reason`` is one against it that is known already. Raises ConfigError if ``rollout_memory`` is "one" and the run
+    ``reason`` is one against it that is known already. ``n_training`` processes train; 0 stands for those that have
+    joined. Raises ConfigError if ``rollout_memory`` is "one" and the run
     cannot do with one copy.
     """
     if args.rollout_memory == "beside" or args.rollout_engine == "generate":
         return False
-    reason = reason or _needs_own_copy(base, args, config)
+    reason = reason or _needs_own_copy(base, args, config, n_training or n_processes())
     if reason is not None and args.rollout_memory == "one":
         raise ConfigError(f"rollout_memory='one' is impossible: {reason}. Set 'auto' or 'beside'")
     return reason is None and (args.rollout_memory == "one" or _is_as_fast_packed(base, args))
 
 
-def _needs_own_copy(base: PreTrainedModel, args: Any, config: MethodConfig | None) -> str | None:
+def _needs_own_copy(base: PreTrainedModel, args: Any, config: MethodConfig | None, n_training: int) -> str | None:
     """Return why a base cannot train on packed weights, or None if it can."""
     if isinstance(base, PeftModel) or not isinstance(config, MethodConfig):
         return "weights are packed before a fresh adapter is attached, and this run has none (peft_config)"
@@ -228,8 +233,8 @@ def _needs_own_copy(base: PreTrainedModel, args: Any, config: MethodConfig | Non
     if config.virtual_tokens:
         return "virtual tokens are trained on the base's own weights"
     if base.device.type != "cpu" or args.device.type != "cpu":
-        return "weights are packed on CPUs only"
-    if n_processes() > 1 or args.deepspeed or args.fsdp:
+        return ONLY_ON_CPUS
+    if n_training > 1 or args.deepspeed or args.fsdp:
         return "several processes train, and move or cut the base"
     return None
 

@@ -66,6 +66,7 @@ class Rollouts:
     with the packed ones; adapters that are attached later train on these. Such a model cannot be merged;
     `PeftModel.unload` restores its own weights. Adapters of the model are chosen by name and act in their current
     state. Weights of the base must not change. Everything runs in the caller's thread, between two training passes.
+    ``is_one``: ``memory`` is "one".
 
     Raises ConfigError, TargetError, and DescriptionError for a model that the engine does not support.
     """
@@ -83,13 +84,13 @@ class Rollouts:
                 "memory='one' packs a base before adapters are attached, and this model has some: load the base anew"
             )
         self.model, self._options = model, EngineOptions(tokenizer=tokenizer, **options)
-        self._is_one = memory == "one"
+        self.is_one = memory == "one"
         self._start()
 
     def _start(self) -> None:
         with _bare(self.model):
             self.engine: Engine = start_engine(
-                self.model, self._options, program_alone=True, keeps_weights=not self._is_one, compares_bases=False
+                self.model, self._options, program_alone=True, keeps_weights=not self.is_one, compares_bases=False
             )
         self._live: dict[str, LiveAdapter] = {}
         self._base = [*_base_modules(self.model)]
@@ -102,7 +103,7 @@ class Rollouts:
         """
         if self._places == _places(self._base, self._children):
             return
-        if self._is_one:
+        if self.is_one:
             raise TrainingError(
                 "tensors of the base have moved, and the engine holds its only copy: set memory to 'beside' "
                 "(rollout_memory, rollouts.memory in a recipe)"

@@ -43,7 +43,7 @@ def planned_facts(
         config = config_of(recipe.model.source)
         full = batch_of(recipe, config)
         batch = full if n_processes > 1 else filled(full, recipe)  # the batches of several processes are filled up
-        plan = plan_recipe(recipe, config=config, batch=batch, isa=machine.isa)
+        plan = plan_recipe(recipe, config=config, batch=batch, isa=machine.isa, n_processes=n_processes)
         note = machine.note(recipe.model, plan.config)
         if note is not None:
             tell(note)

@@ -14,11 +14,11 @@ from veneer.adapters.token_scores import kept_logits
 from veneer.contract import MethodConfig
 from veneer.errors import DescriptionError
 from veneer.evaluate.scoring import context_length
-from veneer.learn.policy import keeps_one_copy
+from veneer.learn.policy import ONLY_ON_CPUS, keeps_one_copy
 from veneer.model.adapted.packed_experts import pack_experts
 from veneer.model.batch.own_cache import KeptBytes
 from veneer.model.blueprint.describe import describe
-from veneer.model.program.program import compile_program
+from veneer.model.program.program import Program, compile_program
 from veneer.model.quantized.packed_linear import pack_group
 from veneer.plan.live_bytes import LiveBytes
 from veneer.plan.step import Batch, Step
@@ -78,13 +78,22 @@ def draw_of(task: str, args: Any, batch: Batch) -> DrawSize | None:
 class TracedDraw:
     """Draw of a step on a traced base, to which no adapter is attached yet. The engine packs the base's weights.
 
+    That is of CPUs (``packs``): on a GPU the engine reads the base's own. ``n_processes`` train together.
     ``is_one``: the packed weights are the only copy. ``weights`` are the engine's tensors. ``kept`` are the bytes of a
     token's keys and values, and of a sequence. Transformers draws from a base without a program. ``work``, after `run`,
     is that of a draw and of scoring its answers.
     """
 
     def __init__(
-        self, base: PreTrainedModel, draw: DrawSize, args: Any, config: MethodConfig | None, kept: KeptBytes
+        self,
+        base: PreTrainedModel,
+        draw: DrawSize,
+        args: Any,
+        config: MethodConfig | None,
+        kept: KeptBytes,
+        *,
+        n_processes: int = 1,
+        packs: bool = True,
     ) -> None:
         self.is_one, self.weights, self.work = False, list[Tensor](), dict[str, Work]()
         if draw.by_engine:
@@ -93,12 +102,11 @@ class TracedDraw:
             except DescriptionError:
                 draw = replace(draw, by_engine=False)
             else:
-                self.is_one = hasattr(args, "rollout_memory") and keeps_one_copy(base, args, config)
-                groups = [[linear.path for linear in group] for group in program.groups]
-                packed: list[Any] = [pack_group(base, paths, give_up=self.is_one) for paths in groups]
-                stacks = [tuple(stack.path for stack in each) for each in program.stacks]
-                packed += [pack_experts(base, paths, give_up=self.is_one) for paths in stacks]
-                self.weights = list(_tensors_in(packed))
+                reason = None if packs else ONLY_ON_CPUS
+                self.is_one = hasattr(args, "rollout_memory") and keeps_one_copy(
+                    base, args, config, reason, n_processes
+                )
+                self.weights = _packed(base, program, self.is_one) if packs else []
         self.draw, self._position = draw, kept.position
         self.n_cached = draw.n_positions * kept.position + draw.n_answers * kept.sequence
         if not draw.by_engine:  # it grows by copies of one layer at a time
@@ -143,6 +151,15 @@ class TracedDraw:
             work.n_ops = work.n_general = work.n_watched = 0
         n_scored = draw.n_scores * draw.n_answers / batch.n_rows
         self.work = {"draw": work, "score": scored.plus(scored, n_scored - 1)}
+
+
+def _packed(base: PreTrainedModel, program: Program, is_one: bool) -> list[Tensor]:
+    """Pack the weights of a base that a program reads, and return the packed tensors."""
+    groups = [[linear.path for linear in group] for group in program.groups]
+    packed: list[Any] = [pack_group(base, paths, give_up=is_one) for paths in groups]
+    stacks = [tuple(stack.path for stack in each) for each in program.stacks]
+    packed += [pack_experts(base, paths, give_up=is_one) for paths in stacks]
+    return list(_tensors_in(packed))
 
 
 def _pass(step: Step, ids: Tensor) -> None:

@@ -84,12 +84,13 @@ def trace(
     held_out: Batch | None = None,
     *,
     warm: bool = False,
+    n_processes: int = 1,
 ) -> Shallow:
     """Trace a recipe's step on a model of this config, which is built without values.
 
     The evaluation of a ``held_out`` batch is traced too. ``warm``: another depth of this recipe's model was traced
-    before in this process, and each of its trained parameters got a gradient. Errors of building and adapting the model
-    are raised.
+    before in this process, and each of its trained parameters got a gradient. ``n_processes`` train together. Errors of
+    building and adapting the model are raised.
     """
     live, counted, args, adapter = LiveBytes(), CountWork(), recipe.training_config(), adapter_of(recipe.adapter)
     draw, fresh = draw_of(recipe.task, args, batch), None if FROM in recipe.adapter else adapter
@@ -97,7 +98,11 @@ def trace(
     with tracing(counted.kernel, isa) as mode:
         base = traced_base(config, recipe.model, frozen=adapter is not None)
         coded, n_base = list(_coded(base)), n_parameters(base)
-        drawing = None if draw is None else TracedDraw(base, draw, args, fresh, kept)
+        drawing = (
+            None
+            if draw is None
+            else TracedDraw(base, draw, args, fresh, kept, n_processes=n_processes, packs=isa is None)
+        )
         n_base -= n_parameters(base)  # a packed weight is no parameter
         model = ready_to_train(base, adapter)
         if adapter is not None and getattr(args, "disable_dropout", False):

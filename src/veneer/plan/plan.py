@@ -75,13 +75,15 @@ def plan_recipe(
     isa: str | None = None,
     whole: bool = False,
     evaluated: bool = True,
+    n_processes: int = 1,
 ) -> Plan:
     """Return the plan of a recipe, from two shallow traces; all blocks are traced if none repeat, or if ``whole``.
 
     Rows are as long as ``max_length``. ``isa`` is the instruction set of the machine that the plan is for.
-    ``evaluated``: the evaluation of a recipe that holds rows out is planned too.
+    ``evaluated``: the evaluation of a recipe that holds rows out is planned too. ``n_processes`` train together.
 
-    Raises ConfigError if transformers makes no causal language model of the config.
+    Raises ConfigError if transformers makes no causal language model of the config, and if it needs a second copy of a
+    base of which the recipe asks for one (``rollouts.memory``).
     """
     require_planned(recipe.task, recipe.method)
     config = config or config_of(recipe.model.source)
@@ -97,7 +99,7 @@ def plan_recipe(
     traces = list[Shallow]()
     for depth in pattern.depths:
         warm = bool(traces) and traces[0].reaches_all
-        traces.append(trace(shortened(config, depth), recipe, batch, isa, held_out, warm=warm))
+        traces.append(trace(shortened(config, depth), recipe, batch, isa, held_out, warm=warm, n_processes=n_processes))
     return _deepened(traces, pattern, recipe, batch, config)
 
 

@@ -19,6 +19,7 @@ from veneer import (
     get_peft_model,
 )  # fmt: skip
 from veneer.errors import CompositionError, ConfigError
+from veneer.learn.policy import policy_of
 from veneer.learn.proof import PolicyMismatchError
 from veneer.learn.rollouts import Rollouts, StaleAnswerError
 from veneer.model.quantized.packed_linear import is_packed
@@ -230,3 +231,11 @@ def test_transformers_draws_on_packed_weights_and_says_so(memory, trainer_of, mo
     told = ", on the weights that were packed for it" if memory == "one" else ""
     assert f"slowly{told}, since veneer's engine cannot: the adapter has no place" in caplog.text
     trainer.train()
+
+
+def test_members_of_a_base_that_is_packed_beside_have_its_own_weights(trainer_of, make_model, tokenizer, caplog):
+    trainer = trainer_of(rollout_memory="beside", rollout_engine="generate")
+    trainer.args.rollout_engine = "auto"
+    trainer.rollouts_of_base = Rollouts(make_model(), tokenizer)  # of another base, which has no such adapter
+    assert policy_of(trainer) is None
+    assert "transformers draws the answers, slowly, since" in caplog.text

@@ -179,3 +179,18 @@ def test_a_budget_without_room_names_the_length_of_answers(drawing: Any) -> None
     budget = int(1.07 * plan_recipe(wanted).held.n_bytes)
     with pytest.raises(ConfigError, match=r"rows? of 22 tokens.*shorter training\.max_completion_length"):
         fits(wanted, config_of(wanted.model.source), budget, lambda plan: plan.peak.n_bytes, lambda plan: 1.0)
+
+
+def test_several_processes_keep_a_second_copy(drawing: Any) -> None:
+    assert plan_recipe(drawing()).copies == 1
+    assert plan_recipe(drawing(), n_processes=2).copies == 2
+    with pytest.raises(ConfigError, match="rollout_memory='one' is impossible: several processes train"):
+        plan_recipe(drawing(parts={"rollouts": {"memory": "one"}}), n_processes=2)
+
+
+def test_a_gpu_packs_no_copy(drawing: Any) -> None:
+    plan = plan_recipe(drawing(parts={"rollouts": {"memory": "beside"}}), isa="avx512_bf16")
+    assert plan.copies == 1
+    assert ENGINE not in plan.held.kinds
+    with pytest.raises(ConfigError, match="weights are packed on CPUs only"):
+        plan_recipe(drawing(parts={"rollouts": {"memory": "one"}}), isa="avx512_bf16")
