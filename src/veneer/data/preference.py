@@ -31,10 +31,10 @@ _READ = ("prompt", "chosen", "rejected", "completion", "label")
 
 
 def checked_rows(rows: Any, name: str, task: Task) -> Any:
-    """Return the rows unchanged, after a check; several data sets are checked separately.
+    """Check rows, and return them unchanged. Several data sets, given as a mapping, are checked one by one.
 
-    Raises DataError if columns are missing. It also lists, by number, rows that are empty or hold the same answer
-    twice. Streamed rows are checked later, one by one, so only their columns are checked here.
+    Raises DataError if columns are missing. Otherwise it lists, by number, each row that cannot be used: a value is
+    empty or malformed, or chosen and rejected are equal. Streamed rows are checked later, as they are read.
     """
     if rows is None:
         if name == "train":

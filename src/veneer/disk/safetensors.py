@@ -74,7 +74,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Return the tensors of a file in the order of their bytes, and all its problems, without the file's name.
+    """Return a file's tensors in the order of their bytes, and all problems of the file as texts that do not name it.
 
     Raises FormatError if this user may not read it, or if it is gone.
     """

@@ -240,11 +240,12 @@ def _needs_own_copy(base: PreTrainedModel, args: Any, config: MethodConfig | Non
 
 
 def _is_as_fast_packed(base: PreTrainedModel, args: Any) -> bool:
-    """Return True if a training step on packed weights was measured to take at most 1.05 times as long.
+    """Return True if a training step on packed weights was measured to take at most 1.05 times as long as on the
+    base's own.
 
     That is so for dense weights in their own dtype and for quantized weights in float32. Quantized weights in bfloat16
-    take longer (1.4 times for NF4). The blocks of a GGUF file are in memory only once without packing, so the result is
-    False.
+    take longer (1.4 times for NF4). The result is also False for a GGUF file, because its blocks would stay in memory
+    beside the packed copy.
     """
     if (args.bf16 or args.fp16) and base.dtype == torch.float32:
         return False
@@ -286,7 +287,7 @@ def _adapter(trainer: Any) -> str:
     trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
     strange = next((name for name in trained if not is_of_adapter(name)), None)
     if strange is not None:
-        raise ConfigError(f"{strange} is trained besides the adapter")
+        raise ConfigError(f"the parameter {strange} is trained too, and the engine draws with the adapter's alone")
     return str(active[0])
 
 

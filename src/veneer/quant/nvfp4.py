@@ -24,8 +24,9 @@ SCALE = torch.float8_e4m3fn
 class Nvfp4Spec:
     """Specification of a matrix in NVFP4.
 
-    ``divides``: the tensors have compressed-tensors' names, and the matrix's float32 scale divides. ``overall`` is that
-    scale, as a stored matrix has it.
+    ``divides``: values are divided by the matrix's float32 scale, and tensors are named as in the library
+    compressed-tensors. If False, values are multiplied by it, and names are ModelOpt's. ``overall`` is that scale as
+    read from a file; None for a matrix that was not read from one.
     """
 
     shape: tuple[int, int]

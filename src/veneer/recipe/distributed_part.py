@@ -137,9 +137,14 @@ def layout_problems(values: Mapping[str, Any]) -> list[str]:
         if training.get(name):
             found.append(f"training.{name}: it is a setting of DDP, and has no effect on a sharded base")
     if training.get("activation_offloading"):
-        found.append("training.activation_offloading: it reads weights between passes, when a sharded base has none")
+        found.append(
+            "training.activation_offloading: it needs the memory of all weights before each forward pass, but a "
+            "sharded base holds whole weights only while a block computes"
+        )
     if any(_part(training, name).get("use_reentrant") for name in CHECKPOINTING):
-        found.append("training.gradient_checkpointing_kwargs: reentrant checkpointing gathers blocks twice")
+        found.append(
+            "training.gradient_checkpointing_kwargs: use_reentrant=True would gather each block's weights twice"
+        )
     return [f"{each}. Leave it out, or distributed.{key}." for each in found]
 
 

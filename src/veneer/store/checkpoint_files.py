@@ -52,7 +52,7 @@ def _from_index(index: Path, read: Reader[T]) -> dict[str, T]:
     weight_map, problems = _read_index(index)
     files = sorted(set(weight_map.values()))
     outside = [f for f in files if not _is_inside(f)]
-    problems += [f"{index.name} names {f!r}, which leaves the folder" for f in outside]
+    problems += [f"{index.name} names {f!r}, which lies outside the folder" for f in outside]
     present = [index.parent / f for f in files if f not in outside and (index.parent / f).is_file()]
     missing = [f for f in files if f not in outside and not (index.parent / f).is_file()]
     problems += [f"shard {f!r} is missing" for f in missing]

@@ -29,11 +29,11 @@ class _Lowered:
 
 
 def lowered(holder: nn.Module, config: LinearMethod, lower: Callable[[], LinearDelta]) -> LinearDelta:
-    """Return the record that ``lower`` computes, cached with the tensors in ``holder`` while config and parameters
-    stay.
+    """Return the record that ``lower`` computes, or the one cached in ``holder``.
 
-    Lowering plain LoRA takes longer than a small layer's products. A record with values computed from parameters, such
-    as DoRA's scales, is computed each time.
+    A cached record is valid while ``config`` and the parameters that it refers to are the same objects. It saves time
+    because lowering plain LoRA takes longer than a small layer's products. A record that also holds computed values,
+    such as DoRA's scales, is not cached.
     """
     kept = cast("_Lowered | None", vars(holder).get(_PLACE))
     if kept is not None and kept.config is config and kept.is_of(holder):

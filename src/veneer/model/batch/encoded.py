@@ -29,7 +29,11 @@ class EncodingModel(CachingModel):
 
     @torch.no_grad()
     def extend(self, held: Held, tokens: Sequence[int], *, with_states: bool = False) -> Extended:
-        """Take the next tokens of a sequence. For tokens of the prompt, the logits (n, vocabulary) are zeros."""
+        """Compute the next tokens of a sequence and add them to ``held``.
+
+        The logits (n, vocabulary) of the prompt's tokens are zeros, except the last one's: they predict the answer's
+        first token. The states returned are always empty, whatever ``with_states`` says.
+        """
         n_prompt, n_before = held.n_prompt, len(held.tokens)
         answer = list(tokens[max(0, n_prompt - n_before) :])
         held.is_whole = False

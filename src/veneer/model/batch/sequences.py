@@ -80,8 +80,8 @@ def _on_tokens(mask: object) -> Tensor:
         return mask
     told = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
     raise CompositionError(
-        f"an adapter that depends on whole sequences finds no padding in attention_mask, {told}: give a 2-D "
-        "attention_mask, or leave cache_implementation out"
+        f"attention_mask is {told}, from which an adapter that depends on whole sequences cannot tell padding: give a "
+        "2-D attention_mask, or leave cache_implementation out"
     )
 
 

@@ -36,9 +36,9 @@ class FrozenHead:
 class Pending:
     """Recorded computation from hidden states to logits.
 
-    ``project`` is the head, which computes in ``computed``. ``after`` holds further operations element by element,
-    which end in ``dtype``. Together they are ``outer * tanh(inner * logits)`` if the logits are ``capped``, otherwise
-    ``inner * logits``.
+    ``project`` computes the head's product y, in the dtype ``computed``. ``after`` holds the elementwise operations
+    that follow; the last result has ``dtype``. As one formula, they are ``outer * tanh(inner * y)`` if ``capped``,
+    otherwise ``inner * y``.
     """
 
     head: FrozenHead

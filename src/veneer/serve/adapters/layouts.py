@@ -72,7 +72,10 @@ class Layouts:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[tuple[Head, FileIO]]:
-    """Yield an adapter's head, and its file at the first value. Raises ValueError if the config is not JSON."""
+    """Open an adapter's file. Yield its `Head` (config and header), and the file, positioned at the first value.
+
+    Raises ValueError if the config is not a JSON object.
+    """
     config = _config_of(json.loads((folder / CONFIG_FILE).read_bytes()))
     with (folder / WEIGHTS_FILE).open("rb", buffering=0) as file:
         prefix = file.read(PREFIX_BYTES)

@@ -46,7 +46,7 @@ class InFlight:
     def refused(self, n: int, most: int) -> int:
         """Return the seconds, 1 to 600, after which a client may retry if its ``n`` would exceed ``most``.
 
-        Clients that were refused before come first.
+        The time includes the turns of clients that were refused earlier, since they retry first.
         """
         over = self.n + n - most
         return math.ceil(self._places.seconds(n, self.n, lambda ahead: self.seconds(over + ahead)))

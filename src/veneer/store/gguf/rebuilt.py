@@ -79,7 +79,10 @@ def _fill(
             parts = [_in_order(family, config, target, _values(stored[target])) for target in places]
             whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             if whole.shape != parameter.shape:
-                raise FormatError(f"{places[0]} has the shape {tuple(whole.shape)}, {name} {tuple(parameter.shape)}")
+                raise FormatError(
+                    f"the file's {' and '.join(places)} give the shape {tuple(whole.shape)}, but the model's {name} "
+                    f"has {tuple(parameter.shape)}"
+                )
             parameter.copy_(whole.to(parameter.dtype))
     if missing:
         raise FormatError(f"it lacks the tensors of {missing[:5]}; it is not a whole model")
