@@ -30,6 +30,49 @@ PACKAGES = ("transformers", "trl")
 _HEAD = "| key | type | default | what it is |\n| --- | --- | --- | --- |"
 _SHORT_HEAD = "| key | what it is |\n| --- | --- |"
 _SWEEP = "Several runs over one base, if the part is there. [sweep.md](sweep.md) says what a member is.\n"
+_BY_LAYER = "by layer; a key is the end of a module path, or a regex for it"
+_COMMON = {  # fields that many configs have, and whose docstrings need not repeat them
+    "alpha": "the update is multiplied by `alpha / r`",
+    "bias": "biases of the base that are trained too: none, all, or those of adapted layers (`…_only`)",
+    "cayley_neumann_eps": "bound of the Frobenius norm of the matrix in that series; a larger matrix is scaled down",
+    "d_initial": "initial value of the trained vector that scales the rank's dimensions",
+    "fan_in_fan_out": "no effect; a layer that stores the transposed weight is recognized by its type",
+    "group_size": "number of outputs in a group; output k is paired with output k + group_size / 2",
+    "lora_alpha": "the update is multiplied by `lora_alpha / r`",
+    "lora_bias": "whether the factor B has a trained bias",
+    "non_linearity": "activation between the bottleneck's two matrices",
+    "num_cayley_neumann_terms": "number of terms of that series",
+    "num_virtual_tokens": "number of virtual tokens",
+    "projection_prng_key": "seed of the random values that are not trained",
+    "prompt_tuning_init_text": "text whose embeddings are the start if `prompt_tuning_init` is TEXT",
+    "psoft_alpha": "the update is multiplied by `psoft_alpha / r`",
+    "randlora_alpha": "the update is multiplied by `randlora_alpha / r`",
+    "reduction_factor": "the inner width is the layer's width divided by this number, if `size` is null",
+    "scaling": "factor of the update",
+    "tokenizer_kwargs": "options for loading that tokenizer",
+    "use_cayley_neumann": "whether a Neumann series replaces the inverse in the Cayley transform",
+    "use_dora": "DoRA: the magnitude of each row of the weight is trained separately",
+    "use_rslora": "rsLoRA: the update is multiplied by `lora_alpha / sqrt(r)`",
+    "wavelet_family": "name of the wavelet, such as db1 (Haar)",
+    **dict.fromkeys(
+        ("init_weights", "init_ia3_weights", "init_lora_weights"),
+        "true: a new adapter changes nothing; false: it starts at random",
+    ),
+    **dict.fromkeys(
+        (
+            "gralora_dropout", "lora_dropout", "psoft_dropout", "pvera_dropout", "tinylora_dropout", "unilora_dropout",
+            "vblora_dropout", "vera_dropout",
+        ),
+        "probability in training of zeroing an input of the update",
+    ),
+    **{
+        f"{name}_pattern": f"`{of}` {_BY_LAYER}"
+        for name, of in {
+            "alpha": "alpha", "block_size": "block_size", "lambda": "delora_lambda", "n_frequency": "n_frequency",
+            "rank": "r",
+        }.items()
+    },
+}  # fmt: skip
 _INTRO = """# Recipe keys
 
 Made from the code by `scripts/recipe_table.py`, and held equal by a test. `veneer train --print-recipe` prints the
@@ -185,13 +228,25 @@ def _config_rows(config: Any, said: Mapping[str, str]) -> Iterator[str]:
             continue
         default = _default(spec)
         usual = config.usual_fields.get(spec.name, default)
-        meaning = documented.get(spec.name) or said.get(f"adapter.{spec.name}", "")
+        meaning = documented.get(spec.name) or said.get(f"adapter.{spec.name}") or _COMMON.get(spec.name)
         yield _row(
             spec.name,
             told(hints[spec.name]),
             _value(usual) if usual is not dataclasses.MISSING else "must be given",
-            meaning,
+            meaning or _mention(config, spec.name),
         )
+
+
+def _mention(config: type, name: str) -> str:
+    """Return the sentence in the docstrings of a config and its bases that names a field; empty if there is none."""
+    found = (sentence for sentence in _sentences(config) if re.search(rf"``{name}\b", sentence))
+    return next(found, "").rstrip(".").replace("``", "`")
+
+
+def _sentences(config: type) -> Iterator[str]:
+    for cls in config.__mro__:
+        text = " ".join((inspect.cleandoc(vars(cls).get("__doc__") or "")).split())
+        yield from re.split(r"(?<=\.) (?=[A-Z`])", text)
 
 
 def documented_fields(config: type) -> dict[str, str]:
@@ -200,14 +255,12 @@ def documented_fields(config: type) -> dict[str, str]:
     A sentence about several fields is told at the first, and the others refer to it.
     """
     found: dict[str, str] = {}
-    for cls in config.__mro__:
-        text = " ".join((inspect.cleandoc(vars(cls).get("__doc__") or "")).split())
-        for sentence in re.split(r"(?<=\.) (?=[A-Z`])", text):
-            opened = re.match(r"``\w+``(?:(?:, | and )``\w+``)*", sentence)
-            names = re.findall(r"\w+", opened[0].replace(" and ", " ")) if opened else []
-            meaning = re.sub(r"^``\w+``(?:: | is | are )", "", sentence).rstrip(".").replace("``", "`")
-            for name in names:
-                found.setdefault(name, f"see `{names[0]}`" if found.get(names[0]) == meaning else meaning)
+    for sentence in _sentences(config):
+        opened = re.match(r"``\w+``(?:(?:, | and )``\w+``)*", sentence)
+        names = re.findall(r"\w+", opened[0].replace(" and ", " ")) if opened else []
+        meaning = re.sub(r"^``\w+``(?:: | is | are )", "", sentence).rstrip(".").replace("``", "`")
+        for name in names:
+            found.setdefault(name, f"see `{names[0]}`" if found.get(names[0]) == meaning else meaning)
     return found
 
 

@@ -197,7 +197,9 @@ class _Passes:
 
 
 def _adding(groups: Mapping[str, _Group]) -> See:
-    """Return a function that adds a layer's rows to its group if there are enough of them."""
+    """Return a function that adds a layer's input rows to its group. A batch with fewer rows than the group has
+    directions is skipped.
+    """
 
     def add(path: str, x: Tensor, mask: Tensor | None) -> None:
         group, rows = groups[path], _rows(x, mask, path)
@@ -208,7 +210,9 @@ def _adding(groups: Mapping[str, _Group]) -> See:
 
 
 def _ranks(groups: list[_Group], budget: int) -> dict[str, int]:
-    """Return the ranks of all layers. As in PEFT, layers that read the same input as an earlier layer come last."""
+    """Return the ranks of all layers. If directions of two layers explain equally much, the first layer of each group
+    precedes the others, as in PEFT.
+    """
     first = {group.paths[0]: group for group in groups}
     rest = {path: group for group in groups for path in group.paths[1:]}
     return shared_ranks({p: cast(Directions, g.found).explained() for p, g in (first | rest).items()}, budget)

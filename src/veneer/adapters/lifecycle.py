@@ -193,8 +193,10 @@ def remove_all(model: nn.Module, state: AdapterState) -> None:
 
 
 def _require_same_settings(model: nn.Module, own: MethodConfig, stored: MethodConfig, name: str) -> None:
-    """Raise ConfigError if the stored values would mean something else under ``own``, or if other parts would be
-    trained.
+    """Raise ConfigError unless the stored config means the same as ``own``, the config of the adapter ``name`` on the
+    model.
+
+    Both must have the same method and settings, and train the same whole modules.
     """
     if type(own) is not type(stored):
         raise ConfigError(

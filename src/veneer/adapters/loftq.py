@@ -79,8 +79,9 @@ def replace_lora_weights_loftq(
 
 
 def _factors(start: LateStart, site: LinearSite, weight: Tensor, path: str) -> dict[str, Tensor]:
-    """Return the factors by name, or none if the weight equals the quantized one. Raises ConfigError for a quantized
-    weight.
+    """Return the factors that make up for the quantization error, by name; none if the error is zero.
+
+    Raises ConfigError if ``weight``, which should be the weight before quantization, is stored in 8-bit codes itself.
     """
     if weight.itemsize == 1:
         raise ConfigError(f"{path}: {_NO_ERROR}")

@@ -58,8 +58,10 @@ def shared_rows(
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A row's tokens without padding, their labels, the number of padding tokens before, and the indices of labels that
-    count.
+    """A row without padding: its token ids and labels.
+
+    ``before`` is the number of padding tokens in front of it. ``counted`` are the indices of the labels that are
+    trained.
     """
 
     ids: list[int]

@@ -153,7 +153,10 @@ def _scored_in_chunks(found: NextTokens, shape: Sequence[int], scoring: Preferen
 
 
 def _label_scores(logits: Tensor, labels: Tensor, scoring: PreferenceScoring, at: Tensor | None = None) -> HeadScores:
-    """Return the scores of labels from logits (n, v), or from their rows ``at``. Deferred logits are not formed."""
+    """Return the scores of labels from logits (n, v), or from the rows ``at`` of the logits.
+
+    Deferred logits are scored in chunks, so that the matrix of all logits is never in memory.
+    """
     logits = logits if scoring.temperature == 1 else logits / scoring.temperature
     if not isinstance(logits, DeferredLogits):
         own = logits if at is None else logits[at.to(logits.device)]

@@ -196,7 +196,7 @@ def engine_answerer(parts: ModelParts, drawing: Drawing, n_rows: int) -> EngineA
 
 
 def _slow(base: Any) -> str:
-    """Return why the engine would not be faster, or an empty text if it would be."""
+    """Return why the engine would be no faster than `generate` for this base, or an empty text if it is faster."""
     if base.device.type != "cpu":
         return f"the engine is fast on a CPU, and the model is on {base.device.type}"
     if base.dtype not in ROWS:
@@ -205,7 +205,11 @@ def _slow(base: Any) -> str:
 
 
 def _unsaid(base: Any) -> str:
-    """Return why, by the model's settings, the engine's answers would differ, or an empty text if they would not."""
+    """Return the setting of the model that the engine does not support, so that its answers would differ from
+    `generate`'s.
+
+    Return an empty text if there is none.
+    """
     if context_length(base) is None:
         return "the model's config has no context length"
     stored = base.generation_config.to_diff_dict()

@@ -115,9 +115,9 @@ def _messages() -> Iterator[None]:
 
 
 def _in_one_line(error: Any) -> str:
-    """Return the message of a wrong command line, the usage, and the help that tells more.
+    """Return the error of a wrong command line, with the usage and the command that shows more help.
 
-    It is empty for a group alone, which has printed its help.
+    It is empty if a group was called without a subcommand, because the group has then printed its help.
     """
     if not error.format_message():
         return ""

@@ -55,8 +55,8 @@ def inspect(args: InspectArguments) -> None:
 def _updates(folders: Sequence[Path], base: str | None) -> dict[Path, dict[str, LinearDelta | Update]]:
     """Return each adapter's updates by layer: from its file alone, or computed on a base that is loaded once.
 
-    Without ``base``, the base that the adapters name is loaded if one of them depends on it. Raises CompositionError
-    before that if any adapter has no update.
+    Without ``base``, the base that the adapters name is loaded if an update depends on it. Raises CompositionError,
+    before a base is loaded, if an adapter changes no weights.
     """
     if base is None:
         try:

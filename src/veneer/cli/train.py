@@ -144,7 +144,9 @@ def _require_rollouts(n: int, values: Mapping[str, Any]) -> None:
 
 
 def _refuse(values: Mapping[str, Any], recipe: Path, resume: Resume, *, n_processes: int | None, shows: bool) -> None:
-    """Raise the errors that need no torch: of keys, of the output, of rows, and of the base."""
+    """Raise the errors of a run that can be found without torch: wrong keys, a used output folder, bad rows, a missing
+    base.
+    """
     refuse_early(values, str(recipe), begins=resume is not True, n_processes=n_processes)
     if PART not in values and not shows:
         refuse_place(values, resume)

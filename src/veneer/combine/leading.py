@@ -43,7 +43,10 @@ def leading(matrix: Float[Tensor, "m n"], rank: int) -> tuple[Float[Tensor, " r"
 
 
 def _orthogonal(block: Tensor, basis: Tensor) -> Tensor:
-    """Return an orthonormal basis of the block's part outside ``basis``. A second pass removes rounding."""
+    """Return an orthonormal basis of the block's columns after their projection onto ``basis`` is subtracted.
+
+    The subtraction is repeated, because rounding leaves a small part the first time.
+    """
     for _ in range(2):
         block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
     return block

@@ -83,7 +83,7 @@ def _factors(update: Tensor, tall: Tensor, v: Tensor, energy: Tensor, error: flo
 
 
 def _relative(lost: Tensor, total: Tensor) -> float:
-    """Return the relative Frobenius error, given the squares lost and all squares."""
+    """Return the relative Frobenius error: the root of ``lost / total``, two sums of squared singular values."""
     return float((lost.clamp(min=0.0) / total).sqrt()) if float(total) > 0 else 0.0
 
 

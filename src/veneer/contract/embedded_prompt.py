@@ -14,7 +14,7 @@ class EmbeddedPrompt(PromptMethod):
     """Prompt that may start from embeddings, in PEFT's fields.
 
     ``prompt_tuning_init`` names the start. "TEXT" takes the embeddings of ``prompt_tuning_init_text``, cut or repeated
-    to n; ``tokenizer_name_or_path`` and ``tokenizer_kwargs`` tokenize it.
+    to n. ``tokenizer_name_or_path`` is the tokenizer of this text, loaded with the options ``tokenizer_kwargs``.
     """
 
     identity_at_start: ClassVar[bool] = False

@@ -33,9 +33,9 @@ ROWS = "rows"
 class LycorisMethod(LinearMethod):
     """Rank and alpha with their patterns by module, and dropouts of the update in training.
 
-    A layer drops its whole update with probability ``module_dropout``, and each row of it with probability
-    ``rank_dropout``. ``use_effective_conv2d``: the factors of a convolution whose kernel has several positions are a
-    core (r, r, *window), and matrices for the channels in front of it and behind it.
+    ``module_dropout`` is the probability that a layer drops its whole update. ``rank_dropout`` is the probability that
+    it drops a row of the update. ``use_effective_conv2d``: the factors of a convolution whose kernel has several
+    positions are a core (r, r, *window), and matrices for the channels in front of it and behind it.
     """
 
     headline: ClassVar[tuple[str, ...]] = ("r", "alpha", "target_modules")

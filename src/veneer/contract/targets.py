@@ -24,8 +24,10 @@ class TargetedConfig(MethodConfig):
     ``target_modules`` is a list of names or suffixes, such as [q_proj, v_proj], or a regular expression that must match
     the whole module path. It may be ``"all-linear"``: every linear layer except the output head. None selects those of
     the method's ``default_targets`` that the model has. ``family_targets`` are defaults by transformers' type of model.
-    A method overrides `fields_for` if other fields that name modules have defaults. ``layers_to_transform`` keeps only
-    those layer indices, found by ``layers_pattern`` (name of the list of layers).
+    A method overrides `fields_for` if other fields that name modules have defaults. ``exclude_modules``: names,
+    suffixes or a regular expression of modules that are not adapted although they are targets. ``layers_to_transform``
+    keeps only the layers with these indices. ``layers_pattern``: name of the list of layers that
+    ``layers_to_transform`` counts, such as "layers".
     """
 
     changes_weights: ClassVar[bool] = True

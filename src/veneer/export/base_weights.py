@@ -139,7 +139,9 @@ class BaseWeights:
             yield from self._tensors.blocks(held, BLOCK_VALUES)
 
     def _coded_weights(self) -> dict[str, dict[str, str]]:
-        """Return the tensor names of each weight that is stored quantized, by part."""
+        """Return the names of the tensors that store each quantized weight: for each weight, a mapping such as codes
+        and scales.
+        """
         if self._quantization is None:
             return {}
         groups = self._quantization.grouped(self._tensors.tensors)

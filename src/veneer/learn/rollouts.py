@@ -303,9 +303,10 @@ def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _places(modules: Sequence[nn.Module], children: Sequence[tuple[nn.Module, str]]) -> list[int]:
-    """Return the addresses of the base's tensors, and the ids of its modules, each given by its parent and its name.
+    """Return numbers that change if a tensor of the base moves or a module is replaced.
 
-    Modules that hold only an adapter, such as a prompt's, may come to a parent later.
+    They are the addresses of the tensors in ``modules``, then the ids of modules, each given in ``children`` by its
+    parent and name. Modules of an adapter, which may be added later, are not among them.
     """
     found = []
     for module in modules:

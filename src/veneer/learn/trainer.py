@@ -210,7 +210,9 @@ class DrawingTrainer(PreferenceTrainer):
 
     @contextmanager
     def _divergence_told(self) -> Iterator[None]:
-        """Enter a context that turns the NonFiniteError of an adapter that should draw into DivergedError."""
+        """Enter a context that turns NonFiniteError, which the engine raises for an adapter with NaN or infinite
+        values, into DivergedError.
+        """
         try:
             yield
         except NonFiniteError as error:

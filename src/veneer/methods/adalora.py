@@ -34,12 +34,14 @@ RANK_OFFSET = 1e-5  # PEFT divides by the rank plus this
 class AdaLoraConfig(LinearMethod):
     """AdaLoRA in PEFT's fields.
 
-    ``init_r`` is the rank with which every layer starts, ``target_r`` the mean rank at the end. The budget of ranks
-    stays at its full size for ``tinit`` steps. Then it falls with the cube of the time left, every ``deltaT`` steps.
-    For the last ``tfinal`` steps it stays at its target. ``total_step`` is the number of steps of the run; if it is
-    None, the trainer gives it. ``beta1`` and ``beta2`` smooth the sensitivity and its uncertainty. ``orth_reg_weight``
-    is the weight of the pull towards orthogonality. ``rank_pattern`` marks the ranks of each layer that were kept, by
-    ``<path>.lora_E``, as in PEFT's files, which hold only these.
+    ``init_r`` is the rank of every layer at the start. ``target_r`` is the mean rank of the layers at the end.
+    ``tinit`` is the number of steps at the start for which the budget of ranks stays at its full size. ``deltaT`` is
+    the number of steps between two reductions of the budget, which falls with the cube of the time left. ``tfinal`` is
+    the number of steps at the end for which the budget stays at its target. ``total_step`` is the number of steps of
+    the run; if it is None, the trainer gives it. ``beta1`` and ``beta2`` smooth the sensitivity and its uncertainty.
+    ``orth_reg_weight`` is the weight of the pull towards orthogonality. ``lora_alpha``: the update is multiplied by
+    ``lora_alpha / init_r``. ``rank_pattern`` marks the ranks of each layer that were kept, by ``<path>.lora_E``, as in
+    PEFT's files, which hold only these.
     """
 
     peft_type: ClassVar[str] = "ADALORA"

@@ -47,9 +47,11 @@ class AdamssConfig(LinearMethod):
     square is above ``svd_threshold`` times the largest's. ``random_seed`` is that of the decomposition. No file holds
     the clusters: they are found again in the base's weights, whose V must equal the file's. ``init_weights``:
     "orthogonal" starts B at zero; None (or False) draws it at random. ``use_asa`` freezes clusters in training until
-    the ``asa_target_subspaces`` most important are left. ``stored`` (the shapes of a file's parameters) is filled in
-    when a file is read.
-    Departs: the rank of a pair is r if ``subspace_rank`` is above it. PEFT's forward pass fails there.
+    the ``asa_target_subspaces`` most important are left. Clusters are frozen every ``mask_interval`` steps from step
+    ``init_warmup`` to step ``final_warmup``. ``asa_schedule_exponent`` is the power of the time left with which the
+    number of trained clusters falls. ``asa_importance_beta`` and ``asa_uncertainty_beta`` are the decay rates of the
+    averages of importance and of its uncertainty. ``stored`` (the shapes of a file's parameters) is filled in when a
+    file is read. Departs: the rank of a pair is r if ``subspace_rank`` is above it. PEFT's forward pass fails there.
     """
 
     peft_type: ClassVar[str] = "ADAMSS"

@@ -163,9 +163,9 @@ class _Checks(Checks):
     config: BOFTConfig
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Return a problem for each layer whose inputs cannot be divided into such blocks.
+        """Return a problem for each layer whose inputs cannot be divided into the config's blocks.
 
-        Several factors also need blocks of even size, and enough of them.
+        With m > 1 factors, blocks must have an even size, and ``2 ** (m - 1)`` must divide their number.
         """
         given, m = self.config, self.config.boft_n_butterfly_factor
         name = "boft_block_size" if given.boft_block_size else "boft_block_num"

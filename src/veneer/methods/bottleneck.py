@@ -38,6 +38,7 @@ class BottleneckConfig(ResidualMethod):
     ``placement``: "serial" (x = h) or "parallel" (x is the sub-layer's input).
     ``size`` is the inner width r; if it is None, r is ``features // reduction_factor``.
     ``init_weights``: "bert", "mam_adapter" (exactly the identity) or "houlsby".
+    ``layers_to_transform``: indices of the blocks that get one; None means all blocks.
     ``dropout``: probability of zeroing an output of the bottleneck in training.
     """
 

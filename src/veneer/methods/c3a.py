@@ -81,8 +81,10 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """Sum the gradient along the blocks' diagonals. In rows written twice, a diagonal's entries are 2 b + 1 numbers
-        apart.
+        """Sum the gradient along the diagonals of each circulant block.
+
+        Each row of a block is repeated once, so that a wrapped diagonal is a strided view: its entries are 2 b + 1
+        numbers apart.
         """
         blocks = grads[0].transpose(1, 2)
         b = blocks.shape[3]

@@ -40,7 +40,8 @@ class CPTConfig(PromptMethod):
     ``cpt_token_ids`` are the tokens of the context, and ``cpt_tokens_type_mask`` their types, by default all 1.
     ``opt_projection_epsilon`` is the radius for tokens of inputs, and ``opt_projection_format_epsilon`` for those of
     templates, both times ``√(d / 2048)``. ``opt_weighted_loss_type="decay"`` weighs each group of labels by
-    ``opt_loss_decay_factor`` times the next group's weight. ``cpt_mask`` is kept for PEFT and changes nothing.
+    ``opt_loss_decay_factor`` times the next group's weight. ``cpt_mask`` and
+    ``tokenizer_name_or_path`` are kept for PEFT and change nothing.
     """
 
     peft_type: ClassVar[str] = "CPT"

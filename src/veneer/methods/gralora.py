@@ -29,8 +29,8 @@ from veneer.records.sites import LinearSite
 class GraloraConfig(LinearMethod):
     """GraLoRA in PEFT's fields. ``gralora_k`` divides ``r`` and the widths of each layer.
 
-    ``hybrid_r`` is the rank of a plain LoRA that is added. The scale s is ``alpha / (r + hybrid_r)``. ``init_weights``
-    starts with B zero; False makes all factors random.
+    ``hybrid_r`` is the rank of a plain LoRA that is added. ``alpha``: the scale s is ``alpha / (r + hybrid_r)``.
+    ``init_weights`` starts with B zero; False makes all factors random.
     """
 
     peft_type: ClassVar[str] = "GRALORA"

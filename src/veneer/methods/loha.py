@@ -25,7 +25,7 @@ from veneer.records.terms.pair import Pair
 class LoHaConfig(LycorisMethod):
     """LoHa in PEFT's fields. ``init_weights`` starts with one factor zero; False makes all random.
 
-    ``rank_dropout`` divides the rows that it keeps by their share.
+    ``rank_dropout`` is the probability that a row of the update is dropped; kept rows are divided by their share.
     """
 
     peft_type: ClassVar[str] = "LOHA"

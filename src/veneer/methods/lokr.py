@@ -63,7 +63,8 @@ class Kronecker(Change):
 
 
 class _Made(torch.autograd.Function):
-    """Autograd function ``W₁ ⊗ W₂``, given both repeated to the width of its rows.
+    """Autograd function for the Kronecker product ``W₁ ⊗ W₂``, which multiplies both matrices after broadcasting them
+    to full rows.
 
     Its gradients are matrix-vector products, unlike those of torch.kron.
     """

@@ -36,9 +36,9 @@ _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 class PeanutConfig(LinearMethod):
     """PEANuT in PEFT's fields.
 
-    f has ``depth`` layers (r, r) that encode and as many that decode. Each is followed by ``act_fn``. The output of an
-    encoding layer is added after the matching decoding layer. ``scaling`` is the scale s. ``init_weights`` starts B at
-    zero. False draws B, so that the start changes the model.
+    ``depth``: f has this many layers (r, r) that encode, and as many that decode. ``act_fn`` is the activation after
+    each of them. The output of an encoding layer is added after the matching decoding layer. ``scaling`` is the scale
+    s. ``init_weights`` starts B at zero. False draws B, so that the start changes the model.
     """
 
     peft_type: ClassVar[str] = "PEANUT"

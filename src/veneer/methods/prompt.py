@@ -26,8 +26,8 @@ class PromptTuningConfig(EmbeddedPrompt):
     """Prompt tuning in PEFT's fields.
 
     ``prompt_tuning_init``: "RANDOM", "SAMPLE_VOCAB" (embeddings of random tokens) or "TEXT". "TEXT" takes the
-    embeddings of ``prompt_tuning_init_text``, cut or repeated to n; ``tokenizer_name_or_path`` and ``tokenizer_kwargs``
-    tokenize it.
+    embeddings of ``prompt_tuning_init_text``, cut or repeated to n. ``tokenizer_name_or_path`` is the tokenizer of this
+    text, loaded with the options ``tokenizer_kwargs``.
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"

@@ -69,11 +69,10 @@ def balanced(seed: int, length: int, count: int) -> Int[Tensor, " count"]:
 class UniLoraConfig(LinearMethod):
     """Uni-LoRA in PEFT's fields.
 
-    θ has ``theta_d_length`` numbers. ``proj_seed`` and the order of layers in the model decide which of them an entry
-    is; ``save_indices`` writes that to the file. ``init_weights`` draws θ uniformly in ±``init_theta_d_bound``; False
-    draws it from a normal distribution. Both change the model.
-    ``first`` (where each layer's entries begin) and ``count`` (of all entries) are filled in when the adapter is
-    attached.
+    ``theta_d_length`` is the count of numbers in θ. ``proj_seed`` and the order of layers in the model decide which of
+    them an entry is; ``save_indices`` writes that to the file. ``init_weights`` draws θ uniformly in
+    ±``init_theta_d_bound``; False draws it from a normal distribution. Both change the model. ``first`` (where each
+    layer's entries begin) and ``count`` (of all entries) are filled in when the adapter is attached.
     """
 
     peft_type: ClassVar[str] = "UNILORA"

@@ -32,8 +32,10 @@ _BANK = "vblora_vector_bank"
 class VBLoRAConfig(LinearMethod):
     """VB-LoRA in PEFT's fields.
 
-    The bank has ``num_vectors`` vectors of ``vector_length``, which divides the widths of each layer. ``topk`` of them
-    are mixed. ``save_only_topk_weights``, a file from which training cannot go on, is not supported.
+    ``num_vectors`` is the count of vectors in the bank. ``vector_length`` is their length, which divides the widths of
+    each layer. ``topk`` of them are mixed. ``init_vector_bank_bound``: the bank starts uniform in ± this bound.
+    ``init_logits_std`` is the standard deviation of the logits at the start. ``save_only_topk_weights``, a file from
+    which training cannot go on, is not supported.
     """
 
     peft_type: ClassVar[str] = "VBLORA"

@@ -125,6 +125,8 @@ def _blank(mixin: type[InPlace], base: type[nn.Module], swapped: tuple[str, ...]
 
 
 def _rebind_hooked_forward(module: nn.Module) -> None:
-    """Bind accelerate's hooks to the new class's forward: they keep the one that they wrap in ``_old_forward``."""
+    """Make accelerate's hooks call the forward of the module's new class. They store the forward to call as
+    ``_old_forward``.
+    """
     if "_old_forward" in vars(module):
         module._old_forward = type(module).forward.__get__(module)

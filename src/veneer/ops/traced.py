@@ -98,10 +98,10 @@ def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _found(mask: Tensor) -> Tensor:
-    """Return the places that are not zero, as a loop over experts asks for them: each of ``n`` experts is chosen, and
-    in its row of the mask an ``n``-th of the places is its own.
+    """Return the indices of a mask's nonzero elements, for a mask without values that code for experts searches.
 
-    Code reads the numbers of the chosen ones: all are 0, which any mixture has.
+    Of n experts, each is counted as chosen by 1/n of the tokens. If the code reads the numbers of the chosen experts,
+    all are 0, a number that every mixture has.
     """
     whole = mask.untyped_storage().nbytes() // mask.element_size()
     if mask.ndim == 1 and len(mask) == whole:

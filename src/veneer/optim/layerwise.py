@@ -38,7 +38,9 @@ class LayerwiseGaLoreAdamW(GaLoreAdamW):
             self._watched().pop().remove()
 
     def _watched(self) -> list[RemovableHandle]:
-        """Return the list of hooks, which exists before ``__init__`` ends: groups are added earlier."""
+        """Return the list of hooks, and create it at the first call: torch's ``__init__`` adds groups before an
+        attribute can be set.
+        """
         return cast("list[RemovableHandle]", self.__dict__.setdefault("_hooks", []))
 
     @torch.no_grad()

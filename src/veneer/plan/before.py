@@ -86,8 +86,10 @@ def require_room(facts: Mapping[str, Any], n_processes: int = 1) -> None:
 
 
 def _advice(facts: Mapping[str, Any], free: int) -> str:
-    """Return the change to make first: to the weights if they do not fit, else to more rows than are usual, else to the
-    length of the rows.
+    """Return the setting to change first if a plan needs more than ``free`` bytes.
+
+    It is the storage of the weights if they alone do not fit, else the batch size if it is larger than usual, else the
+    length of rows.
     """
     rows, length = facts["batch"]["rows"], facts["batch"]["length"]
     if facts["weights"]["bytes"] > free:

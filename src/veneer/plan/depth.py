@@ -95,7 +95,7 @@ def _lead(signs: Sequence[object], period: int) -> int:
 def _signs(shape: _Shape) -> list[object] | None:
     """Return a signature of each block; None if the model cannot be traced with fewer blocks.
 
-    A signature has the kinds and shapes of the block's parts, its entries in the config's lists, and if it is
+    A signature holds the kinds and shapes of the block's parts, its entries in the config's lists, and whether it is
     recomputed.
     """
     text: Any = shape.config.get_text_config()

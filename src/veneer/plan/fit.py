@@ -138,7 +138,10 @@ def _largest(
 
 
 def _row_counts(args: Any) -> list[int]:
-    """Return the allowed rows of a micro-batch: only all of a step's if the optimizer steps in the backward pass."""
+    """Return the allowed numbers of rows of a micro-batch: the divisors of the rows of a step.
+
+    Only the full number is allowed if the optimizer steps in the backward pass, which excludes accumulation.
+    """
     total = _rows_a_step(args)
     if steps_in_backward(args.optim):
         return [total]
@@ -146,8 +149,8 @@ def _row_counts(args: Any) -> list[int]:
 
 
 def _rows(rows: int, args: Any, distributed: DistributedPart, data: DataPart) -> dict[str, Any]:
-    """Return settings with ``rows`` rows a micro-batch and as many rows a step as before; an evaluation gets no
-    more.
+    """Return settings with micro-batches of ``rows`` rows, and as many rows a step as before. Evaluation batches are
+    limited to ``rows`` too.
     """
     changes = {"training.per_device_train_batch_size": rows}
     if distributed.global_batch is None:  # else it follows

@@ -197,8 +197,10 @@ class Machine:
         return found
 
     def _seconds_of(self, plan: Plan, own: OwnRows | None, told: Mapping[str, Any]) -> Seconds:
-        """Return the seconds of earlier runs with these settings; else by measured rates; else by runs of other
-        settings.
+        """Return the seconds of a micro-batch, from the best source there is.
+
+        Sources are, in order: earlier runs with these settings, the machine's measured rates, and earlier runs with
+        other settings. Raises UnmeasuredError if there is none.
         """
         run = observed(told) if self.card is None else None
         if run is not None:

@@ -122,7 +122,7 @@ def text_tokens(source: str, text: str) -> int:
 
 
 def _prompt_of(row: Mapping[str, Any]) -> Any:
-    """Return a row's prompt, as a text or messages; None if it has none of its own."""
+    """Return a row's prompt as text or messages; None if the row has neither ``prompt`` nor ``messages``."""
     return row["prompt"] if "prompt" in row else row["messages"][:-1] if "messages" in row else None
 
 

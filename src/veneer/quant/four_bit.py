@@ -200,7 +200,7 @@ def quantize(
 
 
 def _alone(part: Tensor) -> Tensor:
-    """Copy a tensor: a view would keep the memory of all blocks that it is part of."""
+    """Return the tensor, copied if it is a view, which would keep the memory of the whole stack of blocks alive."""
     return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
 
 

@@ -69,7 +69,10 @@ def members_of(values: Mapping[str, Any], source: Path) -> tuple[list[MemberValu
 
 
 def _values(base: Mapping[str, Any], name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a member's values. Raises ConfigError for a key such as ``a.b`` if ``a`` is not a part."""
+    """Return the recipe of a member ``name``: the ``base`` with the member's changes, and an output folder of its own.
+
+    Raises ConfigError for a key such as ``a.b`` if ``a`` is not a mapping.
+    """
     values = copy.deepcopy(dict(base))
     for key, value in changes.items():
         put(values, str(key), value)

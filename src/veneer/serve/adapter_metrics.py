@@ -48,9 +48,10 @@ def adapter_metrics(scheduler: Scheduler) -> list[MetricSeries]:
 
 
 def _of_names(scheduler: Scheduler) -> Gauge:
-    """Return vLLM's gauge, whose value is the present time.
+    """Return the gauge ``vllm:lora_requests_info``, which has adapter names as labels and the current time as its
+    value.
 
-    Without a limit, a batch has as many adapters as requests.
+    Its label ``max_lora`` is the largest number of requests in a batch if the number of adapters has no limit.
     """
     pool, most = scheduler.pool, scheduler.limits.max_seqs
     labels = {

@@ -316,7 +316,10 @@ def _store(
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Return the identity of a file, valid for years. The change time is left out, since a new mode alters it."""
+    """Return a file's device, inode, modification time and size, which identify its content across restarts.
+
+    The change time is left out, since a new file mode alters it.
+    """
     told = path.stat()
     return told.st_dev, told.st_ino, told.st_mtime_ns, told.st_size
 
@@ -428,7 +431,9 @@ def _nf4() -> BitsAndBytesConfig:
 
 
 def _kept(model: PreTrainedModel, interpreter: Interpreter | None, block: int) -> tuple[Way | None, KeptBytes]:
-    """Return the result of `way_of`, and the bytes kept for a sequence, with a program or without one."""
+    """Return the result of `way_of` for a model without a program. With a program, return None and the bytes of its
+    pages.
+    """
     return way_of(model) if interpreter is None else (None, KeptBytes(_position_bytes(model, interpreter, block)))
 
 

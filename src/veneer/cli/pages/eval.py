@@ -190,7 +190,10 @@ def reader_of(args: EvalArguments) -> RowReader:
 
 
 def _require_subject(args: EvalArguments) -> None:
-    """Raise ConfigError unless the options name the models to measure, once and in one of the two ways."""
+    """Raise ConfigError unless the options name what to measure: MODEL and ``--data``, or ``--recipe``.
+
+    Repeated adapters or recipes, and options that a recipe already sets, are errors too.
+    """
     for option, given in (("--adapter", args.adapters), ("--recipe", args.recipes)):
         twice = [each for each, n in Counter(given).items() if n > 1]
         if twice:

@@ -343,8 +343,8 @@ class AdaptedLinear(AdaptedSite):
         return any(self.has_own(name, "weight") for name in names)
 
     def _by_formula(self, x: Tensor) -> Tensor:
-        """Apply the record by autograd operations, so that a compiler can follow it, or because the weight is trained
-        too.
+        """Compute the layer by autograd operations. This is for compilers, which cannot follow veneer's ops, and for
+        trained weights.
         """
         names, site = self.acting_here(), self.site()
         weight = cast(FrozenWeight, site.weight)

@@ -47,7 +47,9 @@ class _Folding(AdaptedSite):
         return read[parameter]
 
     def own(self, parameter: str, names: Sequence[str] | None) -> Tensor | None:
-        """Return a parameter without the updates that are folded in."""
+        """Return a parameter without the folded updates of adapters. ``names`` are the adapters whose trained copies
+        count; None means the active ones.
+        """
         return Adapted.effective(self, parameter, self.adapter_state.acting() if names is None else names)
 
     def require_one_for_all_rows(self) -> None:

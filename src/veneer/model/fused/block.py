@@ -129,9 +129,10 @@ def _conv_apart(block: FusedBlock, kwargs: dict[str, Any], x: Tensor, bounds: li
 
 
 def _own_mask(block: FusedBlock, name: str, mask: LayoutMask, x: Tensor) -> Tensor | None:
-    """Return the mask that transformers gives to a block whose attention half runs its own code.
+    """Return a mask in transformers' form for a block whose attention half runs transformers' code.
 
-    ``name`` is that of the argument. Beside attention's there may be one of parts that keep a state (Falcon-H1).
+    ``name`` is the argument that receives the mask. A block may also have an argument for the mask of a recurrent part
+    (Falcon-H1).
     """
     attention = block.fused_program.block.attention
     if isinstance(attention, blueprint.Mixer | blueprint.ShortConv):

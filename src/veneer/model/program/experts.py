@@ -189,7 +189,7 @@ def is_known(part: Experts) -> bool:
 
 
 def _bias(router: nn.Module, part: Experts) -> Tensor | None:
-    """Return a router's bias in float32, on which choices depend and nothing else."""
+    """Return the router's bias in float32, which affects only the choice of experts; None if there is none."""
     return router._buffers[CORRECTION].float() if part.corrected else None  # type: ignore[union-attr]
 
 

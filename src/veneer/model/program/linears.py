@@ -246,7 +246,9 @@ class Linears:
         return replace(left, pairs=packed)
 
     def _scaling(self, left: OwnChanges, packed: PackedPairs) -> PackedPairs | None:
-        """Return pairs that compute the scales of outputs as well, on a GPU; None if more than such scales is left."""
+        """Return pairs that also apply the records' scales of outputs, on a GPU. Return None on a CPU, or if a record
+        has other effects.
+        """
         scaled = all(
             record is NOTHING or (record.only_scales and record.input is None and record.bias is None)
             for record in left.records

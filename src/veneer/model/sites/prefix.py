@@ -126,7 +126,7 @@ class _Recomputed:
         return args, {**kwargs, self.argument: cache}
 
     def record(self, name: str) -> PrefixDelta:
-        """Return the record of adapter ``name`` for this layer alone."""
+        """Return an adapter's keys and values for this layer, computed for this layer alone."""
         method, place = cast(PrefixMethod, self.holder.method(name)), self.holder.layers.index(self.index)
         return method.lower_one(self.holder.site, self.holder.parameters_of(name), place)
 

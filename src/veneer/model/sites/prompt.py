@@ -122,8 +122,8 @@ class PromptAdapters(VirtualTokens):
         return changed
 
     def _put_targets(self, labels: Tensor, front: Front) -> None:
-        """Write targets for the virtual tokens into labels (rows, n + length). If some have weights, store the labels
-        for the loss.
+        """Write targets for the virtual tokens into labels (rows, n + length). Keep the labels for the loss if any
+        target has a weight other than 1.
         """
         each = self._methods(front)
         if any(method.targets for method in each):

@@ -105,7 +105,11 @@ def code_lines(signed: bool) -> Float32[Tensor, "112"]:
 
 
 def _decades(code: Tensor, zero: int, narrow: int) -> list[tuple[int, int, float]]:
-    """Return (first code, last code, codes a unit of magnitude) for zero, for each decade, and for one."""
+    """Return (first code, last code, slope) for the code of zero, for each decade of magnitudes, and for the code of
+    one.
+
+    The slope is the number of codes per unit of magnitude.
+    """
     lines, first = [(zero, zero, 0.0)], zero + 1
     while first < len(code) - 1:
         last = first + 2 ** len(lines) // narrow - 1
@@ -116,7 +120,9 @@ def _decades(code: Tensor, zero: int, narrow: int) -> list[tuple[int, int, float
 
 
 def _offset(middles: Tensor, first: int, last: int, slope: float) -> float:
-    """Return the offset by which the midpoints between a decade's codes map to whole numbers."""
+    """Return the offset of the line ``slope * magnitude + offset`` that maps the midpoints between a decade's codes to
+    whole numbers.
+    """
     if first == last:
         return first + 0.5
     whole = torch.arange(first + 1, last + 1, dtype=torch.float64)

@@ -54,7 +54,7 @@ def backward(
 
 
 def _factors(groups: Sequence[LowRankGroup]) -> list[Tensor | None]:
-    """Return a and b of every adapter on every layer, each contiguous."""
+    """Return the factors a and b of every adapter on every layer, each contiguous."""
     pairs = (pair for group in groups for pair in zip(group.a, group.b, strict=True))
     return [None if f is None else f.contiguous() for pair in pairs for f in pair]
 
@@ -100,7 +100,11 @@ def _given(
 
 
 def _mask(mask: Mask | None) -> tuple[int, int, int]:
-    """Return the key as a signed 64-bit number, the threshold (0 drops nothing), and the address of the ids."""
+    """Return a dropout mask in the kernel's form: the random key as a signed 64-bit number, the threshold, and the
+    address of the ids.
+
+    All are 0 without a mask; a threshold of 0 drops nothing.
+    """
     if mask is None:
         return 0, 0, 0
     return mask.key - (mask.key >> 63 << 64), mask.threshold, address(mask.ids)

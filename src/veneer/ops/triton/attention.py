@@ -76,7 +76,9 @@ def _fits(q: Tensor) -> bool:
 
 
 def _forward_tile(q: Tensor) -> tuple[int, int, int]:
-    """Return queries, keys and warps of a program that fits into the shared memory of every card since Ampere."""
+    """Return the numbers of queries, keys and warps of a program that fits into the shared memory of every card since
+    Ampere.
+    """
     features = block(q.shape[2], least=16)
     if q.dtype == torch.float32:
         return (32, 32, 4) if features <= 128 else (16, 16, 4)

@@ -108,7 +108,7 @@ def _alone_backward(
 
 
 def _of_alone(groups: Sequence[LowRankGroup], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Return each layer's a, and its b times its scale."""
+    """Return the only adapter's factors on each layer: a, and b times its scale."""
     scaled = torch._foreach_mul([cast(Tensor, group.b[0]) for group in groups], [group.scales[0] for group in groups])
     found = converted([*(cast(Tensor, group.a[0]) for group in groups), *scaled], [dtype] * 2 * len(groups))
     return found[: len(groups)], found[len(groups) :]
@@ -138,7 +138,9 @@ def _dropped(x: Tensor, group: LowRankGroup, rows: AdapterRuns) -> Tensor:
 
 
 def _add_dropped(dx: Tensor, part: Tensor, group: LowRankGroup, rows: AdapterRuns) -> None:
-    """Add the gradient in the input of a layer's a to that in x, if these are different tensors."""
+    """Add the gradient of the dropped-out input of a layer's a to ``dx``, the gradient in x. Do nothing if both are one
+    tensor.
+    """
     if part is dx:
         return
     for k, start, stop in rows.runs:

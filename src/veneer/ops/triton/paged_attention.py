@@ -74,8 +74,10 @@ def _numbers(rows: PagedRows) -> tuple[Tensor | int, ...]:
 
 
 def _forms(store: PagedStore) -> dict[str, int]:
-    """Return the kernel's constants: a head's features (D), also padded (PADDED) and as a power of two (FEATURES), the
-    features that lie together (PAIR), and the tokens of a page (BLOCK).
+    """Return the kernel's constants.
+
+    D is the width of a head, PADDED that width in the page, and FEATURES a power of two at least as large. PAIR is the
+    number of features stored together, and BLOCK the number of tokens of a page.
     """
     pair = 2 if store.data.dtype == torch.bfloat16 else 1
     d = store.head_dim
@@ -83,7 +85,9 @@ def _forms(store: PagedStore) -> dict[str, int]:
 
 
 def _tile(q: Tensor, group: int, rows: PagedRows) -> tuple[int, int, int]:
-    """Return queries, keys and warps of a program that fits into the shared memory of every card since Ampere."""
+    """Return the numbers of queries, keys and warps of a program that fits into the shared memory of every card since
+    Ampere.
+    """
     least, wide = block(group, least=16), q.shape[2] > 128
     decodes = rows.n_rows == len(rows.position)
     if q.dtype == torch.float32:
@@ -166,7 +170,9 @@ def _append_kernel(
 
 @triton.jit
 def _put_value(own, slot, features, x, is_last, PADDED: tl.constexpr, PAIR: tl.constexpr):
-    """Write the value of a token, of which ``is_last`` says if a later one of the step is in its pair."""
+    """Write a token's value into its page. Zero the other half of its pair if that belongs to a later token, unless the
+    step writes it too.
+    """
     tl.store(own + _value_at(slot, features, PADDED, PAIR), x, mask=features < PADDED)
     # in its pair a former holder may have left what is no number
     is_alone = (slot % PAIR + 1 < PAIR) & is_last

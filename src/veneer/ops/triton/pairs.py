@@ -169,8 +169,8 @@ def _acted(u, kind):
 
 @triton.jit
 def _between(u, segment, places, inside):
-    """Apply core, bias and activation, as far as there are any, to the first product's sums: the second product's
-    input.
+    """Turn the first product's sums into the second product's input: apply the core, bias and activation that the
+    segment has.
     """
     if tl.load(segment + _FORM) != 0:
         core, bias = tl.load(segment + _CORE), tl.load(segment + _BIAS)
@@ -184,8 +184,7 @@ def _between(u, segment, places, inside):
 
 @triton.jit
 def _behind(y, segment, places, inside):
-    """Apply scale and bias, as far as there are any, to the second product's sums before they are added to the
-    output."""
+    """Apply the scale and bias that the segment has to the second product's sums, before they are added to y."""
     if tl.load(segment + _FORM) != 0:
         scale, bias = tl.load(segment + _OUT_SCALE), tl.load(segment + _OUT_BIAS)
         if scale != 0:
@@ -236,9 +235,10 @@ def _expand_kernel(
     FACTOR: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Compute the second product of a layer from FIRST to END for some rows of a segment, and add it to the output.
+    """Compute the second low-rank product for some rows of a segment, and add it to y.
 
-    The outputs of these layers are neighbouring columns of y.
+    The program's third index chooses one of the layers FIRST to END (exclusive), whose outputs are neighbouring columns
+    of y, and a tile of its outputs.
     """
     PAIR: tl.constexpr = 2 if tl.bfloat16 == FACTOR else 1
     segment = table + tl.program_id(0).to(tl.int64) * table_row

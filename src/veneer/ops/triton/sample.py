@@ -72,7 +72,7 @@ def _block(rows: Tensor) -> int:
 
 
 class _Numbers:
-    """The lists of all rules, concatenated: ids and counts, words of masks, and biases as floats."""
+    """The ids, counts, biases and mask words of all rows' sampling rules, concatenated into one array for the GPU."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary, self.longest = vocabulary, [0, 0, 0, 0]
@@ -90,7 +90,9 @@ class _Numbers:
             raise IndexError(f"ids {least} to {most} are not all among the {self.vocabulary} of the logits")
 
     def list_of(self, kind: int, ids: Ints | None, values: array[int] | array[float] | None = None) -> tuple[int, ...]:
-        """Append a list of ids with their values. Return the numbers that describe the list."""
+        """Append a list of ids with their values. Return the offsets of both and the length of the list; 0 if there is
+        none.
+        """
         if not ids:
             return 0, 0, 0
         given = np.frombuffer(ids, dtype=np.int32)
@@ -105,7 +107,7 @@ class _Numbers:
 
 
 def _numbers(rule: RowRule, numbers: _Numbers) -> np.ndarray:
-    """Return a rule's numbers, and append its lists to those of all rules."""
+    """Return a sampling rule's row of the kernels' table, and append its lists to ``numbers``."""
     masks = [mask.numpy() for mask in rule.allowed]
     mask = numbers.put(np.bitwise_and.reduce([each[: min(map(len, masks))] for each in masks])) if masks else -1
     ids, biases = rule.biased or (None, None)

@@ -245,7 +245,7 @@ async def _left(request: Request) -> None:
 
 
 def _emptied(answer: CompletionOutput) -> CompletionOutput:
-    """Return an answer without its only token."""
+    """Return an answer of one token with its token and text removed."""
     logprobs: list[TokenLogprobs] | None = None if answer.logprobs is None else []
     return replace(answer, text="", token_ids=[], logprobs=logprobs, finish_reason="length", stop_reason=None)
 

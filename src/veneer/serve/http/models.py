@@ -255,7 +255,9 @@ class Catalogue:
         return self._all[2]
 
     def _found(self, name: str) -> LoRARequest | None:
-        """Return the request for an adapter, after a look at its files; None also if the caller may not see it."""
+        """Return the request for an adapter after its files were checked. Return None if there is no such adapter, or
+        the caller may not see it.
+        """
         if not self.caller.sees(name):
             return None
         loaded = self._loaded.get(name)

@@ -118,5 +118,5 @@ class Tokens:
 
 
 def _json(answer: BaseModel) -> Response:
-    """Return the response with an answer, encoded in this thread."""
+    """Return a response with the answer as JSON."""
     return Response(answer.model_dump_json(), media_type="application/json")

@@ -105,7 +105,7 @@ async def _outputs(service: Service, asked: CheckedRequest) -> AsyncGenerator[Re
 
 
 def _sent(events: Iterator[Event]) -> bytes:
-    """Return events in a stream's form, each written when it arrives."""
+    """Encode events as server-sent events, each with its type. A lone surrogate is escaped, as in JSON."""
     return "".join(
         f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events
     ).encode(errors="backslashreplace")  # a client's lone surrogates: this is how JSON writes them

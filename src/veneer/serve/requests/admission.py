@@ -78,7 +78,9 @@ class Admission:
         self._n, self._n_tokens = self._n + sign * n, self._n_tokens + sign * n_tokens
 
     def _return_seconds(self, asked: Sequence[CheckedRequest], n_waiting: int) -> float:
-        """Return the seconds after which refused requests will have room, later than those refused before."""
+        """Estimate the seconds until refused requests will have room. Requests refused earlier are expected to return
+        first.
+        """
         over = self._n_over(asked)
         with self._lock:
             return self._places.seconds(_size(asked)[0], n_waiting, lambda ahead: self.rate.seconds(over + ahead))

@@ -56,9 +56,9 @@ class Readers:
         return self._readers.get(known[1]) or self._added(folder, *known)
 
     def _added(self, folder: Path, stamps: _Stamps, key: str) -> PromptReader:
-        """Read an adapter's files and keep the reader; other threads may use other readers meanwhile.
+        """Read an adapter's files, and cache the reader. Meanwhile other threads may use other readers.
 
-        If the files cannot be read, that is kept too, for this folder alone.
+        A reader of unusable files is cached too, for this folder alone.
         """
         made = self._read(folder)
         if made.no_chat:
@@ -99,7 +99,10 @@ class Readers:
 
 
 def _joined(mix: LoRARequest, readers: Sequence[PromptReader]) -> PromptReader:
-    """Return the reader of a mix."""
+    """Return the reader of a weighted sum of adapters (a mix), joined from its adapters' readers.
+
+    Raises ConfigError if the adapters add different tokens to the tokenizer.
+    """
     tokenizer = max((reader.tokenizer for reader in readers), key=len)
     others = [reader for reader in readers if reader.tokenizer.get_added_vocab() != tokenizer.get_added_vocab()]
     if others:

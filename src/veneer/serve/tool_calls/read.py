@@ -87,7 +87,11 @@ def _rendered(
 
 
 def _turn(plain: str | None, called: str | None) -> str | None:
-    """Return the part of an assistant's turn that a template writes for calls, without the text of every turn."""
+    """Return the text that a template adds for calls: the turn ``called`` without the start and end that every turn
+    has.
+
+    ``plain`` is a turn with text and no calls. Return None if either could not be rendered.
+    """
     if plain is None or called is None or _SAID not in plain:
         return None
     front, _, ending = plain.rpartition(_SAID)
@@ -133,7 +137,10 @@ def _object(turn: str, arguments: Mapping[str, Any]) -> _Mark | None:
 
 
 def _split(turn: str, marks: Sequence[_Mark]) -> CallFormat | None:
-    """Return the format of a turn whose slots and arguments are known."""
+    """Build a call format from a rendered turn. ``marks`` are the positions of its slots, with None for arguments.
+
+    Return None if marks overlap, if no name precedes the arguments, or if the end of a slot is unclear.
+    """
     pieces: list[list[Part]] = [[]]
     at = 0
     for start, end, slot in marks:

@@ -169,8 +169,10 @@ def _told(loss: float) -> float | None:
 
 
 def _as_it_was(member: Member, resume: Resume, allow_changes: bool) -> tuple[dict[str, Any] | None, GoingOn | None]:
-    """Return the record of a finished member, or None, and the state from which an unfinished one
-    continues, or None.
+    """Return how a member stood before: a finished member's record and None, or None and the state from which it
+    resumes.
+
+    Both are None if the member starts anew.
     """
     recipe, output = member.recipe, Path(member.recipe.output)
     require_fresh(output, resume)
