@@ -52,7 +52,7 @@ HUB = (*adapter_source.HubOptions.__dataclass_fields__, *adapter_source.AS_IT_IS
 UPLOAD = (*saving.Upload.__dataclass_fields__, *saving.AS_IT_IS, "repo_id")
 BY_KEYWORD = {"from_pretrained": HUB, "load_adapter": HUB, "save_pretrained": UPLOAD, "push_to_hub": UPLOAD}
 INTRODUCTION = """Made by `bench/training/peft_surface.py`. *Departs* marks a name for which veneer
-refuses some of PEFT's arguments or values, which are listed. Numbers and files are compared in the tests. Another page
+refuses some of PEFT's arguments or values, which are listed. Tests compare numbers and files with PEFT's. Another page
 counts [how many of PEFT's own tests pass](peft_tests.md).
 
 Unknown arguments and fields are errors. A few arguments are accepted but have no effect: veneer always does what they

@@ -276,8 +276,8 @@ def _told_updates(folder: Path) -> tuple[LinearDelta, ...]:
 
 
 def _common_base(stored: Sequence[StoredAdapter]) -> str | None:
-    """Return the name of the adapters' base, the first if several names mean one model; None if they may mean two
-    models.
+    """Return the name of the base that all adapters share, in the first one's spelling; None if they may have different
+    bases.
     """
     first, *others = (adapter.config.base_model_name_or_path or "" for adapter in stored)
     return first if first and all(other and is_one_model(first, other) for other in others) else None

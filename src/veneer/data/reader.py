@@ -83,7 +83,7 @@ class RowReader:
         return self._checked(readers[form](row)) | task_of(row)
 
     def _checked(self, row: Row) -> Row:
-        """Return the row. Raises ConfigError if a setting for conversations was given and the row is not one."""
+        """Return the row. Raises ConfigError if ``chat`` or ``system`` is set but the row is not a conversation."""
         given = [name for name, value in (("chat", self.chat), ("system", self.system)) if value]
         if given and "messages" not in row:
             found = "plain text, which has no turns" if "text" in row else "prompt and completion"

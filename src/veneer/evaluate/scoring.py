@@ -223,8 +223,8 @@ def context_length(model: Any, adapters: Sequence[str] = ()) -> int | None:
 
 
 def _batches(lengths: Sequence[int], batching: Batching, limit: int | None) -> Iterator[list[int]]:
-    """Group answers into batches. One that may reach the end of the context is alone, so that no other is cut off with
-    it.
+    """Group answers into batches. An answer that may reach the context's end has a batch of its own, since the batch
+    ends there.
     """
     for batch in batching.split(lengths):
         cut = [i for i in batch if limit is not None and lengths[i] > limit]

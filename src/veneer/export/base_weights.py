@@ -199,8 +199,10 @@ class BaseWeights:
         return self._decoded(stored).to(self._half) if stored in self._coded else self._tensors.read(stored)
 
     def _find(self, names: list[str]) -> str:
-        """Return the name in the files: the model's own, without the inner model's prefix, or one that transformers
-        renames.
+        """Return the first of ``names`` that the files hold, in the files' own spelling.
+
+        A name in the files may lack or have the inner model's prefix, or be one that transformers renames. Raises
+        FormatError if the files hold none.
         """
         for name in names:
             for candidate in (name, name.removeprefix(self._prefix), f"{self._prefix}{name}"):

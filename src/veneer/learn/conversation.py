@@ -209,7 +209,9 @@ class Conversation:
             calls = message.get("tool_calls")
 
     def _responses(self, calls: Sequence[Any]) -> Generator[Wait, Any, list[Message]]:
-        """Return the tools' messages in TRL's order: asynchronous tools run together, and their messages come last."""
+        """Run the calls, and return the tools' messages in TRL's order. Asynchronous tools run together, and their
+        messages come last.
+        """
         found: list[tuple[str, Any]] = []
         together: list[tuple[str, Future[Any]]] = []
         for call in calls:

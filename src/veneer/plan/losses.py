@@ -94,5 +94,7 @@ def distilled(model: PreTrainedModel, inputs: dict[str, Tensor], args: Any, n_ta
 
 
 def _referred(reference: Reference | None, inputs: dict[str, Tensor]) -> Tensor | float:
-    """Return the reference's log-probabilities; 0 if they were computed once before the run."""
+    """Return the reference model's log-probabilities, summed by row. Return 0 without a reference, if these were
+    precomputed.
+    """
     return 0.0 if reference is None else reference(**inputs, fused_lm_head=True).log_probs.sum(dim=1)

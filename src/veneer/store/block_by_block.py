@@ -101,9 +101,9 @@ class _Waiting:
 
 
 class _InTurn:
-    """Tensor of a checkpoint. Before it is read, all blocks that are loaded are passed on.
+    """Tensor of a checkpoint that, when it is read, first passes on all blocks that are loaded.
 
-    This is the place for it, since the loader hides errors of its later steps.
+    This is done on reading, since the loader hides errors of its later steps.
     """
 
     def __init__(self, tensor: Any, waiting: _Waiting) -> None:

@@ -97,7 +97,9 @@ class MontecloraConfig(Settings, Variant):
         return found + self._weights(params).square().sum() if self.use_entropy else found
 
     def _drawn_around(self, r: int, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Draw the diagonal of a Wishart matrix with r degrees of freedom, and the numbers that w is made from."""
+        """Draw the diagonal of a Wishart matrix with r degrees of freedom, and the normal numbers from which the
+        weights w are computed.
+        """
         return {
             _U: torch.randn(r, r, generator=generator).square().sum(1),
             _Y: torch.randn(self.num_samples, generator=generator),

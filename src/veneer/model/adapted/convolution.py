@@ -119,7 +119,7 @@ class AdaptedConvolution(AdaptedSite):
         return cast(Tensor, y).movedim(self._channels, -1)
 
     def _behind(self, entry: Around, matrix: Tensor, groups: int) -> Tensor:
-        """Multiply the matrix by the map of the patches, ``entry``, so that one product does both. The matrix's dtype
+        """Return the matrix times the input map ``entry``, so that one product with the patches applies both. The dtype
         stays.
         """
         wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))

@@ -118,7 +118,8 @@ def project(
 
 
 def _sent(chosen: Tensor, n_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield each chosen expert with the indices of its tokens and, for each token, of the choice that names it.
+    """Yield each chosen expert's number, the indices of its tokens, and for each token the rank (0 to k - 1) at which
+    it chose the expert.
 
     If tensors have no values, all experts are chosen equally often.
     """

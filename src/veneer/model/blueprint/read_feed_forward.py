@@ -114,7 +114,7 @@ def _stacks(source: BlockSource, experts: nn.Module) -> tuple[Stack, Stack] | No
 
 
 def _sigmoid(router: Any) -> dict[str, Any]:
-    """Return the fields of experts that a router by sigmoids has, in DeepSeek V3's form."""
+    """Return the description's fields for a router that scores experts by sigmoids, as DeepSeek V3's does."""
     groups = {"n_groups": int(router.num_group), "kept_groups": int(router.topk_group)}
     scale, corrected = float(router.routed_scaling_factor), CORRECTION in router._buffers
     return {"values": "sigmoid", **groups, "scale": scale, "corrected": corrected, "wide_scores": True}

@@ -158,7 +158,9 @@ def _matrix(change: Change, dtype: torch.dtype) -> tuple[Tensor, Form | None]:
 
 
 def _made_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
-    """Return the gradients in a change's tensors by way of its matrix; add the gradient in x to ``dx``."""
+    """Return the gradients in a change's tensors, computed through its matrix. Add the gradient in x to ``dx`` if that
+    is given.
+    """
     made = _Made.of(change, x.dtype)
     if dx is not None:
         add_matmul(dx, dz, made.matrix.detach())

@@ -56,7 +56,11 @@ def conv_backward(
 
 
 def _given_back(own: Tensor | None, new: Tensor | None, owns: bool) -> Tensor | None:
-    """Return a result in the dtype of the tensor that it belongs to, and in its memory if that is owned."""
+    """Return ``new`` in the dtype of ``own``, the tensor that it updates. If ``owns``, write it into ``own`` and return
+    that.
+
+    Return None if either is None.
+    """
     if own is None or new is None:
         return None
     return own.copy_(new) if owns else new.to(own.dtype)

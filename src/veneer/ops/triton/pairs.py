@@ -117,7 +117,9 @@ def _shrink_kernel(
     DEPTH: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Multiply a part of x by a part of all layers' a, for some rows of a segment."""
+    """Compute a part of the first low-rank product for some rows of a segment: one slice of x's columns times the
+    stacked factors a of all layers.
+    """
     PAIR: tl.constexpr = 2 if tl.bfloat16 == FACTOR else 1
     segment = table + tl.program_id(0).to(tl.int64) * table_row
     stop = tl.load(segment + _STOP)

@@ -94,7 +94,7 @@ def _append(found: _Lists, offset: int, text: str, token: int, scores: TokenLogp
 
 
 def _likeliest(scores: TokenLogprobs) -> dict[str, float]:
-    """Return log-probabilities by text. If tokens have equal text, the likeliest counts."""
+    """Return log-probabilities by text. If several tokens have one text, the largest log-probability counts."""
     found = dict[str, float]()
     for each in scores.values():
         text = each.decoded_token or ""

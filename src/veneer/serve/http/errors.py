@@ -228,7 +228,7 @@ def _by_field(problems: Sequence[dict[str, Any]], body: Any) -> dict[str, list[d
 
 
 def _said_of_header(request: Request) -> str:
-    """Return the fault of the header because of which a body was not read as JSON; empty if it was."""
+    """Return what is wrong with the header Content-Type of a body that should be JSON; empty if the header is right."""
     given = request.headers.get("content-type", "")
     kind = given.partition(";")[0].strip().lower()
     if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):

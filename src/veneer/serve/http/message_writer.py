@@ -105,7 +105,9 @@ class MessageWriter:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """Return a call's arguments: those so far if the text was cut off, none if it is not an object."""
+    """Parse a call's arguments. If the text was cut off, return those that are complete or begun; if it is not an
+    object, none.
+    """
     try:
         found = from_json(text, allow_partial="trailing-strings")
     except ValueError:

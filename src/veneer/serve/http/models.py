@@ -248,7 +248,7 @@ class Catalogue:
         return card | {"root": root, "parent": parent, "max_model_len": longest, "permission": []}
 
     def _there(self) -> tuple[str, ...]:
-        """Return the names of all adapters: the same object until one is added or removed."""
+        """Return the names of all adapters. The tuple is the same object until an adapter is added or removed."""
         names, n_changes = () if self._folder is None else self._folder.names, self._n_changes
         if self._all[:2] != (names, n_changes):
             self._all = names, n_changes, tuple(sorted({*names, *self._loaded})) if self._loaded else names

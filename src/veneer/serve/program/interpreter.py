@@ -136,7 +136,9 @@ class Interpreter:
         return {key: segments for key, segments in each if segments is not None}
 
     def _operations(self, step: PassRows, *, by_ids: bool = True) -> list[Call]:
-        """Return the operations of a pass. Consecutive operations that the C++ step supports are one call."""
+        """Return the calls of a pass, in order. Consecutive operations that the C++ step supports are joined to one
+        call.
+        """
         if self.native is None:
             return list(self._bound)
         partly = self.native.partly and self.native.partly.intersection(step.versions)

@@ -84,7 +84,9 @@ class Answer:
         return max((len(stop) - 1 for stop in self.params.stop_strings), default=0)
 
     def _stops(self, start: int) -> bool:
-        """Look for stop strings that end at ``start`` or later. Cut the text at the first one."""
+        """Look for stop strings that end at ``start`` or later. If there is one, cut the text at the first and return
+        True.
+        """
         places = [(self.text.find(s, max(0, start - len(s) + 1)), s) for s in self.params.stop_strings]
         found = min((place for place in places if place[0] >= 0), default=None)
         if found is None:

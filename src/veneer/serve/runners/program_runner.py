@@ -420,10 +420,9 @@ def _stacks(model: PreTrainedModel, program: Program, *, give_up: bool) -> dict[
 
 
 def _difference(found: Tensor, own: Tensor) -> float:
-    """Return the relative distance between rows of logits: the largest of the medians of five rows each.
+    """Return the largest relative distance between rows of logits, where every five rows count by their median.
 
-    A single row says little in 16 bits. The first token's, which all tokens attend to, is off by a fifth from float32
-    in the model's own pass.
+    A single row says little in 16 bits: even the model's own pass is off by a fifth from float32 at the first token.
     """
     each = (found - own).norm(dim=1) / own.norm(dim=1).clamp_min(1e-30)
     return max(float(rows.median()) for rows in each.split(5))

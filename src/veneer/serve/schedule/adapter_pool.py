@@ -415,11 +415,10 @@ class AdapterPool:
     def _evict(
         self, n: int, is_enough: Callable[[], bool], bytes_help: Callable[[], bool], kept: Collection[str]
     ) -> None:
-        """Evict at least ``n`` idle versions, then the least valuable until ``is_enough``.
+        """Evict at least ``n`` idle versions, then the least valuable entries until ``is_enough()``.
 
-        What is evicted after the first ``n`` are idle versions, if ``bytes_help()``, or cached pages. Versions that
-        requests wait for are evicted last, and those in ``kept`` never. The caller has checked that enough can be
-        evicted.
+        After the first ``n``, cached pages are evicted too, and idle versions only if ``bytes_help()``. Versions that
+        requests wait for are evicted last, those in ``kept`` never. The caller has checked that enough can be evicted.
         """
         spared = list[PoolEntry]()
         while n > 0 or not is_enough():

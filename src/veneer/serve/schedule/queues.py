@@ -171,7 +171,7 @@ class Queues:
     def _follow(self) -> None:
         """Move each queue whose adapter version has changed its state (absent, idle, running) to that state's heap.
 
-        A heap drops foreign entries by itself.
+        Nothing is removed from the old heap here: a heap skips entries that no longer belong to it.
         """
         moved = self._pool.moved
         while moved:

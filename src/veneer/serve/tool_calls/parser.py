@@ -181,9 +181,9 @@ class Parser:
         return match(parts, self._rest, at, self._functions, final=final)
 
     def _begin(self, events: list[Event], call: Found, at: int) -> None:
-        """Begin a call whose beginning has been matched.
+        """Begin a call: drop its matched beginning from the rest of the text, and emit its events.
 
-        ``call.end`` counts from a text that was ``at`` characters longer.
+        ``call.end`` counts from ``at`` characters before the rest of the text.
         """
         self._rest = self._rest[call.end - at :]
         self._gap = ""

@@ -102,8 +102,8 @@ def _turn(plain: str | None, called: str | None) -> str | None:
 
 
 def _is_written_otherwise(turn: str) -> bool:
-    """Return True if a template writes a mapping in a form other than JSON: such a call would differ from the
-    model's.
+    """Return True if a template writes a call's arguments in a form other than JSON, so that JSON would differ from the
+    model's call.
     """
     key, value = next(iter(_ARGUMENTS[0].items()))
     return key in turn and value in turn and str(_ARGUMENTS[0]) not in turn
@@ -165,7 +165,9 @@ def _is_unclear(parts: Parts) -> bool:
 
 
 def _with_fields(turn: str, slots: Sequence[_Mark], n: int) -> CallFormat | None:
-    """Return the format of a turn whose arguments are written field by field."""
+    """Build a call format from a turn whose arguments are written field by field. Return None if the fields cannot be
+    separated.
+    """
     places = [[_places(turn, key, value) for key, value in a.items()] for a in _ARGUMENTS[:n]]
     if any(place is None for each in places for place in each):
         return None

@@ -91,8 +91,8 @@ def _expected(config: MethodConfig, places: Mapping[str, Placed], given: Mapping
 
 
 def _homeless(model: nn.Module, config: MethodConfig, keys: Sequence[str]) -> list[str]:
-    """Return the keys of modules that the model lacks. For a part that an adapter adds to a block, the block is looked
-    up.
+    """Return the keys whose module the model lacks. A key of a part that an adapter adds to a block needs only the
+    block.
     """
     modules = {path for path, _ in model.named_modules()}
     shared = () if config.shared is None else config.shared.names

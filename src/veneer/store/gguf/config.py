@@ -83,8 +83,8 @@ def _raise(contents: GgufContents, problems: list[str]) -> None:
 
 
 def _unknown_scaling(contents: GgufContents) -> Iterator[str]:
-    """Yield settings that change the computation but that the model would ignore, for an architecture without a
-    table.
+    """Yield the rotary scaling settings of a file whose architecture has no table here, so that a model built from it
+    would ignore them.
     """
     kind = contents.pairs.get(SCALING + "type", "none")
     if kind != "none" or contents.pairs.get(SCALING + "factor", 1.0) != 1.0:
