@@ -207,7 +207,7 @@ def _told(found: HeadScores, shape: Sequence[int], aux: Tensor | None) -> TokenS
 
 
 def _moved(found: TokenScores, moved: Callable[[Tensor], Tensor]) -> TokenScores:
-    """Apply ``moved`` to each score of the batch that is not None and has a value for each row."""
+    """Apply ``moved`` to every score that has a value for each row. The auxiliary loss and absent scores stay."""
     return replace(
         found,
         **{

@@ -127,6 +127,8 @@ def _bring_to_rank(update: Tensor, updates: Sequence[Update], plan: Combination)
 
 
 def _default_rank(updates: Sequence[Update]) -> int:
-    """Return the largest rank of the updates, but at most the layer's smaller width. A narrow head is such a layer."""
+    """Return the largest rank of the updates, each limited by its layer's smaller width. An output head with few
+    classes has a small width.
+    """
     pairs = [u.record.low_rank for u in updates]
     return max((min(pair.rank, pair.a.shape[1], len(pair.b)) for pair in pairs if pair is not None), default=0)

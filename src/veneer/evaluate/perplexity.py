@@ -115,6 +115,6 @@ def _tokens(tokenizer: Any, rows: Sequence[Mapping[str, Any]], whole_rows: bool)
 
 
 def _runs(scored: Sequence[bool], offset: int) -> list[tuple[int, int]]:
-    """Return the spans of True as positions, counted from ``offset``."""
+    """Return (start, end) of each run of consecutive True values, counted from ``offset``."""
     edges = [i for i in range(len(scored) + 1) if (i > 0 and scored[i - 1]) != (i < len(scored) and scored[i])]
     return [(a + offset, b + offset) for a, b in zip(edges[::2], edges[1::2], strict=True)]

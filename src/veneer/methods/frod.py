@@ -209,7 +209,9 @@ class FrodConfig(LinearMethod):
 
 class _Checks(Checks):
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Return a problem for each layer with another number of inputs than others of its kind, since they share V."""
+        """Return a problem for each layer whose number of inputs differs from the first layer of its kind. Layers of
+        one kind share V.
+        """
         first: dict[str, LinearSite] = {}
         for site in sites:
             first.setdefault(kind_of(site.name), site)

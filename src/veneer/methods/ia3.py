@@ -32,8 +32,8 @@ from veneer.records.terms.scale import Scale
 class IA3Config(LinearMethod):
     """IA3 in PEFT's fields. ``feedforward_modules``, whose input is scaled, must be among ``target_modules``.
 
-    If it is left out, it is found when the adapter is attached: the target layers that project back from the
-    feed-forward width.
+    If ``feedforward_modules`` is left out, it is found when the adapter is attached: the target layers that project
+    back from the feed-forward width.
     """
 
     peft_type: ClassVar[str] = "IA3"

@@ -106,8 +106,8 @@ class RoadConfig(LinearMethod):
         return LinearDelta(output=rotation, bias=None if site.bias is None else rotation.apply(site.bias))
 
     def _by_column(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return, for each output, the two entries in its column of the pair's matrix: the diagonal one
-        and the other.
+        """Return two vectors with one number for each output k: the entries of column k of its pair's matrix, on and
+        off the diagonal.
         """
         if self.variant == "road_4":
             first, second = values.view(-1, 2, self.group_size).unbind(1)

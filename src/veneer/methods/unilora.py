@@ -184,7 +184,9 @@ class UniLoraConfig(LinearMethod):
         return index[start : start + n], scale
 
     def _held(self, count: int) -> EntryChoice:
-        """Return the choice for ``count`` entries, and keep it alive as long as this config."""
+        """Return the indices and scales (`EntryChoice`) for ``count`` entries. They stay in memory as long as this
+        config.
+        """
         kept: dict[int, EntryChoice] = vars(self).setdefault("_kept", {})
         if count not in kept:
             key = self.proj_seed, self.theta_d_length, count

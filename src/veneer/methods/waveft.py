@@ -106,10 +106,10 @@ class WaveFTConfig(LinearMethod):
     """WaveFT in PEFT's fields.
 
     ``n_frequency`` numbers are trained in each layer, at places drawn from ``random_loc_seed``. With
-    ``proportional_parameters`` that is the mean, and each layer has numbers in proportion to its weights.
-    ``use_idwt=False`` leaves the transform out. ``init_weights`` starts the numbers at zero. False draws them from a
-    normal distribution, so that the start changes the model.
-    ``allotted`` (the numbers of each layer, if they are in proportion) is filled in when the adapter is attached.
+    ``proportional_parameters``, ``n_frequency`` is the mean over layers, and each layer has numbers in proportion to
+    its weights. ``use_idwt=False`` leaves the transform out. ``init_weights`` starts the numbers at zero. False draws
+    them from a normal distribution, so that the start changes the model. ``allotted`` (the numbers of each layer, if
+    they are in proportion) is filled in when the adapter is attached.
     """
 
     peft_type: ClassVar[str] = "WAVEFT"

@@ -74,7 +74,7 @@ class Traced(Tensor):
 
 
 def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run the op on the meta device. A real tensor that it would write to keeps its values."""
+    """Run the op on the meta device. If the op would write to a tensor that has values, that tensor stays unchanged."""
     if func is _aten._local_scalar_dense.default and args[0].dtype == torch.bool:
         return True  # checks, such as that all values are finite, pass
     if func is _aten.nonzero.default:

@@ -238,7 +238,7 @@ def _shared(plan: Plan) -> dict[str, int]:
 
 
 def _draw_told(plan: Plan, draw: DrawSize) -> dict[str, Any]:
-    """Return a draw as plain numbers, and the peak of each part of the steps around it."""
+    """Return the draw of a plan as plain numbers, with the peak bytes of drawing, rewards, scoring and training."""
     train = max(plan.phases[phase].n_bytes for phase in ("forward", "loss", "backward", "optimizer"))
     n_bytes = {
         "draw": plan.phases["draw"].n_bytes,

@@ -199,7 +199,9 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
             _put_stack(model, name, CodedStack(spec))
 
     def _code_stacks(self) -> None:
-        """Replace experts that are quantized in the files, or will be, by stacks without values, which `fill` sets."""
+        """Replace the modules' stacks of experts that are stored quantized, or will be quantized, by empty ones. `fill`
+        sets their values.
+        """
         model = self._model
         assert model is not None  # it was made before its files are opened
         if not self.is_stored:

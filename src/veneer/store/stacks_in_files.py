@@ -110,9 +110,10 @@ def _stacked_specs(
 def _listed(
     model: PreTrainedModel, places: Mapping[str, Place], weights: Mapping[str, str]
 ) -> dict[str, ListedExperts]:
-    """Return the stacks whose experts are stored one by one, under their library's names or as a stack is saved here.
+    """Return the stacks of experts that the files store as one tensor for each expert, by name.
 
-    The library's experts are not transposed relative to the model's.
+    The names are those of another library's files, or those under which veneer saves a stack. A library's experts have
+    the orientation of the model's, so transposed modules are left out.
     """
     turned = {path for path, module in model.named_modules() if getattr(module, "is_transposed", False)}
     shapes = {name: shape for name, (shape, _) in places.items() if name.rpartition(".")[0] not in turned}

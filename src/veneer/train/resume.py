@@ -266,7 +266,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self.state.save_to_json(str(folder / STATE_FILE))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the tokenizer and the adapter, or the model if it is trained whole. The arguments are not pickled."""
+        """Save the tokenizer and the adapter, or the model if it is trained whole. The training arguments, which
+        transformers pickles, are not saved.
+        """
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)

@@ -120,8 +120,10 @@ def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tenso
 
 
 def _conv_apart(block: FusedBlock, kwargs: dict[str, Any], x: Tensor, bounds: list[int]) -> Tensor:
-    """Return what `own_attention` does for a short convolution, computed for each sequence of packed rows by itself:
-    transformers' own code carries inputs over from one sequence to the next.
+    """Run a short convolution's own code separately on each sequence of packed rows, and return what `own_attention`
+    returns.
+
+    transformers' own code would carry inputs over from one sequence to the next.
     """
     flat, alone = x.flatten(0, 1), {**kwargs, "attention_mask": None}
     parts = [own_attention(block, alone, flat[None, start:end]) for start, end in itertools.pairwise(bounds)]

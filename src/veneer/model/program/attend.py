@@ -226,10 +226,10 @@ def _by_head(heads: Tensor) -> Tensor:
 
 
 def _places(layout: HeadLayout, first: int) -> list[list[int]]:
-    """Return where the heads of queries, keys and values lie, as `HeadLayout.split` splits them.
+    """Return the positions of the heads of queries, keys and values, as `HeadLayout.split` splits them.
 
-    For each of the three: the tensor's index, counted from ``first``, the index of the first value, and the stride
-    between heads. Each group has one query, or there is one group.
+    For each of the three: the tensor's index (counted from ``first``), the index of its first value, and the stride
+    between heads. Heads joined by group must have one query a group, or form one group.
     """
     d = layout.head_dim
     if layout.order == "apart":

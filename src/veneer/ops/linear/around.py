@@ -133,9 +133,9 @@ def _map(z: Tensor, term: Around | None, bias: Tensor | None, out: Tensor, layer
 def _map_backward(
     dy: Tensor, z: Tensor | None, term: Around, dz: Tensor, layer: LinearLayer, *, with_bias: bool = False
 ) -> tuple[Gradients, Tensor | None]:
-    """Return the gradients of `_map` in the term's tensors (if z is given) and in the bias.
+    """Return the gradients of `_map` in the term's tensors (None without z) and in the bias.
 
-    Write that in z to ``dz``.
+    The gradient in z is written to ``dz``.
     """
     if not isinstance(term, Rotation):
         dscale, dbias = scale_columns_backward(dy, z, term.vector, dz, with_bias=with_bias)

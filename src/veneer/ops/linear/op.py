@@ -260,7 +260,7 @@ class _Found:
         return dz
 
     def add_factors(self, places: Sequence[int], factors: Sequence[Sequence[FactorGradients]]) -> None:
-        """Add the gradients in the pairs of some layers, for every record."""
+        """Add the low-rank pairs' gradients of some layers (``places``), each with one entry for every record."""
         for place, gradients in zip(places, factors, strict=True):
             self.add(place, pair=gradients)
 

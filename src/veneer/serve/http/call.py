@@ -59,7 +59,7 @@ async def answered(app: ASGIApp, call: Call) -> AsyncGenerator[Message, None]:
 
 
 def _receive(body: bytes) -> Receive:
-    """Return a function that gives the body at once, and then waits as long as the client is there."""
+    """Return an ASGI receive function. Its first call returns the body; later calls wait until the client leaves."""
     left = [body]
 
     async def receive() -> Message:

@@ -86,7 +86,7 @@ def _text(events: Sequence[Event]) -> str:
 
 
 def _calls(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Merge events to calls, or to parts of calls, one for each call."""
+    """Return one dict for each call that the events mention: the whole call or, in a stream, its new part."""
     found: dict[int, dict[str, Any]] = {}
     for event in events:
         if isinstance(event, Begun):

@@ -271,7 +271,9 @@ class Catalogue:
             return self._asked.setdefault(name, self.request(name, Loaded(self._folder.folder / name)))
 
     def _of_loaded(self, name: str, loaded: Loaded) -> LoRARequest | None:
-        """Return the request for a loaded adapter, after a look at its files, or at the parts of a mix."""
+        """Return the request for a loaded adapter or mix. Return None if its folder is no longer an adapter, or if a
+        part of the mix is missing.
+        """
         if loaded.weights is not None:
             parts = [(self._found(part), weight) for part, weight in loaded.weights.items()]
             found = [(part, weight) for part, weight in parts if part is not None]

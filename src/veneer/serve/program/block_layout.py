@@ -80,7 +80,7 @@ class BlockLayout:
 
     @classmethod
     def _parsed(cls, text: bytes) -> BlockLayout:
-        """Return the layout of a parsed text. Raises ValueError unless its parts have a layout's types."""
+        """Parse the text of a layout. Raises ValueError if a part has a type that no layout has."""
         form, offsets, n_bytes = json.loads(text)
         changes = [of_form(each, _KINDS) for each in form]
         layout = cls(cast(Any, tuple(changes)), tuple(map(tuple, offsets)), n_bytes, 0, text)

@@ -154,7 +154,7 @@ class Parser:
         self._blank += text[len(shown) :]
 
     def _hidden(self, at: int, final: bool) -> Match:
-        """Match a special token that is not part of the format."""
+        """Match, at position ``at``, a special token that is not part of the call format."""
         texts = self._format.hidden
         whole = max((len(text) for text in texts if self._rest.startswith(text, at)), default=0)
         grows = not final and any(len(t) > len(self._rest) - at and t.startswith(self._rest[at:]) for t in texts)

@@ -341,9 +341,10 @@ def _repeated(model: nn.Module, name: str) -> set[str]:
 
 
 def _saves_embedding(model: nn.Module, config: MethodConfig, key: str, wanted: SaveEmbeddings) -> bool:
-    """Return True if an embedding is saved with the adapter. ``wanted`` may be PEFT's rule "auto".
+    """Return True if the embedding of ``key`` is saved with the adapter. ``wanted`` is True, False or PEFT's rule
+    "auto".
 
-    It saves embeddings that are targeted under a known name, and all of them if the vocabulary was resized.
+    "auto" saves an embedding that is targeted under a known name, and all of them if the vocabulary was resized.
     """
     if wanted != "auto":
         return wanted

@@ -53,8 +53,8 @@ def rotary_scaling(
 
 
 def _yarn(pairs: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    """Return the parameters of YaRN (Peng et al. 2023, arXiv 2309.00071). Files and configs hold the whole attention
-    factor.
+    """Return the parameters of YaRN (Peng et al. 2023, arXiv 2309.00071). The attention factor is the same in files and
+    configs.
     """
     if ORIGINAL_LENGTH not in pairs:
         raise FormatError(f"{ORIGINAL_LENGTH} is missing beside {SCALING}type 'yarn'")
