@@ -198,7 +198,7 @@ def fits_groups(groups: CodeGroups, dtype: torch.dtype) -> bool:
 
 
 def _of_groups(groups: CodeGroups, dtype: torch.dtype) -> PackedCodes:
-    """Return a matrix in groups, without its panels."""
+    """Return the packed matrix that describes ``groups``, with its panels still to be filled."""
     o, i = groups.codes.shape
     nothing = groups.codes.new_empty(0)
     return PackedCodes(

@@ -189,7 +189,7 @@ def _stack_spec(
 ) -> StackSpec | None:
     """Return the format of a stack of experts whose quantized blocks can stay in the GGUF file, else None.
 
-    The file has their gate and up matrices in separate tensors.
+    The file stores the gate and up matrices of experts as separate tensors.
     """
     if parameter is None or not parameter.is_coded_stack:
         return None

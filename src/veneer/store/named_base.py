@@ -65,7 +65,7 @@ def _folder_of(named: str) -> Path | None:
 
 
 def _is_name(name: str) -> bool:
-    """Return True for a model's name, as opposed to a path on some machine."""
+    """Return True for a model's name (a hub id, or a GGUF file's name with its hash), False for a path."""
     return bool(_HASHED.fullmatch(name)) or (_ID.fullmatch(name) is not None and not os.path.exists(name))
 
 

@@ -76,7 +76,7 @@ def _in_rows(ys: Sequence[Tensor]) -> bool:
 
 
 def _ids_lie_together(groups: Sequence[LowRankGroup]) -> bool:
-    """Return True if the ids of every mask can be read one after another."""
+    """Return True if the row ids of every dropout mask are contiguous in memory."""
     return all(mask.ids.is_contiguous() for group in groups for mask in group.masks if mask is not None)
 
 

@@ -276,7 +276,7 @@ class Pages:
 
     @property
     def _unused(self) -> int:
-        """Return the bytes that are neither in pages nor lent."""
+        """Return the bytes of the budget that are neither in pages nor lent to adapters."""
         return self.n_bytes - self.n_lent - (self.n_held + self.n_cached + len(self._kept)) * self.page_bytes
 
     def _free_page(self) -> int:
