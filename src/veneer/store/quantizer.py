@@ -331,9 +331,9 @@ def _put_stack(model: PreTrainedModel, name: str, stack: CodedStack) -> None:
 
 
 def _empty(model: PreTrainedModel) -> Iterator[str]:
-    """Yield the weights that no tensor of the files has set: coded weights, and all others of coded experts.
+    """Yield the names of weights that no tensor of the files has set, which transformers would leave uninitialised.
 
-    transformers would leave them uninitialised.
+    Only quantized weights, and all other weights of quantized experts, are looked at.
     """
     for path, module in model.named_modules():
         if isinstance(module, CodedModule) and not module.is_filled:

@@ -192,7 +192,9 @@ def _require_accepted(
 
 
 def _problems_of_invocation(snapshot: Snapshot, config: LinearMethod, plan: AttachPlan) -> list[str]:
-    """Return the layers that cannot tell their input's tokens apart, which invocation tokens need."""
+    """Return the reasons why invocation tokens (aLoRA) cannot be used: targets other than linear layers, or a model
+    with an encoder and a decoder.
+    """
     if not config.invocation_tokens:
         return []
     whole = [path for path in plan.targets if snapshot.kinds[path].name != "linear"]
