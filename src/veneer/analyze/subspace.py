@@ -71,7 +71,7 @@ class Subspace(nn.Module):
         self.layers = sorted({layer_of(name) for name in weights}) if structure_aware else []
         n_free, n_all = d - len(self.layers), sum(w.numel() for w in weights.values())
         if not 1 <= n_free <= n_all:
-            raise ConfigError(f"d={d} must lie between {len(self.layers) + 1} and {n_all}, the weights of the model")
+            raise ConfigError(f"d={d} must lie between {len(self.layers) + 1} and {n_all}, the number of weights")
         self.start = {name: w.detach().clone() for name, w in weights.items()}
         self.theta = nn.Parameter(torch.zeros(n_free))
         self.factors = nn.Parameter(torch.ones(len(self.layers)), requires_grad=bool(self.layers))

@@ -68,7 +68,7 @@ class PromptRows:
                 turns = text
             elif not isinstance(text, str) or not text:
                 raise DataError(
-                    f"it has the fields {sorted(row)}; needed is a prompt, messages, or a template over the fields "
+                    f"its fields are {sorted(row)}: give it a field prompt or messages, or a template over its fields "
                     "(--prompt 'Question: {question}')"
                 )
             else:
@@ -77,5 +77,5 @@ class PromptRows:
         if read[-1]["role"] == "assistant":
             read = read[:-1]  # the answer that is known
         if not read:
-            raise DataError("no turn asks for an answer: add a turn of the user")
+            raise DataError("no turn comes before the answer, so nothing is asked: add a turn of the user")
         return render(tokenizer, read, {"add_generation_prompt": True})

@@ -79,7 +79,8 @@ def merge_task_vectors(
     """
     if len(tuned) != len(weights) or not all(map(math.isfinite, weights)):
         raise CompositionError(
-            f"{len(tuned)} tuned weights are given with the weights {list(weights)}: give each one finite number"
+            f"{len(tuned)} tuned models are combined with weights={list(weights)}: give one finite number for each "
+            "model"
         )
     wide = torch.promote_types(base.dtype, torch.float32)
     vectors = (_sparsified(_difference(t, base, wide), plan, generator) for t in tuned)

@@ -54,7 +54,7 @@ class AttentionMethod(MethodConfig):
     def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
         found = module_places(self, shapes, source, _named)
         if found is not None and len(found) != self.n_layers:
-            raise damaged(source, f"{len(found)} layers where the config says {self.n_layers}")
+            raise damaged(source, f"it has {len(found)} layers, but its config says {self.n_layers}")
         return found
 
 

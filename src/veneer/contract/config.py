@@ -355,5 +355,5 @@ def from_values(given: Mapping[str, object], source: str) -> MethodConfig:
 def _method(peft_type: object, source: str) -> type[MethodConfig]:
     methods = concrete(MethodConfig)
     if not isinstance(peft_type, str) or peft_type not in methods:
-        raise FormatError(f"{source}: peft_type={peft_type!r} is not a method here; there are {sorted(methods)}")
+        raise FormatError(f"{source}: peft_type={peft_type!r} is not a known method; known: {sorted(methods)}")
     return methods[peft_type]

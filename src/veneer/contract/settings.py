@@ -26,7 +26,7 @@ class Settings:
         known = [spec.name for spec in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ConfigError(f"{cls.__name__}: unknown keys {unknown}; there are {known}")
+            raise ConfigError(f"{cls.__name__}: unknown keys {unknown}; known: {known}")
         return cls(**values)
 
     def problems(self) -> list[str]:

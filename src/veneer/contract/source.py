@@ -74,7 +74,7 @@ def adapter_folder(model_id: str | os.PathLike[str], options: HubOptions | None 
         what = "is not a folder" if local.exists() else "does not exist"
         raise FormatError(f"{model_id} {what}: give the folder that holds adapter_config.json, or a hub id")
     if len(local.parts) == 2 and local.parent.is_dir():
-        raise FormatError(f"there is no folder {model_id}: {local.parent} is one, and holds no {local.name!r}")
+        raise FormatError(f"there is no folder {model_id}: the folder {local.parent} exists, but has no {local.name!r}")
     return Path(_download(str(model_id), subfolder, options)) / subfolder
 
 

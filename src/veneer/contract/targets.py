@@ -133,7 +133,7 @@ def absent_layers(config: TargetedConfig, index: ModuleIndex) -> list[str]:
     asked = set() if wanted is None else {wanted} if isinstance(wanted, int) else set(wanted)
     absent = sorted(asked - {_layer(name, config) for name in index.all_names})
     there = _layers(index.all_names)
-    return [f"layers_to_transform holds {absent}, where the model has no modules: {there}"] if absent else []
+    return [f"layers_to_transform holds {absent}, but the model has no such layers: {there}"] if absent else []
 
 
 def _patterns(config: TargetedConfig, index: ModuleIndex) -> Collection[str] | str:
@@ -141,7 +141,9 @@ def _patterns(config: TargetedConfig, index: ModuleIndex) -> Collection[str] | s
         raise TargetError(f"target_modules is empty: name some. {index.endings}")
     given = config.target_modules
     if isinstance(given, str) and given.lower() != ALL_LINEAR and _LETTERS.sub("", given.lower()) == "alllinear":
-        raise TargetError(f"target_modules={given!r}: say {ALL_LINEAR!r} for every linear layer but the output head")
+        raise TargetError(
+            f"target_modules={given!r} is unknown: give {ALL_LINEAR!r} for every linear layer except the output head"
+        )
     return ALL_LINEAR if isinstance(given, str) and given.lower() == ALL_LINEAR else given
 
 

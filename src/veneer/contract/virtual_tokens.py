@@ -96,7 +96,7 @@ class PrefixMethod(VirtualTokenMethod):
             return None
         columns = max((shape[-1] for shape in shapes.values() if shape), default=0)
         if layers > columns:  # each has columns of its own; told before so many sites are made
-            raise damaged(source, f"num_layers={layers} where no tensor has more than {columns} columns")
+            raise damaged(source, f"num_layers={layers}, but no tensor has more than {columns} columns")
         cross = self.num_transformer_submodules == 2
         site = tuple(
             AttentionSite(name=f"layer {i}", layer=i, kv_heads=heads, head_dim=width // heads, cross=cross)

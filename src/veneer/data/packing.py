@@ -48,7 +48,11 @@ def pack(dataset: Dataset, capacity: int, *, split: bool = False) -> Dataset:
     if not rows:
         raise DataError(
             f"no trained token is left in rows of {capacity} tokens, and nothing would be learned. "
-            + ("Raise max_length: all trained tokens open a piece that was cut" if split else _TRAIN_MORE)
+            + (
+                "Raise max_length: each trained token begins a piece, where nothing predicts it"
+                if split
+                else _TRAIN_MORE
+            )
         )
     bins = best_fit([len(ids) for ids, _ in rows], capacity)
     return Dataset.from_list(

@@ -32,7 +32,10 @@ def load_rows(source: str | Path, reader: RowReader | PreferenceReader, limit: i
     if isinstance(reader, RowReader) and reader.system is not None:
         first = [row["messages"][0]["content"] for row in read.rows if "messages" in row]
         if others := sum(content != reader.system for content in first):
-            log.warning("%s: system messages of their own stay in %d of %d rows", source, others, len(first))
+            log.warning(
+                "%s: %d of %d rows have a system message of their own, which is kept in place of the one given",
+                source, others, len(first),
+            )  # fmt: skip
     keys = dict.fromkeys(key for row in read.rows for key in row)  # Dataset reads those of the first row alone
     return Dataset.from_list([{key: row.get(key) for key in keys} for row in read.rows])
 

@@ -146,8 +146,8 @@ def _layout_problems(tensors: Sequence[TensorEntry], data_start: int, data_bytes
             problems.append(f"tensor {tensor.name!r} {what}")
         end = max(end, tensor.start + tensor.nbytes)
     if end - data_start != data_bytes:
-        what = "truncated" if end - data_start > data_bytes else "with bytes that no tensor claims"
-        problems.append(f"it holds {data_start + data_bytes:,} bytes where its header tells of {end:,}: {what}")
+        what = "it is truncated" if end - data_start > data_bytes else "no tensor owns the last ones"
+        problems.append(f"it holds {data_start + data_bytes:,} bytes, but its header describes {end:,}: {what}")
     return problems
 
 

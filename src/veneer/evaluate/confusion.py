@@ -21,7 +21,9 @@ class Confusion:
         place = {label: at for at, label in enumerate(labels)}
         unknown = sorted({*right, *predictions} - place.keys())
         if unknown:
-            raise DataError(f"{unknown[:5]} are none of the labels {list(labels)}: add them")
+            raise DataError(
+                f"the answers {unknown[:5]} are not among the labels {list(labels)}: add them to the labels"
+            )
         counts = [[0] * len(labels) for _ in labels]
         for own, given in zip(right, predictions, strict=True):
             counts[place[own]][place[given]] += 1

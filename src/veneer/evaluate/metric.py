@@ -156,7 +156,7 @@ METRICS: Mapping[str, type[Any]] = MappingProxyType(
 def metric_named(name: str) -> Metric:
     """Return a metric with its default settings. Raises ConfigError for an unknown name, and for ``regex``."""
     if name not in METRICS:
-        raise ConfigError(f"metric {name!r} is unknown: {', '.join(METRICS)}. Give one of these, or a metric object")
+        raise ConfigError(f"metric {name!r} is unknown: give one of {', '.join(METRICS)}, or a metric object")
     if name == RegexMatch.name:
         raise ConfigError("metric 'regex' needs a pattern: give RegexMatch(pattern=…)")
     metric: Metric = METRICS[name]()

@@ -38,7 +38,7 @@ def wilson_interval(n_right: int, n: int) -> Interval:
     Raises ShapeError for no rows.
     """
     if n < 1:
-        raise ShapeError("an interval of a share needs one row at least")
+        raise ShapeError("a confidence interval needs at least one row: give one")
     share, square = n_right / n, Z_95**2
     center = (share + square / (2 * n)) / (1 + square / n)
     half = Z_95 * math.sqrt(share * (1 - share) / n + square / (4 * n * n)) / (1 + square / n)
@@ -91,7 +91,9 @@ def paired_means(first: Sequence[float], second: Sequence[float], weights: Seque
 
 def _require_pairs(n_first: int, n_second: int) -> None:
     if n_first != n_second or not n_first:
-        raise ShapeError(f"a paired difference needs the same rows, one at least, not {n_first} and {n_second}")
+        raise ShapeError(
+            f"results of {n_first} and {n_second} rows cannot be paired: measure both on the same rows, at least one"
+        )
 
 
 def _mcnemar(one: int, two: int) -> float:

@@ -65,13 +65,13 @@ def weight_problems(site: LinearSite, r: int, who: str) -> list[str]:
     """Return a problem if the frozen weight is not one matrix, is not loaded, or has fewer than r rows or columns."""
     if site.experts > 1:
         return [
-            f"{who} at {site.name} starts from one matrix; these are {site.experts} experts' in one tensor: "
-            "leave init_lora_weights at True"
+            f"{who} at {site.name} starts from a single matrix, but this weight is a stack of {site.experts} experts' "
+            "matrices: leave init_lora_weights at True"
         ]
     if site.weight is None:
         return [missing_weight(site, who)]
     if r > min(site.weight.shape):
-        return [f"{who} at {site.name}: r={r} is more than the weight of shape {site.weight.shape} can give"]
+        return [f"{who} at {site.name}: r={r} must be at most {min(site.weight.shape)}, the smaller side of the weight"]
     return []
 
 

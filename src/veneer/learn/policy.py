@@ -277,13 +277,13 @@ def _adapter(trainer: Any) -> str:
     if not isinstance(model, PeftModel):
         raise ConfigError("the base itself is trained, and would have to be packed for each draw")
     if is_cut(model):
-        raise ConfigError("the base is cut over processes")
+        raise ConfigError("the base is sharded over processes")
     reason = _is_for_transformers(trainer.processing_class, args)
     if reason is not None:
         raise ConfigError(reason)
     active = model.adapter_state.active
     if len(active) != 1:
-        raise ConfigError(f"{len(active)} adapters are active, and answers are drawn by one")
+        raise ConfigError(f"{len(active)} adapters are active, but answers are drawn with exactly one")
     trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
     strange = next((name for name in trained if not is_of_adapter(name)), None)
     if strange is not None:
@@ -301,8 +301,8 @@ def _require_room(rollouts: Rollouts, adapter: LoRARequest, n_tokens: int) -> No
     room = engine.scheduler.pages.capacity(engine.versions.of(adapter).n_bytes)
     if room <= n_tokens and (context is None or room < context):
         raise ConfigError(
-            f"max_completion_length={n_tokens} and a prompt have no room: memory has room for {room} tokens of keys "
-            "and values, beside the adapter. Lower max_completion_length, or free memory"
+            f"max_completion_length={n_tokens} leaves no memory for a prompt: beside the adapter, memory holds the "
+            f"keys and values of {room} tokens. Lower max_completion_length, or free memory"
         )
 
 

@@ -268,8 +268,8 @@ def require_drawn_by(answers: Sequence[DrawnAnswer], adapter: str) -> None:
     other = next((each.adapter for each in answers if each.adapter != adapter), adapter)
     if other != adapter:
         raise StaleAnswerError(
-            f"an answer was drawn by {other or 'the base'}, and the adapter in training is {adapter}: it would be "
-            "learned from as if it were its own. Draw with the adapter of this step"
+            f"an answer was drawn by {other or 'the base'}, but the adapter in training is {adapter}, and only its own "
+            "answers can be learned from. Draw with the adapter of this step"
         )
 
 

@@ -275,8 +275,8 @@ class DrawingTrainer(PreferenceTrainer):
         groups = gather(lost).view(-1, n).any(dim=1)
         if groups.all():
             raise TrainingError(
-                "the environments of all groups could not begin, at two attempts each (reset): "
-                "see the errors in the log"
+                "in every group, the reset of an environment failed twice, so no answer has a reward: "
+                "correct the errors that the log names"
             )
         self._pending_metrics["rollouts/reset_failed"].append(groups.float().mean().item())
         return rewards.masked_fill(groups.repeat_interleave(n).unsqueeze(1), math.nan)
@@ -318,9 +318,9 @@ class DrawingTrainer(PreferenceTrainer):
             self._n_equal = self._n_equal + 1 if equal.all() else 0
             if self._n_equal == _MOST_EQUAL:
                 log.warning(
-                    "%d draws in a row, all answers to a prompt had equal rewards, which teach nothing: raise "
-                    "temperature or num_generations, let rewards tell a better answer from a worse one, or give other "
-                    "prompts (veneer train --show-rollouts shows them before a run)",
+                    "in %d draws one after another, all answers to each prompt had equal rewards, which teach nothing: "
+                    "raise temperature or num_generations, let rewards tell a better answer from a worse one, or give "
+                    "other prompts (veneer train --show-rollouts shows answers and rewards before a run)",
                     _MOST_EQUAL,
                 )
 

@@ -192,9 +192,8 @@ class Budget:
             )
         if config.init_r <= config.target_r:
             raise ConfigError(
-                f"init_r={config.init_r} must be above target_r={config.target_r}: of the ranks that it starts with, "
-                "AdaLoRA would cut none. Give a larger init_r (half as much again as target_r is usual), or LoraConfig "
-                "for ranks that stay"
+                f"init_r={config.init_r} must be above target_r={config.target_r}, or AdaLoRA would remove no rank. "
+                "Give a larger init_r (1.5 times target_r is usual), or use LoraConfig, whose rank is constant"
             )
         self.config, self.layers, self.total_step = config, layers, config.total_step
         self.start = sum(params["lora_E"].shape[0] for params in layers.values())

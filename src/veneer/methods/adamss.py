@@ -236,7 +236,7 @@ class _Vectors(Packing):
         if not alike < _LEAST_ALIKE:
             return []
         return [
-            f"{_V} of {site.name} has {alike:.0%} in common with the singular vectors of this base's weight: load the "
+            f"{_V} of {site.name} agrees only to {alike:.0%} with the singular vectors of this base's weight: load the "
             "adapter on the base that it was trained on"
         ]
 

@@ -48,7 +48,9 @@ class CartridgeConfig(PrefixMethod):
                 f"num_virtual_tokens={self.num_virtual_tokens!r}: some token must be trained"
             )
         if self.num_transformer_submodules == 2:
-            found.append("num_transformer_submodules=2 is for an encoder-decoder, and a cartridge for a decoder")
+            found.append(
+                "num_transformer_submodules=2 is for an encoder-decoder, but a cartridge is for a decoder: leave it out"
+            )
         return found
 
     @property

@@ -78,7 +78,7 @@ class CPTConfig(PromptMethod):
             found.append(f"task_type={self.task_type!r} must be 'CAUSAL_LM': a context has labels within it")
         if self.num_transformer_submodules == 2:
             found.append(
-                "num_transformer_submodules=2 is for an encoder-decoder, and a context for a decoder: leave it out"
+                "num_transformer_submodules=2 is for an encoder-decoder, but CPT is for a decoder: leave it out"
             )
         if not n or min(self.cpt_token_ids or ()) < 0:
             found.append(f"cpt_token_ids={self.cpt_token_ids!r} must hold token ids, at least one")

@@ -201,7 +201,7 @@ class _Indices(Packing):
     def problems(self, site: LinearSite, params: Params) -> list[str]:
         length = len(params[_THETA])
         return [
-            f"{name} of {site.name} holds numbers that lie outside of θ: they must be from 0 to {length - 1}"
+            f"{name} of {site.name} holds indices outside θ: they must lie in 0 to {length - 1}"
             for name in self.whole
             if params[name].numel() and not 0 <= int(params[name].min()) <= int(params[name].max()) < length
         ]

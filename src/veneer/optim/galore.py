@@ -90,14 +90,14 @@ class GaLoreAdamW(LeanAdamW):
         if wanted != kept:
             raise ConfigError(
                 f"GaLore: the saved state of a matrix {tuple(param.shape)} has "
-                f"{'no basis' if kept is None else f'a basis {kept}'}, and rank={self.projection.rank}, "
-                f"side={self.projection.side!r} make {'none' if wanted is None else wanted}: "
-                "use the projection that it was trained with, or start a new run"
+                f"{'no basis' if kept is None else f'a basis {kept}'}, but rank={self.projection.rank} and "
+                f"side={self.projection.side!r} need {'none' if wanted is None else wanted}: "
+                "use the rank and side that it was trained with, or start a new run"
             )
         if ("state1" in saved) != self.eight_bit:
             raise ConfigError(
-                f"GaLore: the saved moments are {'8-bit' if 'state1' in saved else 'float32'}, and this optimizer has "
-                f"eight_bit={self.eight_bit}: use the form that it was trained with, or start a new run"
+                f"GaLore: the saved moments are {'8-bit' if 'state1' in saved else 'float32'}, but this optimizer has "
+                f"eight_bit={self.eight_bit}: use the setting that it was trained with, or start a new run"
             )
 
     def _is_projected(self, param: Tensor, flag: bool) -> bool:

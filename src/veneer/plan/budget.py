@@ -27,10 +27,10 @@ class MeasuringTime:
         """Begin a measurement. Raises UnmeasuredError if there is no time left for it."""
         if not self.is_open:
             raise UnmeasuredError(
-                f"this machine is measured in part, and nothing more begins after {self.seconds:.0f} s: the same "
-                "command goes on with it"
+                f"this machine's speed is measured only in part, since measuring stops after {self.seconds:.0f} s: "
+                "repeat the command to measure the rest"
                 if self.seconds
-                else "this machine was not measured: `veneer plan` measures it, and a run's own steps do"
+                else "this machine's speed was not measured: run `veneer plan`, which measures it"
             )
         if self._ends is None:
             self._ends = time.monotonic() + self.seconds

@@ -67,7 +67,7 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
         found.append(Fit(best[0], best[1], bytes_of(best[1]), cost(best[1]) / best[1].n_tokens))
     if not found and least is not None:
         told = _missing(recipe, *least, budget)
-        raise ConfigError(f"nothing fits {size(given)} with {SPARE:.0%} of it left free: {told}")
+        raise ConfigError(f"no settings fit {size(given)} with {SPARE:.0%} of it left free: {told}")
     return sorted(found, key=lambda fit: fit.seconds_a_token)
 
 

@@ -86,7 +86,11 @@ def serving_of(
     if room <= 0:
         raise ConfigError(
             f"the base alone takes {size(base)}, more than {size(memory)}"
-            + ("" if part.quantization != "none" else ": --quantization nf4 keeps its matrices in a quarter")
+            + (
+                ""
+                if part.quantization != "none"
+                else ": --quantization nf4 stores its matrices in a quarter of the bytes"
+            )
         )
     value = (torch.bfloat16 if model.dtype not in (torch.float32, torch.float16) else model.dtype).itemsize
     kept = kept_in_serving(model, options.block_size)

@@ -43,7 +43,7 @@ def connected(place: RayCluster) -> Iterator[None]:
             ray.init(place.address)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"Ray cannot be used at {place.address or 'this machine'}: {last_line(error)}. See to that, or train "
+            f"Ray cannot be used at {place.address or 'this machine'}: {last_line(error)}. Correct that, or train "
             "without --on"
         ) from error
     try:

@@ -82,7 +82,7 @@ def value_problems(values: Mapping[str, Any]) -> list[str]:
     found = []
     alpha = adapter.get("lora_alpha")
     if _is_number(alpha) and alpha <= 0:
-        what = "acts in no way" if alpha == 0 else "is taken away from the model in place of added"
+        what = "would have no effect" if alpha == 0 else "would be subtracted"
         found.append(f"adapter.lora_alpha: {alpha} must be above 0: the update {what}")
     rate = training.get("learning_rate")
     if _is_number(rate) and rate > MOST_RATE:

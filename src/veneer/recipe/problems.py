@@ -97,7 +97,7 @@ def _adapter_problems(values: Mapping[str, Any], known: KnownKeys) -> list[str]:
 
 def _training_problems(values: Mapping[str, Any], known: KnownKeys) -> list[str]:
     given, task = section(values, "training"), task_of(values)
-    found = [f"training.{key}: say it {where}" for key, where in ELSEWHERE.items() if key in given]
+    found = [f"training.{key}: set it {where}" for key, where in ELSEWHERE.items() if key in given]
     found += [f"training.{key}: has no effect: {reason}; drop it" for key, reason in NOWHERE.items() if key in given]
     rest = {key: value for key, value in given.items() if key not in ELSEWHERE | NOWHERE}
     others = training_problems(task, rest, known.settings)

@@ -57,8 +57,8 @@ class Sequences:
             return self.members
         if len(shape) < 2:
             raise ShapeError(
-                f"a layer sees {tuple(shape)} of the {self.shape} tokens (rows, n), without their rows, and its "
-                "adapter depends on whole sequences: list it in exclude_modules"
+                f"a layer's input of shape {tuple(shape)} does not tell its tokens' rows (the batch has (rows, n) = "
+                f"{self.shape}), but its adapter depends on whole sequences: list the layer in exclude_modules"
             )
         return None
 

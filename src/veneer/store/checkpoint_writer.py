@@ -161,6 +161,6 @@ def _require_replaceable(target: Path, overwrite: bool) -> None:
         foreign = list(held)
     if foreign:
         raise FormatError(
-            f"{target} holds {foreign[0]!r}: only the folder of a model and nothing else is overwritten. "
+            f"{target} holds {foreign[0]!r}: only a folder that holds a model alone is overwritten. "
             "Choose another folder."
         )

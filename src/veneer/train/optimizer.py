@@ -160,8 +160,7 @@ def optimizer_problems(args: TrainingArguments) -> list[str]:
             "the number of processes": (args.world_size, 1),
         }
         found += [
-            f"optim={name!r} updates weights within the backward pass, where {what}={value!r} cannot be: it must be "
-            f"{only!r}"
+            f"optim={name!r} updates weights within the backward pass, so {what} must be {only!r}, not {value!r}"
             for what, (value, only) in settings.items()
             if value != only and value is not None
         ]

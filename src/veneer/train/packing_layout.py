@@ -54,7 +54,7 @@ def keeps_packed_apart(model: nn.Module) -> bool:
             # In front of a row of the same length, for products of other sizes round otherwise.
             alone = _logits(model, second, first)[:SECOND]
     except (TypeError, RuntimeError, ValueError) as error:
-        log.info("%s takes no restarting positions: %s", type(model).__name__, error)
+        log.info("%s fails on positions that start again within a row: %s", type(model).__name__, error)
         return False
     leak = (packed - other).abs().max() / alone.std()
     drift = (packed - alone).norm() / alone.norm()  # not the largest: in bfloat16 some logit of many is far off

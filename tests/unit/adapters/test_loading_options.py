@@ -83,7 +83,7 @@ def test_a_config_that_cannot_be_written_or_understood_is_one_error(tmp_path: Pa
         LoraConfig.from_pretrained(tmp_path, revison="main")
     with pytest.raises(ConfigError, match=r"unknown key 'lora_alfa' .nearest: 'lora_alpha'"):
         get_peft_config({"peft_type": "LORA", "lora_alfa": 3})
-    with pytest.raises(ConfigError, match="peft_type=None is not a method here"):
+    with pytest.raises(ConfigError, match="peft_type=None is not a known method"):
         get_peft_config({"r": 3})
 
 

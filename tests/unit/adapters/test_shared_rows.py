@@ -178,7 +178,7 @@ def test_a_pass_that_does_not_run_fused_computes_rows_apart(change, monkeypatch,
         scores._TOLD.clear()
         for _ in range(2):
             token_scores(model, batch(), PreferenceScoring())
-    assert caplog.text.count("some of its blocks attend by their own code") == 1
+    assert caplog.text.count("the attention of some of its blocks is not fused") == 1
 
 
 def test_a_block_that_attends_by_its_own_code_is_told():

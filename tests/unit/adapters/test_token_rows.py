@@ -170,9 +170,9 @@ def test_indices_that_mean_nothing(given: Any, says: str) -> None:
     [
         ({"trainable_token_indices": [101]}, r"holds \[101\].*rows 0 to 100.*resize_token_embeddings"),
         ({"trainable_token_indices": {"embed_toks": [1]}}, "nearest: embed_tokens"),
-        ({"trainable_token_indices": {"self_attn": [1]}}, "can be trained of an embedding"),
-        ({"target_modules": ["embed_tokens"]}, "takes too"),
-        ({"modules_to_save": ["embed_tokens"]}, "takes too"),
+        ({"trainable_token_indices": {"self_attn": [1]}}, "can be trained only in an embedding"),
+        ({"target_modules": ["embed_tokens"]}, "names too: drop one"),
+        ({"modules_to_save": ["embed_tokens"]}, "names too: drop one"),
     ],
 )
 def test_places_that_cannot_have_rows(settings: Any, says: str, tiny: Any) -> None:

@@ -24,7 +24,7 @@ from veneer.errors import TargetError
         (LoraConfig(alpha_pattern={"7.self_attn.q_proj": 5.0}), r"^alpha_pattern key '7\.self_attn\.q_proj' matches"),
         (
             LoraConfig(layers_to_transform=[0, 99]),
-            r"^layers_to_transform holds \[99\], where the model has no modules: they lie in layers.0 to layers.1$",
+            r"^layers_to_transform holds \[99\], but the model has no such layers: they lie in layers.0 to layers.1$",
         ),
         (
             IA3Config(target_modules=".*proj", feedforward_modules=["up_prj"]),

@@ -199,8 +199,8 @@ def test_a_damaged_adapter_is_told_alike_by_every_verb(
     whole = file.stat().st_size
     os.truncate(file, whole - 1234)
     told = (
-        f"error: {file} is damaged or was cut off (it holds {whole - 1234:,} bytes where its header tells of "
-        f"{whole:,}: truncated); save or download it again\n"
+        f"error: {file} is damaged or was cut off (it holds {whole - 1234:,} bytes, but its header describes "
+        f"{whole:,}: it is truncated); save or download it again\n"
     )
     for arguments in (("info", folder), ("generate", folder, "-p", "hi"), ("inspect", folder)):
         result = veneer(*arguments)

@@ -86,6 +86,6 @@ def test_weights_that_cancel_cannot_be_normalized():
 @pytest.mark.parametrize("weights", [(0.5,), (0.5, 2.0, 1.0), (0.5, float("nan"))])
 def test_one_finite_weight_is_needed_for_each_tuned_model(weights):
     with pytest.raises(
-        CompositionError, match=r"2 tuned weights are given with the weights .*: give each one finite number"
+        CompositionError, match=r"2 tuned models are combined with weights=.*: give one finite number for each model"
     ):
         merge_task_vectors(BASE, TUNED, weights, TaskVectors())

@@ -83,9 +83,9 @@ def test_the_first_index_on_the_path_is_the_layers_even_at_the_root():
         ([0, 11], None, []),
         ([], None, []),
         (None, None, []),
-        ([0, 99, -1], None, ["layers_to_transform holds [-1, 99], where the model has no modules: " + THERE]),
-        (7, "h", ["layers_to_transform holds [7], where the model has no modules: " + THERE]),
-        ([0, 2], "experts", ["layers_to_transform holds [0, 2], where the model has no modules: " + THERE]),
+        ([0, 99, -1], None, ["layers_to_transform holds [-1, 99], but the model has no such layers: " + THERE]),
+        (7, "h", ["layers_to_transform holds [7], but the model has no such layers: " + THERE]),
+        ([0, 2], "experts", ["layers_to_transform holds [0, 2], but the model has no such layers: " + THERE]),
     ],
 )
 def test_layers_that_the_model_does_not_have_are_named(layers, pattern, said):

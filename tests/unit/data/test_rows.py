@@ -273,7 +273,7 @@ def test_rows_that_keep_their_own_system_message_are_told(jsonl, caplog):
     own = [{"role": "system", "content": "own"}, *asked]
     path = jsonl({"messages": own}, {"messages": asked})
     load_rows(path, RowReader(system="given"))
-    assert f"{path}: system messages of their own stay in 1 of 2 rows" in caplog.text
+    assert f"{path}: 1 of 2 rows have a system message of their own" in caplog.text
     caplog.clear()
     load_rows(path, RowReader())
     assert not caplog.text

@@ -129,7 +129,7 @@ def test_results_of_one_metric_are_compared_row_by_row(adapted: Any) -> None:
 @pytest.mark.parametrize(
     ("metric", "how", "message"),
     [
-        ("rouge", {}, "metric 'rouge' is unknown: perplexity, exact-match, regex, labels"),
+        ("rouge", {}, "metric 'rouge' is unknown: give one of perplexity, exact-match, regex, labels"),
         ("regex", {}, r"give RegexMatch\(pattern=…\)"),
         ("perplexity", {"answer_field": "completion"}, "perplexity reads both"),
     ],

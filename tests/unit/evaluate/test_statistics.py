@@ -73,5 +73,5 @@ def test_a_confusion_table() -> None:
     assert [found.n_rows(i) for i in range(3)] == [2, 3, 1]
     assert [found.n_predicted(i) for i in range(3)] == [3, 3, 0]
     assert [found.n_right(i) for i in range(3)] == [1, 2, 0]
-    with pytest.raises(DataError, match="none of the labels"):
+    with pytest.raises(DataError, match="are not among the labels"):
         Confusion.of(["a", "b"], ["a"], ["z"])

@@ -289,7 +289,7 @@ def test_environments(trainer_of, caplog):
         (Slow, 0.1, "Slow.reset did not return within 0.1 seconds"), (Broken, PATIENCE, "OSError: no board"),
     ):  # fmt: skip
         trainer = trainer_of(None, environment_factory=factory, tool_timeout=seconds)
-        ends(trainer, "the environments of all groups could not begin, at two attempts each")
+        ends(trainer, "in every group, the reset of an environment failed twice")
         assert told in caplog.text
     stop.set()
     with pytest.raises(ConfigError, match="must define a callable `reset`"):

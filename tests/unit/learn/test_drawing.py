@@ -111,7 +111,7 @@ def test_a_wrong_engine_ends_the_run(trainer_of, monkeypatch):
         "draw",
         lambda prompts, params, adapter, **how: draw(prompts, params, adapter=None, **how),
     )
-    with pytest.raises(StaleAnswerError, match="was drawn by the base, and the adapter in training is live-"):
+    with pytest.raises(StaleAnswerError, match="was drawn by the base, but the adapter in training is live-"):
         trainer.train()
 
 
@@ -124,11 +124,11 @@ def test_answers_longer_than_the_cache_are_refused_before_the_first_step(trainer
 
     monkeypatch.setattr("veneer.learn.policy.Rollouts", small)
     assert trainer_of(rollout_engine="engine", max_completion_length=30).policy is not None
-    told = r"max_completion_length=90 and a prompt have no room: memory has room for 64 tokens of keys and values"
+    told = r"max_completion_length=90 leaves no memory for a prompt: .* memory holds the keys and values of 64 tokens"
     with pytest.raises(ConfigError, match=told):
         trainer_of(rollout_engine="engine", max_completion_length=90)
     assert trainer_of(max_completion_length=90).policy is None
-    assert "memory has room" in caplog.text
+    assert "leaves no memory for a prompt" in caplog.text
 
 
 def test_who_draws(trainer_of, make_model, settings, tokenizer, caplog):

@@ -233,7 +233,7 @@ def test_ten_draws_of_equal_rewards_are_told_once(trainer_of, caplog):
     trainer = trainer_of(lambda completions, **row: [0.1] * len(completions), max_steps=23)
     trainer.train()
     assert all(line["grad_norm"] == 0 for line in trainer.state.log_history if "loss" in line)
-    assert caplog.text.count("10 draws in a row, all answers to a prompt had equal rewards") == 1
+    assert caplog.text.count("in 10 draws one after another, all answers to each prompt had equal rewards") == 1
 
 
 def test_an_adapter_that_is_not_finite_ends_the_run_with_its_last_checkpoint(trainer_of, tmp_path):

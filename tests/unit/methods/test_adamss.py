@@ -150,7 +150,7 @@ def test_a_file_of_another_weight_with_clusters_of_the_same_sizes_is_refused(tmp
     other = base()
     for layer in other.model.layers:  # rows stay in their clusters
         layer.self_attn.v_proj.weight.data = layer.self_attn.v_proj.weight.data.flip(1).contiguous()
-    words = r"adamss_newB of model.layers.1.self_attn.v_proj has \d+% in common with the singular vectors of this base"
+    words = r"adamss_newB of model.layers.1.self_attn.v_proj agrees only to \d+% with the singular vectors of this base"
     with pytest.raises(FormatError, match=words):
         PeftModel.from_pretrained(other, tmp_path)
     PeftModel.from_pretrained(base(), tmp_path)

@@ -245,5 +245,5 @@ def test_a_file_with_another_number_of_layers(tmp_path: Path) -> None:
     ours().save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(path.read_text().replace('"adapter_layers": 2', '"adapter_layers": 3'))
-    with pytest.raises(FormatError, match="2 layers where the config says 3"):
+    with pytest.raises(FormatError, match="it has 2 layers, but its config says 3"):
         read_records(tmp_path)

@@ -147,6 +147,6 @@ def test_what_it_refuses():
         CartridgeConfig(**FIELDS, num_frozen_tokens=5)
     with pytest.raises(ConfigError, match="num_frozen_tokens=-1 must be at least 0"):
         CartridgeConfig(**FIELDS, num_frozen_tokens=-1)
-    with pytest.raises(ConfigError, match="is for an encoder-decoder, and a cartridge for a decoder"):
+    with pytest.raises(ConfigError, match="is for an encoder-decoder, but a cartridge is for a decoder"):
         replace(CartridgeConfig(**FIELDS), num_transformer_submodules=2)
     assert veneer.CartridgeConfig(**FIELDS).told()["num_frozen_tokens"] == 1

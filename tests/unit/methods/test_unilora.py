@@ -47,7 +47,7 @@ def test_indices_of_a_file_lie_in_the_vector(tmp_path):
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     next(x for key, x in tensors.items() if key.endswith("indices_A"))[0, 0] = 5
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(FormatError, match=r"unilora_indices_A of .*_proj holds numbers that lie outside .*from 0 to 4"):
+    with pytest.raises(FormatError, match=r"unilora_indices_A of .*_proj holds indices outside .* in 0 to 4"):
         PeftModel.from_pretrained(base(), tmp_path)
 
 

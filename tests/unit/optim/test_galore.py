@@ -166,14 +166,14 @@ def test_settings_are_checked():
     [
         (
             {"projection": GaLoreProjection(rank=5)},
-            r"matrix \(29, 17\) has a basis \(17, 4\), and rank=5.* make \(17, 5\)",
+            r"matrix \(29, 17\) has a basis \(17, 4\), but rank=5.* need \(17, 5\)",
         ),
         (
             {"projection": GaLoreProjection(rank=4, side="longer")},
-            r"a basis \(17, 4\), and .*side='longer' make \(29, 4\)",
+            r"a basis \(17, 4\), but .*side='longer' need \(29, 4\)",
         ),
-        ({"projection": GaLoreProjection(rank=17)}, r"a basis \(17, 4\), and rank=17, .* make none"),
-        ({"projection": GaLoreProjection(rank=4), "eight_bit": True}, "moments are float32, and .* eight_bit=True"),
+        ({"projection": GaLoreProjection(rank=17)}, r"a basis \(17, 4\), but rank=17 .* need none"),
+        ({"projection": GaLoreProjection(rank=4), "eight_bit": True}, "moments are float32, but .* eight_bit=True"),
     ],
 )
 def test_a_state_of_another_projection_is_refused_and_nothing_is_changed(changes, message):

@@ -79,7 +79,7 @@ def test_a_run_measures_nothing_and_is_planned_by_memory_alone(
     assert facts is not None, line
     assert told == []
     assert "time" not in facts
-    assert "this machine was not measured" in facts["no_time"]
+    assert "this machine's speed was not measured" in facts["no_time"]
     assert " a micro-batch" not in line
     held = high_water()
     assert held is not None

@@ -82,7 +82,7 @@ def test_an_optimizer_that_steps_in_the_backward_pass_takes_all_rows_at_once(rec
 
 def test_what_is_missing_is_told_where_nothing_fits(recipe: Make) -> None:
     wanted = recipe()
-    told = r"nothing fits .*quantization=nf4.*one row of 23 tokens.*more than the budget by.*smaller base$"
+    told = r"no settings fit .*quantization=nf4.*one row of 23 tokens.*more than the budget by.*smaller base$"
     with pytest.raises(ConfigError, match=told) as raised:
         fits(wanted, config_of(wanted.model.source), 1009, bytes_of, lambda plan: plan.work.flops)
     assert "fsdp" not in str(raised.value)  # which is refused in training

@@ -100,10 +100,10 @@ def test_measurements_have_a_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     now = 119.0
     assert rates._once("decoded", lambda: 7.0) == 7.0
     now = 121.0
-    with pytest.raises(UnmeasuredError, match="nothing more begins after 20 s: the same command goes on"):
+    with pytest.raises(UnmeasuredError, match="measuring stops after 20 s: repeat the command"):
         rates._once("updated in 8 bits", lambda: 7.0)
     assert rates._once("decoded", lambda: 0.0) == 7.0  # known
-    with pytest.raises(UnmeasuredError, match="this machine was not measured"):
+    with pytest.raises(UnmeasuredError, match="this machine's speed was not measured"):
         Rates(tmp_path / "rates.json", budget=MeasuringTime(0))._once("decoded", lambda: 7.0)
 
 
@@ -114,7 +114,7 @@ def test_a_measurement_can_be_interrupted(tmp_path: Path) -> None:
     rates = Rates(tmp_path / "rates.json")
     rates._once("attention", lambda: 5.0)
     for _ in range(2):
-        with pytest.raises(UnmeasuredError, match=r"interrupted|nothing more begins after"):
+        with pytest.raises(UnmeasuredError, match=r"interrupted|measuring stops after"):
             rates._once("decoded", interrupted)
     assert not rates.budget.is_open
     assert rates.known == {"attention": 5.0}

@@ -32,7 +32,7 @@ def recipe(**parts: Any) -> dict[str, Any]:
         ({"model__quantization": "4bit"}, "say nf4"),
         ({"training__optim": "adamw8bit"}, "the nearest is 'adamw_8bit'"),
         ({"training__optim": "galore_adamw"}, "projects the gradients of whole weights, and method lora trains none"),
-        ({"adapter__lora_alpha": -16}, "adapter.lora_alpha: -16 must be above 0: the update is taken away"),
+        ({"adapter__lora_alpha": -16}, "adapter.lora_alpha: -16 must be above 0: the update would be subtracted"),
         ({"adapter__lora_alpha": 0}, "adapter.lora_alpha: 0 must be above 0"),
         ({"training__learning_rate": 200}, "must be at most 10; perhaps 2e-4 is meant"),
         ({"training__max_grad_norm": -1.0}, "training.max_grad_norm: -1.0 must be at least 0"),

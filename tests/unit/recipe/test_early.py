@@ -159,7 +159,7 @@ def test_a_sweep_says_which_engines_and_schedulers_there_are(tmp_path):
     asha = {"grid": grid, "scheduler": "asha", "reduction": 2, "engine": "ray"}
     sweep = parse_sweep(values(sweep=asha), tmp_path / "recipe.yaml")
     assert (sweep.engine, sweep.scheduler, sweep.reduction) == ("ray", "asha", 2)
-    with pytest.raises(ConfigError, match="save_only_model leaves nothing to go on from"):
+    with pytest.raises(ConfigError, match="save_only_model saves no optimizer state"):
         parse_sweep(values(sweep={**asha, "members": [{"training.save_only_model": True}]}), tmp_path / "recipe.yaml")
 
 

@@ -62,7 +62,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_key():
         "adapter.r: 'many' does not fit",
         "training.learning_rat: unknown key; the nearest is 'learning_rate'",
         "training.max_length: 'long' does not fit",
-        "training.output_dir: say it at the top, as output",
+        "training.output_dir: set it at the top, as output",
         "seeds: unknown key; the nearest is 'seed'",
     ):
         assert expected in told
@@ -95,7 +95,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_key():
         ({"training": {"optim": "adamw_8bit", "optim_args": "rank=3"}}, "means nothing to optim='adamw_8bit'"),
         (
             {"training": {"optim": "galore_adamw_layerwise", "max_grad_norm": 1, "gradient_accumulation_steps": 2}},
-            "(?s)max_grad_norm=1.0 cannot be: it must be 0\n.*gradient_accumulation_steps=2 cannot be: it must be 1",
+            "(?s)so max_grad_norm must be 0, not 1.0\n.*so gradient_accumulation_steps must be 1, not 2",
         ),
         ({"adapter": {"r": 0}}, "r=0 must be a whole number"),
         ({"training": {"packing": True, "max_length": None}}, "packing=True needs max_length"),
@@ -281,14 +281,14 @@ def test_a_recipe_that_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"training": {"completion_only_loss": True}}, "training.completion_only_loss: say it as data.train_on"),
-        ({"training": {"assistant_only_loss": False}}, "training.assistant_only_loss: say it as data.train_on"),
+        ({"training": {"completion_only_loss": True}}, "training.completion_only_loss: set it as data.train_on"),
+        ({"training": {"assistant_only_loss": False}}, "training.assistant_only_loss: set it as data.train_on"),
         ({"data": {"train": "x", "eval_limit": 3}}, "data.eval_limit: limits the rows of data.eval"),
         ({"data": {"train": "x", "eval_limit": 3, "eval_fraction": 0.2}}, "data.eval_limit: limits the rows"),
         ({"model": {"source": "x", "double_quantization": True}}, "model.quantization is none"),
         (
             {"training": {"resume_from_checkpoint": "x"}},
-            "training.resume_from_checkpoint: say it as veneer train --res",
+            "training.resume_from_checkpoint: set it as veneer train --res",
         ),
         ({"training": {"optim_args": "rank=3"}}, "optim_args='rank=3' means nothing to optim='adamw_torch"),
         ({"training": {"optim": "adamw_8bit", "optim_target_modules": ["q"]}}, r"optim_target_modules=\['q'\] means"),

@@ -63,7 +63,7 @@ def test_every_task_has_a_trainer_and_settings_of_its_own(task):
         ({**DISTILL, "distill": {"teacher": "base"}}, "distill.teacher_prompt: is missing, so the teacher would be"),
         ({**DISTILL, "training": {"beta": 1.5}}, "training.beta: 1.5 must be between 0 and 1"),
         ({**DISTILL, "training": {"lmbda": -0.5}}, "training.lmbda: -0.5 must be between 0 and 1"),
-        ({**DISTILL, "training": {"teacher_prompt": "x"}}, "training.teacher_prompt: say it in distill"),
+        ({**DISTILL, "training": {"teacher_prompt": "x"}}, "training.teacher_prompt: set it in distill"),
         ({**DISTILL, "adapter": {"method": "full"}}, "adapter.method: full changes the base, which is the teacher"),
         ({**DISTILL, "rewards": ["regex"]}, "rewards: belongs to task grpo, rloo, and the task here is distill"),
         ({"rewards": ["regex"]}, "rewards: belongs to task grpo, rloo, and the task here is dpo"),

@@ -135,7 +135,7 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"t": 3}, 8, "lacks one of"),
         ({"t": F32, "u": F32}, 8, "overlaps"),
         ({"t": {**F32, "data_offsets": [4, 12]}}, 12, "leaves a gap of 4"),
-        ({"t": F32}, 12, "no tensor claims"),
+        ({"t": F32}, 12, "no tensor owns"),
         ({"t": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}, 8, "truncated"),
     ],
 )

@@ -89,7 +89,7 @@ def describe_checkpoint(source: FoldedCheckpoint, folder: Path) -> Described:
     problems = [*said.problems, *problems]
     if problems:
         raise FormatError(
-            f"a GGUF file of the architecture {family.architecture!r} cannot say {folder} ({config.model_type}): "
+            f"a GGUF file of the architecture {family.architecture!r} cannot describe {folder} ({config.model_type}): "
             + f"{'; '.join(problems)}. Serve the model with `veneer serve`"
         )
     _complete_head(family, sources, shapes)
@@ -194,7 +194,7 @@ def _placed(
             continue
         found = places_of(family, config, name, source.prefix)
         if not found:
-            problems.append(_HEAD_UNREAD if name == "lm_head.weight" else f"there is no name for the tensor {name}")
+            problems.append(_HEAD_UNREAD if name == "lm_head.weight" else f"GGUF has no name for the tensor {name}")
         for target, part in found:
             sources.setdefault(target, []).append(TensorSource(stored, part))
     return sources, left_out, problems

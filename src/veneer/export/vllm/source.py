@@ -54,7 +54,7 @@ class AdapterSource:
         if not method.changes_weights:
             raise refused(adapter, f"{method.peft_type} does not change weights")
         if method.invocation_tokens:
-            raise refused(adapter, "it acts from its invocation tokens on, which neither reads")
+            raise refused(adapter, "it acts only after its invocation tokens, which neither of the two supports")
         base = _base_of(method, given)
         if base is None:
             return cls(fields, method, _without_base(adapter, method), None)

@@ -113,6 +113,6 @@ def _require_trainable(path: str, module: nn.Module, field: str = "modules_to_sa
     kept = [name for name, _ in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set]
     if kept:
         raise TargetError(
-            f"{field} names {path!r}, which keeps running buffers {kept} besides parameters: no adapter can have its "
-            "own. Leave it out"
+            f"{field} names {path!r}, which has the running buffers {kept}: an adapter can hold a copy of parameters "
+            "only. Leave it out"
         )

@@ -131,12 +131,12 @@ def _require_rows(path: str, module: nn.Module, rows: tuple[int, ...], taken: Co
     quantized = hasattr(module, "frozen_format") and not isinstance(module, PackedLinear)
     if not isinstance(module, (nn.Embedding, nn.Linear, PackedLinear)) or weight is None or quantized:
         raise TargetError(
-            f"{field} asks for rows of {path!r}, a {type(module).__name__}: rows can be trained of an embedding "
-            "or of a linear output head that is not quantized"
+            f"{field} asks for rows of {path!r}, a {type(module).__name__}: single rows can be trained only in an "
+            "embedding, or in a linear output head that is not quantized"
         )
     if path in taken:
         raise TargetError(
-            f"{field} asks for rows of {path!r}, which target_modules or modules_to_save takes too: drop one"
+            f"{field} asks for rows of {path!r}, which target_modules or modules_to_save names too: drop one"
         )
     beyond = [index for index in rows if index >= weight.shape[0]]
     if beyond:

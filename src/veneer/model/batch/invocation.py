@@ -133,8 +133,9 @@ def _require_found(
     lacking = [row for row, start in enumerate(starts) if start == NEVER]
     if lacking and _past(inputs):
         raise ConfigError(
-            f"rows {lacking[:5]} of the batch continue a cache without the invocation tokens of {rows[lacking[0]]!r}, "
-            "and a cache does not say where it acts: use generate(), or give the whole sequence without a cache"
+            f"rows {lacking[:5]} of the batch continue a cache, and their new tokens do not hold the invocation tokens "
+            f"of {rows[lacking[0]]!r}, so its first position is unknown: use generate(), or give the whole sequence "
+            "without a cache"
         )
     is_training = model.training and torch.is_grad_enabled()
     lacking = [row for row in lacking if is_training and rows[row] in state.trainable]

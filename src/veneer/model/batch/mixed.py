@@ -56,8 +56,8 @@ def _acting_names(state: AdapterState, inputs: Inputs, tasks: Sequence[int] | No
     """Return the name of the active adapter, once for each row."""
     if len(state.active) != 1:
         raise CompositionError(
-            f"task_ids names tasks of one adapter, and {list(state.active)} are active: activate one, or give "
-            "adapter_names, one for each row"
+            f"task_ids names tasks of one adapter, but the active adapters are {list(state.active)}: activate exactly "
+            "one, or give adapter_names, one for each row"
         )
     return state.active * _n_rows(inputs, len(tasks or ()))
 

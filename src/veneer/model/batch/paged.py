@@ -167,7 +167,7 @@ def _attention(
     """Attend from rows (n, heads, 1, width) to their sequences' stored keys, and to the rows themselves."""
     step, layer = _STEP.get(), int(module.layer_idx)  # type: ignore[arg-type]
     if layer in step.written:
-        raise RuntimeError(f"layer {layer} runs more than once a pass")
+        raise RuntimeError(f"layer {layer} runs more than once in one pass")
     step.written.add(layer)
     step.store.write(layer, step.slots, key[:, :, 0], value[:, :, 0])
     seen = attention_mask or SeenKeys(_causal)
@@ -253,9 +253,9 @@ def position_bytes(model: PreTrainedModel, ids: Tensor) -> tuple[int, Tensor]:
             step = PagedStep.of(store, [Stretch((0,), start, stop - start)], model.device)
             chunks.append(rows.run(step, ids[start:stop]).logits[:, 0])
     except UNFIT as error:
-        raise TargetError(f"its code does not run over pages ({type(error).__name__}: {error})") from error
+        raise TargetError(f"its code fails with paged keys and values ({type(error).__name__}: {error})") from error
     if not store.layers:
-        raise TargetError("its layers put no keys and values into pages")
+        raise TargetError("its layers store no keys and values in pages")
     return store.bytes_per_position, torch.cat(chunks)
 
 
@@ -265,7 +265,9 @@ def require_paged_layers(model: PreTrainedModel) -> None:
     if model.config.is_encoder_decoder:
         raise TargetError("it has an encoder")
     if "position_ids" not in takes or not model._can_set_attn_implementation():
-        raise TargetError("it does not take position_ids, or does not ask transformers' AttentionInterface")
+        raise TargetError(
+            "it does not take position_ids, or does not compute attention by transformers' AttentionInterface"
+        )
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - PAGED_LAYERS
     if kinds:
         raise TargetError(f"its layers of the kinds {sorted(kinds)} keep more than keys and values")
@@ -288,7 +290,7 @@ def require_pageable(model: PreTrainedModel, n: int = 13) -> int:
     error = float((logits.float() - own).norm() / own.norm().clamp_min(1e-30))
     allowed = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
     if not error <= allowed:
-        raise TargetError(f"one token a row over pages changes its logits by {error:.1e} (allowed {allowed:.0e})")
+        raise TargetError(f"with paged keys and values its logits differ by {error:.1e} (allowed {allowed:.0e})")
     return n_bytes
 
 

@@ -35,8 +35,8 @@ def with_sequences(model: nn.Module, state: AdapterState, inputs: Inputs) -> Ite
         return
     if any(state.configs[name].virtual_tokens for name in _acting(state)):
         raise CompositionError(
-            "an adapter that depends on whole sequences acts beside one with virtual tokens, which belong to none: "
-            "run them one after another"
+            "an adapter that depends on whole sequences acts beside one with virtual tokens, which belong to no "
+            "sequence: run the two one after another"
         )
     found = _sequences(model, inputs)
     kept = {module: module._gradient_checkpointing_func for module in _checkpointing(model)}

@@ -43,7 +43,7 @@ def describe_config(config: PreTrainedConfig) -> Decoder:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except UNMADE as error:
-        raise DescriptionError(f"transformers makes no decoder of a {type(config).__name__}: {error}") from error
+        raise DescriptionError(f"transformers builds no decoder from a {type(config).__name__}: {error}") from error
     return describe(model)
 
 

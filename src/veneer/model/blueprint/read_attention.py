@@ -85,11 +85,11 @@ def _projections(source: BlockSource, module: nn.Module) -> tuple[tuple[Linear, 
     apart = next((each for each in names.q_k_v if has_all(module, each)), None)
     joined = next((each for each in names.joined if has_all(module, each[:1])), None)
     if (apart is None and joined is None) or out is None:
-        raise _OddError("no q, k, v and o projections of known names in it")
+        raise _OddError("it has no q, k, v and o projections with known names")
     inner = apart or (cast("tuple[str, NamedOrder]", joined)[0],)
     layers = [getattr(module, name) for name in inner]
     if not all(is_linear(layer) for layer in (*layers, out)):
-        raise _OddError("its projections are no plain linear layers")
+        raise _OddError("its projections are not plain linear layers")
     roles = Q_K_V if apart else cast("tuple[Role, ...]", ("qkv",))
     qkv = tuple(read_linear(source, layer, role) for layer, role in zip(layers, roles, strict=True))
     return qkv, read_linear(source, out, "o"), None if apart else cast("tuple[str, NamedOrder]", joined)[1]
@@ -106,7 +106,7 @@ def _heads(
     name = first(module, source.names.head_dim)
     found = None if name is None else _layout(int(cast(int, getattr(module, name))), qkv, out, order)
     if found is None:
-        raise _OddError("the sizes of its projections are no whole numbers of heads, or k and v have more than q")
+        raise _OddError("its projections are not multiples of the head size, or k and v have more heads than q")
     return found
 
 
@@ -139,7 +139,7 @@ def _head_norms(source: BlockSource, module: nn.Module, heads: HeadLayout) -> tu
     for norm, n_heads in zip(found, (heads.n_heads, heads.n_kv_heads), strict=True):
         size = heads.head_dim
         if norm is None or norm.shape not in ((size,), (n_heads, size), (n_heads * size,)):
-            raise _OddError(f"the norms {names[0]} and {names[1]} are none that act on a head or on all of them")
+            raise _OddError(f"the norms {names[0]} and {names[1]} act neither on each head nor on all heads together")
     return found[0], found[1]
 
 
@@ -148,7 +148,7 @@ def _scale(module: Any) -> float:
     found = (getattr(module, name, None) for name in ("scaling", "inv_norm_factor", "softmax_scale"))
     scale = next((each for each in found if isinstance(each, int | float)), None)
     if scale is None:
-        raise _OddError("it does not say by what it scales")
+        raise _OddError("it has no attribute with the scale of its scores")
     return float(scale)
 
 

@@ -149,7 +149,7 @@ def fuse(model: PreTrainedModel) -> bool:
     try:
         reason = _fuse(model)
     except STRANGE as error:
-        reason = f"its blocks look familiar and are not: {type(error).__name__}: {error}"
+        reason = f"its blocks have a known structure, but fused they fail: {type(error).__name__}: {error}"
     if reason is not None:
         log.warning("%s runs the general path, not the fused one: %s", type(model).__name__, reason)
         unfuse(model)
@@ -228,7 +228,9 @@ def _fuse(model: PreTrainedModel) -> str | None:
     if problem is not None or all(block.fused_program.is_own for block in blocks):
         return problem or told or NOTHING_FITS
     if told:
-        log.warning("parts of the blocks of %s run its own code: %s", type(model).__name__, told)
+        log.warning(
+            "parts of the blocks of %s run transformers' code, not fused kernels: %s", type(model).__name__, told
+        )
     return None
 
 
@@ -270,14 +272,16 @@ def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str 
         problem = borders
     keeps_state = any(_keeps_state(block) for block in described.blocks)
     if keeps_state and not _takes_masks_by_type(holder):
-        problem = "parts of it keep a state, and its forward takes no mask for each type of layer"
+        problem = "it has layers with a recurrent state, and the decoder's forward takes no mask for each type of layer"
     handed = hands_on(holder)
     if handed is not None:
-        problem = f"it hands on {handed} to the next one"
+        problem = f"it passes {handed} on to the next block"
     if problem is not None:
         return f"a block does not fit: {problem}"
     if borders:
-        log.info("parts of the blocks of %s run its own code: %s", type(model).__name__, borders)
+        log.info(
+            "parts of the blocks of %s run transformers' code, not fused kernels: %s", type(model).__name__, borders
+        )
     for block, program in zip(layers, programs, strict=True):
         change_class(block, FusedBlock)
         cast(FusedBlock, block).fused_program = cast(BlockProgram, program)

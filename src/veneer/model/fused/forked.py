@@ -93,4 +93,4 @@ def _refuse_unfused(model: PreTrainedModel) -> None:
     stream = stream_dtype(model, blocks[0])
     dtype = computed_in(torch.empty(0, dtype=stream, device=model.device))
     if dtype is None or any(halves_of(block, stream, dtype)[0] is None for block in blocks):
-        raise UnforkedError("some of its blocks attend by their own code")
+        raise UnforkedError("the attention of some of its blocks is not fused")

@@ -87,7 +87,7 @@ class LayoutMask(Tensor):
 
     def _require_rows(self) -> None:
         if self.forks:
-            raise CompositionError("rows share their prompts, and a block attends by its own code: fuse it")
+            raise CompositionError("rows share their prompts, but the attention of a block is not fused: fuse it")
 
 
 def layout_mask(

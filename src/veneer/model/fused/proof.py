@@ -91,10 +91,10 @@ def _problem(block: FusedBlock, call: BlockCall, most: float, config: Any) -> st
         error = _error(block, call, config)
         minds = error <= most and _minds_positions(block, call)
     except STRANGE as strange:
-        return f"its blocks look familiar and are not: {type(strange).__name__}: {strange}"
+        return f"its blocks have a known structure, but fused they fail: {type(strange).__name__}: {strange}"
     if not error <= most:  # also NaN
-        return f"a block differs by {error:.1e} from the model's own code"
-    return "its attention does more with positions than to rotate by them" if minds else None
+        return f"a fused block's output differs by {error:.1e} from that of the model's own code"
+    return "its attention uses positions for more than rotary embedding" if minds else None
 
 
 def _error(block: FusedBlock, call: BlockCall, config: Any) -> float:

@@ -83,7 +83,7 @@ def compile_program(decoder: Decoder, n_positions: int) -> Program:
     """
     reason = next(_unsaid(decoder, n_positions), None)
     if reason is not None or decoder.head is None:
-        raise DescriptionError(reason or "it has no head of logits")
+        raise DescriptionError(reason or "it has no output head")
     stream, head = Register(STREAM, (decoder.embedding.width,)), decoder.head
     operations = (
         Embed(embedding=decoder.embedding, target=stream),

@@ -229,13 +229,13 @@ def _require_room(cache: Cache) -> None:
     """Raise ConfigError for a cache in which text after a prefix would be cut off or masked wrongly."""
     if isinstance(cache, EncoderDecoderCache) and cache.self_attention_cache.is_compileable:
         raise ConfigError(
-            "a static cache has no room for the prefix of an encoder-decoder's decoder, since it is laid out before: "
-            "leave cache_implementation out, or use another cache"
+            "a static cache has no room for the prefix of an encoder-decoder's decoder, since its size does not count "
+            "the prefix: leave cache_implementation out, or use another cache"
         )
     if any(type(layer).__name__ == "Fp8QuantizedLayer" for layer in getattr(cache, "layers", ())):
         raise ConfigError(
-            "a QuantizedCache of backend 'fp8' takes its scale from the first values, those of the prefix: larger "
-            "keys and values of the text would be cut off. Use backend 'quanto' or 'hqq', or another cache."
+            "a QuantizedCache of backend 'fp8' derives its scale from the first values, those of the prefix: larger "
+            "keys and values of the text would be clipped. Use backend 'quanto' or 'hqq', or another cache."
         )
 
 

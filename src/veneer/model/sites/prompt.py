@@ -167,7 +167,10 @@ class PromptAdapters(VirtualTokens):
         n = 0 if kept or not length else front.width
         if not isinstance(output, ModelOutput):
             if labels is not None:
-                raise ConfigError(f"{front.names[0]!r} weighs its labels: leave return_dict at True")
+                raise ConfigError(
+                    f"the adapter {front.names[0]!r} replaces the model's loss, which needs outputs with names: leave "
+                    "return_dict at True"
+                )
             return _without_leading(output, n, length, n_axes=3)
         cache = output.get(self.cache_name) if self.cache_name else None
         if cache is not None:

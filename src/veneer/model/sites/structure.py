@@ -97,7 +97,8 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
     if model.device.type == "meta":
         raise NoStorageError(
-            f"{type(model).__name__} has no storage, and its places are found by a pass: load its weights first"
+            f"{type(model).__name__} is on the meta device, but a forward pass must find where its sub-layers add: "
+            "load its weights first"
         )
     device, dtype = model.device, model.dtype
     name, config = model.main_input_name, model.config

@@ -269,7 +269,7 @@ def require_mixable(model: PreTrainedModel, routing: Routing) -> None:
     uneven = [front for front in fronts if not front.is_even]
     kept = [n for f in fronts for n in f.names if getattr(_config(model, n), "keep_virtual_logits", False)]
     problems = (
-        [f"{kept} ask for keep_virtual_logits, and rows have different numbers of them"] if kept and uneven else []
+        [f"{kept} set keep_virtual_logits, and rows would have different numbers of logits"] if kept and uneven else []
     )
     if uneven and not _is_causal(model):
         problems.append(f"{type(model).__name__} is no causal decoder and reads its result at the first position")
@@ -278,7 +278,7 @@ def require_mixable(model: PreTrainedModel, routing: Routing) -> None:
     if uneven and model.config.is_encoder_decoder and any(not h.runs_the_model for h in virtual_tokens(model).values()):
         problems.append(f"the decoder of {type(model).__name__} counts positions behind a prefix itself")
     if len(fronts) > 1 and getattr(model.config.get_text_config(), "sliding_window", None):
-        problems.append("prefixes and prompts together would stand at the wrong distance in a sliding window")
+        problems.append("a sliding window would count wrong distances to prefixes and prompts together")
     if problems:
         counts = {name: n for front in fronts for name, n in front.counts.items()}
         raise CompositionError(

@@ -118,7 +118,7 @@ def _width_problems(key: str, value: Any, family: GgufFamily, pairs: Mapping[str
     head = _head_dim(pairs, family)
     partial = key == ROTARY_WIDTH and family.partial_rotary and isinstance(value, int) and value < head
     if value != head and not partial:
-        yield f"{key} {value}, where a head is {head} wide"
+        yield f"{key} {value}, but a head is {head} wide"
 
 
 def _head_dim(pairs: Mapping[str, Any], family: GgufFamily) -> int:

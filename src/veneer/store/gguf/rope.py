@@ -38,11 +38,13 @@ def rotary_scaling(
         raise FormatError(f"{SCALING}type {kind!r} is none of the rotary scalings that transformers computes")
     if kind != "longrope" and pairs.get(SCALING + "attn_factor", 1.0) != 1.0:
         raise FormatError(
-            f"{SCALING}attn_factor {pairs[SCALING + 'attn_factor']} goes with {SCALING}type 'longrope', not {kind!r}"
+            f"{SCALING}attn_factor {pairs[SCALING + 'attn_factor']} is only for {SCALING}type 'longrope', not {kind!r}"
         )
     if FREQUENCY_FACTORS in factors:
         if pairs.get(SCALING + "factor", 1.0) != 1.0:
-            raise FormatError(f"{FREQUENCY_FACTORS} and {SCALING}factor scale twice; transformers scales once")
+            raise FormatError(
+                f"{FREQUENCY_FACTORS} and {SCALING}factor both scale frequencies, but transformers applies only one"
+            )
         return _by_frequency(factors[FREQUENCY_FACTORS], frequencies, max_positions)
     if kind == "longrope" or named == "longrope":
         return _longrope(pairs, factors, max_positions)

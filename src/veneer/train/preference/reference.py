@@ -91,8 +91,8 @@ def _acting_alone(model: PeftModel) -> str:
     active = model.active_adapters
     if len(active) != 1:
         raise ConfigError(
-            f"the reference is kept of one adapter, and the model's active ones are {active}: choose one with "
-            "set_adapter, or make one of them with add_weighted_adapter, before the trainer is made"
+            f"the reference is a copy of exactly one adapter, but the model's active ones are {active}: choose one "
+            "with set_adapter, or join them with add_weighted_adapter, before you make the trainer"
         )
     return active[0]
 

@@ -85,8 +85,8 @@ class PreferenceTrainer(RunTrainer):
             left = len(rows) % (size * count) if isinstance(rows, Dataset) else 0
             if count > 1 and not self._is_dealt(left, size):
                 log.warning(
-                    "%s data: %d rows do not come out even in batches of %d × %d processes, so that the last batch "
-                    "repeats %d; with one process none is",
+                    "%s data: %d rows do not fill batches of %d × %d processes evenly, so the last batch repeats %d "
+                    "of them; one process would repeat none",
                     name, len(rows), size, count, size * count - left,
                 )  # fmt: skip
 

@@ -66,7 +66,10 @@ def _member_problems(members: Sequence[Member], scheduler: str) -> list[str]:
     for member in members:
         training = member.recipe.training
         if scheduler != "none" and training.get("save_only_model"):
-            found.append(f"sweep: {member.name}: training.save_only_model leaves nothing to go on from a rung: drop it")
+            found.append(
+                f"sweep: {member.name}: training.save_only_model saves no optimizer state, from which a member goes on "
+                "after a rung: drop it"
+            )
         if member.recipe.method == FULL:
             found.append(f"sweep: {member.name}: method full trains the base itself, which all members share")
         if steps_in_backward(training.get("optim")):

@@ -104,7 +104,7 @@ def joined(parts: Mapping[str, Part]) -> tuple[Batch, dict[str, Share]]:
     }  # fmt: skip
     if unknown:
         raise ConfigError(
-            f"members of a sweep share batches of tokens, and one brings {sorted(unknown)}: train it alone"
+            f"members of a sweep share batches of tokens, but one has the inputs {sorted(unknown)} too: train it alone"
         )
     width = max(batch["input_ids"].shape[1] for batch in batches.values())
     by_position = any("position_ids" in batch for batch in batches.values())

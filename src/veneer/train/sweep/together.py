@@ -109,7 +109,8 @@ class Together:
         self.titles[name] = job.member.name
         if self.trainers[name].aux_loss_enabled:
             raise ConfigError(
-                "the loss of a router is one number for a whole batch, and members share batches: train alone"
+                f"{job.member.name}: the loss of a router is one number for a whole batch, but members of a sweep "
+                "share batches: train this member alone"
             )
 
     def train(self) -> None:

@@ -243,7 +243,7 @@ def test_all_that_cannot_be_said_is_told_at_once(tmp_path: Path) -> None:
     spoiled(
         tmp_path / "model", hidden_act="gelu", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}
     )
-    refused(tmp_path / "model", r"cannot say .*hidden_act 'gelu'.*; .*'dynamic'|'dynamic'.*; .*hidden_act 'gelu'")
+    refused(tmp_path / "model", r"cannot describe .*hidden_act 'gelu'.*; .*'dynamic'|'dynamic'.*; .*hidden_act 'gelu'")
 
 
 def test_a_head_that_the_runtime_never_reads_is_refused(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_halves_of_kinds_that_no_kernel_has_leave_the_others_fused(
         found = step(model, BATCHES["padded"])
     assert takes
     assert halves == ["mlp", "mlp"]
-    assert "run its own code: no q, k, v and o projections" in caplog.text
+    assert "run transformers' code, not fused kernels: it has no q, k, v and o projections" in caplog.text
     assert (found[0] - expected[0]).norm() <= 1e-5 * expected[0].norm()
     assert error(found[2], expected[2]) <= 5e-5
 

@@ -95,7 +95,9 @@ def test_the_prefix_is_what_the_cache_holds_first() -> None:
 
 def test_fp8_takes_its_scale_from_the_prefix_and_is_refused() -> None:
     model = adapted("llama", "prefix")
-    with pytest.raises(ConfigError, match=r"backend 'fp8' takes its scale from the first values, those of the prefix"):
+    with pytest.raises(
+        ConfigError, match=r"backend 'fp8' derives its scale from the first values, those of the prefix"
+    ):
         answer(model, QuantizedCache("fp8", model.config))
     with model.disable_adapter():
         answer(model, QuantizedCache("fp8", model.config))

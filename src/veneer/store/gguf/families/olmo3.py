@@ -12,7 +12,7 @@ from veneer.store.gguf.fields import FEED_FORWARD, GROUPED, RMS, WINDOW, Field
 def _problems(config: Any) -> Iterator[str]:
     full, sliding = (config.rope_parameters[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention"))
     if full != sliding:
-        yield f"rope_theta {sliding} of the layers with windows beside {full}: one base has a key"
+        yield f"rope_theta {sliding} in layers with windows and {full} in the others: the format holds one value"
 
 
 FAMILY = GgufFamily(
