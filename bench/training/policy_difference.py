@@ -76,7 +76,7 @@ def differences(options: argparse.Namespace, base: str, config: str, values: dic
     model = load_base(ModelPart(source=source, dtype="float32", quantization=quantization)).requires_grad_(False)
     tokenizer = load_tokenizer(options.model)
     own = getattr(veneer, config)(**values)
-    memory = "beside" if base == "gguf" or own.virtual_tokens else "one"  # as recipes choose
+    memory = "beside" if base == "gguf" else "one"  # as recipes choose
     rollouts = veneer.Rollouts(model, tokenizer, memory=memory)
     torch.manual_seed(3)
     with torch.no_grad():

@@ -78,11 +78,11 @@ def answer_fit(
     """Print the settings that fit a budget of bytes, and write the best recipe. Raises ConfigError."""
     _tell_measuring(machine)
     try:
-        found = fits(recipe, config, budget, machine.bytes_of, machine.cost)
+        found = fits(recipe, config, budget, machine.bytes_of, machine.cost, isa=machine.isa)
     except UnmeasuredError as error:
         Console(stderr=True, highlight=False).print(f"no seconds: {error}", style="dim", soft_wrap=True)
         machine = replace(machine, timed=False)
-        found = fits(recipe, config, budget, machine.bytes_of, machine.cost)
+        found = fits(recipe, config, budget, machine.bytes_of, machine.cost, isa=machine.isa)
     best = as_yaml(loadable(changed(recipe, found[0].changes)))
     if write is not None:
         write.write_text(best, encoding="utf-8")

@@ -230,8 +230,6 @@ def _needs_own_copy(base: PreTrainedModel, args: Any, config: MethodConfig | Non
         return "weights are packed before a fresh adapter is attached, and this run has none (peft_config)"
     if config.extras.modules or config.extras.parameters:
         return f"the adapter trains copies of {sorted((*config.extras.modules, *config.extras.parameters))}"
-    if config.virtual_tokens:
-        return "virtual tokens are trained on the base's own weights"
     if base.device.type != "cpu" or args.device.type != "cpu":
         return ONLY_ON_CPUS
     if n_training > 1 or args.deepspeed or args.fsdp:

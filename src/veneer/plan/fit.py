@@ -43,12 +43,14 @@ Bytes = Callable[[Plan], int]
 Cost = Callable[[Plan], float]
 
 
-def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes, cost: Cost) -> list[Fit]:
+def fits(
+    recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes, cost: Cost, *, isa: str | None = None
+) -> list[Fit]:
     """Return settings that fit ``budget`` bytes with `SPARE` of it left free, the least time a token first.
 
     They vary the storage of the base, checkpointing, and the rows of a micro-batch. The rows of an optimizer step stay
-    the same. ``bytes_of`` and ``cost`` (seconds of a micro-batch) are the machine's. Raises ConfigError if nothing
-    fits, with a suggestion that would.
+    the same. ``bytes_of``, ``cost`` (seconds of a micro-batch) and ``isa`` are the machine's. Raises ConfigError if
+    nothing fits, with a suggestion that would.
     """
     given, budget = budget, int(budget / (1 + SPARE))
     args = recipe.training_config()
@@ -57,13 +59,13 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
     for number, changes in enumerate(ways, 1):
         waiting_for(f"planning: storage and checkpointing {number} of {len(ways)}")
         with_rows = changes | _rows(counts[0], args, recipe.distributed, recipe.data)
-        one = plan_recipe(changed(recipe, with_rows), config=config)
+        one = plan_recipe(changed(recipe, with_rows), config=config, isa=isa)
         needed = bytes_of(one)
         if least is None or needed < least[0]:
             least = needed, changes, one
         if needed > budget:
             continue
-        best = _largest(recipe, config, changes, one, budget=budget, bytes_of=bytes_of)
+        best = _largest(recipe, config, changes, one, budget=budget, bytes_of=bytes_of, isa=isa)
         found.append(Fit(best[0], best[1], bytes_of(best[1]), cost(best[1]) / best[1].n_tokens))
     if not found and least is not None:
         told = _missing(recipe, *least, budget)
@@ -118,7 +120,14 @@ def _ways(method: str, model: ModelPart, training: Mapping[str, Any]) -> Iterato
 
 
 def _largest(
-    recipe: Recipe, config: PreTrainedConfig, changes: Mapping[str, Any], one: Plan, *, budget: int, bytes_of: Bytes
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    changes: Mapping[str, Any],
+    one: Plan,
+    *,
+    budget: int,
+    bytes_of: Bytes,
+    isa: str | None,
 ) -> tuple[dict[str, Any], Plan]:
     """Find the largest micro-batch that fits and divides the rows of a step.
 
@@ -131,7 +140,7 @@ def _largest(
         growing = sum(one.peak.kinds.get(kind, 0) for kind in (ACTIVATIONS, LOGITS, SCRATCH))
         if bytes_of(one) + (0.5 * rows - 1) * growing > budget and rows > 4:
             continue  # far too many: not worth a trace
-        plan = plan_recipe(changed(recipe, settings), config=config)
+        plan = plan_recipe(changed(recipe, settings), config=config, isa=isa)
         if bytes_of(plan) <= budget:
             return settings, plan
     return {**changes, **_rows(least, args, recipe.distributed, recipe.data)}, one

@@ -91,7 +91,7 @@ def test_what_is_wrong_by_itself_is_told_before_torch_is_imported() -> None:
 def test_settings_that_fit_say_where_their_numbers_come_from(
     options: tuple[str, ...], told: str, rate: str | None, veneer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_answers, "fits", lambda *_: [Fit({}, None, 7, 0.0003)])  # type: ignore[arg-type]
+    monkeypatch.setattr(plan_answers, "fits", lambda *_, **__: [Fit({}, None, 7, 0.0003)])  # type: ignore[arg-type]
     said = " ".join(veneer("plan", "smollm2-135m", "--fit", "900MB", *options).stdout.split())
     assert told in said
     assert rate in said if rate else "tokens/s" not in said
@@ -107,7 +107,7 @@ def test_settings_that_fit_show_every_key_that_one_of_them_changes(
         Fit({"model.quantization": "nf4", batch: 2, steps: 4}, None, 7, 0.3),  # type: ignore[arg-type]
         Fit({"training.gradient_checkpointing": True, batch: 8, steps: 1}, None, 7, 0.3),  # type: ignore[arg-type]
     ]
-    monkeypatch.setattr(plan_answers, "fits", lambda *_: found)
+    monkeypatch.setattr(plan_answers, "fits", lambda *_, **__: found)
     monkeypatch.setenv("COLUMNS", "80")
     shown = veneer("plan", "smollm2-135m", "--fit", "900MB", "--no-time", "--batch", "8").stdout
     rows = [line.split() for line in shown.splitlines() if re.match(r" *[12] ", line)]
@@ -165,7 +165,7 @@ def test_a_written_recipe_names_the_model_on_the_hub(
     veneer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = [Fit({"training.gradient_checkpointing": "selective"}, None, 7, 0.3)]  # type: ignore[arg-type]
-    monkeypatch.setattr(plan_answers, "fits", lambda *_: found)
+    monkeypatch.setattr(plan_answers, "fits", lambda *_, **__: found)
     file = tmp_path / "best.yaml"
     done = veneer("plan", "SmolLM2-135M", "--fit", "900MB", "--write", file, "--no-time")
     assert done.exit_code == 0, done.output

@@ -13,6 +13,7 @@ from veneer import (
     GRPOTrainer,
     IA3Config,
     LoraConfig,
+    PrefixTuningConfig,
     PromptTuningConfig,
     RLOOConfig,
     RLOOTrainer,
@@ -169,6 +170,8 @@ def test_one_copy_of_the_base_trains_as_two_do(trainer_of):
         ("grpo", LoraConfig(**LORA), {"beta": 0.1}),
         ("rloo", LoraConfig(**LORA, use_dora=True), {"beta": 0.0}),
         ("grpo", LoraConfig(**{**LORA, "init_lora_weights": "pissa"}), {}),
+        ("grpo", PromptTuningConfig(num_virtual_tokens=3), {"beta": 0.1}),
+        ("rloo", PrefixTuningConfig(num_virtual_tokens=3), {}),
     ):
         told = {}
         for memory in ("beside", "one"):
@@ -202,7 +205,6 @@ def test_which_bases_are_kept_once(trainer_of, make_model, settings, tokenizer):
     assert not is_one(rollout_memory="auto", bf16=True)  # products in 16 bits are faster on the base's own weights
     assert not is_one(rollout_memory="auto", rollout_engine="generate")
     assert not is_one(rollout_memory="auto", use_transformers_continuous_batching=True)
-    assert not is_one(rollout_memory="auto", peft_config=PromptTuningConfig(num_virtual_tokens=3))
     copies = LoraConfig(**{**LORA, "modules_to_save": ["lm_head"]})
     assert not is_one(rollout_memory="auto", peft_config=copies)
     with pytest.raises(ConfigError, match=r"is impossible: the adapter trains copies of \['lm_head'\]"):

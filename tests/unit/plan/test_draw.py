@@ -192,5 +192,9 @@ def test_a_gpu_packs_no_copy(drawing: Any) -> None:
     plan = plan_recipe(drawing(parts={"rollouts": {"memory": "beside"}}), isa="avx512_bf16")
     assert plan.copies == 1
     assert ENGINE not in plan.held.kinds
+    wanted = drawing(parts={"rollouts": {"memory": "beside"}})
+    config = config_of(wanted.model.source)
+    found = fits(wanted, config, 10**9, lambda plan: plan.peak.n_bytes, lambda plan: 1.0, isa="avx512_bf16")
+    assert {each.plan.copies for each in found} == {1}
     with pytest.raises(ConfigError, match="weights are packed on CPUs only"):
         plan_recipe(drawing(parts={"rollouts": {"memory": "one"}}), isa="avx512_bf16")

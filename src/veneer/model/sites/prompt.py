@@ -117,9 +117,14 @@ class PromptAdapters(VirtualTokens):
         for key in ("start_positions", "end_positions"):
             if key in given:
                 changed[key] = given[key] + n
+        if "logits_to_keep" in given and not self._keeps_virtual(front):
+            changed["logits_to_keep"] = _behind(given["logits_to_keep"], n, self.length - n)
         if cache is not None:
             setattr(cache, MARK, front.mark)
         return changed
+
+    def _keeps_virtual(self, front: Front) -> bool:
+        return any(cast(PromptMethod, self.method(name)).keep_virtual_logits for name in front.names)
 
     def _put_targets(self, labels: Tensor, front: Front) -> None:
         """Write targets for the virtual tokens into labels (rows, n + length). Keep the labels for the loss if any
@@ -163,8 +168,7 @@ class PromptAdapters(VirtualTokens):
                 f"{type(module).__name__} did not look its ids up in its embeddings: a prompt has no place in it. Use "
                 "LoraConfig on this model"
             )
-        kept = any(cast(PromptMethod, self.method(name)).keep_virtual_logits for name in front.names)
-        n = 0 if kept or not length else front.width
+        n = 0 if self._keeps_virtual(front) or not length else front.width
         if not isinstance(output, ModelOutput):
             if labels is not None:
                 raise ConfigError(
@@ -302,6 +306,13 @@ def _in_front(front: Front, values: Sequence[Sequence[float]], otherwise: float,
 def _filler(model: PreTrainedModel) -> int:
     """Return a token id other than padding, since some models search the ids for padding."""
     return 1 if getattr(model.config, "pad_token_id", None) == 0 else 0
+
+
+def _behind(kept: Tensor | int, n: int, length: int) -> Tensor | int:
+    """Return ``logits_to_keep`` of ``length`` tokens for rows in which n virtual tokens precede them."""
+    if isinstance(kept, Tensor):
+        return torch.where(kept < 0, kept, kept + n)
+    return min(kept, length)
 
 
 def _without_leading(value: Any, n: int, length: int, n_axes: int | None = None) -> Any:

@@ -268,6 +268,15 @@ def test_embedded_input_is_the_same_as_ids_and_virtual_logits_can_be_kept():
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_logits_to_keep_count_the_text_alone(method: str):
+    model, ids = random_adapter("llama", method), batch()["input_ids"]
+    whole = model(input_ids=ids).logits
+    for kept in (torch.tensor([0, 2, 7]), torch.tensor([-3, 5]), 3, 0, ids.shape[1], ids.shape[1] + 2):
+        chosen = kept if isinstance(kept, Tensor) else slice(-kept, None)
+        torch.testing.assert_close(model(input_ids=ids, logits_to_keep=kept).logits, whole[:, chosen])
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_unloading_leaves_nothing_behind(method: str):
     model, ids = base("llama"), batch()["input_ids"]
     expected, attributes = model.generate(ids, **GENERATE), set(vars(model))
