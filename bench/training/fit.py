@@ -96,7 +96,9 @@ def main() -> int:
 
     recipe, config = parse_recipe(values_of(options)), config_of(options.model)
     machine = Machine.of(None, timed=True)  # rates are measured here, so that no run has to
-    found = fits(recipe, config, bytes_from(options.budget, "--budget"), machine.bytes_of, machine.cost, isa=machine.isa)
+    found = fits(
+        recipe, config, bytes_from(options.budget, "--budget"), machine.bytes_of, machine.cost, isa=machine.isa
+    )
     best = dict(found[0].changes)
     rows = best.get("training.per_device_train_batch_size", options.rows)
     larger = [n for n in range(rows + 1, options.rows + 1) if options.rows % n == 0]
