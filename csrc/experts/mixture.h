@@ -6,6 +6,7 @@
 #include "core/activations.h"
 #include "experts/experts.h"
 #include "packed/packed.h"
+#include "pairs/pairs.h"
 
 namespace veneer {
 
@@ -30,6 +31,19 @@ struct Mixture {
   Activation activation;
 };
 
+// A low-rank pair of every expert at one stack, in the dtype of its weights: the factors of one expert behind those of another,
+// as PairsSegment has them. Rank 0: there are none.
+struct ExpertPairs {
+  const char* factors = nullptr;
+  int64_t rank = 0;
+};
+
+// Rows [start, stop) take the pairs of one adapter.
+struct MixtureSegment {
+  int64_t start, stop;
+  ExpertPairs inner, down;
+};
+
 struct MixtureRows {
   int64_t n;
   Dtype dtype;  // float32 or bfloat16
@@ -37,9 +51,10 @@ struct MixtureRows {
   const int64_t* ids;    // (n, k)
   const float* weights;  // (n, k)
   Rows shared, shared_gate, y;  // as CombinedRows has them
+  std::vector<MixtureSegment> segments;  // one behind the other; rows of none take no pairs
 };
 
-int64_t mixture_bytes(const Mixture& mixture, int64_t n, Dtype dtype);  // of scratch
+int64_t mixture_bytes(const Mixture& mixture, const MixtureRows& rows);  // of scratch
 void run_mixture(const Mixture& mixture, const MixtureRows& rows, char* scratch);
 
 }  // namespace veneer

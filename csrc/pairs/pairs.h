@@ -66,6 +66,14 @@ inline PairsMiddle middle_at(const int64_t* s) {
   return {s[0] == 3, vector(s[1]), vector(s[2]), Activation(s[3]), vector(s[4]), vector(s[5])};
 }
 
+// Bytes of the factors of one layer's pair.
+inline int64_t pair_bytes(Dtype dtype, int64_t out_features, int64_t in_features, int64_t rank) {
+  const bool narrow = dtype == Dtype::bfloat16;
+  const auto even = [=](int64_t n) { return narrow ? n + n % 2 : n; };
+  const PanelMatrix a{even(rank), in_features, even(in_features), dtype, nullptr}, b{out_features, rank, even(rank), dtype, nullptr};
+  return (values_of(a) + values_of(b)) * (narrow ? 2 : 4);
+}
+
 // Sets how many threads share the rows, and how many rows of a segment one of them takes at once.
 inline void share_out(PairsCall& call) {
   constexpr int64_t least_values = 1 << 16;  // of factors, read; fewer are not worth waking a thread

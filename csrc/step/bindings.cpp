@@ -112,7 +112,7 @@ class StepProgram {
   void add_experts(const Numbers& router, float scale, int64_t bias, const Numbers& inner, const Numbers& down, int activation,
                    const Numbers& at) {
     const auto number = [&](size_t i) { return static_cast<int>(at[i]); };
-    add<ExpertsInstruction>(Router{router[0], router[1], router[2] != 0, router[3] != 0, router[4], router[5], scale, pointer<float>(bias)},
+    add<ExpertsInstruction>(instructions_.size(), Router{router[0], router[1], router[2] != 0, router[3] != 0, router[4], router[5], scale, pointer<float>(bias)},
                             Mixture{router[0], router[1], stack_at(dtype_, inner), stack_at(dtype_, down), Activation(activation)},
                             ExpertsInstruction::At{number(0), number(1), number(2), number(3), number(4)});
   }

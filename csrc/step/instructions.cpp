@@ -79,14 +79,30 @@ void ActivationInstruction::run(const Pass& pass) const {
   activation_kernels().forward({pass.n, d_, pass.dtype, activation_}, pass.registers[source_], pass.registers[target_]);
 }
 
+std::vector<MixtureSegment> ExpertsInstruction::segments(const Pass& pass) const {
+  std::vector<MixtureSegment> found;
+  for (const VersionRun* run = pass.runs; run < pass.runs + pass.n_runs; ++run) {
+    const Change* change = pass.blocks[run->version].change(number_);
+    if (change == nullptr) continue;
+    const auto pairs = [&](size_t layer) {
+      const Pairs& own = change->layers[layer].pairs;
+      const char* factors = own.factors.in<char>(pass.blocks[run->version].data);
+      return factors == nullptr ? ExpertPairs{} : ExpertPairs{factors, own.ranks[0]};
+    };
+    found.push_back({run->start, run->stop, pairs(0), pairs(1)});
+  }
+  return found;
+}
+
 void ExpertsInstruction::run(const Pass& pass) const {
   const auto at = [&](int number) { return number < 0 ? Rows{nullptr, 0} : pass.registers[number]; };
   const int64_t chosen = pass.n * router_.k;
   int64_t* ids = reinterpret_cast<int64_t*>(pass.rows.at_least(chosen * static_cast<int64_t>(sizeof(int64_t) + sizeof(float))));
   float* weights = reinterpret_cast<float*>(ids + chosen);
   experts_kernels().route(router_, {pass.n, pass.dtype, at(at_.scores), ids, weights});
-  const MixtureRows rows{pass.n, pass.dtype, at(at_.source), ids, weights, at(at_.shared), at(at_.shared_gate), at(at_.target)};
-  run_mixture(mixture_, rows, pass.scratch.at_least(mixture_bytes(mixture_, pass.n, pass.dtype)));
+  const MixtureRows rows{pass.n, pass.dtype, at(at_.source), ids, weights, at(at_.shared), at(at_.shared_gate), at(at_.target),
+                         segments(pass)};
+  run_mixture(mixture_, rows, pass.scratch.at_least(mixture_bytes(mixture_, rows)));
 }
 
 void AddInstruction::run(const Pass& pass) const {

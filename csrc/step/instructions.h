@@ -199,16 +199,21 @@ class ActivationInstruction final : public Instruction {
   int source_, target_;
 };
 
-// Rows through the experts that their scores choose; `shared` and its gate are registers too, -1: there is none.
+// Rows through the experts that their scores choose, with the pairs of versions; `shared` and its gate are registers too, -1: there
+// is none.
 class ExpertsInstruction final : public Instruction {
  public:
   struct At {
     int scores, source, shared, shared_gate, target;
   };
-  ExpertsInstruction(const Router& router, const Mixture& mixture, const At& at) : router_(router), mixture_(mixture), at_(at) {}
+  ExpertsInstruction(size_t number, const Router& router, const Mixture& mixture, const At& at)
+      : number_(number), router_(router), mixture_(mixture), at_(at) {}
   void run(const Pass& pass) const override;
 
  private:
+  std::vector<MixtureSegment> segments(const Pass& pass) const;
+
+  size_t number_;  // in the program
   Router router_;
   Mixture mixture_;
   At at_;

@@ -5,9 +5,9 @@ A row's result does not depend on the other rows: its sums run in the order of i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -18,11 +18,23 @@ from veneer.ops.dispatch import implementation
 from veneer.ops.glu import ACTIVATIONS
 from veneer.ops.packed import ROWS, PackedWeight
 from veneer.ops.packed_codes import PackedCodes
+from veneer.ops.pairs import PackedPairs
 
 Shared = tuple[Tensor | None, Tensor | None]
 """Output of a shared expert, and its gate."""
 MOST_EXPERTS = 1024
 """As csrc/experts/kernels.cpp has it."""
+
+
+class ExpertSegment(NamedTuple):
+    """Rows from ``start`` up to ``stop``, whose experts add the low-rank ``pairs`` of one adapter.
+
+    The first pairs are those of gate and up, the second those of down. None adds nothing.
+    """
+
+    pairs: tuple[PackedPairs | None, PackedPairs | None]
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,16 +156,19 @@ def mix(
     *,
     shared: Float[Tensor, "n d"] | None = None,
     shared_gate: Float[Tensor, "n 1"] | None = None,
+    segments: Sequence[ExpertSegment] = (),
     backend: str | None = None,
 ) -> Float[Tensor, "n d"]:
     """Return ``Σ weights · down(activation(gate x) · up x)`` over the experts ``ids`` of each row. For inference alone.
 
-    ``shared`` is added to the sum, times the sigmoid of ``shared_gate`` if that is given.
+    ``shared`` is added to the sum, times the sigmoid of ``shared_gate`` if that is given. ``segments`` are the rows of
+    adapters, in order; their pairs are in the dtype of the stacks.
 
     ``stacks`` are those of gate and up, one below the other (2 · width, d), and of down (d, width). Products, the
     activation and the sum are float32, each rounded once to x's dtype. Raises ShapeError and ConfigError.
     """
     _check(x, ids, weights, stacks, activation)
+    _check_segments(len(x), stacks, segments)
     if shared_gate is not None and shared is None:
         raise ShapeError("shared_gate multiplies shared, and shared is None: give both, or leave shared_gate out")
     for name, given, wide in (("shared", shared, x.shape[1]), ("shared_gate", shared_gate, 1)):
@@ -162,7 +177,7 @@ def mix(
                 f"{name} must be ({len(x)}, {wide}) of {x.dtype}; given {tuple(given.shape)} {given.dtype}"
             )
     kernel = implementation("experts.mix", x.device, backend)
-    y: Tensor = kernel(x, ids, weights, stacks, activation, (shared, shared_gate))
+    y: Tensor = kernel(x, ids, weights, stacks, activation, (shared, shared_gate), segments)
     return y
 
 
@@ -186,6 +201,26 @@ def _check(x: Tensor, ids: Tensor, weights: Tensor, stacks: tuple[PackedStack, P
         )
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n_experts:
         raise ShapeError(f"there are experts 0 to {n_experts - 1}; given ids from {int(ids.min())} to {int(ids.max())}")
+
+
+def _check_segments(n: int, stacks: tuple[PackedStack, PackedStack], segments: Sequence[ExpertSegment]) -> None:
+    reached = 0
+    for pairs, start, stop in segments:
+        fits = all(own is None or fits_stack(own, stack) for own, stack in zip(pairs, stacks, strict=True))
+        if not fits or not reached <= start <= stop <= n:
+            given = [None if own is None else (own.n_experts, own.out_features, own.in_features) for own in pairs]
+            raise ShapeError(
+                f"segments of {n} rows follow one another, and their pairs fit stacks {[s.shape for s in stacks]} of "
+                f"{stacks[0].dtype}; given rows {start} to {stop} after {reached}, with experts, outputs and inputs "
+                f"{given}"
+            )
+        reached = stop
+
+
+def fits_stack(pairs: PackedPairs, stack: PackedStack) -> bool:
+    """Return True if pairs are those of a stack's experts, in its dtype, with nothing between their products."""
+    shape = (pairs.n_experts, *pairs.out_features, pairs.in_features)
+    return shape == stack.shape and pairs.dtype == stack.dtype and pairs.middle is None
 
 
 def _kind(weight: PackedWeight | PackedCodes) -> tuple[object, ...]:

@@ -82,6 +82,7 @@ class PackedPairs:
 
     ``factors`` is flat: the a of all layers stacked, then ``scale * b`` of each layer, each in the panels of
     `veneer.ops.packed`. A layer of rank 0 has no pair. If ``shares_a``, all layers read one a, which is stored once.
+    Pairs of a layer of ``n_experts`` experts have the factors of one expert after another (`PairsPacker.add_experts`).
     """
 
     factors: Tensor
@@ -90,6 +91,7 @@ class PackedPairs:
     ranks: tuple[int, ...]
     shares_a: bool = False
     middle: Middle | None = None
+    n_experts: int = 1
 
     @classmethod
     def pack(
@@ -124,6 +126,11 @@ class PackedPairs:
         if scale is None or middle.out_scale is not None or middle.out_bias is not None:
             return None
         return replace(self, middle=middle._replace(out_scale=scale, scales_y=True))
+
+    def expert(self, number: int) -> PackedPairs:
+        """Return the pair of one expert, which shares memory with those of all."""
+        n = len(self.factors) // self.n_experts
+        return replace(self, factors=self.factors[number * n : (number + 1) * n], n_experts=1)
 
     @property
     def scales_y(self) -> bool:
@@ -191,6 +198,27 @@ class PairsPacker:
         if shared and middle is None:
             middle = Middle(None, None, "identity", None, None)
         return PackedPairs(factors, like.shape[1], tuple(out_features), ranks, shared, middle)
+
+    def add_experts(
+        self, a: Float[Tensor, "experts r i"], b: Float[Tensor, "experts o r"], scale: float, dtype: torch.dtype
+    ) -> PackedPairs:
+        """Return ``scale * b @ a`` of each expert of a layer, one expert's factors after another's.
+
+        They stay unwritten until `run`. Raises ShapeError if a and b do not fit, or for no experts or a rank of 0.
+        """
+        (n, r, i), o = a.shape, b.shape[1]
+        if not n or not r or b.shape != (n, o, r) or dtype not in DTYPES:
+            raise ShapeError(
+                f"pairs of experts are a (experts, r, i) and b (experts, o, r), packed in float32 or bfloat16; given "
+                f"{tuple(a.shape)} and {tuple(b.shape)}, and {dtype}"
+            )
+        above = filled(r, dtype)
+        factors, rooms = _room([(above, i), (o, r)] * n, dtype, a.device)
+        a, b = _one_of(FLOATS, a, dtype), _one_of(FLOATS, b, torch.float32).contiguous()
+        for expert in range(n):
+            self._put(a[expert], 1.0, rooms[2 * expert], above, 0)
+            self._put(b[expert], scale, rooms[2 * expert + 1], o, 0)
+        return PackedPairs(factors, i, (o,), (r,), n_experts=n)
 
     def run(self) -> list[Factor]:
         """Write the factors of all added pairs, and return them."""

@@ -11,11 +11,12 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from veneer.errors import ConfigError, ShapeError
-from veneer.ops.experts import MOST_EXPERTS, PackedStack, Router, mix, route
+from veneer.ops.experts import MOST_EXPERTS, ExpertSegment, PackedStack, Router, mix, route
 from veneer.ops.four_bit import FourBitLayout, quantize_4bit
 from veneer.ops.int8 import quantize_int8
 from veneer.ops.packed import PackedWeight
 from veneer.ops.packed_codes import PackedCodes
+from veneer.ops.pairs import PairsPacker
 
 OP = "experts.mix"
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
@@ -93,6 +94,59 @@ def test_threads_change_no_bit(backend):
         found.append(mix(x, ids, weights, packed, "silu", backend=backend))
     torch.set_num_threads(before)
     assert all(torch.equal(each, found[0]) for each in found)
+
+
+def draw_pairs(dtype, ranks, seed, backend, n_experts=N_EXPERTS):
+    """Factors of every expert at both layers, and the same packed; rank 0 for none."""
+    packer, factors, packed = PairsPacker(backend), [], []
+    for number, (r, (o, i)) in enumerate(zip(ranks, ((2 * WIDTH, D), (D, WIDTH)), strict=True)):
+        a, b = (0.15 * draw(n_experts, *shape, dtype=dtype, seed=seed + number) for shape in ((r, i), (o, r)))
+        factors.append((a, b))
+        packed.append(packer.add_experts(a, b, 1.7, dtype) if r else None)
+    packer.run()
+    return factors, tuple(packed)
+
+
+SEGMENTS = ((0, 2, (3, 5)), (2, 9, (0, 4)), (13, 200, (6, 0)), (200, 211, (2, 2)))
+
+
+@pytest.mark.looped("n", [1, 2, 11, 211])
+@pytest.mark.looped("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_of_experts_are_added_to_their_own_rows(dtype, n, backend):
+    """As weights that are changed row by row would give it."""
+    x, ids, weights, gate_up, down = draw_mixture(dtype, n)
+    segments, right = [], expected(x, ids, weights, gate_up, down)
+    for number, (start, stop, ranks) in enumerate(SEGMENTS):
+        start, stop = min(start, n), min(stop, n)
+        factors, pairs = draw_pairs(dtype, ranks, 10 * number, backend)
+        segments.append(ExpertSegment(pairs, start, stop))
+        added = [gate_up.double(), down.double()]
+        for place, (a, b) in enumerate(factors):
+            added[place] = added[place] + 1.7 * b.double() @ a.double()
+        rows = slice(start, stop)
+        right[rows] = expected(x[rows], ids[rows], weights[rows], *added)
+    packed = stacks(gate_up, down, backend=backend)
+    y = mix(x, ids, weights, packed, "silu", segments=segments, backend=backend)
+    assert (y.double() - right).abs().max() <= 8 * UNIT[dtype] * right.abs().max()
+    for own, start, stop in segments if backend != "reference" else ():
+        rows, alone = slice(start, stop), [ExpertSegment(own, 0, stop - start)]
+        again = mix(x[rows], ids[rows], weights[rows], packed, "silu", segments=alone, backend=backend)
+        assert torch.equal(again, y[rows])
+    base = mix(x, ids, weights, packed, "silu", backend=backend)
+    assert n < 13 or backend == "reference" or torch.equal(base[9:13], y[9:13])
+
+
+def test_pairs_of_experts_that_do_not_fit(own_checks):
+    x, ids, weights, gate_up, down = draw_mixture(torch.float32, 5)
+    packed = stacks(gate_up, down, backend=None)
+    _, pairs = draw_pairs(torch.float32, (3, 2), 0, None)
+    _, fewer = draw_pairs(torch.float32, (3, 2), 0, None, n_experts=N_EXPERTS - 1)
+    _, narrow = draw_pairs(torch.bfloat16, (3, 2), 0, None)
+    for own, rows in ((pairs[::-1], (0, 5)), (fewer, (0, 5)), (narrow, (0, 5)), (pairs, (3, 6)), (pairs, (4, 3))):
+        with pytest.raises(ShapeError, match="segments of 5 rows follow one another, and their pairs fit stacks"):
+            mix(x, ids, weights, packed, "silu", segments=[ExpertSegment(own, *rows)])
+    with pytest.raises(ShapeError, match=r"pairs of experts are a \(experts, r, i\)"):
+        PairsPacker().add_experts(draw(7, 3, 41), draw(7, 5, 2), 1.0, torch.float32)
 
 
 def test_no_rows(backend):

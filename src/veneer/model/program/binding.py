@@ -8,14 +8,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from veneer.model.blueprint.parts import Linear
+from veneer.model.blueprint.parts import Linear, Stack
 from veneer.model.blueprint.rotary import Rotary
+from veneer.model.program.expert_stacks import ExpertStacks, Stacks
 from veneer.model.program.linears import Linears, Packed, Ready
 from veneer.model.program.version import Versions
-from veneer.ops.experts import PackedStack
-
-Stacks = tuple[PackedStack, PackedStack]
-"""Packed layers of the experts of a mixture: gate and up, and down."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,8 +20,8 @@ class Binding:
     """A model, its ``packed`` weights and ``stacks`` of experts, and the cosines and sines of each rotation by
     position.
 
-    ``versions`` may change after operations are bound. ``groups`` are the groups of linear layers bound so far, in
-    order; for ``ready`` see `Linears`.
+    ``versions`` may change after operations are bound. ``groups`` are the groups of linear layers, and the stacks of
+    experts, bound so far, in order; for ``ready`` see `Linears`.
     """
 
     model: PreTrainedModel
@@ -32,14 +29,21 @@ class Binding:
     versions: Versions = field(default_factory=dict)
     turns: Mapping[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)
     ready: Ready = field(default_factory=dict)
-    groups: list[Linears] = field(default_factory=list)
+    groups: list[Linears | ExpertStacks] = field(default_factory=list)
     stacks: Mapping[tuple[str, ...], Stacks] = field(default_factory=dict)
 
     def linears(self, linears: tuple[Linear, ...]) -> Linears:
         """Return a group of linear layers that read the same input. Equal layers give the same group."""
         paths = tuple(linear.path for linear in linears)
-        known = next((group for group in self.groups if group.paths == paths), None)
+        known = next((group for group in self.groups if isinstance(group, Linears) and group.paths == paths), None)
         if known is None:
             known = Linears(self.model, linears, self.packed, self.versions, len(self.groups), self.ready)
             self.groups.append(known)
         return known
+
+    def expert_stacks(self, stacks: tuple[Stack, ...]) -> ExpertStacks:
+        """Return the layers of all experts of a mixture."""
+        packed = self.stacks.get(tuple(stack.path for stack in stacks))
+        found = ExpertStacks(self.model, stacks, packed, self.versions, len(self.groups))
+        self.groups.append(found)
+        return found

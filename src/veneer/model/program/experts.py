@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from veneer.model.adapted.experts import CodedExperts
 from veneer.model.adapted.parameters import AdaptedParameters, acting_record
-from veneer.model.adapted.state import base_alone
 from veneer.model.blueprint.names import CORRECTION
 from veneer.model.blueprint.parts import Experts, Stack
 from veneer.model.inplace import InPlace, base_of, mixin_of
 from veneer.model.program.acting import Acting, is_plain
-from veneer.model.program.binding import Binding, Stacks
+from veneer.model.program.binding import Binding
+from veneer.model.program.expert_stacks import ExpertStacks
 from veneer.model.program.operation import Frame, Register
 from veneer.model.program.rows import PassRows
 from veneer.model.program.stretch import ActingStretch, Keep, Kept, Tape, Trained
@@ -33,14 +33,9 @@ from veneer.records.terms.pair import Pair
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MixWeights:
-    """Packed ``stacks`` of the experts; without them the model's own ``module`` computes their outputs.
+    """Layers of the experts (``stacks``), and the ``bias`` that is added to the values by which they are chosen."""
 
-    ``bias`` is added to the values by which they are chosen.
-    """
-
-    model: nn.Module
-    module: nn.Module
-    stacks: Stacks | None
+    stacks: ExpertStacks
     bias: Tensor | None
 
 
@@ -98,29 +93,33 @@ class MixExperts(Trained):
         )
 
     def bind(self, to: Binding) -> MixWeights:
-        path = self.experts.gate_up.path.rpartition(".")[0]
-        paths = tuple(stack.path for stack in self.stacks)
         bias = _bias(to.model.get_submodule(self.experts.router.path), self.experts)
-        return MixWeights(to.model, to.model.get_submodule(path), to.stacks.get(paths), bias)
+        return MixWeights(to.expert_stacks(self.stacks), bias)
 
     def forward(self, weights: MixWeights, rows: PassRows, frame: Frame) -> None:
         x, ids, factors = frame[self.source.name], *route(frame[self.scores.name], self.router, weights.bias)
         shared, gate = (None if each is None else frame[each.name] for each in (self.shared, self.shared_gate))
-        if weights.stacks is not None:
-            y = mix(x, ids, factors, weights.stacks, self.experts.activation, shared=shared, shared_gate=gate)
+        stacks, of_rows = weights.stacks, (rows.versions, rows.runs)
+        if stacks.weights is not None:
+            segments = stacks.expert_segments(*of_rows)
+            act = self.experts.activation
+            y = mix(x, ids, factors, stacks.weights, act, shared=shared, shared_gate=gate, segments=segments)
         else:
-            with base_alone(weights.model):  # it may get adapters later
-                y = _with_shared(weights.module(x, ids, factors), shared, gate)
+            y = _with_shared(stacks.by_module(x, ids, factors, *of_rows), shared, gate)
         frame[self.target.name] = y
 
     def emit(self, weights: MixWeights, step: StepProgram) -> bool:
         narrow = self.experts.wide_scores and step.dtype != torch.float32  # its registers have one dtype
-        if weights.stacks is None or narrow:
+        stacks = weights.stacks.weights
+        if stacks is None or narrow:
             return False
         at = [-1 if each is None else step.first_of(each) for each in (self.shared, self.shared_gate)]
         at = [step.first_of(self.scores), step.first_of(self.source), *at, step.first_of(self.target)]
-        step.add_experts(self.router, weights.bias, weights.stacks, self.experts.activation, at)
+        step.add_experts(self.router, weights.bias, stacks, self.experts.activation, at)
         return True
+
+    def group(self, weights: MixWeights) -> ExpertStacks:
+        return weights.stacks
 
     def acting(self, at: Acting) -> ActingExperts | None:
         """Return the experts with the pairs that act on them.

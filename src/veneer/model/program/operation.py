@@ -15,6 +15,7 @@ from torch import Tensor
 
 from veneer.model.blueprint.parts import Linear, Norm, Stack
 from veneer.model.program.binding import Binding
+from veneer.model.program.expert_stacks import ExpertStacks
 from veneer.model.program.linears import Linears
 from veneer.model.program.rows import PassRows
 from veneer.model.program.version import Version
@@ -148,8 +149,8 @@ class Operation(ABC):
         """Return True if the operation's C++ instructions can run in a pass of a kind."""
         return True
 
-    def group(self, weights: Any) -> Linears | None:
-        """Return the operation's linear layers with their weights, or None if it has none."""
+    def group(self, weights: Any) -> Linears | ExpertStacks | None:
+        """Return the layers that versions change here, with their weights, or None if there are none."""
         return None
 
     def take(self, weights: Any, version: Version, place: StepPlace) -> bool:

@@ -61,6 +61,11 @@ class Program:
         return tuple(each.stacks for each in self.operations if each.stacks)
 
     @cached_property
+    def stack_paths(self) -> frozenset[str]:
+        """Paths of the layers of all experts."""
+        return frozenset(stack.path for stacks in self.stacks for stack in stacks)
+
+    @cached_property
     def linears(self) -> dict[str, Linear]:
         """Linear layers that operations compute, by path."""
         return {linear.path: linear for group in self.groups for linear in group}

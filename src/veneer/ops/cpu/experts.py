@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
-from veneer.ops.experts import PackedStack, Router, Shared
+from veneer.ops.experts import ExpertSegment, PackedStack, Router, Shared
 from veneer.ops.glu import ACTIVATIONS
 from veneer.ops.memory import address
 from veneer.ops.packed import ROWS
@@ -33,7 +35,13 @@ def route(scores: Tensor, router: Router, bias: Tensor | None) -> tuple[Tensor, 
 
 
 def mix(
-    x: Tensor, ids: Tensor, weights: Tensor, stacks: tuple[PackedStack, PackedStack], activation: str, shared: Shared
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    stacks: tuple[PackedStack, PackedStack],
+    activation: str,
+    shared: Shared,
+    segments: Sequence[ExpertSegment],
 ) -> Tensor:
     inner, down = stacks
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -56,8 +64,16 @@ def mix(
         *_rows(beside),
         *_rows(gate),
         *_rows(y),
+        [number for segment in segments for number in _segment(segment)],
     )
     return y
+
+
+def _segment(segment: ExpertSegment) -> Iterator[int]:
+    """Yield a segment's rows, and of both its pairs the address of the factors and the rank, 0 for none."""
+    yield from (segment.start, segment.stop)
+    for pairs in segment.pairs:
+        yield from (0, 0) if pairs is None else (address(pairs.factors), *pairs.ranks)
 
 
 def _rows(x: Tensor | None) -> tuple[int, int]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from veneer.ops.experts import PackedStack, Router, Shared
+from veneer.ops.experts import ExpertSegment, PackedStack, Router, Shared
 from veneer.ops.glu import glu_forward
+from veneer.ops.pairs import Segment, add_pairs
 
 
 def route(scores: Tensor, router: Router, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -25,20 +28,38 @@ def route(scores: Tensor, router: Router, bias: Tensor | None) -> tuple[Tensor, 
 
 
 def mix(
-    x: Tensor, ids: Tensor, weights: Tensor, stacks: tuple[PackedStack, PackedStack], activation: str, shared: Shared
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    stacks: tuple[PackedStack, PackedStack],
+    activation: str,
+    shared: Shared,
+    segments: Sequence[ExpertSegment],
 ) -> Tensor:
     inner, down = stacks
     out = x.new_zeros(*ids.shape, down.shape[1])
     for number in torch.unique(ids).tolist():
         row, place = torch.where(ids == number)
-        gated, up = inner.expert(number).matmul(x[row], backend="reference").chunk(2, dim=-1)
+        hidden = inner.expert(number).matmul(x[row], backend="reference")
+        _add_pairs(hidden, x[row], row, number, 0, segments)
+        gated, up = hidden.chunk(2, dim=-1)
         acted = glu_forward(gated, up, activation, backend="reference")
-        out[row, place] = down.expert(number).matmul(acted, backend="reference")
+        y = down.expert(number).matmul(acted, backend="reference")
+        _add_pairs(y, acted, row, number, 1, segments)
+        out[row, place] = y
     beside, gate = shared
     total = (out.float() * weights[:, :, None]).sum(1)
     if beside is not None:
         total += beside.float() if gate is None else gate.float().sigmoid() * beside.float()
     return total.to(x.dtype)
+
+
+def _add_pairs(y: Tensor, x: Tensor, row: Tensor, number: int, layer: int, segments: Sequence[ExpertSegment]) -> None:
+    """Add the pairs of one expert at one layer to its outputs ``y``, whose rows are those in ``row``, ascending."""
+    for segment in segments:
+        pairs, (start, stop) = segment.pairs[layer], torch.searchsorted(row, torch.tensor(segment[1:])).tolist()
+        if pairs is not None and start < stop:
+            add_pairs(x, [Segment(pairs.expert(number), start, stop)], [y], backend="reference")
 
 
 def _largest(values: Tensor, k: int) -> Tensor:

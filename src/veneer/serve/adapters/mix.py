@@ -29,7 +29,8 @@ def read_mix(lookup: Lookup, program: Program, parts: Parts) -> Effects:
     ]
     found = Effects()
     for path in dict.fromkeys(path for effects, _ in read for path in effects.linear):
-        own = dict(own_parameters(lookup.model.get_submodule(path))).get("bias")
+        module = None if path in program.stack_paths else lookup.model.get_submodule(path)  # experts have no bias here
+        own = None if module is None else dict(own_parameters(module)).get("bias")
         records = [effects.linear[path].weighed(w, own) for effects, w in read if path in effects.linear]
         found.linear[path] = compose_linear(records, own)
     tables = [effects.table.weighed(w) for effects, w in read if effects.table is not None]

@@ -126,8 +126,13 @@ def _put(found: Effects, program: Program, path: str, record: object) -> None:
 
     Raises UnsaidError if the program cannot express it.
     """
-    if isinstance(record, LinearDelta) and path in program.linears:
-        found.linear[path] = _with_own_vectors(record)
+    matrix = path.removesuffix(".weight")  # of a router, which target_parameters names
+    if isinstance(record, LinearDelta) and matrix in program.linears:
+        if matrix in found.linear:
+            raise UnsaidError(f"two updates of {matrix}")
+        found.linear[matrix] = _with_own_vectors(record)
+    elif isinstance(record, LinearDelta) and path in program.stack_paths and record.is_low_rank:
+        found.linear[path] = record
     elif isinstance(record, LinearDelta) and path == program.embedding.path:
         found.table = in_own_memory(record)
     elif isinstance(record, ResidualDelta) and path in program.sites:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from veneer.model.program.binding import Binding, Stacks
+from veneer.model.program.binding import Binding
 from veneer.model.program.bottleneck import Bottleneck
+from veneer.model.program.expert_stacks import ExpertStacks, Stacks
 from veneer.model.program.linears import Linears, Packed, VersionPacking
 from veneer.model.program.logits import LogitRows
 from veneer.model.program.operation import Bound, Frame
@@ -49,7 +50,7 @@ class Interpreter:
     ) -> None:
         self.program, self.dtype, self.device = program, model.dtype, model.device
         self.versions: dict[str, PackedEffects] = {}
-        self._packed, self._linears = packed, list[Linears]()
+        self._packed, self._linears = packed, list[Linears | ExpertStacks]()
         self._ready = dict[tuple[int, AdapterRuns], Segments]()
         self.maker = Blocks(_KEPT)
         turns = {r: r.tables(torch.arange(program.n_positions).to(model.device)) for r in program.rotaries}
@@ -150,7 +151,7 @@ class Interpreter:
         return self._plans[key]
 
 
-def _fits(linears: Linears, bare: GroupChange, block: VersionBlock) -> bool:
+def _fits(linears: Linears | ExpertStacks, bare: GroupChange, block: VersionBlock) -> bool:
     """Return True if changes fit layers.
 
     The indices of sparse terms are checked too, since a damaged file may hold wrong ones.

@@ -30,7 +30,7 @@ from veneer.model.batch.paged import TOLERANCE, KeysValues, Stretch, require_pag
 from veneer.model.blueprint.describe import describe
 from veneer.model.memory.give_back import give_back
 from veneer.model.modules.snapshot import look_at
-from veneer.model.program.binding import Stacks
+from veneer.model.program.expert_stacks import Stacks
 from veneer.model.program.program import Program, compile_program
 from veneer.model.program.version import Effects
 from veneer.model.quantized.packed_linear import PackedGroup, is_packed, pack_group, unpack

@@ -19,6 +19,7 @@ from veneer.model.blueprint.describe import describe
 from veneer.model.program.program import compile_program
 from veneer.model.quantized.packed_linear import PackedLinear
 from veneer.model.quantized.stack import PackedExpertStack
+from veneer.serve.program.effects import UnsaidError
 from veneer.serve.runners.general_runner import GeneralRunner
 from veneer.serve.runners.program_runner import ProgramRunner, proved
 
@@ -284,7 +285,7 @@ def test_an_adapter_of_a_shared_expert_changes_its_own_rows_alone(tokenizer, tmp
 
 
 def test_adapters_of_experts_are_served_beside_others(tokenizer, tmp_path):
-    """Each has a pass of its own in a step: an expert sees tokens of any row."""
+    """In one pass: an expert adds the pairs of a row's own adapter."""
     llm = LLM(experts_model(), tokenizer=tokenizer, max_num_batched_tokens=11)
     own, requests = [answers(llm, PROMPTS[:1])[0]], [None]
     for number, targets in enumerate((["q_proj"], None, "all-linear"), start=1):
@@ -295,10 +296,18 @@ def test_adapters_of_experts_are_served_beside_others(tokenizer, tmp_path):
         requests.append(LoRARequest(str(number), number, str(folder)))
     assert answers(llm, PROMPTS[:1] * 4, requests) == own
     assert len({str(each) for each in own}) == 4
+    assert llm.engine.runner.general is None
 
 
-def test_an_adapter_of_experts_where_weights_were_given_up(tokenizer, tmp_path):
-    """The general runner adapts layers and experts that are packed alone."""
+@pytest.mark.parametrize("general", [False, True])
+def test_an_adapter_of_experts_where_weights_were_given_up(general, tokenizer, tmp_path, monkeypatch):
+    """The program adapts layers and experts that are packed alone, and so does the general runner."""
+
+    def unsaid(*_: Any, **__: Any) -> None:
+        raise UnsaidError("an update of something else")
+
+    if general:
+        monkeypatch.setattr("veneer.serve.program.effects._put", unsaid)
     experts_model().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     llm = LLM(tmp_path / "base")
@@ -313,6 +322,7 @@ def test_an_adapter_of_experts_where_weights_were_given_up(tokenizer, tmp_path):
     adapted = PeftModel.from_pretrained(experts_model(), str(folder))
     expected = [generated(adapted, prompt) for prompt in PROMPTS]
     assert answers(llm, PROMPTS, LoRARequest("a", 1, str(folder))) == expected
+    assert (llm.engine.runner.general is not None) == general
     assert expected != base
     assert answers(llm, PROMPTS) == base
 
