@@ -45,7 +45,7 @@ def test_a_prompt_is_a_turn_a_conversation_or_a_text() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"x": 1}, r"row 1: it has the fields \['x'\]"),
+        ({"x": 1}, r"row 1: its fields are \['x'\]"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "no turn"),
     ],
 )

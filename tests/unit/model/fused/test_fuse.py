@@ -56,7 +56,7 @@ def test_a_window_longer_than_the_check_is_seen(known: bool, caplog: pytest.LogC
 
 @pytest.mark.parametrize("described", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "scale", "reason"), [(torch.float32, 0.25, "differs by"), (torch.bfloat16, 0.02, "more with positions")]
+    ("dtype", "scale", "reason"), [(torch.float32, 0.25, "differs by"), (torch.bfloat16, 0.02, "more than rotary")]
 )
 def test_queries_scaled_by_position_run_the_general_path(
     dtype: torch.dtype,
