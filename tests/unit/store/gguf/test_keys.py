@@ -63,7 +63,8 @@ def test_a_config_comes_back_from_its_keys(name: str) -> None:
         ("gptneox", {"attention_bias": False}, "attention_bias False"),
         ("olmo3", {"rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": 5e5},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}, "rope_theta 10000.0 of the layers"),
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+            "rope_theta 10000.0 in layers with windows"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 0, 1]}, "no_rope_layers"),
         ("granite", {"mlp_bias": True}, "mlp_bias True"),
     ],
