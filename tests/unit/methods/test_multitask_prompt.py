@@ -219,7 +219,7 @@ def test_tasks_of_two_adapters_at_once() -> None:
     model = ours()
     model.add_adapter("lora", veneer.LoraConfig(r=2, target_modules=["q_proj"]))
     model.set_adapter(["default", "lora"])
-    with pytest.raises(CompositionError, match="activate one, or give adapter_names"):
+    with pytest.raises(CompositionError, match="activate exactly one, or give adapter_names"):
         logits(model, task_ids=[0, 1])
 
 

@@ -25,7 +25,7 @@ from veneer.ops.blockwise import dynamic_map
 from veneer.ops.cpu.module import kernels
 from veneer.ops.cpu.step import StepNorm, StepProgram, layer_parts, norm_parts
 from veneer.ops.dispatch import backends, implementation
-from veneer.ops.experts import PackedStack, Router
+from veneer.ops.experts import ExpertSegment, PackedStack, Router
 from veneer.ops.four_bit import FourBitLayout, quantize_4bit
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
 from veneer.ops.int8 import quantize_int8
@@ -65,7 +65,8 @@ def cases():
     yield "experts.route", (torch.randn(N, 8), Plain(Router(n_experts=8, top_k=2)), torch.randn(8))
     stacks = PackedStack.pack(torch.randn(3, 2 * R, D)), PackedStack.pack(torch.randn(3, D, R))
     chosen = torch.tensor([[0, 2]] * N)
-    yield "experts.mix", (x, chosen, torch.rand(N, 2), stacks, "silu", (y, torch.randn(N, 1)))
+    shared, segments = (y, torch.randn(N, 1)), Plain([ExpertSegment((None, None), 0, N)])
+    yield "experts.mix", (x, chosen, torch.rand(N, 2), stacks, "silu", shared, segments)
     yield "glu.glu_forward", (x, y, "silu")
     yield "glu.glu_backward", (x, y, x.clone(), "silu", (True, True))
     group = LowRankGroup((torch.randn(R, D),), (torch.randn(OUT, R),), (0.5,))
