@@ -5,6 +5,7 @@ The other rows stay. Each row comes from a tiny random model of that type.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -41,16 +42,22 @@ sizes, or because it needs a package or images. "transformers: …" is the error
 """
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
     """Try the types and write the page after each."""
+    known = [*CAUSAL, *IMAGES, *(f"seq2seq/{name}" for name in SEQ2SEQ), *(f"classes/{name}" for name in CLASSES)]
+    parser = argparse.ArgumentParser(description="Write rows of docs/models.md; the others stay.")
+    parser.add_argument("types", metavar="TYPE", nargs="*", help="model type, as in the first column (default: all)")
+    names = parser.parse_args().types
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: no such model type. Give types of the page's first column, as llama")
     transformers.logging.set_verbosity_error()
     rows = rows_in(PAGE.read_text(encoding="utf-8")) if PAGE.is_file() else {}
-    kinds = (*(f"seq2seq/{name}" for name in SEQ2SEQ), *(f"classes/{name}" for name in CLASSES))
-    for name in names or [*CAUSAL, *IMAGES, *kinds]:
+    for name in names or known:
         rows[name] = row_of(name)
         print(rows[name], file=sys.stderr, flush=True)
         PAGE.write_text(TOP + table_of(rows) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

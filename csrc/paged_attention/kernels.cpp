@@ -361,17 +361,21 @@ struct Seen {  // keys from `first` to before `end`, counted from the first scor
   int64_t first, end;
 };
 
-// Scores [begin, end) of one row, whole registers, become weights relative to the running maximum.
-template <class Engine, bool masked, bool capped>
+enum class Form { plain, capped, biased };  // of scores
+
+// Scores [begin, end) of one row, whole registers, become weights relative to the running maximum. `bias`: of the first key;
+// `own`: of the query.
+template <class Engine, bool masked, Form form>
 __attribute__((noinline)) void weigh(const PagedOptions& options, float* scores, typename Engine::X* p, int64_t begin, int64_t end, Seen seen,
-                                     float* sums, int64_t d, float* top_of_row, float* total) {
+                                     const float* bias, float own, float* sums, int64_t d, float* top_of_row, float* total) {
   int_lanes step;
   for (int32_t i = 0; i < width; ++i) step[i] = i;
   const float before = *top_of_row;
   lanes most = splat(before);
   for (int64_t k = begin; k < end; k += width) {
     lanes s = load(scores + k) * options.scale;
-    if (capped) s = options.softcap * tanh(s / options.softcap);
+    if (form == Form::capped) s = options.softcap * tanh(s / options.softcap);
+    if (form == Form::biased) s += load(bias + k) - own;
     if (masked) {
       const int_lanes key = step + static_cast<int32_t>(k);
       s = (key >= static_cast<int32_t>(seen.first)) & (key < static_cast<int32_t>(seen.end)) ? s : splat(-INFINITY);
@@ -463,7 +467,7 @@ struct Worker {
 
   void read_queries(const Task& task) {
     for (int64_t r = 0; r < n_rows(task); ++r) {
-      const T* from = row_at<const T>(call.q, row_of(task, r), head_of(task, r));
+      const T* from = row_at<const T>(call.q, row_of(task, r), r % layout.group) + task.head * call.q_of_key;
       X* to = queries + r * layout.d;
       for (int64_t c = 0; c < layout.d; ++c) to[c] = from_float<X>(c < call.store.head_dim ? to_float(from[c]) : 0.0f);
     }
@@ -505,7 +509,7 @@ struct Worker {
     for (int64_t r = row; r < row + n; ++r) {
       const int64_t here = position + r / layout.group - chunk;  // where the query itself would be
       const Seen seen{window > 0 ? here - window + 1 : 0, here + 1};
-      weigh_any(r, first_block * key_block, (first_block + blocks) * key_block, seen, state);
+      weigh_any(task, r, chunk, first_block * key_block, (first_block + blocks) * key_block, seen, state);
     }
     if (ShapedTiles<Engine>::whole_blocks && end % key_block != 0) values[blocks - 1] = clear(values[blocks - 1], end % key_block);
     const auto add = [&](auto fetching) {
@@ -548,11 +552,16 @@ struct Worker {
     values = head_values<W>(s, page, call.layer, task.head) + place<W>(layout.d, slot, 0);
   }
 
-  void weigh_any(int64_t r, int64_t begin, int64_t end, Seen seen, const State& state) {
+  void weigh_any(const Task& task, int64_t r, int64_t chunk, int64_t begin, int64_t end, Seen seen, const State& state) {
+    const PagedOptions& options = call.options;
     const bool masked = seen.first > begin || seen.end < end;
-    const auto run = call.options.softcap != 0.0f ? weigh<Engine, true, true> : masked ? weigh<Engine, true, false> : weigh<Engine, false, false>;
-    run(call.options, scores + r * chunk_keys, p + r * chunk_keys, begin, end, seen, state.sums + r * layout.d, layout.d,
-        state.top + r, state.total + r * width);
+    const auto run = options.softcap != 0.0f ? weigh<Engine, true, Form::capped>
+                     : options.bias != nullptr ? weigh<Engine, true, Form::biased>
+                     : masked ? weigh<Engine, true, Form::plain>
+                              : weigh<Engine, false, Form::plain>;
+    const float* bias = options.bias == nullptr ? nullptr : options.bias + head_of(task, r) * options.positions + chunk;
+    run(options, scores + r * chunk_keys, p + r * chunk_keys, begin, end, seen, bias, bias == nullptr ? 0.0f : bias[seen.end - 1],
+        state.sums + r * layout.d, layout.d, state.top + r, state.total + r * width);
   }
 
   void write_part(const Task& task) const {

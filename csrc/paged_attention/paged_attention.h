@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 
 #include "core/isa.h"
 #include "core/numeric.h"
@@ -34,6 +35,10 @@ struct PagedOptions {
   float scale;
   int64_t window;  // 0: none
   float softcap;   // 0: none
+  // A bias of each position, by query head: a score's is that of the key less that of the query. A row has `positions`
+  // values, a multiple of 16. Null: none; it excludes a cap.
+  const float* bias;
+  int64_t positions;
 };
 
 struct PagedCall {
@@ -42,6 +47,7 @@ struct PagedCall {
   PagedBatch batch;
   int64_t q_heads;
   PagedRows q, out;
+  int64_t q_of_key;  // from the first query head of a key head to that of the next, in values of q
   PagedOptions options;
   char* scratch;
   int n_threads;
@@ -61,6 +67,13 @@ inline int threads_for(const PagedCall& call) {
 }
 
 }  // namespace
+
+// Throws out_of_range if a row's position has no bias.
+inline void require_bias(const PagedOptions& options, const PagedBatch& b) {
+  for (int64_t s = 0; options.bias != nullptr && s < b.n_sequences; ++s)
+    if (b.position[s] + b.first_row[s + 1] - b.first_row[s] > options.positions)
+      throw std::out_of_range("a position is beyond those that have a bias");
+}
 
 struct PagedAttentionKernels {
   void (*append)(const PagedStore& store, int64_t layer, const PagedBatch& batch, const PagedRows& k, const PagedRows& v);

@@ -32,52 +32,55 @@ std::vector<int64_t> even_shares(const PagedBatch& b, int64_t window, int thread
 
 }  // namespace
 
-PagedRows AttentionInstruction::heads(const Pass& pass, const HeadsAt& at) const {
+Heads AttentionInstruction::heads(const Pass& pass, const HeadsAt& at) const {
   const Rows rows = pass.registers[at.source];
-  return {static_cast<char*>(rows.data) + at.first * pass.bytes(), rows.stride, at.apart};
+  return {{static_cast<char*>(rows.data) + at.first * pass.bytes(), rows.stride, at.apart}, at.of_key};
 }
 
 // Each head by itself, then all rows of the first head lie in front of those of the next; or all heads of a row at once.
-PagedRows AttentionInstruction::normed(const Pass& pass, const NormParts& norm, const PagedRows& x, int64_t n_heads,
-                                       char* memory) const {
-  const int64_t d = norm.weight.size(), head_dim = parts_.head_dim;
+Heads AttentionInstruction::normed(const Pass& pass, const NormParts& norm, const Heads& x, int64_t n_heads, char* memory) const {
+  const int64_t d = norm.weight.size(), head_dim = parts_.head_dim, group = n_heads / parts_.kv_heads;
   if (d == 0) return x;
   if (d != head_dim) {
-    normalize(pass, norm, {x.data, x.row_stride}, pass.n, memory);
-    return {memory, d, head_dim};
+    normalize(pass, norm, {x.rows.data, x.rows.row_stride}, pass.n, memory);
+    return {{memory, d, head_dim}, group * head_dim};
   }
-  for (int64_t head = 0; head < n_heads; ++head)
-    normalize(pass, norm, {x.data + head * x.head_stride * pass.bytes(), x.row_stride}, pass.n, memory + head * pass.n * d * pass.bytes());
-  return {memory, d, pass.n * d};
+  for (int64_t head = 0; head < n_heads; ++head) {
+    const int64_t at = head / group * x.of_key + head % group * x.rows.head_stride;
+    normalize(pass, norm, {x.rows.data + at * pass.bytes(), x.rows.row_stride}, pass.n, memory + head * pass.n * d * pass.bytes());
+  }
+  return {{memory, d, pass.n * d}, group * pass.n * d};
 }
 
-void AttentionInstruction::turn(const Pass& pass, const PagedRows& x, int64_t n_heads) const {
+void AttentionInstruction::turn(const Pass& pass, const Heads& x, int64_t n_heads) const {
   const TurnTable& table = pass.turns[parts_.table];
-  const RotaryView view{x.data, 0, x.head_stride, x.row_stride};
-  rotary_kernels().rotate({1, n_heads, pass.n, parts_.head_dim}, view, view, {table.cos, table.sin, 0, parts_.half}, pass.dtype,
-                          parts_.interleaved);
+  const int64_t group = n_heads / parts_.kv_heads;
+  const bool even = x.of_key == group * x.rows.head_stride;
+  const RotaryView view{x.rows.data, x.of_key, x.rows.head_stride, x.rows.row_stride};
+  rotary_kernels().rotate({even ? 1 : parts_.kv_heads, even ? n_heads : group, pass.n, parts_.head_dim}, view, view,
+                          {table.cos, table.sin, 0, parts_.half}, pass.dtype, parts_.interleaved);
 }
 
 void AttentionInstruction::run_rows(const Pass& pass) const {
   const int64_t q_bytes = heads_bytes(pass, parts_.q_heads);
   char* memory = pass.rows.at_least(q_bytes + heads_bytes(pass, parts_.kv_heads));
-  const PagedRows q = normed(pass, q_norm_, heads(pass, parts_.q), parts_.q_heads, memory);
-  const PagedRows k = normed(pass, k_norm_, heads(pass, parts_.k), parts_.kv_heads, memory + q_bytes);
+  const Heads q = normed(pass, q_norm_, heads(pass, parts_.q), parts_.q_heads, memory);
+  const Heads k = normed(pass, k_norm_, heads(pass, parts_.k), parts_.kv_heads, memory + q_bytes);
   if (parts_.table >= 0) {
     turn(pass, q, parts_.q_heads);
     turn(pass, k, parts_.kv_heads);
   }
-  paged_attention_kernels().append(pass.store, parts_.layer, pass.batch, k, heads(pass, parts_.v));
+  paged_attention_kernels().append(pass.store, parts_.layer, pass.batch, k.rows, heads(pass, parts_.v).rows);
   PagedCall call = call_of(pass, q);
   call.n_threads = threads_for(call);
   call.scratch = pass.scratch.at_least(paged_attention_kernels().scratch_bytes(call));
   paged_attention_kernels().attend(call);
 }
 
-PagedCall AttentionInstruction::call_of(const Pass& pass, const PagedRows& q) const {
+PagedCall AttentionInstruction::call_of(const Pass& pass, const Heads& q) const {
   const Rows out = pass.registers[parts_.target];
-  return {pass.store, parts_.layer, pass.batch, parts_.q_heads, q, {static_cast<char*>(out.data), out.stride, parts_.head_dim},
-          parts_.options, nullptr, 1};
+  return {pass.store, parts_.layer, pass.batch, parts_.q_heads, q.rows, {static_cast<char*>(out.data), out.stride, parts_.head_dim},
+          q.of_key, parts_.options, nullptr, 1};
 }
 
 // Sequences [begin, end) as a pass of their own.
@@ -114,6 +117,7 @@ void AttentionInstruction::make_room(const Pass& pass) const {
 }
 
 void AttentionInstruction::run(const Pass& pass) const {
+  require_bias(parts_.options, pass.batch);
   const std::vector<int64_t> bounds = even_shares(pass.batch, parts_.options.window, threads_for(call_of(pass, {})));
   if (bounds.size() <= 2) return run_rows(pass);
   std::vector<std::unique_ptr<Share>> shares;

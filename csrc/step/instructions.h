@@ -127,9 +127,16 @@ class ChangeInstruction final : public Instruction {
   Bottlenecks bottlenecks_;
 };
 
-struct HeadsAt {  // of queries, keys or values: register, first value, values from head to head
+// Queries, keys or values: register, first value, values from head to head of one key head, and from the first of one key
+// head to that of the next.
+struct HeadsAt {
   int source;
-  int64_t first, apart;
+  int64_t first, apart, of_key;
+};
+
+struct Heads {  // the same in memory, of all rows
+  PagedRows rows;
+  int64_t of_key;
 };
 
 // Queries, keys and values of a product: normed, turned, appended to the pages; then what the queries see. Where sequences can
@@ -153,10 +160,10 @@ class AttentionInstruction final : public Instruction {
   void run_rows(const Pass& pass) const;
   void make_room(const Pass& pass) const;
   int64_t heads_bytes(const Pass& pass, int64_t n_heads) const { return pass.n * n_heads * parts_.head_dim * pass.bytes(); }
-  PagedCall call_of(const Pass& pass, const PagedRows& q) const;
-  PagedRows heads(const Pass& pass, const HeadsAt& at) const;
-  PagedRows normed(const Pass& pass, const NormParts& norm, const PagedRows& x, int64_t n_heads, char* memory) const;
-  void turn(const Pass& pass, const PagedRows& x, int64_t n_heads) const;
+  PagedCall call_of(const Pass& pass, const Heads& q) const;
+  Heads heads(const Pass& pass, const HeadsAt& at) const;
+  Heads normed(const Pass& pass, const NormParts& norm, const Heads& x, int64_t n_heads, char* memory) const;
+  void turn(const Pass& pass, const Heads& x, int64_t n_heads) const;
 
   Parts parts_;
   NormParts q_norm_, k_norm_;  // without weights: no norm

@@ -227,12 +227,16 @@ def paged_attention(
     q: Float[Tensor, "n q_heads head_dim"],
     rows: PagedRows,
     options: AttentionOptions = PLAIN,
+    bias: Float[Tensor, "q_heads n_positions"] | None = None,
 ) -> Float[Tensor, "n q_heads head_dim"]:
     """Return softmax attention of each row's queries to its sequence up to the row itself, in one layer.
 
     Query head h reads key head ``h // (q_heads // kv_heads)``. Softmax and sums are float32; if the CPU multiplies
     bfloat16, probabilities are rounded to it. A row's result depends on its own sequence alone, bit for bit. The batch,
-    the chunks of a prompt and the number of threads do not change it. Raises ShapeError.
+    the chunks of a prompt and the number of threads do not change it.
+
+    ``bias`` (ALiBi) is float32 and has a value for each position; there are a multiple of 16. A score's bias is its
+    key's less its query's. It takes the place of the options' slopes, and excludes their soft cap. Raises ShapeError.
     """
     _check(store, layer, {"q": (q, (rows.n_rows, q.shape[1] if q.ndim == 3 else 0, store.head_dim))})
     if q.shape[1] == 0 or q.shape[1] % store.kv_heads:
@@ -240,11 +244,24 @@ def paged_attention(
             f"{q.shape[1]} query heads do not fit {store.kv_heads} key heads: the number of query heads must be a "
             "multiple of that of key heads"
         )
+    if bias is not None:
+        _check_bias(bias, q, rows, options)
     scale = store.head_dim**-0.5 if options.scale is None else options.scale
     numbers = (scale, options.window or 0, options.softcap or 0.0)
     attend = implementation("paged_attention.attend", q.device, options.backend)
-    out: Tensor = attend(store, layer, q, rows, *numbers)
+    out: Tensor = attend(store, layer, q, rows, *numbers, bias)
     return out
+
+
+def _check_bias(bias: Tensor, q: Tensor, rows: PagedRows, options: AttentionOptions) -> None:
+    n_positions = int((rows.position + rows.first_row.diff()).max()) if len(rows.position) else 0
+    least = (q.shape[1], -(-n_positions // UNIT) * UNIT)
+    fits = bias.ndim == 2 and bias.shape[0] == least[0] and bias.shape[1] >= least[1] and bias.shape[1] % UNIT == 0
+    if not fits or bias.dtype != torch.float32 or not bias.is_contiguous() or options.softcap is not None:
+        raise ShapeError(
+            f"bias must be contiguous float32 of at least {least}, positions a multiple of {UNIT}, without a softcap; "
+            f"given {tuple(bias.shape)} {bias.dtype}, softcap={options.softcap}"
+        )
 
 
 def _check(store: PagedStore, layer: int, given: dict[str, tuple[Tensor, tuple[int, int, int]]]) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from veneer.errors import ConfigError, ShapeError
+from veneer.model.blueprint.alibi import Alibi
 from veneer.ops.attention import AttentionOptions
 from veneer.ops.paged_attention import (
     UNIT,
@@ -38,8 +39,8 @@ def equality(backend):
 class Cache:
     """Sequences with K, V and queries of all their positions, and pages to put them into, in a mixed-up order."""
 
-    def __init__(self, lengths, heads, dtype, block, backend):
-        q_heads, kv_heads, d = heads
+    def __init__(self, lengths, heads, dtype, block, backend, bias=None):
+        (q_heads, kv_heads, d), self.bias = heads, bias
         generator = torch.Generator().manual_seed(sum(lengths) + d)
         draw = partial(torch.randn, generator=generator)
         self.q, self.k, self.v = ([draw(n, h, d).to(dtype) for n in lengths] for h in (q_heads, kv_heads, kv_heads))
@@ -59,7 +60,7 @@ class Cache:
         with_backend = AttentionOptions(
             scale=options.scale, window=options.window, softcap=options.softcap, backend=self.backend
         )
-        return paged_attention(self.store, LAYER, q, rows, with_backend).split([b - a for _, a, b in parts])
+        return paged_attention(self.store, LAYER, q, rows, with_backend, self.bias).split([b - a for _, a, b in parts])
 
     def exact(self, s, options):
         """All rows of a sequence in float64, and what the roundings of probabilities and results may change."""
@@ -68,6 +69,9 @@ class Cache:
         scores = q @ k.mT * (q.shape[-1] ** -0.5 if options.scale is None else options.scale)
         if options.softcap:
             scores = options.softcap * torch.tanh(scores / options.softcap)
+        if self.bias is not None:
+            own = self.bias[:, : q.shape[1]].double()
+            scores = scores + (own[:, None] - own[:, :, None])
         behind = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
         seen = (behind >= 0) & (behind < (options.window or len(behind)))
         p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
@@ -96,11 +100,33 @@ def test_prompts_in_chunks_and_decoding(heads, block, dtype, options, backend):
         for (s, _, b), answer in zip(parts, cache.step(parts, options), strict=True):
             answers[s].append(answer)
             at[s] = b
-    for s in range(len(lengths)):
+    _require_exact(cache, answers, options)
+
+
+def _require_exact(cache, answers, options):
+    for s in range(len(answers)):
         exact, allowed = cache.exact(s, options)
         got = torch.cat(answers[s])
-        assert got.dtype == dtype
+        assert got.dtype == cache.store.data.dtype
         assert ((got.double() - exact).abs() <= allowed).all(), s
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "window"), [((6, 2, 40), None), ((5, 5, 16), 21)])
+def test_scores_have_a_bias_by_position(heads, window, dtype, backend):
+    """ALiBi; the prompt of the third in three steps, and its last token once more, alone and in a crowd, to the bit."""
+    options, lengths = AttentionOptions(scale=0.3, window=window), (1, 20, 37)
+    cache = Cache(lengths, heads, dtype, 16, backend, Alibi(n_heads=heads[0]).bias(41))
+    steps = [[(1, 0, 18), (2, 0, 18)], [(2, 18, 34), (0, 0, 1)], [(2, 34, 36), (1, 18, 20)], [(2, 36, 37)]]
+    answers = [[] for _ in lengths]
+    for parts in steps:
+        for (s, _, _), answer in zip(parts, cache.step(parts, options), strict=True):
+            answers[s].append(answer)
+    _require_exact(cache, answers, options)
+    again = cache.step([(s, n - 1, n) for s, n in enumerate(lengths)], options)
+    assert equality(backend)(again[2], answers[2][-1])
+    with pytest.raises(AssertionError):
+        _require_exact(cache, answers, AttentionOptions(scale=0.3, window=17))
 
 
 @pytest.mark.parametrize(
@@ -225,6 +251,11 @@ def test_what_does_not_fit_is_refused():
             append_turned(store, 0, (q, k, k), rows, (table, table))
     with pytest.raises(ShapeError, match="3 query heads do not fit"):
         paged_attention(store, 0, q[:, :3], rows)
+    for bias in (torch.zeros(4, 12), torch.zeros(4, 0), torch.zeros(3, 16), torch.zeros(4, 16).double()):
+        with pytest.raises(ShapeError, match=r"bias must be contiguous float32 of at least \(4, 16\)"):
+            paged_attention(store, 0, q, rows, bias=bias)
+    with pytest.raises(ShapeError, match="without a softcap"):
+        paged_attention(store, 0, q, rows, AttentionOptions(softcap=1.5), torch.zeros(4, 16))
 
 
 def test_a_table_that_is_the_same_tuple_is_read_once_and_a_list_each_time():

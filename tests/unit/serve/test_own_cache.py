@@ -189,7 +189,7 @@ def test_virtual_tokens_stand_in_front_of_a_sequence_with_its_own_cache(tokenize
                 parameter += 0.2 * torch.randn_like(parameter)
         model.save_pretrained(tmp_path / str(number))
         own = greedy(model.eval(), tokenizer, PROMPTS[1])
-        llm = LLM(made("mpt"), tokenizer=tokenizer, max_num_batched_tokens=4)
+        llm = LLM(made("mpt"), tokenizer=tokenizer, max_num_batched_tokens=4, general_runner=True)
         assert answers(llm, [PROMPTS[1]], lora_request=LoRARequest("a", 1, str(tmp_path / str(number)))) == [own]
 
 

@@ -187,15 +187,16 @@ def attend(
     """Return softmax attention of scaled queries (g, heads, c, k) to keys (g, kv_heads, L, k) and values.
 
     Values are (g, kv_heads, L, v). Scores are capped by ``softcap · tanh(· / softcap)``. ``mask`` (g, 1, c, L) marks
-    the visible keys. ``sinks`` (heads) take part in the softmax and contribute nothing. The formula is that of
-    transformers' eager attention.
+    the visible keys, or (g, heads, c, L) is added to the scores. ``sinks`` (heads) take part in the softmax and
+    contribute nothing. The formula is that of transformers' eager attention.
     """
     times = queries.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(times, dim=1) for x in (keys, values))
     scores = queries @ keys.transpose(2, 3)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, float("-inf"))
+    shown = mask.dtype == torch.bool
+    scores = scores.masked_fill(~mask, float("-inf")) if shown else scores + mask.to(scores.dtype)
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)

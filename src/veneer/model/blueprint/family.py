@@ -13,6 +13,10 @@ def _always(config: Any, layer: int) -> bool:
     return True
 
 
+def _never(config: Any) -> bool:
+    return False
+
+
 def _nothing(config: Any) -> str | None:
     return None
 
@@ -23,7 +27,8 @@ class Family:
 
     - ``names``: other names of parts than `names.COMMON` has.
     - ``interleaved``: q and k are rotated in neighbouring pairs. ``rotates``: whether a layer rotates at all.
-    - ``alibi``: attention has a bias that decreases with distance.
+    - ``alibi``: whether attention has a bias that decreases with distance. ``rounds_alibi``: it is computed in
+      bfloat16, and scaled with the scores.
     - ``norm_eps``: the epsilon of norms that hold none themselves.
     - ``experts``: experts are chosen and weighted by the softmax of the router's scores, or by their sigmoids in
       DeepSeek V3's form. None if neither is known.
@@ -36,7 +41,8 @@ class Family:
     names: Names = COMMON
     interleaved: bool = False
     rotates: Callable[[Any, int], bool] = _always
-    alibi: bool = False
+    alibi: Callable[[Any], bool] = _never
+    rounds_alibi: bool = False
     norm_eps: float | None = None
     experts: Literal["softmax", "sigmoid"] | None = None
     scales_queries: bool = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from veneer.model.blueprint.alibi import Alibi
 from veneer.model.blueprint.heads import HeadLayout
 from veneer.model.blueprint.rotary import Rotary
 
@@ -111,7 +112,7 @@ class Attention:
     window: int | None = None
     softcap: float | None = None
     rotary: Rotary | None = None
-    alibi: bool = False
+    alibi: Alibi | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     clip: float | None = None

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from veneer.model.blueprint.alibi import Alibi
 from veneer.model.blueprint.heads import HeadLayout, HeadOrder
 from veneer.model.blueprint.linears import is_linear, read_linear
 from veneer.model.blueprint.masks import FULL, types_in
@@ -72,7 +73,7 @@ def _read(source: BlockSource, module: nn.Module, layer: int) -> Attention | Str
         window=window_of(module),
         softcap=None if cap is None else float(cap),
         rotary=rotary,
-        alibi=source.family.alibi,
+        alibi=_alibi(source, heads, scale),
         q_norm=q_norm,
         k_norm=k_norm,
         clip=None if clip is None else float(clip),
@@ -169,12 +170,19 @@ def _require_usual(module: nn.Module) -> None:
 
 
 def _rotary(source: BlockSource, module: nn.Module, layer: int, heads: HeadLayout) -> Rotary | None:
-    if not rotates(source, module, layer) or source.family.alibi:
+    if not rotates(source, module, layer) or source.family.alibi(source.config):
         return None
     rotary = read_rotary(source, layer_type_of(module), heads.head_dim)
     if isinstance(rotary, str):
         raise _OddError(rotary)
     return replace(rotary, interleaved=True) if rotary is not None and turns_neighbours(module) else rotary
+
+
+def _alibi(source: BlockSource, heads: HeadLayout, scale: float) -> Alibi | None:
+    if not source.family.alibi(source.config):
+        return None
+    rounded = source.family.rounds_alibi
+    return Alibi(n_heads=heads.n_heads, scale=scale if rounded else 1.0, rounded=rounded)
 
 
 def _rest(source: BlockSource, module: nn.Module, qkv: tuple[Linear, ...]) -> Strange | None:

@@ -273,6 +273,8 @@ def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str 
     keeps_state = any(_keeps_state(block) for block in described.blocks)
     if keeps_state and not _takes_masks_by_type(holder):
         problem = "it has layers with a recurrent state, and the decoder's forward takes no mask for each type of layer"
+    if any(part.alibi is not None and part.alibi.rounded for part in described.attentions):
+        problem = borders  # the model's forward adds the bias to a mask of its own
     handed = hands_on(holder)
     if handed is not None:
         problem = f"it passes {handed} on to the next block"

@@ -26,11 +26,12 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class AttendWeights:
-    """Norms of queries and keys, and the cosines and sines by position."""
+    """Norms of queries and keys, and by position the cosines and sines, and the bias of scores (heads, positions)."""
 
     q_norm: NormWeights | None
     k_norm: NormWeights | None
     turns: tuple[Tensor, Tensor] | None
+    bias: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,8 @@ class Attend(Trained):
     def bind(self, to: Binding) -> AttendWeights:
         part = self.attention
         q_norm, k_norm = (None if n is None else NormWeights(to.model, n, {}) for n in (part.q_norm, part.k_norm))
-        return AttendWeights(q_norm, k_norm, None if part.rotary is None else to.turns[part.rotary])
+        turns = None if part.rotary is None else to.turns[part.rotary]
+        return AttendWeights(q_norm, k_norm, turns, None if part.alibi is None else to.biases[part.alibi])
 
     def forward(self, weights: AttendWeights, rows: PassRows, frame: Frame) -> None:
         q, k, v = self._heads(weights, self.source.read(frame))
@@ -80,7 +82,7 @@ class Attend(Trained):
         if rows.written is not None:
             rows.written.append((k.clone(), v.clone()))  # their memory may be the next layer's too
         q = self._warmed(q, rows)
-        frame[self.target.name] = rows.cache.attend(self.layer, q, rows.rows, self.attention)
+        frame[self.target.name] = rows.cache.attend(self.layer, q, rows.rows, self.attention, weights.bias)
 
     def _heads(self, weights: AttendWeights, ys: list[Tensor]) -> Heads:
         part = self.attention
@@ -99,9 +101,9 @@ class Attend(Trained):
 
     def emit(self, weights: AttendWeights, step: StepProgram) -> bool:
         part, heads, rotary = self.attention, self.attention.heads, self.attention.rotary
-        plain = part.clip is None and part.temperature is None and not part.alibi
-        apart = heads.order == "by group" and 1 not in (heads.group, heads.n_kv_heads)  # queries at uneven distances
-        if not plain or apart or any(len(norm.shape) > 1 for norm in part.norms):
+        plain = part.clip is None and part.temperature is None
+        at_once = heads.order == "by group" and any(norm.shape != (heads.head_dim,) for norm in part.norms)
+        if not plain or at_once or any(len(norm.shape) > 1 for norm in part.norms):
             return False
         norms = [None if norm is None else norm.for_step() for norm in (weights.q_norm, weights.k_norm)]
         half, interleaved = (0, False) if rotary is None else (-(-rotary.dim // 2), rotary.interleaved)
@@ -115,6 +117,8 @@ class Attend(Trained):
             part.scale,
             part.window or 0,
             part.softcap or 0.0,
+            weights.bias,
+            0 if weights.bias is None else weights.bias.shape[1],
             step.first_of(self.target),
         )
         return True
@@ -128,6 +132,7 @@ class Attend(Trained):
         special = {
             "clips queries, keys and values": part.clip is not None,
             "does more with positions than to rotate by them": _grows(part),
+            "adds a bias by position that is rounded": part.alibi is not None and part.alibi.rounded,
             "has norms with weights of their own for each head": any(len(norm.shape) != 1 for norm in part.norms),
         }
         return next((f"its attention {what}" for what, is_so in special.items() if is_so), None)
@@ -228,13 +233,14 @@ def _by_head(heads: Tensor) -> Tensor:
 def _places(layout: HeadLayout, first: int) -> list[list[int]]:
     """Return the positions of the heads of queries, keys and values, as `HeadLayout.split` splits them.
 
-    For each of the three: the tensor's index (counted from ``first``), the index of its first value, and the stride
-    between heads. Heads joined by group must have one query a group, or form one group.
+    For each of the three: the tensor's index (counted from ``first``), the index of its first value, the stride between
+    heads of one key head, and that between the first heads of two key heads.
     """
-    d = layout.head_dim
+    d, group = layout.head_dim, layout.group
     if layout.order == "apart":
-        return [[first, 0, d], [first + 1, 0, d], [first + 2, 0, d]]
-    if layout.order == "by group" and layout.group == 1:
-        return [[first, 0, 3 * d], [first, d, 3 * d], [first, 2 * d, 3 * d]]
+        return [[first, 0, d, group * d], [first + 1, 0, d, d], [first + 2, 0, d, d]]
+    if layout.order == "by group":
+        apart = (group + 2) * d
+        return [[first, 0, d, apart], [first, group * d, apart, apart], [first, (group + 1) * d, apart, apart]]
     keys, values = layout.n_heads * d, (layout.n_heads + layout.n_kv_heads) * d
-    return [[first, 0, d], [first, keys, d], [first, values, d]]
+    return [[first, 0, d, group * d], [first, keys, d, d], [first, values, d, d]]

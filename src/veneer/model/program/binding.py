@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from veneer.model.blueprint.alibi import Alibi
 from veneer.model.blueprint.parts import Linear, Stack
 from veneer.model.blueprint.rotary import Rotary
 from veneer.model.program.expert_stacks import ExpertStacks, Stacks
@@ -17,8 +18,8 @@ from veneer.model.program.version import Versions
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Binding:
-    """A model, its ``packed`` weights and ``stacks`` of experts, and the cosines and sines of each rotation by
-    position.
+    """A model, its ``packed`` weights and ``stacks`` of experts, and by position the cosines and sines of each rotation
+    (``turns``) and each bias of attention (``biases``).
 
     ``versions`` may change after operations are bound. ``groups`` are the groups of linear layers, and the stacks of
     experts, bound so far, in order; for ``ready`` see `Linears`.
@@ -28,6 +29,7 @@ class Binding:
     packed: Packed = field(default_factory=dict)
     versions: Versions = field(default_factory=dict)
     turns: Mapping[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    biases: Mapping[Alibi, Tensor] = field(default_factory=dict)
     ready: Ready = field(default_factory=dict)
     groups: list[Linears | ExpertStacks] = field(default_factory=list)
     stacks: Mapping[tuple[str, ...], Stacks] = field(default_factory=dict)

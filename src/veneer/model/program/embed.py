@@ -12,7 +12,6 @@ from torch.nn import functional
 from veneer.model.blueprint.decoder import Embedding
 from veneer.model.program.binding import Binding
 from veneer.model.program.linears import each_alone
-from veneer.model.program.norm import NormWeights
 from veneer.model.program.operation import Frame, Operation, PassKind, Register, StepPlace
 from veneer.model.program.rows import PassRows
 from veneer.model.program.version import Version, Versions
@@ -29,7 +28,6 @@ class EmbedWeights:
     table: Tensor
     own_multiplier: float
     positions: Tensor | None
-    norm: NormWeights | None
     versions: Versions
 
     def scaled(self, rows: Tensor) -> Tensor:
@@ -39,7 +37,7 @@ class EmbedWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embed(Operation):
-    """Start of the residual stream: table, multiplier, learned positions, norm."""
+    """Start of the residual stream: table, multiplier, learned positions."""
 
     read = ()
 
@@ -58,8 +56,7 @@ class Embed(Operation):
         table = cast(Tensor, module.dense_table() if coded else module._parameters["weight"])
         own = torch.tensor(part.own_multiplier, dtype=table.dtype)  # Gemma's table rounds it to its own dtype
         learned = None if positions is None else to.model.get_submodule(positions.path)._parameters["weight"]
-        norm = None if part.norm is None else NormWeights(to.model, part.norm, to.versions)
-        return EmbedWeights(table, float(own), learned, norm, to.versions)
+        return EmbedWeights(table, float(own), learned, to.versions)
 
     def forward(self, weights: EmbedWeights, rows: PassRows, frame: Frame) -> None:
         given, positions = frame["given"], self.embedding.positions
@@ -67,7 +64,7 @@ class Embed(Operation):
         h = h if self.multiplier == 1 else h * self.multiplier
         if weights.positions is not None and positions is not None:
             h = h + weights.positions[rows.positions + positions.offset]
-        frame[self.target.name] = h if weights.norm is None else weights.norm(h, rows.versions, rows.runs)
+        frame[self.target.name] = h
 
     def _looked_up(self, weights: EmbedWeights, rows: PassRows, ids: Tensor) -> Tensor:
         path, h = self.embedding.path, weights.scaled(functional.embedding(ids, weights.table))
@@ -86,8 +83,7 @@ class Embed(Operation):
 
     def emit(self, weights: EmbedWeights, step: StepProgram) -> bool:
         table = weights.table
-        plain = weights.positions is None and weights.norm is None
-        if not plain or table.dtype != step.dtype or not table.is_contiguous():
+        if weights.positions is not None or table.dtype != step.dtype or not table.is_contiguous():
             return False
         multipliers = [each for each in (weights.own_multiplier, self.multiplier) if each != 1]
         step.add("embedding", table, *table.shape, multipliers, step.first_of(self.target))

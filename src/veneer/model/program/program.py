@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from veneer.errors import DescriptionError
+from veneer.model.blueprint.alibi import Alibi
 from veneer.model.blueprint.decoder import Decoder, Embedding, Head
 from veneer.model.blueprint.parts import Attention, Linear, Norm, Stack
 from veneer.model.blueprint.rotary import DynamicScaling, LongRopeScaling, Rotary
 from veneer.model.program.embed import Embed
 from veneer.model.program.halves import block_operations
 from veneer.model.program.logits import Logits, Pick
+from veneer.model.program.norm import Normalize
 from veneer.model.program.operation import STREAM, Keys, Operation, Register, Window
 
 
@@ -49,6 +51,11 @@ class Program:
     def rotaries(self) -> tuple[Rotary, ...]:
         """Rotations, each once."""
         return tuple(dict.fromkeys(part.rotary for part in self.attentions if part.rotary is not None))
+
+    @property
+    def alibis(self) -> tuple[Alibi, ...]:
+        """Biases by position, each once."""
+        return tuple(dict.fromkeys(part.alibi for part in self.attentions if part.alibi is not None))
 
     @property
     def groups(self) -> tuple[tuple[Linear, ...], ...]:
@@ -89,9 +96,10 @@ def compile_program(decoder: Decoder, n_positions: int) -> Program:
     reason = next(_unsaid(decoder, n_positions), None)
     if reason is not None or decoder.head is None:
         raise DescriptionError(reason or "it has no output head")
-    stream, head = Register(STREAM, (decoder.embedding.width,)), decoder.head
+    stream, head, of_embedding = Register(STREAM, (decoder.embedding.width,)), decoder.head, decoder.embedding.norm
     operations = (
         Embed(embedding=decoder.embedding, target=stream),
+        *([] if of_embedding is None else [Normalize(norm=of_embedding, source=stream, target=stream)]),
         *_block_operations(decoder, stream),
         Pick(norm=decoder.norm, head=head, stream=stream),
         Logits(norm=decoder.norm, head=head, stream=stream),
@@ -115,8 +123,6 @@ def _unsaid(decoder: Decoder, n_positions: int) -> Iterator[str]:
     if positions is not None and n_positions + positions.offset > positions.rows:
         yield f"{positions.path} has {positions.rows} positions, and sequences may have {n_positions}"
     for part in decoder.attentions:
-        if part.alibi:
-            yield f"{part.path} has a bias that falls with distance (ALiBi)"
         scaling = None if part.rotary is None else part.rotary.scaling
         depends = isinstance(scaling, DynamicScaling | LongRopeScaling)
         if part.rotary is not None and depends and n_positions > _original(part.rotary):

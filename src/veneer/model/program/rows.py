@@ -29,10 +29,10 @@ class PagedCache(Protocol):
         The keys' memory may hold anything afterwards.
         """
 
-    def attend(self, layer: int, queries: Tensor, rows: Any, part: Attention) -> Tensor:
+    def attend(self, layer: int, queries: Tensor, rows: Any, part: Attention, bias: Tensor | None) -> Tensor:
         """Return the attention of queries (n, heads, width) to their sequences, as (n, heads · width).
 
-        The rows' own keys must have been appended.
+        The rows' own keys must have been appended. ``bias`` (heads, positions) is that of `Alibi.bias`.
         """
 
     def convolve(self, layer: int, given: GatedInput, weights: ConvKernel, rows: Any) -> Tensor:

@@ -24,11 +24,19 @@ def append_turned(
 
 
 def attend(
-    store: PagedStore, layer: int, q: Tensor, rows: PagedRows, scale: float, window: int, softcap: float
+    store: PagedStore,
+    layer: int,
+    q: Tensor,
+    rows: PagedRows,
+    scale: float,
+    window: int,
+    softcap: float,
+    bias: Tensor | None,
 ) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype)
+    biases = (0, 0) if bias is None else (address(bias), bias.shape[1])
     kernels().paged_attention_attend(
-        *_store(store), layer, *_rows(rows), q.shape[1], *_heads(q), *_heads(out), scale, window, softcap
+        *_store(store), layer, *_rows(rows), q.shape[1], *_heads(q), *_heads(out), scale, window, softcap, *biases
     )
     return out
 

@@ -32,7 +32,14 @@ def append_turned(
 
 
 def attend(
-    store: PagedStore, layer: int, q: Tensor, rows: PagedRows, scale: float, window: int, softcap: float
+    store: PagedStore,
+    layer: int,
+    q: Tensor,
+    rows: PagedRows,
+    scale: float,
+    window: int,
+    softcap: float,
+    bias: Tensor | None,
 ) -> Tensor:
     out = q.new_empty(q.shape)
     for pages, position, first, stop in rows.sequences():
@@ -44,6 +51,8 @@ def attend(
         scores = q[first:stop].float().transpose(0, 1) @ k.mT * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
+        if bias is not None:
+            scores = scores + (bias[:, None, start:end] - bias[:, position:end, None])
         behind = (torch.arange(position, end)[:, None] - torch.arange(start, end)).to(q.device)
         seen = (behind >= 0) & (behind < window) if window else behind >= 0
         p = scores.masked_fill(~seen, float("-inf")).softmax(-1)

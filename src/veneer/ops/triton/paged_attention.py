@@ -12,7 +12,7 @@ from torch import Tensor
 
 from veneer.ops.paged_attention import Heads, PagedRows, PagedStore, padded
 from veneer.ops.reference import paged_attention as reference
-from veneer.ops.triton.attention import scored
+from veneer.ops.triton.attention import LOG2E, scored
 from veneer.ops.triton.launch import block, launch
 from veneer.ops.triton.rotary import MOST_HEADS, pair_at, turn
 
@@ -42,10 +42,17 @@ def append_turned(
 
 
 def attend(
-    store: PagedStore, layer: int, q: Tensor, rows: PagedRows, scale: float, window: int, softcap: float
+    store: PagedStore,
+    layer: int,
+    q: Tensor,
+    rows: PagedRows,
+    scale: float,
+    window: int,
+    softcap: float,
+    bias: Tensor | None,
 ) -> Tensor:
     if store.head_dim > _MOST_FEATURES:
-        return reference.attend(store, layer, q, rows, scale, window, softcap)
+        return reference.attend(store, layer, q, rows, scale, window, softcap, bias)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = q.shape[1] // store.kv_heads
     width, keys, n_warps = _tile(q, group, rows)
@@ -53,8 +60,9 @@ def attend(
     # a sequence has at most one tile more than its rows fill
     grid = rows.n_rows // height + len(rows.position), store.kv_heads
     heads = q, *q.stride()[:2], out, *out.stride()[:2]
-    numbers = group, scale, window, softcap or 1.0
+    numbers = group, scale, window, softcap or 1.0, q if bias is None else bias, 0 if bias is None else bias.shape[1]
     sizes = {"ROWS": height, "WIDTH": width, "KEYS": keys, "WINDOW": window > 0, "SOFTCAP": softcap > 0}
+    sizes["BIASED"] = bias is not None
     options = {"num_warps": n_warps, "num_stages": 2}
     place = _place(store, layer)
     launch(
@@ -270,11 +278,14 @@ def _attend_kernel(
     scale,
     window,
     softcap,
+    bias,
+    n_biases,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BIASED: tl.constexpr,
     D: tl.constexpr,
     PADDED: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -291,9 +302,12 @@ def _attend_kernel(
         members = tl.arange(0, WIDTH)
         rows, features = first + members // group, tl.arange(0, FEATURES)
         heads = head * group + members % group
-        inside = ((members < ROWS * group) & (rows < n_rows))[:, None] & (features < D)[None, :]
+        there_rows, of_heads = (members < ROWS * group) & (rows < n_rows), bias + heads * n_biases
+        inside = there_rows[:, None] & (features < D)[None, :]
         q_at = (start + rows) * q_row + heads * q_head
         queries = tl.load(q + q_at[:, None] + features[None, :], mask=inside, other=0.0)
+        if BIASED:
+            of_rows = tl.load(of_heads + position + rows, mask=there_rows, other=0.0)
         own = data + layer_at + head * 2 * head_values
         own_pages = pages + tl.load(first_page + sequence)
         most = tl.full([WIDTH], float("-inf"), tl.float32)
@@ -314,6 +328,11 @@ def _attend_kernel(
             product = tl.dot(queries, tl.trans(k_tile), input_precision="ieee")
             ahead = (position + rows)[:, None] - keys[None, :]
             scores, _ = scored(product, ahead, scale, window, softcap, WINDOW, SOFTCAP)
+            if BIASED:
+                of_keys = tl.load(
+                    of_heads[:, None] + keys[None, :], mask=there_rows[:, None] & seen[None, :], other=0.0
+                )
+                scores += (of_keys - of_rows[:, None]) * LOG2E
             new_most = tl.maximum(most, tl.max(scores, axis=1))
             shift = tl.where(new_most == float("-inf"), 0.0, new_most)  # of a query that has seen no key yet
             p = tl.exp2(scores - shift[:, None])

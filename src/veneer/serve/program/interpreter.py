@@ -54,7 +54,8 @@ class Interpreter:
         self._ready = dict[tuple[int, AdapterRuns], Segments]()
         self.maker = Blocks(_KEPT)
         turns = {r: r.tables(torch.arange(program.n_positions).to(model.device)) for r in program.rotaries}
-        binding = Binding(model, packed, self.versions, turns, self._ready, self._linears, stacks)
+        biases = {alibi: alibi.bias(program.n_positions).to(model.device) for alibi in program.alibis}
+        binding = Binding(model, packed, self.versions, turns, biases, self._ready, self._linears, stacks)
         self._bound = [Bound(operation, operation.bind(binding)) for operation in program.operations]
         self._plans: dict[Any, list[Call]] = {}
         self.native: NativeStep | None = None

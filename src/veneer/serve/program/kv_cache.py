@@ -97,9 +97,11 @@ class PageCache:
     ) -> None:
         kernel.append_turned(self.store, layer, heads, rows, tables, interleaved=interleaved)
 
-    def attend(self, layer: int, queries: Tensor, rows: kernel.PagedRows, part: Attention) -> Tensor:
+    def attend(
+        self, layer: int, queries: Tensor, rows: kernel.PagedRows, part: Attention, bias: Tensor | None
+    ) -> Tensor:
         options = AttentionOptions(scale=part.scale, window=part.window, softcap=part.softcap)
-        return kernel.paged_attention(self.store, layer, queries, rows, options).flatten(1)
+        return kernel.paged_attention(self.store, layer, queries, rows, options, bias).flatten(1)
 
     def convolve(self, layer: int, given: GatedInput, weights: ConvKernel, rows: kernel.PagedRows) -> Tensor:
         return windowed_conv(cast(WindowStore, self.windows), layer, given, weights, rows)
@@ -177,12 +179,15 @@ class SlotCache:
         rotate_both(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin, interleaved=interleaved)
         self.append(layer, k, v, rows)
 
-    def attend(self, layer: int, queries: Tensor, rows: SlotRows, part: Attention) -> Tensor:
+    def attend(self, layer: int, queries: Tensor, rows: SlotRows, part: Attention, bias: Tensor | None) -> Tensor:
         out, seen = torch.empty_like(queries), rows.within(part.window)
         for number, group in enumerate(rows.step.groups):
             keys, values = (x.transpose(1, 2) for x in self.store.read(layer, group.slots))
             own = queries[group.rows].transpose(1, 2) * part.scale
-            mixed = attend(own, keys, values, seen.of(number, group)[:, None], part.softcap, None)
+            mask = seen.of(number, group)[:, None]
+            if bias is not None:
+                mask = _biases(bias, group.positions, mask.shape[-1]).masked_fill(~mask, -math.inf)
+            mixed = attend(own, keys, values, mask, part.softcap, None)
             out[group.rows] = mixed.transpose(1, 2)
         return out.flatten(1)
 
@@ -193,6 +198,12 @@ class SlotCache:
         """Free those of short convolutions: plain tensors cannot be freed page by page."""
         if self.windows is not None:
             self.windows.discard(pages)
+
+
+def _biases(bias: Tensor, queries: Tensor, n_keys: int) -> Tensor:
+    """Return the biases (g, heads, c, n_keys) of scores of queries at positions (g, c)."""
+    keys = torch.arange(n_keys, device=bias.device).clamp(max=bias.shape[1] - 1)
+    return bias[:, keys][:, None] - bias[:, queries].transpose(0, 1)[..., None]
 
 
 def _near(query: Tensor, key: Tensor, window: int | None) -> Tensor:

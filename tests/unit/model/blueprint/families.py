@@ -115,6 +115,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "falcon, groups, one norm": FalconConfig(
         new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, **FALCON
     ),
+    "falcon, by positions": FalconConfig(alibi=True, multi_query=False, parallel_attn=False, bias=True, **FALCON),
     "falcon, all heads, serial": FalconConfig(multi_query=False, parallel_attn=False, bias=True, **FALCON),
     "gemma": GemmaConfig(**SIZES),
     "gemma2": Gemma2Config(attn_logit_softcapping=3.0, **GEMMA),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as matmul
 
+from veneer.model.blueprint.alibi import Alibi
 from veneer.model.blueprint.decoder import Block, Decoder
 from veneer.model.blueprint.names import CORRECTION
 from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Linear, Norm, ShortConv, Strange
@@ -72,8 +73,8 @@ def attend(part: Attention | ShortConv, weights: Weights, x: Tensor) -> Tensor:
     if part.softcap is not None:
         scores = part.softcap * torch.tanh(scores / part.softcap)
     distance = positions[:, None] - positions
-    if part.alibi:
-        scores = scores - alibi_slopes(part.heads.n_heads)[:, None, None] * distance
+    if part.alibi is not None:
+        scores = scores + alibi(part.alibi, positions)
     hidden = (distance < 0) | (distance >= (part.window or n_tokens))
     mixed = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
     return project(part.out, weights, mixed.flatten(2))
@@ -85,6 +86,15 @@ def convolve(part: ShortConv, weights: Weights, x: Tensor) -> Tensor:
     bias = weights[f"{part.conv}.bias"] if part.bias else None
     mixed = torch.nn.functional.conv1d(padded, weights[f"{part.conv}.weight"], bias, groups=part.width).mT
     return project(part.out, weights, after * mixed)
+
+
+def alibi(part: Alibi, positions: Tensor) -> Tensor:
+    """Biases (heads, queries, keys): each slope times the distance, or Falcon's own rounding of it."""
+    slopes = alibi_slopes(part.n_heads)[:, None]
+    if part.rounded:
+        biases = (slopes.bfloat16() * positions.bfloat16()).float() * part.scale
+        return biases[:, None, :] - biases[:, :, None]
+    return -part.scale * slopes[..., None] * (positions[:, None] - positions)
 
 
 def alibi_slopes(n_heads: int) -> Tensor:

@@ -23,8 +23,10 @@ from transformers import (
 
 from veneer import LoraConfig
 from veneer.model.blueprint.describe import blocks_of, describe, describe_config
-from veneer.model.fused.decoder import fused
+from veneer.model.fused.decoder import fuse_as_described, fused
 from veneer.model.program.halves import BlockProgram, block_program
+from veneer.ops.traced import tracing
+from veneer.plan.model import make_traced
 
 DROPOUTS = ("dropout", "residual_dropout")
 TYPES: dict[str, PreTrainedConfig] = {
@@ -69,6 +71,17 @@ def test_a_family_fuses_up_to_its_borders_and_equals_its_own_code(family: str, h
     assert halves.count("attention") == (0 if BORDERS.get(family) == "attention" else n_blocks)
     assert (found[0] - expected[0]).norm() <= 1e-5 * expected[0].norm()
     assert error(found[2], expected[2]) <= 5e-5
+
+
+def test_a_bias_that_is_rounded_leaves_the_model_to_its_own_code(caplog: pytest.LogCaptureFixture) -> None:
+    """Falcon's forward adds it to a mask of its own; the plan says the same."""
+    model = base(config_of("falcon, by positions"))
+    with fused(model) as takes:
+        assert not takes
+    assert "adds a bias by position that is rounded" in caplog.text
+    with tracing():
+        make_traced(model)
+        assert "adds a bias by position that is rounded" in str(fuse_as_described(model))
 
 
 @pytest.mark.parametrize("kind", [DeepseekV3Config, Glm4MoeLiteConfig])

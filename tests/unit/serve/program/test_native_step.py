@@ -114,7 +114,9 @@ def test_families(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["gemma3", "olmo2", "glm4"])  # norms of heads, of all heads at once, turned pairs
+@pytest.mark.parametrize(  # norms of heads, of all heads at once, turned pairs, heads in groups, a bias by position
+    "family", ["gemma3", "olmo2", "glm4", "falcon, groups", "bloom"]
+)
 @pytest.mark.parametrize("threads", [2, 5], indirect=True)
 def test_many_sequences_are_shared_out_among_threads(family, threads, dtype):
     """Sequences of like work, each through attention on one thread; then one beside which the others are little."""
@@ -139,6 +141,22 @@ def test_a_row_through_experts_is_the_same_alone_and_in_a_crowd(family, threads,
     for s, _, n, _ in crowd:
         assert torch.equal(Run(interpreter, native=True).step((s, 0, n, None)), together[at : at + n])
         at += n
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon, by positions", "falcon, groups"])
+def test_heads_in_groups_and_biases_are_native(family, isa):
+    fast, slow = pair_of(proved(model_of(family, torch.bfloat16), 40))
+    assert kinds(fast.interpreter, step_with(fast.interpreter, None)) == ["NativeStretch", "Logits"]
+    for chunks in (((0, 0, 19, None), (1, 0, 3, None)), ((0, 19, 1, None), (1, 3, 7, None))):
+        assert torch.equal(fast.step(*chunks), slow.step(*chunks))
+
+
+def test_positions_without_a_bias_are_refused():
+    fast, slow = pair_of(proved(model_of("mpt, clipped by 0, which is not at all", torch.float32), 16))
+    with pytest.raises(IndexError, match="beyond those that have a bias"):
+        fast.step((0, 0, 17, None))
+    with pytest.raises(ShapeError, match="bias must be"):
+        slow.step((0, 0, 17, None))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "mixtral"])

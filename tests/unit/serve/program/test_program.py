@@ -23,8 +23,7 @@ from veneer.serve.program.effects import UnsaidError
 from veneer.serve.runners.general_runner import GeneralRunner
 from veneer.serve.runners.program_runner import ProgramRunner, proved
 
-ALIBI = {family: "ALiBi" for family in DESCRIBED if family.startswith(("bloom", "mpt"))}
-LEFT = {**ALIBI, "phi3, long": "beyond 11", "phi3, short": "beyond 23"}
+LEFT = {"phi3, long": "beyond 11", "phi3, short": "beyond 23"}
 LENGTH = 64
 PROMPTS = [[7 * i * i % 251 + 1 for i in range(1, n + 1)] for n in (5, 13, 2, 9)]
 
@@ -188,9 +187,6 @@ def test_a_model_without_a_program_is_served_all_the_same(tokenizer, caplog):
     config.rope_parameters = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 523.0}
     llm = LLM(transformers.LlamaForCausalLM(config).eval(), tokenizer=tokenizer, max_model_len=31)
     assert isinstance(llm.engine.runner, ProgramRunner)
-    alibi = transformers.MptConfig(d_model=24, n_heads=3, n_layers=2, vocab_size=VOCAB)
-    with pytest.raises(DescriptionError):
-        proved(transformers.MptForCausalLM(alibi).eval(), 30)
     sinks = transformers.GptOssConfig(**SHAPE | {"num_local_experts": 3, "num_experts_per_tok": 2})
     model = transformers.GptOssForCausalLM(sinks).eval()
     with caplog.at_level("WARNING", logger="veneer.serve"):

@@ -11,4 +11,4 @@ def _strange(config: Any) -> str | None:
     return None
 
 
-FAMILY = Family(model_types=("bloom",), alibi=True, adds_inside=("attention", "mlp"), strange=_strange)
+FAMILY = Family(model_types=("bloom",), alibi=lambda config: True, adds_inside=("attention", "mlp"), strange=_strange)

@@ -1,4 +1,7 @@
-"""Falcon: q, k and v of one group of heads after the other, both halves beside each other, norms of its own."""
+"""Falcon: q, k and v of one group of heads after the other, both halves beside each other, norms of its own.
+
+Older ones (falcon-rw) have a bias by position in rotation's place.
+"""
 
 from typing import Any
 
@@ -7,8 +10,6 @@ from veneer.model.blueprint.names import COMMON, Names, NormNames
 
 
 def _strange(config: Any) -> str | None:
-    if config.alibi:
-        return "its mask holds a bias that falls with distance (alibi)"
     if config.attention_dropout and not config.parallel_attn:
         return "its blocks drop what attention adds (attention_dropout)"
     return None
@@ -20,5 +21,7 @@ FAMILY = Family(
         joined=(("query_key_value", "by group"),),
         norms=(NormNames(attention="ln_attn", feed_forward="ln_mlp"), *COMMON.norms),
     ),
+    alibi=lambda config: bool(config.alibi),
+    rounds_alibi=True,
     strange=_strange,
 )

@@ -11,6 +11,6 @@ FAMILY = Family(
         norms=(NormNames(attention="norm_1", feed_forward="norm_2"),),
         feed_forward=("ffn",),
     ),
-    alibi=True,
+    alibi=lambda config: True,
     adds_inside=("mlp",),
 )
