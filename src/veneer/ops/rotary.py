@@ -47,6 +47,8 @@ def rotate_both(
     """Rotate queries and keys in place, as `rotate` does, on a GPU by one launch. Raises ShapeError."""
     for x in (q, k):
         _check(x, cos, sin)
+    if len(q) != len(k):
+        raise ShapeError(f"queries and keys must be of one batch; given {len(q)} and {len(k)} sequences")
     implementation("rotary.rotate_both", q.device, backend)(q, k, cos, sin, interleaved, inverse)
 
 

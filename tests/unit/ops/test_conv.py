@@ -176,5 +176,10 @@ def test_errors():
             windowed_conv(store, 0, given, ConvKernel(wrong), rows)
     with pytest.raises(ConfigError, match="'relu' is unknown"):
         windowed_conv(store, 0, given, ConvKernel(kernel.weight, None, "relu"), rows)
-    with pytest.raises(ShapeError, match="n whole numbers as previous rows"):
+    with pytest.raises(ShapeError, match="n whole numbers from -1 up to the row itself"):
         conv_forward(given, kernel, previous.float())
+    for row in (4, 9, -2):
+        wrong = previous.clone()
+        wrong[4] = row
+        with pytest.raises(ShapeError, match="n whole numbers from -1 up to the row itself"):
+            conv_backward(dy, given, kernel, wrong)

@@ -95,3 +95,10 @@ def test_nothing_to_turn(backend, shape):
 def test_tables_that_do_not_fit(x, table):
     with pytest.raises(ShapeError, match="rotary takes"):
         rotate(torch.zeros(x), torch.zeros(table), torch.zeros(table))
+
+
+@pytest.mark.usefixtures("own_checks")
+def test_queries_and_keys_of_two_batches_are_refused():
+    tables = torch.ones(1, 5, 4)
+    with pytest.raises(ShapeError, match="of one batch; given 2 and 3"):
+        rotate_both(torch.zeros(2, 3, 5, 8), torch.zeros(3, 1, 5, 8), tables, tables)

@@ -117,14 +117,19 @@ def require_fitting(given: GatedInput, kernel: ConvKernel, previous: Tensor | No
     same = all(gate.shape == x.shape and gate.dtype == x.dtype for gate in gates)
     fits = x.ndim == 2 and kernel.weight.ndim == 2 and len(kernel.weight) == x.shape[1] and kernel.weight.shape[1] > 0
     if previous is not None:
-        fits = fits and previous.shape == x.shape[:1] and not previous.is_floating_point()
+        fits = fits and previous.shape == x.shape[:1] and not previous.is_floating_point() and _comes_before(previous)
     if not same or not fits or (kernel.bias is not None and kernel.bias.shape != x.shape[1:]):
         told = ", ".join(map(_told, (x, *gates)))
         raise ShapeError(
-            f"a convolution takes x and its gates (n, d) of one dtype, a weight (d, kernel), a bias (d) and n whole "
-            f"numbers as previous rows; given {told}, a weight {tuple(kernel.weight.shape)} and "
-            f"{'no' if previous is None else len(previous)} previous rows"
+            "a convolution takes x and its gates (n, d) of one dtype, a weight (d, kernel), a bias (d) and, as earlier "
+            f"rows, n whole numbers from -1 up to the row itself; given {told}, a weight {tuple(kernel.weight.shape)} "
+            f"and {'no' if previous is None else len(previous)} previous rows"
         )
+
+
+def _comes_before(previous: Tensor) -> bool:
+    """Return True if each row's previous row is -1 or comes before it."""
+    return bool(((previous >= -1) & (previous < torch.arange(len(previous)))).all())
 
 
 def _told(x: Tensor) -> str:

@@ -130,6 +130,15 @@ def _sequence_of(bounds, n, row):
 
 
 @triton.jit
+def _page_of(row, pages, first_page, first_row, positions, n, BLOCK: tl.constexpr):
+    """Return the page of a row, the row's place in it, and whether the row is the last of its sequence."""
+    sequence = _sequence_of(first_row, n, row)
+    at = tl.load(positions + sequence) + row - tl.load(first_row + sequence)
+    page = tl.load(pages + tl.load(first_page + sequence) + at // BLOCK)
+    return page, at % BLOCK, row + 1 == tl.load(first_row + sequence + 1)
+
+
+@triton.jit
 def _key_at(slots, features, BLOCK: tl.constexpr, PAIR: tl.constexpr):
     """Return the offset of a key's value from its head's offset in a page."""
     return (features // PAIR) * (BLOCK * PAIR) + slots * PAIR + features % PAIR
@@ -164,28 +173,36 @@ def _append_kernel(
     BLOCK: tl.constexpr,
 ):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    sequence = _sequence_of(first_row, n, row)
-    at = tl.load(positions + sequence) + row - tl.load(first_row + sequence)
-    page, slot = tl.load(pages + tl.load(first_page + sequence) + at // BLOCK), at % BLOCK
+    page, slot, is_last = _page_of(row, pages, first_page, first_row, positions, n, BLOCK)
     features = tl.arange(0, FEATURES)
     own = data + page * page_values + layer_at + head * 2 * head_values
     x = tl.load(k + row * k_row + head * k_head + features, mask=features < D, other=0.0)
     tl.store(own + _key_at(slot, features, BLOCK, PAIR), x, mask=features < PADDED)  # zeros behind a head's values
     x = tl.load(v + row * v_row + head * v_head + features, mask=features < D, other=0.0)
-    is_last = row + 1 == tl.load(first_row + sequence + 1)
     _put_value(own + head_values, slot, features, x, is_last, PADDED, PAIR)
 
 
 @triton.jit
 def _put_value(own, slot, features, x, is_last, PADDED: tl.constexpr, PAIR: tl.constexpr):
-    """Write a token's value into its page. Zero the other half of its pair if that belongs to a later token, unless the
-    step writes it too.
+    """Write a token's value into its page.
+
+    If the token is the last of its sequence in this step and the first of a pair, zero the other half of the pair.
     """
     tl.store(own + _value_at(slot, features, PADDED, PAIR), x, mask=features < PADDED)
     # in its pair a former holder may have left what is no number
     is_alone = (slot % PAIR + 1 < PAIR) & is_last
     there = features < tl.where(is_alone, PADDED, 0)
     tl.store(own + _value_at(slot + 1, features, PADDED, PAIR), tl.zeros_like(x), mask=there)
+
+
+@triton.jit
+def _put_turned(own, slot, key, first, second, c, s, inside, BLOCK: tl.constexpr, PAIR: tl.constexpr):
+    """Write the features of a key that turn."""
+    x1 = tl.load(key + first, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(key + second, mask=inside, other=0.0).to(tl.float32)
+    dtype = own.dtype.element_ty
+    tl.store(own + _key_at(slot, first, BLOCK, PAIR), (x1 * c - x2 * s).to(dtype), mask=inside)
+    tl.store(own + _key_at(slot, second, BLOCK, PAIR), (x2 * c + x1 * s).to(dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=_OF_A_STEP)
@@ -238,22 +255,14 @@ def _append_turned_kernel(
         turn(own_heads, 1, own_heads, 1, first[None, :], second[None, :], c[None, :], s[None, :], there)
     else:
         head = (tile - tiles).to(tl.int64)
-        sequence = _sequence_of(first_row, n, row)
-        at = tl.load(positions + sequence) + row - tl.load(first_row + sequence)
-        page, slot = tl.load(pages + tl.load(first_page + sequence) + at // BLOCK), at % BLOCK
+        page, slot, is_last = _page_of(row, pages, first_page, first_row, positions, n, BLOCK)
         own = data + page * page_values + layer_at + head * 2 * head_values
-        key = k + row * k_row + head * k_head
-        x1 = tl.load(key + first, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(key + second, mask=inside, other=0.0).to(tl.float32)
-        dtype = data.dtype.element_ty
-        tl.store(own + _key_at(slot, first, BLOCK, PAIR), (x1 * c - x2 * s).to(dtype), mask=inside)
-        tl.store(own + _key_at(slot, second, BLOCK, PAIR), (x2 * c + x1 * s).to(dtype), mask=inside)
-        features = tl.arange(0, FEATURES)
+        key, features = k + row * k_row + head * k_head, tl.arange(0, FEATURES)
+        _put_turned(own, slot, key, first, second, c, s, inside, BLOCK, PAIR)
         x = tl.load(key + features, mask=features < D, other=0.0)
         behind = (features >= 2 * half) & (features < PADDED)  # features that do not turn, and zeros
         tl.store(own + _key_at(slot, features, BLOCK, PAIR), x, mask=behind)
         x = tl.load(v + row * v_row + head * v_head + features, mask=features < D, other=0.0)
-        is_last = row + 1 == tl.load(first_row + sequence + 1)
         _put_value(own + head_values, slot, features, x, is_last, PADDED, PAIR)
 
 

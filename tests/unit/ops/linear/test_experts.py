@@ -106,3 +106,14 @@ def test_a_frozen_factor_has_no_gradient():
         da, db = experts.backward(dy, x, kept, chosen, weights).pairs
     assert da is None
     assert db is not None
+
+
+def test_the_owner_of_each_row_is_sent_once_for_both_layers_and_passes():
+    """On a GPU: the runs of a choice are equal wherever they are made."""
+    owners = pytest.importorskip("veneer.ops.triton.grouped_low_rank", reason="needs the package triton")
+    owners._owner.cache_clear()
+    for k in range(3):
+        chosen = ChosenExperts.of(torch.randint(N_EXPERTS, (N, TOP_K)), N_EXPERTS, torch.empty(0))
+        for _ in range(4):
+            owners._owner(chosen.runs, torch.device("cpu"))
+        assert owners._owner.cache_info()[:2] == (3 * (k + 1), k + 1)
