@@ -16,9 +16,8 @@ using Numbers = std::vector<int64_t>;
 }  // namespace
 
 void bind_pairs(nb::module_& m) {
-  // `table`: of each segment the address of its factors, start, stop, what there is between and behind its products (0: nothing,
-  // 1: something, 3: and the layers share one a; core, bias, activation, out_scale, out_bias), and the rank at each layer. `ys`:
-  // of each output address and stride.
+  // `table`: of each segment the address of its factors, start, stop, what there is between and behind its products (0: nothing;
+  // the numbers of `middle_at`), and the rank at each layer. `ys`: of each output address and stride.
   m.def(
       "pairs_add",
       [](int dtype, int x_dtype, int y_dtype, int64_t in_features, Numbers out_features, uintptr_t table,

@@ -48,6 +48,7 @@ struct Sink {
   void* to;
   int64_t stride, o = 0;
   const float *scale = nullptr, *bias = nullptr;  // null: none
+  bool scales_y = false;
 
   void operator()(int64_t row, int64_t block, const lanes* sums) const {
     const int64_t column = block * panel_block, at = row * stride + column;
@@ -68,10 +69,11 @@ struct Sink {
     const int64_t left = o - column;
     for (int64_t v = 0; v < vectors && v * width < left; ++v) {
       const int64_t n = left - v * width < width ? left - v * width : width;
-      lanes sum = sums[v];
+      const lanes y = take(at + v * width, n);
+      lanes sum = scales_y ? y + sums[v] : sums[v];
       if (scale != nullptr) sum *= take(scale + column + v * width, n);
       if (bias != nullptr) sum += take(bias + column + v * width, n);
-      put(at + v * width, take(at + v * width, n) + sum, n);
+      put(at + v * width, scales_y ? sum : y + sum, n);
     }
   }
 };
@@ -101,20 +103,27 @@ struct Worker {
     const PairsMiddle* middle = segment.middle;
     int64_t first = 0, output = 0;
     for (int64_t layer = 0; layer < call.n_layers; output += call.out_features[layer++]) {
-      if (segment.ranks[layer] == 0) continue;
-      W* next = static_cast<W*>(matrix.values) + values_of(matrix);
-      matrix = {call.out_features[layer], segment.ranks[layer], even(call, segment.ranks[layer]), call.dtype, next};
-      const X* own = u + first;
-      if (middle != nullptr) {
-        own = u;
-        between(*middle, first, matrix.depth, u_stride, n);
-      }
+      const bool scales_y = middle != nullptr && middle->scales_y, has_pair = segment.ranks[layer] != 0;
+      if (!has_pair && !scales_y) continue;
       const bool scaled = middle != nullptr && middle->out_scale != nullptr, moved = middle != nullptr && middle->out_bias != nullptr;
       const float *scale = scaled ? middle->out_scale + output : nullptr, *bias = moved ? middle->out_bias + output : nullptr;
       const PairsRows& y = call.ys[layer];
       const bool is_float = call.y_dtype == Dtype::float32;
       char* to = reinterpret_cast<char*>(y.data) + start * y.stride * (is_float ? 4 : 2);
-      const Sink<Engine> sink{is_float ? Goes::to_float : Goes::to_bf16, to, y.stride, matrix.o, scale, bias};
+      const Sink<Engine> sink{is_float ? Goes::to_float : Goes::to_bf16, to, y.stride, call.out_features[layer], scale, bias, scales_y};
+      if (!has_pair) {
+        const lanes nothing[vectors] = {};
+        for (int64_t row = 0; row < n; ++row)
+          for (int64_t block = 0; block < blocks_of(sink.o); ++block) sink(row, block, nothing);
+        continue;
+      }
+      W* next = static_cast<W*>(matrix.values) + values_of(matrix);
+      matrix = {sink.o, segment.ranks[layer], even(call, segment.ranks[layer]), call.dtype, next};
+      const X* own = u + first;
+      if (middle != nullptr) {
+        own = u;
+        between(*middle, first, matrix.depth, u_stride, n);
+      }
       multiply_panels<Engine>(matrix, own, u_stride, 0, n, 0, blocks_of(matrix.o), sink);
       first += matrix.depth;
     }

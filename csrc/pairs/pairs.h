@@ -14,6 +14,7 @@ namespace veneer {
 // hold what belongs to all layers one behind the other, those between with a place for each of the ranks filled up; null: nothing.
 struct PairsMiddle {
   bool shares_a;  // all layers, of one rank, read one a
+  bool scales_y;  // out_scale * (y + B u) + out_bias, of layers without a pair too
   const float *core, *bias;
   Activation activation;
   const float *out_scale, *out_bias;
@@ -60,10 +61,11 @@ struct PairsFactor {
 
 namespace {
 
-// From numbers: 1, or 3 where the layers share one a; addresses of core and bias, activation, addresses of out_scale and out_bias.
+// From numbers: 1, with 2 where the layers share one a and 4 where outputs are scaled; addresses of core and bias, activation,
+// addresses of out_scale and out_bias.
 inline PairsMiddle middle_at(const int64_t* s) {
   const auto vector = [](int64_t address) { return reinterpret_cast<const float*>(static_cast<uintptr_t>(address)); };
-  return {s[0] == 3, vector(s[1]), vector(s[2]), Activation(s[3]), vector(s[4]), vector(s[5])};
+  return {(s[0] & 2) != 0, (s[0] & 4) != 0, vector(s[1]), vector(s[2]), Activation(s[3]), vector(s[4]), vector(s[5])};
 }
 
 // Bytes of the factors of one layer's pair.

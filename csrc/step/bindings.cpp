@@ -39,7 +39,8 @@ Place place(int64_t address, int64_t start) { return {address == 0 ? 0 : address
 Pairs pairs_at(const int64_t* numbers, const int64_t* end, int64_t start = 0) {
   if (numbers == end) return {};
   const auto at = [&](int i) { return place(numbers[i], start); };
-  return {at(0), {numbers + 7, end}, numbers[1] != 0, numbers[1] == 3, Activation(numbers[4]), at(2), at(3), at(5), at(6)};
+  const PairsMiddle middle = middle_at(numbers + 1);
+  return {at(0), {numbers + 7, end}, numbers[1] != 0, middle.shares_a, middle.scales_y, middle.activation, at(2), at(3), at(5), at(6)};
 }
 
 // Of each term its role, kind, four sizes, and addresses of values and index.

@@ -55,7 +55,7 @@ struct Place {
 struct Pairs {
   Place factors;
   std::vector<int64_t> ranks;
-  bool has_middle = false, shares_a = false;
+  bool has_middle = false, shares_a = false, scales_y = false;
   Activation activation{};
   Place core, bias, out_scale, out_bias;
 };
@@ -67,8 +67,8 @@ class Segments {
   void add(const Pairs& pairs, const char* block, int64_t start, int64_t stop) {
     const PairsMiddle* middle = nullptr;
     if (pairs.has_middle) {
-      middles_.push_back({pairs.shares_a, pairs.core.in<float>(block), pairs.bias.in<float>(block), pairs.activation,
-                          pairs.out_scale.in<float>(block), pairs.out_bias.in<float>(block)});
+      middles_.push_back({pairs.shares_a, pairs.scales_y, pairs.core.in<float>(block), pairs.bias.in<float>(block),
+                          pairs.activation, pairs.out_scale.in<float>(block), pairs.out_bias.in<float>(block)});
       middle = &middles_.back();
     }
     parts.push_back({pairs.factors.in<char>(block), pairs.ranks.data(), start, stop, middle});

@@ -119,7 +119,7 @@ class PackedPairs:
     def scaling(self, scales: Sequence[Tensor | None]) -> PackedPairs | None:
         """Return a copy that computes ``y = scale * (y + B A x)`` with a scale (o,) a layer, None for one.
 
-        Return None if the pairs have vectors after their products. The kernels of the CPU do not compute such pairs.
+        Return None if the pairs have vectors after their products.
         """
         middle = self.middle or Middle(None, None, "identity", None, None)
         scale = _joined(scales, self.out_features, 1.0)

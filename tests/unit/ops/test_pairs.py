@@ -123,8 +123,7 @@ def test_what_is_added_is_exact_to_its_roundings(i, sizes, dtype, x_dtype, y_dty
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("name", ["reference", "triton"])
-def test_outputs_are_scaled_with_what_is_added(name, shared, dtype):
+def test_outputs_are_scaled_with_what_is_added(backend, shared, dtype):
     """One version scales, of one layer without a pair too; beside it are one that only adds, and rows without one."""
     a, outs = draw(16, 67), (83, 67, 131)
     ranks = (16, 16, 16) if shared else (3, 0, 16)
@@ -136,7 +135,7 @@ def test_outputs_are_scaled_with_what_is_added(name, shared, dtype):
     scaling = adds.scaling([scales[0], scales[1], None])
     x, before = draw(9, 67), [draw(9, o) for o in outs]
     found = [y.clone() for y in before]
-    add_pairs(x, [Segment(adds, 0, 2), Segment(scaling, 3, 8)], found, backend=name)
+    add_pairs(x, [Segment(adds, 0, 2), Segment(scaling, 3, 8)], found, backend=backend)
     added = [y.clone() for y in before]
     add_pairs(x, [Segment(adds, 0, 2), Segment(adds, 3, 8)], added, backend="reference")
     for y, exact, scale in zip(found, added, [scales[0], scales[1], torch.ones(131)], strict=True):
