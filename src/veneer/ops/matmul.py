@@ -7,7 +7,7 @@ then widened, multiplied in float32 and rounded once, as a bfloat16 product with
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -42,33 +42,39 @@ def operand(x: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
 
 
 def matmul(
-    a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], dtype: torch.dtype, out: Tensor | None = None
+    a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], dtype: torch.dtype, out: Tensor | None = None, scale: float = 1.0
 ) -> Float[Tensor, "n m"]:
-    """Return ``a b`` rounded to dtype, written into ``out`` if given. Either factor may be an `operand`.
+    """Return ``scale * a b`` rounded to dtype, written into ``out`` if given. Either factor may be an `operand`.
 
     Nothing is recorded for a backward pass, and autocast has no effect.
     """
     a, b = _alike(a, b)
     place = out if out is not None and out.dtype == a.dtype else a.new_empty(a.shape[0], b.shape[1])
-    product = torch.mm(a, b, out=place)  # autocast passes by what is given a place
+    # autocast passes by what is given a place; without beta what lies there is not read
+    product = torch.mm(a, b, out=place) if scale == 1 else torch.addmm(place, a, b, beta=0, alpha=scale, out=place)
     return product.to(dtype) if out is None or product is out else out.copy_(product)
 
 
-def add_matmul(y: Float[Tensor, "n m"], a: Float[Tensor, "n k"], b: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:
-    """Return ``y + a b``, written into y."""
+def add_matmul(
+    y: Float[Tensor, "n m"], a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], scale: float = 1.0
+) -> Float[Tensor, "n m"]:
+    """Return ``y + scale * a b``, written into y."""
     a, b = _alike(a, b)
-    return y.addmm_(a, b) if a.dtype == y.dtype else y.add_(matmul(a, b, a.dtype))
+    return y.addmm_(a, b, alpha=scale) if a.dtype == y.dtype else y.add_(matmul(a, b, a.dtype), alpha=scale)
 
 
-def converted(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+def converted(
+    tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], beside: Iterable[tuple[Tensor, Tensor]] = ()
+) -> list[Tensor]:
     """Return each tensor in its dtype of ``dtypes``.
 
-    Tensors that have it already are returned as they are; on a GPU one launch converts the others.
+    Tensors that have it already are returned as they are; on a GPU one launch converts the others. It also copies into
+    the first tensor of each pair ``beside`` the second.
     """
     found = [
         x if x.dtype == dtype else torch.empty_like(x, dtype=dtype) for x, dtype in zip(tensors, dtypes, strict=True)
     ]
-    pairs = [(to, x) for to, x in zip(found, tensors, strict=True) if to is not x]
+    pairs = [*beside, *((to, x) for to, x in zip(found, tensors, strict=True) if to is not x)]
     if pairs:
         torch._foreach_copy_([to for to, _ in pairs], [x for _, x in pairs])
     return found

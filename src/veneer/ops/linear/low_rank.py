@@ -1,7 +1,8 @@
 """Low-rank parts of layers that share their input: one record for all rows, or one for each run of rows.
 
 ``core`` and ``b_scale`` are multiplied into B when B is rounded for the product. That takes o r multiplications; on
-the activations it would take n r and n o.
+the activations it would take n r and n o. So is the scale on a CPU. On a GPU the products apply it, and one launch
+rounds all factors.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ def add_low_rank(
     """
     if layers[0].goes_by_rows:
         return add_grouped_low_rank(x, [_group(layer) for layer in layers], layers[0].runs_of(len(x)), zs)
-    u = matmul(read, _joined_a(layers, x.dtype).T, x.dtype)
-    for z, b, span in zip(zs, _scaled_bs(layers, x.dtype), _spans(layers), strict=True):
-        add_matmul(z, u[:, span], b.T)
+    a, bs, scales = _rounded(layers, x.dtype)
+    u = matmul(read, a.T, x.dtype)
+    for z, b, scale, span in zip(zs, bs, scales, _spans(layers), strict=True):
+        add_matmul(z, u[:, span], b.T, scale)
     return u
 
 
@@ -64,41 +66,39 @@ def low_rank_backward(
     """
     if layers[0].goes_by_rows:
         return _of_rows([dz for dz, _ in dzs], x, u, layers, input_grad)
-    du = u_gradient(dzs, u, layers)
-    factors = factor_gradients(dzs, du, x, u, layers)
-    return LowRankGradients(x_gradient(du, layers) if input_grad else None, factors)
+    du, dx = input_gradients(dzs, u, layers, input_grad)
+    return LowRankGradients(dx, factor_gradients(dzs, du, x, u, layers))
 
 
-def u_gradient(dzs: Sequence[tuple[Tensor, Tensor]], u: Tensor, layers: Sequence[LinearLayer]) -> Tensor:
-    """Return the gradient in ``A x`` of all layers, if one record acts on all rows; ``dzs`` as in
-    `low_rank_backward`.
+def input_gradients(
+    dzs: Sequence[tuple[Tensor, Tensor]], u: Tensor, layers: Sequence[LinearLayer], input_grad: bool
+) -> tuple[Tensor, Float[Tensor, "n i"] | None]:
+    """Return the gradient in ``A x`` of all layers and, if requested, that in x, if one record acts on all rows.
+
+    ``dzs`` as in `low_rank_backward`.
     """
+    a, bs, scales = _rounded(layers, u.dtype)
     du = torch.empty_like(u)
-    for b, span, (_, read) in zip(_scaled_bs(layers, u.dtype), _spans(layers), dzs, strict=True):
-        matmul(read, b, u.dtype, out=du[:, span])
-    return du
-
-
-def x_gradient(du: Tensor, layers: Sequence[LinearLayer]) -> Float[Tensor, "n i"]:
-    """Return the gradient in x, given ``du``, the result of `u_gradient`."""
-    return matmul(du, _joined_a(layers, du.dtype), du.dtype)
+    for b, scale, span, (_, read) in zip(bs, scales, _spans(layers), dzs, strict=True):
+        matmul(read, b, u.dtype, out=du[:, span], scale=scale)
+    return du, matmul(du, a, du.dtype) if input_grad else None
 
 
 def factor_gradients(
     dzs: Sequence[tuple[Tensor, Tensor]], du: Tensor, x: Float[Tensor, "n i"], u: Tensor, layers: Sequence[LinearLayer]
 ) -> list[list[FactorGradients]]:
-    """Return the gradients in the factors of each layer's record, given ``du``, the result of `u_gradient`."""
+    """Return the gradients in the factors of each layer's record, given ``du``, the first of `input_gradients`."""
     pairs, spans = [_pair_of(layer) for layer in layers], _spans(layers)
     da = matmul(du.T, x, x.dtype) if any(pair.a.requires_grad for pair in pairs) else None
     wanted = [(k, "a", pair.a, cast(Tensor, da)[spans[k]]) for k, pair in enumerate(pairs) if pair.a.requires_grad]
     wanted += [
-        (k, "b", pair.b, _b_gradient(u[:, spans[k]], dzs[k][1], x.dtype))
+        (k, "b", pair.b, _b_gradient(u[:, spans[k]], dzs[k][1], x.dtype, _scale_of(layers[k], 0)))
         for k, pair in enumerate(pairs)
         if _trains_b(pair)
     ]
     found = converted([gradient for *_, gradient in wanted], [like.dtype for _, _, like, _ in wanted])
     dbs = {k: gradient for (k, name, _, _), gradient in zip(wanted, found, strict=True) if name == "b"}
-    if dbs:
+    if dbs and not x.is_cuda:
         torch._foreach_mul_(list(dbs.values()), [_scale_of(layers[k], 0) for k in dbs])
     factors: list[FactorGradients] = [{"a": None} for _ in layers]
     for (k, name, _, _), gradient in zip(wanted, found, strict=True):
@@ -106,12 +106,13 @@ def factor_gradients(
     return [[each] for each in factors]
 
 
-def _b_gradient(u: Float[Tensor, "n r"], read: Float[Tensor, "n o"], dtype: torch.dtype) -> Float[Tensor, "o r"]:
-    """Return the gradient in B, without the pair's scale.
-
-    On a GPU it has B's own strides, so that autograd makes no copy.
+def _b_gradient(
+    u: Float[Tensor, "n r"], read: Float[Tensor, "n o"], dtype: torch.dtype, scale: float
+) -> Float[Tensor, "o r"]:
+    """Return the gradient in B: on a GPU times the pair's scale, and in B's own strides, so that autograd makes no
+    copy.
     """
-    return matmul(read.T, u, dtype) if read.is_cuda else matmul(u.T, read, dtype).T
+    return matmul(read.T, u, dtype, scale=scale) if read.is_cuda else matmul(u.T, read, dtype).T
 
 
 def _of_rows(
@@ -165,24 +166,21 @@ def _group(layer: LinearLayer) -> LowRankGroup:
     return LowRankGroup(a, b, tuple(_scale_of(layer, k) for k in range(len(pairs))), layer.masks)
 
 
-def _joined_a(layers: Sequence[LinearLayer], dtype: torch.dtype) -> Tensor:
-    factors = [_pair_of(layer).a for layer in layers]
+def _rounded(layers: Sequence[LinearLayer], dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[float]]:
+    """Return the A of all layers below one another, each layer's B, and by what its products are still to be scaled."""
+    factors, scales = [_pair_of(layer).a for layer in layers], [_scale_of(layer, 0) for layer in layers]
     joined = factors[0].new_empty(sum(map(len, factors)), factors[0].shape[1], dtype=dtype)
-    torch._foreach_copy_(list(torch.split(joined, [len(a) for a in factors])), factors)
-    return joined
+    parts, bs = torch.split(joined, [len(a) for a in factors]), [_pair_of(layer).plain_b for layer in layers]
+    if joined.is_cuda:
+        return joined, converted(bs, [dtype] * len(bs), beside=zip(parts, factors, strict=True)), scales
+    torch._foreach_copy_(list(parts), factors)
+    return joined, converted(torch._foreach_mul(bs, scales), [dtype] * len(bs)), [1.0] * len(bs)
 
 
 def _spans(layers: Sequence[LinearLayer]) -> list[slice]:
     """Return the columns of u that belong to each layer."""
     ranks = [layer.record.rank for layer in layers]
     return [slice(end - rank, end) for rank, end in zip(ranks, accumulate(ranks), strict=True)]
-
-
-def _scaled_bs(layers: Sequence[LinearLayer], dtype: torch.dtype) -> list[Tensor]:
-    scaled = torch._foreach_mul(
-        [_pair_of(layer).plain_b for layer in layers], [_scale_of(layer, 0) for layer in layers]
-    )
-    return converted(scaled, [dtype] * len(layers))
 
 
 def _scale_of(layer: LinearLayer, k: int) -> float:

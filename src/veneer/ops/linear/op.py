@@ -33,9 +33,8 @@ from veneer.ops.linear.low_rank import (
     FactorGradients,
     add_low_rank,
     factor_gradients,
+    input_gradients,
     low_rank_backward,
-    u_gradient,
-    x_gradient,
 )
 from veneer.ops.linear.weight import add_transposed, product
 from veneer.ops.matmul import operand
@@ -206,8 +205,7 @@ def backward_before_input(
     found = _Found([layer])
     dz = found.finish(0, dy, kept.products[0], False)
     own, layers = [(dz, operand(dz))], [layer]
-    du = u_gradient(own, kept.us[0], layers) if layer.is_lowrank else None
-    dx = None if du is None else x_gradient(du, layers)
+    du, dx = input_gradients(own, kept.us[0], layers, True) if layer.is_lowrank else (None, None)
     x = make_input(add_transposed(dx, *own[0], layer.weight))
     del dx
     if du is not None:

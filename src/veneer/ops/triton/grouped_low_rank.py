@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup, Run
-from veneer.ops.matmul import add_matmul, converted
+from veneer.ops.matmul import add_matmul, converted, matmul
 from veneer.ops.reference import grouped_low_rank as reference
 from veneer.ops.rows import same_dtype, with_rows
 from veneer.ops.triton import dropout
@@ -81,7 +81,7 @@ def _is_alone(groups: Sequence[LowRankGroup], rows: AdapterRuns) -> bool:
 
 def _add_alone(x: Tensor, groups: Sequence[LowRankGroup], ys: Sequence[Tensor]) -> None:
     for group, y, a, b in zip(groups, ys, *_of_alone(groups, x.dtype), strict=True):
-        add_matmul(y, _read_alone(x, group) @ a.T, b.T)
+        add_matmul(y, _read_alone(x, group) @ a.T, b.T, group.scales[0])
 
 
 def _alone_backward(
@@ -91,9 +91,9 @@ def _alone_backward(
     das, dbs = [], []
     for group, given, a, b in zip(groups, dys, *_of_alone(groups, x.dtype), strict=True):
         dy, read = same_dtype(given, x), _read_alone(x, group)
-        du = dy @ b
+        du = matmul(dy, b, x.dtype, scale=group.scales[0])
         das.append(du.T @ read)
-        dbs.append(dy.T @ (read @ a.T))
+        dbs.append(matmul(dy.T, read @ a.T, x.dtype, scale=group.scales[0]))
         mask = group.mask_of(0)
         if dx is None:
             continue
@@ -102,15 +102,14 @@ def _alone_backward(
         else:
             dropout.add_dropped(dx, du @ a, mask.threshold, mask.key, mask.ids)
     wide = converted([*das, *dbs], [torch.promote_types(x.dtype, torch.float32)] * 2 * len(groups))
-    wide_dbs = wide[len(groups) :]
-    torch._foreach_mul_(wide_dbs, [group.scales[0] for group in groups])
-    return None if dx is None else dx.to(x.dtype), [(da,) for da in wide[: len(groups)]], [(db,) for db in wide_dbs]
+    das, dbs = wide[: len(groups)], wide[len(groups) :]
+    return None if dx is None else dx.to(x.dtype), [(da,) for da in das], [(db,) for db in dbs]
 
 
 def _of_alone(groups: Sequence[LowRankGroup], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the only adapter's factors on each layer: a, and b times its scale."""
-    scaled = torch._foreach_mul([cast(Tensor, group.b[0]) for group in groups], [group.scales[0] for group in groups])
-    found = converted([*(cast(Tensor, group.a[0]) for group in groups), *scaled], [dtype] * 2 * len(groups))
+    """Return the only adapter's a and b on each layer."""
+    factors = [cast(Tensor, side[0]) for side in (*(group.a for group in groups), *(group.b for group in groups))]
+    found = converted(factors, [dtype] * len(factors))
     return found[: len(groups)], found[len(groups) :]
 
 

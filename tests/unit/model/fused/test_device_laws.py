@@ -26,7 +26,7 @@ IDS = (torch.arange(2 * 13).view(2, 13) * 31 + 5) % 97
 MASK = torch.ones_like(IDS)
 MASK[1, 10:] = 0
 GOAL = 60  # launches of a block, forward and backward
-HELD = {"dense": 97, "dropout": 135, "nf4": 132, "dora": 241}
+HELD = {"dense": 77, "dropout": 123, "nf4": 112, "dora": 221}
 """Launches of a block today: fewer are written here, more are a fault."""
 
 
@@ -106,17 +106,27 @@ def test_a_read_put_into_a_block_is_found(monkeypatch: pytest.MonkeyPatch) -> No
     assert all("model/program/stretch.py:" in place for place in reads)  # the line of the package that asked
 
 
+def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: (grad.host if isinstance(grad, OnDevice) else grad).double() for name, grad in found.items()}
+
+
 @pytest.mark.parametrize(("case", "way"), [*((case, None) for case in HELD), *(("nf4", way) for way in WAYS)])
 def test_the_device_computes_what_the_cpu_does(case: str, way: str | None) -> None:
-    """The loss to a few roundings of bfloat16, and the gradients, in a hostile interpreter too."""
-    model = fused_model(case, 1)
+    """The loss to a few roundings of bfloat16, also in a hostile interpreter; gradients to twice the CPU's worst error.
+
+    An error is the relative distance from the same step in float32.
+    """
+    wide, model = fused_model(case, 1).float(), fused_model(case, 1)
+    step(wide, IDS, MASK)
     loss = step(model, IDS, MASK).item()
-    expected = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    exact, cpu = gradients(wide), gradients(model)
     with stand_in(EVERY), nullcontext() if way is None else hostile(way):
         put_on_device(model)
         found = step(model, OnDevice(IDS), OnDevice(MASK)).host
-        grads = {name: p.grad.host.double() for name, p in model.named_parameters() if p.grad is not None}
+        own = gradients(model)
     assert found.item() == pytest.approx(loss, rel=2e-3)
-    assert grads.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert (grads[name] - gradient).norm() <= 0.03 * gradient.norm(), name
+    assert own.keys() == cpu.keys() == exact.keys()
+    worst = max((cpu[name] - gradient).norm() / gradient.norm() for name, gradient in exact.items())
+    for name, gradient in exact.items():
+        assert (own[name] - gradient).norm() <= 2 * worst * gradient.norm(), name
