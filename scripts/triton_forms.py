@@ -195,8 +195,10 @@ def _paged_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
             rows = PagedRows.of([(range(20), 100, n), (range(20, 30), 0, 1)], store)
             q, kv = torch.empty(n + 1, 9, features, dtype=dtype), torch.empty(n + 1, 3, features, dtype=dtype)
             for numbers in ((0.125, 128, 30.0),) if quick else ((0.125, 0, 0.0), (0.125, 128, 30.0)):
-                args = store, 1, q, rows, *numbers
+                args = store, 1, q, rows, *numbers, None
                 yield f"paged attention {features} {n} rows {numbers[1:]}", lambda a=args: paged_attention.attend(*a)
+            args = store, 1, q, rows, 0.125, 0, 0.0, torch.empty(9, 304)
+            yield f"paged attention {features} {n} rows biased", lambda a=args: paged_attention.attend(*a)
         yield f"pages written {features}", lambda a=(store, 1, kv, kv, rows): paged_attention.append(*a)
         angles = torch.empty(1, len(q), features // 2)
         turned = store, 1, (q, kv, kv), rows, (angles, angles), False

@@ -150,7 +150,7 @@ def serving_cases(x, w, wide):
     store = PagedStore.zeros(2, 16, (1, HEADS, 8), dtype=torch.float32)
     step = PagedRows.of([([1], 3, N)], store)
     yield "paged_attention.append", (store, 0, heads, heads.clone(), Plain(step))
-    yield "paged_attention.attend", (store, 0, heads, Plain(step), *numbers)
+    yield "paged_attention.attend", (store, 0, heads, Plain(step), *numbers, torch.randn(HEADS, 16))
     pairs = PackedPairs.pack([FactorPair(torch.randn(R, D), torch.randn(OUT, R), 0.5)], [OUT], dtype=torch.float32)
     yield "pairs.add", (x, Plain(Segments.of([Segment(pairs, 0, N)])), [wide])
     yield "step.add_norm", (w,)
