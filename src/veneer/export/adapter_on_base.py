@@ -42,7 +42,10 @@ def with_weights(places: Mapping[str, Placed], skeleton: PreTrainedModel, base: 
 
 
 def changed_tensors(stored: StoredAdapter, adapter: Path, base: Path) -> Iterator[str]:
-    """Yield the adapter's tensors other than its records, without embeddings that are only copies of the base's."""
+    """Yield the keys of an adapter's tensors that are no part of its updates, such as trained copies of modules.
+
+    A copy of a base's weight is left out if its values equal the base's.
+    """
     copies = {f"{path}.base_layer.weight": f"{path}.weight" for path in stored.updates}
     weights, files = Checkpoint.open(base), read_headers(adapter)
     for key in stored.others:

@@ -166,8 +166,9 @@ class OutOfTimeError(Exception):
 
 @dataclass(slots=True)
 class Conversation:
-    """Conversation between a model and its tools; it extends ``rollout`` in place. ``name`` stands for
-    it in messages.
+    """Conversation between a model and its tools, which extends ``rollout`` in place.
+
+    ``name`` is the conversation's name in error messages.
     """
 
     rollout: Rollout
@@ -180,9 +181,9 @@ class Conversation:
     def run(self) -> Generator[Turn | Wait, Any, None]:
         """Continue after the first answer until an answer calls no tool, or a limit is reached.
 
-        Yields a request for each answer or tool's result that it needs. If a tool's response has no room, it is
-        dropped, and the call is the last message. If a call hangs, it is abandoned, and a message tells the model.
-        Raises TrainingError for a tool that raises something other than an Exception.
+        Yields a request for each answer or tool's result that it needs. If there is no room for a tool's response, the
+        response is dropped, and the conversation ends with the call. A call that takes too long is abandoned, and a
+        message tells the model so. Raises TrainingError for a tool that raises something other than an Exception.
         """
         rollout, limits = self.rollout, self.limits
         self._end = None if limits.seconds is None else time.monotonic() + limits.seconds

@@ -109,8 +109,9 @@ class DistillTrainer(SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the divergence of a micro-batch, summed over its tokens and divided by the step's. Outputs are not
-        returned.
+        """Return the divergence summed over a micro-batch's tokens, divided by the number of tokens of the step.
+
+        ``return_outputs`` is ignored: no outputs are returned.
         """
         loss = super().compute_loss(model, inputs, False, num_items_in_batch)
         return (loss, {}) if return_outputs else loss

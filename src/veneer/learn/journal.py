@@ -37,8 +37,8 @@ def journal_path(run: Path, rank: int = 0, n_processes: int = 1) -> Path:
 class Journal:
     """Journal of one process. A draw is the answers of one batch of prompts; draws are numbered upwards.
 
-    If ``keeps``, existing lines stay until a new draw replaces them; otherwise the file is emptied. Raises DiskError if
-    it cannot be written.
+    If ``keeps``, the lines of an existing file are kept until a new draw replaces them; otherwise the file is emptied.
+    Raises DiskError if it cannot be written.
     """
 
     def __init__(self, path: Path, *, keeps: bool) -> None:

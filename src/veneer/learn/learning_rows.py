@@ -40,7 +40,7 @@ def equal_groups(rewards: Float[Tensor, "b functions"], n: int) -> Tensor:
 
 
 def by_prompt(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rearrange the rows of micro-batches so that rows of one prompt are neighbours. The batches' sizes stay.
+    """Rearrange the rows of micro-batches so that rows of one prompt are neighbours. The batches keep their sizes.
 
     Prompts are in the order in which they first appear. If a batch has images, all batches are returned unchanged: its
     image tensors hold patches instead of rows.

@@ -98,9 +98,9 @@ class Policy:
         return self.rollouts.engine.scheduler.limits.max_model_len - self.version().n_front
 
     def recall(self, answers: list[DrawnAnswer]) -> list[DrawnAnswer]:
-        """Make earlier answers of this adapter, such as a journal's, those of the current draw, and return them.
+        """Set the answers of the current draw to ``answers``, drawn earlier and read from a journal. Return them.
 
-        Raises StaleAnswerError if another adapter drew them.
+        Raises StaleAnswerError if another adapter than the current one drew them.
         """
         require_drawn_by(answers, self.version().id)
         self._answers = answers
@@ -171,10 +171,10 @@ def policy_of(trainer: Any) -> Policy | None:
 
 
 def rollouts_of_base(base: PreTrainedModel, tokenizer: Any, args: Any, config: MethodConfig | None) -> Rollouts | None:
-    """Pack a base for the engine before a fresh adapter is attached, and return the engine, which holds the only copy.
+    """Pack a base for the engine before a fresh adapter is attached. Return the engine, which holds the only copy.
 
-    ``config`` is that of the adapter. Return None, and leave the base as it is, if ``rollout_memory`` or the kind of
-    base asks for a second copy. Do so too if the engine cannot draw by this base. Raises ConfigError if
+    ``config`` is that of the adapter. Return None, and leave the base as it is, if the engine cannot draw with this
+    base, or if the base must keep its own copy of the weights (see `keeps_one_copy`). Raises ConfigError if
     ``rollout_memory`` is "one" and the run needs a second copy.
     """
     if not keeps_one_copy(base, args, config, _is_for_transformers(tokenizer, args)):
@@ -212,9 +212,8 @@ def keeps_one_copy(
 ) -> bool:
     """Return True if the engine's packed weights are to be the only copy of a base, before an adapter is attached.
 
-    ``reason`` is one against it that is known already. ``n_training`` processes train; 0 stands for those that have
-    joined. Raises ConfigError if ``rollout_memory`` is "one" and the run
-    cannot do with one copy.
+    ``reason``, if not None, says why one copy is impossible. ``n_training`` is the number of processes that train; if
+    it is 0, they are counted here. Raises ConfigError if ``rollout_memory`` is "one" and the run needs a second copy.
     """
     if args.rollout_memory == "beside" or args.rollout_engine == "generate":
         return False

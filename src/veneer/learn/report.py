@@ -57,8 +57,10 @@ def log_of(run: Path) -> Log:
 
 @dataclass(slots=True)
 class AnswersToRead:
-    """Answers of a journal, ``n`` of each kind: ``best`` and ``worst`` by reward, and ``some`` drawn at random, by
-    step.
+    """Answers of a journal, at most ``n`` of each kind: the ``best`` and the ``worst`` by reward, and ``some`` at
+    random.
+
+    The random ones are sorted by step.
     """
 
     n: int

@@ -15,7 +15,7 @@ def checked_rollouts(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a rollout function with a check of its output: lists of one length, with an entry for each token.
 
     An answer without tokens becomes a masked end token, because TRL reads each answer's last token. The wrapper raises
-    TrainingError.
+    TrainingError if the output is anything else.
     """
 
     @functools.wraps(function)

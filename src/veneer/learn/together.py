@@ -61,7 +61,10 @@ class MemberRollouts(Rollouts):
             self.engine.remove_adapter(self._number)
 
     def run(self, asked: Sequence[CheckedRequest]) -> dict[str, RequestOutput]:
-        """Return the outputs as `Rollouts.run`; those of a training step together with the other members' outputs."""
+        """Return the outputs of requests by id. In a training step, all members' requests are answered in one batch.
+
+        Outside of a training step the member's requests are answered alone, as by `Rollouts.run`.
+        """
         if not self.model.training:
             return super().run(asked)
         outputs: dict[str, RequestOutput] = ask(AnswersRequest(asked))
@@ -111,7 +114,7 @@ class DrawnTogether:
         self._drawing: dict[int, MemberRollouts] = {}
 
     def start(self, job: Job) -> None:
-        """Let a member make its trainer, with its own random numbers."""
+        """Start a member: make its trainer, with random numbers of its own."""
         number, kind = len(self._runs) + 1, _KINDS[job.member.recipe.task]
         run: Coroutine[JobEnd] = Coroutine(lambda: run_job(job, self._base, kind, self._stop))
         self._runs[number] = run
@@ -144,7 +147,7 @@ class DrawnTogether:
             self._drawing.pop(number).close()
 
     def close(self) -> None:
-        """End all members at their present points."""
+        """Stop all members where they are, without a result."""
         for run in self._runs.values():
             run.close()
 

@@ -212,5 +212,5 @@ def _ordinary(absmax: Tensor) -> bool:
 
 
 def padded_outputs(o: int) -> int:
-    """Return the number of outputs in the panels: o, padded to whole blocks."""
+    """Return the number of rows of a packed matrix of o outputs: o, rounded up to a multiple of `BLOCK`."""
     return o + -o % BLOCK

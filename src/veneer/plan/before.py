@@ -61,9 +61,10 @@ def planned_facts(
 
 
 def with_shard(facts: Mapping[str, Any], sharing: int) -> dict[str, Any]:
-    """Return facts with one of their shards and its bytes: the first with which ``sharing`` processes have room.
+    """Return the facts of a plan with one of its possible shards and that shard's bytes.
 
-    If none has room, it is the last shard. If there are no shards, the facts are returned unchanged.
+    It is the first shard with which ``sharing`` processes fit into memory, or the last if none fits. If there are no
+    shards, the facts are returned unchanged.
     """
     process = dict(facts["process"])
     shards = {int(shard): n_bytes for shard, n_bytes in process.pop("shards", {}).items()}

@@ -41,8 +41,9 @@ class Pattern:
         return (low, low + self.period) if low + self.period < self.n_blocks else (self.n_blocks,)
 
     def places(self, n_blocks: int) -> dict[int, list[str]]:
-        """Return names of blocks that mean the same at any depth, by block number: ``first 0`` from the front, ``last
-        0`` from the end.
+        """Return names for blocks that mean the same block in a model of any depth, by the block's number.
+
+        ``first 0`` counts from the front, ``last 0`` from the end.
         """
         found: dict[int, list[str]] = {}
         for k in range(min(self.lead + self.period, n_blocks)):
@@ -125,7 +126,7 @@ def _sign(block: nn.Module) -> tuple[object, ...]:
 
 
 def peaks_by_place(shallow: Shallow, pattern: Pattern) -> dict[str, Peak]:
-    """Return peaks by marks that hold at any depth: among the blocks, those of the first group and of the last."""
+    """Return peaks under names that hold at any depth. Only the first and the last group of blocks are returned."""
     places, found = pattern.places(shallow.n_blocks), {}
     for mark, peak in shallow.peaks.items():
         name, _, number = mark.rpartition(".")

@@ -76,12 +76,12 @@ def draw_of(task: str, args: Any, batch: Batch) -> DrawSize | None:
 
 
 class TracedDraw:
-    """Draw of a step on a traced base, to which no adapter is attached yet. The engine packs the base's weights.
+    """Draw of a step on a traced base, to which no adapter is attached yet.
 
-    That is of CPUs (``packs``): on a GPU the engine reads the base's own. ``n_processes`` train together.
-    ``is_one``: the packed weights are the only copy. ``weights`` are the engine's tensors. ``kept`` are the bytes of a
-    token's keys and values, and of a sequence. Transformers draws from a base without a program. ``work``, after `run`,
-    is that of a draw and of scoring its answers.
+    If ``packs``, as on CPUs, the engine packs a copy of the base's weights; on a GPU it reads the base's own.
+    ``n_processes`` train together. ``is_one``: the packed weights are the only copy. ``weights`` are the engine's
+    packed tensors. ``kept`` are the bytes that a token and a sequence take in the cache. If there is no program for the
+    base, transformers draws instead of the engine. ``work``, after `run`, is that of a draw and of scoring its answers.
     """
 
     def __init__(

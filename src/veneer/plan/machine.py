@@ -116,7 +116,10 @@ class Rates:
         write_atomically(self.path, json.dumps(stored, indent=1).encode())
 
     def product(self, product: MatrixProduct) -> float:
-        """Return the seconds of a matrix product, from the rate of a shape near its own, cut down to `LARGEST`."""
+        """Return the seconds of a matrix product.
+
+        The rate is measured on a product of a similar shape, of which no side is longer than `LARGEST`.
+        """
         m, k, n = (_side(side, most) for side, most in ((product.m, ROWS), (product.k, LARGEST), (product.n, LARGEST)))
         seconds = self._once(f"product {m} {k} {n} {product.dtype}", lambda: _product_seconds(m, k, n, product.dtype))
         return seconds * product.flops / (2.0 * m * k * n)

@@ -55,7 +55,7 @@ def meta_base(
 ) -> PreTrainedModel:
     """Return the base of a recipe on the meta device, in its storage format; ``prepared`` for training.
 
-    A base that is not ``frozen`` is dense. ``encodes``: an encoder with a decoder will do too.
+    A base that is not ``frozen`` is dense. ``encodes``: an encoder with a decoder is allowed too.
 
     Raises ConfigError if transformers makes no model of the config that predicts the next token.
     """
@@ -87,9 +87,9 @@ def meta_base(
 def traced_model(
     config: PreTrainedConfig, part: ModelPart, adapter: MethodConfig | None, *, encodes: bool = False
 ) -> PreTrainedModel:
-    """Return the base with its adapter, or with float32 weights if the whole model is trained, ready to train.
+    """Return the base with its adapter, ready to train. Call it while tracing.
 
-    Call it while tracing. ``encodes``: an encoder with a decoder will do too.
+    Without an adapter, the whole model is trained, in float32. ``encodes``: an encoder with a decoder is allowed too.
     """
     return ready_to_train(traced_base(config, part, frozen=adapter is not None, encodes=encodes), adapter)
 

@@ -81,7 +81,9 @@ class Machine:
 
     @property
     def isa(self) -> str | None:
-        """Instruction set to trace for: a card has products of 16 bits."""
+        """Instruction set to trace for; None is this CPU's own. A GPU is traced with avx512_bf16, which has 16-bit
+        products.
+        """
         return None if self.card is None and self.gpu is None else "avx512_bf16"
 
     @property

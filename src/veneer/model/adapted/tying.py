@@ -14,10 +14,11 @@ from veneer.model.adapted.site import Adapted, TiedFactors
 def followers_of(
     tied: Sequence[str], config: MethodConfig, targets: tuple[str, ...]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the targets, in which the embeddings replace all modules that share their weight, and those modules.
+    """Return the modules to adapt, and the modules that use the adapter of the input embeddings.
 
-    ``tied``: the embeddings, then those modules. There are none if the config does not keep the tie, or if none of the
-    tied modules is a target.
+    ``tied``: the path of the input embeddings, then the paths of the modules that share their weight. If the config
+    keeps the tie, and any of these is a target, the embeddings are adapted for all of them. Otherwise the targets are
+    returned unchanged, and no module follows.
     """
     if not config.extras.keeps_tie or len(tied) < 2 or not {*tied} & {*targets}:
         return targets, ()

@@ -138,7 +138,8 @@ def _with_given_mask(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fuse(model: PreTrainedModel) -> bool:
-    """Make the blocks of a model run on fused kernels, in place. Return True if they do. A fused model stays fused.
+    """Make the blocks of a model run on fused kernels, in place. Return True if any does; a second call changes
+    nothing.
 
     The model's description determines the parts of a block. Values then verify it: what each block adds to the residual
     stream of a short batch must equal the model's own result, up to rounding. A half that differs runs the model's own

@@ -48,7 +48,7 @@ class ActingNorm:
         return y, torch.stack([mean, rstd])
 
     def backward(self, dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
-        """Return the gradient in x."""
+        """Return the gradient with respect to x."""
         if self.bias is None:
             return rms_norm_backward(dy, x, self.weight, statistics, self.offset)[0]
         return layer_norm_backward(dy, x, self.weight, statistics[0], statistics[1])[0]

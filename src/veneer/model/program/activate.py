@@ -72,9 +72,10 @@ class Activate(Trained):
         return ()
 
     def back(self, weights: tuple[()], tape: Tape) -> Tensor | None:
-        """Recompute the output of a gated activation and return it, in the memory of its gradient.
+        """Add the gradients of the sources to the tape. Return the output if the activation is gated, otherwise None.
 
-        Recomputed sources are overwritten.
+        A gated activation's output is computed again and written over its own gradient. Its sources are overwritten if
+        they were themselves computed again.
         """
         [dy], ys = tape.take(self.target), tape.value(self.source)
         if not self.gated:

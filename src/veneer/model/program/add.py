@@ -54,7 +54,7 @@ class Add(Trained):
         return ()
 
     def train(self, weights: tuple[()], run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
-        """Add in the memory of the source if that has the stream's dtype."""
+        """Add the source to the residual stream. The sum overwrites the source if both have the same dtype."""
         [half], [h] = self.source.read(frame), self.stream.read(frame)
         half = half if self.multiplier == 1 else half.mul_(self.multiplier)
         y = half.add_(h) if half.dtype == h.dtype else h + half

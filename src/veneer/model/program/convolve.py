@@ -73,7 +73,11 @@ class Convolve(Trained):
         return ()
 
     def back(self, weights: ConvKernel, tape: Tape) -> Tensor:
-        """Return the recomputed output, in its gradient's memory. A recomputed source is overwritten."""
+        """Add the gradient of the source to the tape, and return the operation's output, which is computed again.
+
+        The output is written over its own gradient. If the source was itself computed again, its memory is overwritten
+        too.
+        """
         [dy], [source], again = tape.take(self.target), tape.value(self.source), tape.run.again
         found, y = conv_backward(dy, _gated(source), weights, _previous(tape.run), owns_dy=True, owns_inputs=again)
         joined = source if again else torch.cat([cast(Tensor, found.before), cast(Tensor, found.after), found.x], dim=1)

@@ -25,9 +25,10 @@ Stacks = tuple[PackedStack, PackedStack]
 
 
 class ExpertStacks:
-    """Gate and up, and down, of all experts. ``versions`` hold the adapters' changes of them under their ``number``.
+    """Layers of all experts of a mixture: gate and up together, and down. Versions add their own low-rank pairs.
 
-    ``packed`` are their weights; if they are None, the model's own module computes the experts' outputs.
+    ``versions`` hold each version's changes; those of these experts have the key ``number``. ``packed`` are the base's
+    packed weights; if they are None, the model's own module computes the experts' outputs.
     """
 
     def __init__(

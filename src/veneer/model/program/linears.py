@@ -53,8 +53,9 @@ Ready = Mapping[tuple[int, AdapterRuns], Segments]
 
 
 class Linears:
-    """Group of linear layers at some paths. ``versions`` hold the adapters' changes of this group under
-    its ``number``.
+    """Group of linear layers that read one input, with the changes of adapter versions.
+
+    ``versions`` hold each version's changes; those of this group have the key ``number``.
     """
 
     def __init__(

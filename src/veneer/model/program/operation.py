@@ -55,7 +55,7 @@ class Keys(NamedTuple):
 
 
 class Window(NamedTuple):
-    """State that a token leaves for the tokens right behind it: an input of a short convolution, of a width."""
+    """State that a short convolution stores for each token: its input, ``width`` values, which the next tokens read."""
 
     width: int
 

@@ -80,10 +80,10 @@ class Product(Trained):
         return list(op.outputs(ys, of_layers, weights))
 
     def back(self, weights: tuple[LinearLayer, ...], tape: Tape) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the records.
+        """Add the gradient of the source to the tape, and return the gradients of the layers' records.
 
-        The factors' gradients read the source. If the backward pass of the operation before recomputes the source, it
-        runs first.
+        The gradients of low-rank factors need the source. If the operation before recomputes the source in its own
+        backward pass, that pass runs before they are computed.
         """
         dys, (kept, _), maker = tape.take(self.target), self._kept(weights, tape.kept), tape.maker(self.source)
         dtype = self.dtype_in(tape.run)

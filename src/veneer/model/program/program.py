@@ -44,12 +44,12 @@ class Program:
 
     @property
     def numbers_per_position(self) -> int:
-        """Number of values that a token leaves."""
+        """Number of values that all operations together store for a token."""
         return sum(state.n_numbers for state in self.states) + sum(window.n_numbers for window in self.windows)
 
     @property
     def rotaries(self) -> tuple[Rotary, ...]:
-        """Rotations, each once."""
+        """Different rotations of queries and keys."""
         return tuple(dict.fromkeys(part.rotary for part in self.attentions if part.rotary is not None))
 
     @property

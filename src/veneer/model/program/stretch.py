@@ -111,7 +111,7 @@ class Trained(Operation):
 
     @abstractmethod
     def back(self, weights: Any, tape: Tape) -> Any:
-        """Take the gradients of the output, and add those of the sources.
+        """Remove the output's gradients from the tape, and add those of the sources.
 
         Return the gradients of the layers' records. If there are no layers and `gives_output` is True, return the
         output instead.
@@ -155,7 +155,9 @@ class TrainedStretch:
 
     @cached_property
     def keeps(self) -> tuple[tuple[Keep, ...], tuple[Keep, ...]]:
-        """Return what each operation keeps: first the usual choice, then that for recomputed products of the source."""
+        """Return what each operation keeps for the backward pass, twice: as usual, and if the first products are
+        recomputed.
+        """
         return self._keeps(frozenset()), self._keeps(self._first_products())
 
     def _keeps(self, again: frozenset[int | None]) -> tuple[Keep, ...]:
@@ -299,7 +301,9 @@ class Tape:
         return self._value(self._place, register)
 
     def take(self, register: Register) -> list[Tensor]:
-        """Return and remove the gradients of a register, which nothing else reads."""
+        """Remove the gradients of a register from the tape and return them. The caller may overwrite them if `owns` is
+        True.
+        """
         return self._gradients.pop(register.name)
 
     def give(self, register: Register, gradients: Sequence[Tensor]) -> None:

@@ -149,7 +149,10 @@ class PackedGroup:
 
     @classmethod
     def plain(cls, parts: Sequence[PlainProduct], whole: PlainProduct | None) -> PackedGroup:
-        """Build a group from unpacked weights on another device, with ``whole`` if their memory is joined."""
+        """Build a group from weights that are not packed, for a device other than a CPU.
+
+        ``whole`` is the product with all weights at once, if they lie in one tensor; otherwise None.
+        """
         group = cls(())
         group.heights = [part.shape[0] for part in parts]
         # the step in C++, which reads panels, is of the CPU alone

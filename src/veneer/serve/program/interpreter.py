@@ -35,7 +35,7 @@ _KEPT = 512  # layouts of blocks
 
 
 class Interpreter:
-    """Program of a decoder on a model's weights, with adapters by version.
+    """Runs the program of a decoder on a model's weights, with adapters by version.
 
     Weights in ``packed``, and experts in ``stacks``, take the place of the model's. ``native`` is the step in C++,
     which gives the same bits; it is None if there are no kernels for the dtype or the device.
@@ -118,7 +118,10 @@ class Interpreter:
 
     @torch.no_grad()
     def rows(self, step: PassRows, given: Tensor) -> LogitRows:
-        """Run the pass and return the kept rows. Read their logits before the next pass."""
+        """Run the pass on ids (n,) or embeddings (n, width). Return the rows whose logits or hidden states are wanted.
+
+        Both are computed when they are read: read them before the next pass.
+        """
         self._ready.clear()
         self._ready.update(step.segments)
         frame: Frame = {"given": given}

@@ -80,11 +80,14 @@ class OwnCodeRunner(DrawingRunner):
         raise NotImplementedError
 
     def read(self, folder: Path) -> StoredFolder:
-        """Return the size of an adapter from its files alone: the model itself loads it between plans."""
+        """Return the adapter's folder with its size, which is read from the file's header. No values are read.
+
+        The model itself reads the values later, in `load`.
+        """
         return StoredFolder(folder, stored_bytes(folder))
 
     def read_mix(self, parts: Parts) -> StoredMix:
-        """Return the sizes of adapters, as `read` does."""
+        """Return the adapters of a mix with the sum of their sizes. No values are read."""
         return stored_mix(parts)
 
     def kept(self, version: str) -> None:
