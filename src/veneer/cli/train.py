@@ -18,13 +18,14 @@ from veneer.plan.presets import require_weights
 from veneer.ray.place import RayCluster, place_of, require_ray
 from veneer.recipe.adapter import names_of
 from veneer.recipe.commented import commented_recipe
+from veneer.recipe.distill_checks import BASE
 from veneer.recipe.distributed_part import GENERATING
 from veneer.recipe.early import refuse_early
 from veneer.recipe.known import declared_methods
 from veneer.recipe.readers import refuse_rows
 from veneer.recipe.sweep_part import PART
 from veneer.recipe.values import read_values, section
-from veneer.store.found import require_found
+from veneer.store.found import require_found, require_model
 from veneer.train.record.place import Resume, refuse_place
 
 _Recipe = Annotated[
@@ -145,17 +146,21 @@ def _require_rollouts(n: int, values: Mapping[str, Any]) -> None:
 
 def _refuse(values: Mapping[str, Any], recipe: Path, resume: Resume, *, n_processes: int | None, shows: bool) -> None:
     """Raise the errors of a run that can be found without torch: wrong keys, a used output folder, bad rows, a missing
-    base.
+    base or teacher.
     """
     refuse_early(values, str(recipe), begins=resume is not True, n_processes=n_processes)
     if PART not in values and not shows:
         refuse_place(values, resume)
     if resume is not True:
         refuse_rows(values, recipe)
-    source = section(values, "model").get("source")
+    source, teacher = section(values, "model").get("source"), section(values, "distill").get("teacher", BASE)
     if isinstance(source, str):
         require_weights(source, "model.source")
         require_found(source)
+    if isinstance(teacher, str) and teacher != BASE:
+        require_weights(teacher, "distill.teacher")
+        require_found(teacher)
+        require_model(Path(teacher).expanduser())
 
 
 def _place(on: str | None, values: Mapping[str, Any], processes: int | None) -> RayCluster | None:

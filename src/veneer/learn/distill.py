@@ -25,12 +25,17 @@ from veneer.train.loss import TokenLoss
 from veneer.train.trainer import SFTTrainer
 
 _DRAWS, _ANSWERS = 3, 4  # first numbers of keys, other than those of `DrawingTrainer`
+_READERS = {
+    "teacher": (TEACHER, "its prompt with ", "shorten the teacher's prompt or the rows"),
+    "student": ("", "", "shorten the rows"),
+}
+"""The beginning of each reader's columns, what it reads before a row, and advice if that is too long."""
 
 
 class DistillTrainer(SFTTrainer):
-    """`SFTTrainer` whose loss is the divergence from a teacher: the base with another prompt (prompt distillation).
+    """`SFTTrainer` whose loss is the divergence from a teacher: the base with another prompt, or another model.
 
-    The teacher is the model with its adapter off. The teacher reads `DistillConfig.teacher_prompt` before each row's
+    The base is the model with its adapter off. The teacher reads `DistillConfig.teacher_prompt` before each row's
     prompt; the student does not. In a share ``lmbda`` of the steps, the engine draws the answers by the adapter of that
     step. Agarwal et al. 2024, arXiv:2306.13649; for prompts, Snell et al. 2022, arXiv:2209.15189. Raises ConfigError,
     DataError or TrainingError if the run is impossible as configured.
@@ -40,13 +45,14 @@ class DistillTrainer(SFTTrainer):
         super().__init__(model, as_settings(args, DistillConfig, "trainer_output"), *given, **options)
         if not isinstance(self.model, PeftModel) or has_own_loss(self.model):
             raise ConfigError(
-                "distillation from the base needs an adapter without a loss of its own: give peft_config, such as "
-                "LoraConfig()"
+                "distillation trains an adapter without a loss of its own: give peft_config, such as LoraConfig()"
             )
+        self._teacher = teacher_of(self.args.teacher, self.model, self._tokenizer)
+        with self._teacher(self.model) as other:
+            self._contexts = {"teacher": context_length(other), "student": context_length(self.model)}
         held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         for rows in (self.train_dataset, *held_out):
             self._require_room(rows)
-        self._teacher = teacher_of(self.args.teacher, self.model, self._tokenizer)
         self._rollouts: Rollouts | None = None
         if self.args.lmbda > 0:
             self._adapter = self.model.adapter_state.active[0]
@@ -54,18 +60,18 @@ class DistillTrainer(SFTTrainer):
             self._rollouts.hand_over(self._adapter)
 
     def _require_room(self, rows: Any) -> None:
-        """Raise ConfigError if a row with the teacher's prompt is longer than the model's context."""
-        context = context_length(self.model)
-        if context is None or not isinstance(rows, Dataset):
+        """Raise ConfigError if a row is longer than the student's context, or than the teacher's with its prompt."""
+        if not isinstance(rows, Dataset):
             return
-        longest = max(map(len, rows["teacher_input_ids"]), default=0)
         drawn = self.args.max_completion_length if self.args.lmbda > 0 else 0
-        if longest + drawn > context:
-            raise ConfigError(
-                f"the teacher would read {longest + drawn} tokens, its prompt with the longest row"
-                + (f" and an answer of {drawn}" if drawn else "")
-                + f", and the model's context is {context}: shorten the teacher's prompt or the rows"
-            )
+        for reader, (prefix, prompt, advice) in _READERS.items():
+            longest, context = max(map(len, rows[f"{prefix}input_ids"]), default=0) + drawn, self._contexts[reader]
+            if context is not None and longest > context:
+                raise ConfigError(
+                    f"the {reader} would read {longest} tokens, {prompt}the longest row"
+                    + (f" and an answer of {drawn}" if drawn else "")
+                    + f", and its context is {context}: {advice}"
+                )
 
     def encoder(self, args: Any, **settings: Any) -> Encoder:
         """Return the encoder of rows for student and teacher."""
@@ -120,17 +126,17 @@ class DistillTrainer(SFTTrainer):
         """Return the divergence over the tokens of the answers, before it is normalized."""
         taught = {name.removeprefix(TEACHER): value for name, value in inputs.items() if name.startswith(TEACHER)}
         own = {name: value for name, value in inputs.items() if not name.startswith(TEACHER)}
-        self._require_context(taught)
+        self._require_context(inputs)
         return taught_loss(model, own, taught, self.args, self._teacher)
 
-    def _require_context(self, taught: dict[str, Any]) -> None:
-        """Raise DataError if a teacher's row is longer than the context: rows of a stream are seen here first."""
-        context, longest = context_length(self.model), int(taught["attention_mask"].sum(dim=1).max())
-        if context is not None and longest > context:
-            raise DataError(
-                f"the teacher would read {longest} tokens, its prompt with a row, and the model's context is "
-                f"{context}: shorten the teacher's prompt or the rows"
-            )
+    def _require_context(self, inputs: dict[str, Any]) -> None:
+        """Raise DataError if a row is longer than its reader's context: rows of a stream are seen here first."""
+        for reader, (prefix, prompt, advice) in _READERS.items():
+            longest, context = int(inputs[f"{prefix}attention_mask"].sum(dim=1).max()), self._contexts[reader]
+            if context is not None and longest > context:
+                raise DataError(
+                    f"the {reader} would read {longest} tokens, {prompt}a row, and its context is {context}: {advice}"
+                )
 
 
 def taught_loss(

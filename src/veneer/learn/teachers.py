@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from veneer.errors import ConfigError
 from veneer.model.sites.structure import evaluation
-from veneer.store.source import load_model, load_tokenizer
+from veneer.recipe.distill_checks import BASE
+from veneer.store.model_config import model_config
+from veneer.store.source import load_model, load_tokenizer, resolve
 
-BASE = "base"
 Teacher = Callable[[Any], AbstractContextManager[nn.Module]]
 """Context of a pass by the teacher of a student, which gives the teacher's model."""
 
@@ -32,16 +34,24 @@ def teacher_of(source: str, student: PreTrainedModel, tokenizer: Any) -> Teacher
     """
     if source == BASE:
         return base_of
+    _require_same_vocabulary(source, student, tokenizer)
     other = load_model(source, device=student.device).eval().requires_grad_(False)
-    sizes = [int(each.config.get_text_config().vocab_size) for each in (other, student)]
-    if sizes[0] != sizes[1] or load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(
-            f"teacher={source!r} has another vocabulary ({sizes[0]:,} ids) than the student ({sizes[1]:,}), so their "
-            "distributions cannot be compared: give a teacher with the student's tokenizer"
-        )
 
     @contextmanager
     def alone(_: Any) -> Iterator[nn.Module]:
         yield other
 
     return alone
+
+
+def _require_same_vocabulary(source: str, student: PreTrainedModel, tokenizer: Any) -> None:
+    """Raise ConfigError if a model of another vocabulary is to teach. Its weights are not read."""
+    place = resolve(source)
+    config = model_config(place) if isinstance(place, Path) else AutoConfig.from_pretrained(place)
+    configs = (config, student.config)
+    n_taught, n_own = (int(each.get_text_config().vocab_size) for each in configs)
+    if n_taught != n_own or load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"teacher={source!r} has another vocabulary ({n_taught:,} ids) than the student ({n_own:,}), so their "
+            "distributions cannot be compared: give a teacher with the student's tokenizer"
+        )

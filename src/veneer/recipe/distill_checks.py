@@ -11,6 +11,7 @@ from veneer.recipe.adapter import FULL, method_of
 from veneer.recipe.tasks import task_of
 from veneer.recipe.values import section
 
+BASE = "base"  # the teacher that is the student's model with its adapter off
 _SHARES = ("beta", "lmbda")  # of 1
 
 
@@ -22,10 +23,10 @@ def distill_problems(values: Mapping[str, Any]) -> list[str]:
     found = []
     if "distill" not in values:
         found.append("distill: is missing; say what the teacher reads: {teacher_prompt: FILE}")
-    elif given.get("teacher", "base") == "base" and given.get("teacher_prompt") is None:
+    elif given.get("teacher", BASE) == BASE and given.get("teacher_prompt") is None:
         found.append("distill.teacher_prompt: is missing, so the teacher would be the student; give it, or a teacher")
     if method_of(section(values, "adapter")) == FULL:
-        found.append("adapter.method: full changes the base, which is the teacher; use an adapter, such as lora")
+        found.append("adapter.method: full has no adapter, which distillation trains; use a method such as lora")
     for key in _SHARES:
         value = section(values, "training").get(key)
         if isinstance(value, int | float) and not 0 <= value <= 1:

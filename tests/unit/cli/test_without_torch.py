@@ -131,6 +131,24 @@ def test_a_damaged_adapter_is_told_before_torch_is_imported(
         assert (code, said in told) == (2, True), (command, told)
 
 
+def test_a_wrong_teacher_is_told_before_torch_is_imported(
+    model_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    teachers = [
+        ("no_such_model", "'no_such_model'"),
+        ("llama-3.1-8b", "distill.teacher: llama-3.1-8b is a preset of `veneer plan`, a shape without weights"),
+        (str(tmp_path / "empty"), "empty holds no config.json, so it is not a model"),
+    ]
+    changes = {"model": {"source": str(model_folder)}, "task": "distill"}
+    cases = [
+        (("train", recipe(tmp_path, f"{n}.yaml", tmp_path / "new", **changes, distill={"teacher": teacher})), said)
+        for n, (teacher, said) in enumerate(teachers)
+    ]
+    for (command, said), (code, told) in zip(cases, told_early([each[0] for each in cases]), strict=True):
+        assert (code, said in told) == (2, True), (command, told)
+
+
 def test_a_wrong_adapter_to_train_on_is_told_before_torch_is_imported(adapter_folder: Path, tmp_path: Path) -> None:
     for name in ("cut", "bare"):
         (tmp_path / name).mkdir()

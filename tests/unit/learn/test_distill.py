@@ -26,10 +26,11 @@ SHOTS = "say 3: no\nsay 7: no\n"
 def trainer_of(make_model, tokenizer, settings):
     def make(**changes: Any) -> Any:
         peft_config = changes.pop("peft_config", LoraConfig(**LORA))
-        rows = changes.pop("rows", ROWS)
+        rows, own = changes.pop("rows", ROWS), changes.pop("student", {})
         args = DistillConfig(**{**settings, "teacher_prompt": SHOTS, **changes})
-        made = {"train_dataset": rows, "eval_dataset": rows.select([0, 1, 2]), "processing_class": tokenizer}
-        return DistillTrainer(make_model(), args, **made, peft_config=peft_config)
+        held_out = rows.select([0, 1, 2]) if isinstance(rows, Dataset) else None
+        made = {"train_dataset": rows, "eval_dataset": held_out, "processing_class": tokenizer}
+        return DistillTrainer(make_model(**own), args, **made, peft_config=peft_config)
 
     return make
 
@@ -167,7 +168,7 @@ def test_an_answer_that_is_cut_is_cut_for_the_teacher(tokenizer):
         ({"max_completion_length": 0}, "max_completion_length=0 must be at least 1"),
         ({"packing": True}, "packing=True does not act in distillation: leave it out"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 does not act in distillation"),
-        ({"peft_config": None}, "distillation from the base needs an adapter"),
+        ({"peft_config": None}, "distillation trains an adapter without a loss of its own: give peft_config"),
     ],
 )
 def test_settings_that_cannot_act_are_refused(trainer_of, changes, message):
@@ -183,13 +184,13 @@ def test_rows_that_cannot_be_taught_are_refused(tokenizer, trainer_of, make_mode
         trainer_of(completion_only_loss=False)
     with pytest.raises(ConfigError, match=r"the teacher would read \d+ tokens, its prompt with the longest row, and"):
         trainer_of(teacher_prompt=SHOTS * 999)
-    with pytest.raises(ConfigError, match="and an answer of 9000, and the model's context is"):
+    with pytest.raises(ConfigError, match="and an answer of 9000, and its context is"):
         trainer_of(lmbda=1, max_completion_length=9000)
 
     stream = {"train_dataset": ROWS.to_iterable_dataset(), "processing_class": tokenizer}
     args = DistillConfig(**{**settings, "teacher_prompt": SHOTS * 999, "max_steps": 1})
     trainer = DistillTrainer(make_model(), args, **stream, peft_config=LoraConfig(**LORA))
-    with pytest.raises(DataError, match=r"the teacher would read \d+ tokens, its prompt with a row, and the model's"):
+    with pytest.raises(DataError, match=r"the teacher would read \d+ tokens, its prompt with a row, and its context"):
         trainer.train()
 
     class Merging:
@@ -226,9 +227,37 @@ def test_another_model_teaches(trainer_of, make_model, tokenizer, tmp_path):
             own, taught = (model(torch.tensor([ids])).logits[0, -answer - 1 : -1] for model in (base, other))
         total, n = total + divergence(own, taught, 0.3).sum().item(), n + answer
     assert trainer.state.log_history[0]["loss"] == pytest.approx(total / n, rel=1e-5)
-    other.config.vocab_size -= 1
-    small = type(other)(other.config)
-    small.save_pretrained(tmp_path / "small")
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_before_it_is_loaded(trainer_of, make_model, tokenizer, tmp_path):
+    config = make_model().config
+    config.vocab_size -= 1
+    config.save_pretrained(tmp_path / "small")  # without weights
     tokenizer.save_pretrained(tmp_path / "small")
     with pytest.raises(ConfigError, match=r"has another vocabulary .* give a teacher with the student's tokenizer"):
         trainer_of(teacher=str(tmp_path / "small"))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(("context", "told"), [(23, "the teacher would read"), (999, None)])
+def test_a_teacher_has_a_context_of_its_own(trainer_of, make_model, tokenizer, tmp_path, streamed, context, told):
+    make_model(max_position_embeddings=context).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    rows = ROWS.to_iterable_dataset() if streamed else ROWS
+    given = {"teacher": str(tmp_path / "other"), "rows": rows, "max_steps": 1}
+    if told is None:
+        trainer_of(**given, student={"max_position_embeddings": 23}).train()
+        return
+    with pytest.raises(DataError if streamed else ConfigError, match=rf"{told} .* its context is {context}"):
+        trainer_of(**given).train()
+
+
+def test_a_students_rows_and_draws_fit_into_its_own_context(trainer_of, make_model, tokenizer, tmp_path):
+    make_model(max_position_embeddings=9999).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    given = {"teacher": str(tmp_path / "other"), "student": {"max_position_embeddings": 23}}
+    with pytest.raises(ConfigError, match=r"the student would read \d+ tokens, the longest row and an answer of 20"):
+        trainer_of(**given, lmbda=1, max_completion_length=20)
+    rows = Dataset.from_list([{"prompt": "say", "completion": "a" * 33}]).to_iterable_dataset()
+    with pytest.raises(DataError, match=r"the student would read \d+ tokens, a row, and its context is 23"):
+        trainer_of(**given, rows=rows, max_steps=1).train()

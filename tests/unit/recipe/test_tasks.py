@@ -64,7 +64,7 @@ def test_every_task_has_a_trainer_and_settings_of_its_own(task):
         ({**DISTILL, "training": {"beta": 1.5}}, "training.beta: 1.5 must be between 0 and 1"),
         ({**DISTILL, "training": {"lmbda": -0.5}}, "training.lmbda: -0.5 must be between 0 and 1"),
         ({**DISTILL, "training": {"teacher_prompt": "x"}}, "training.teacher_prompt: set it in distill"),
-        ({**DISTILL, "adapter": {"method": "full"}}, "adapter.method: full changes the base, which is the teacher"),
+        ({**DISTILL, "adapter": {"method": "full"}}, "adapter.method: full has no adapter, which distillation trains"),
         ({**DISTILL, "rewards": ["regex"]}, "rewards: belongs to task grpo, rloo, and the task here is distill"),
         ({"rewards": ["regex"]}, "rewards: belongs to task grpo, rloo, and the task here is dpo"),
         ({"task": "grpo"}, "rewards: is missing; grpo learns from rewards"),
