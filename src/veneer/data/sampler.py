@@ -58,8 +58,8 @@ class FilledSampler(Sampler[int]):
 class EvenBatches(BatchSampler):
     """Batch sampler for ``n`` processes, which take batches of ``batch_size`` in turn.
 
-    If the last rows do not fill a batch for each process, each is repeated equally often over the last ``n`` batches.
-    Means over the processes are then means over those rows.
+    If the last rows do not fill a batch for each process, every one of these rows is repeated equally often over the
+    last ``n`` batches. Means over the processes are then means over these rows.
     """
 
     def __init__(self, sampler: Sampler[int], batch_size: int, n: int) -> None:

@@ -12,10 +12,10 @@ _MOST = 1000  # entries of a folder that are compared
 
 
 def near_paths(path: Path, *, folders: bool = False) -> list[str]:
-    """Return up to two existing paths (with ``folders``: of folders) that look most like a missing one, as written.
+    """Return up to two existing paths that look most like a missing one; with ``folders``, only folders.
 
-    Only its first missing part is replaced, by the name of a neighbour. The rest of the path is kept as far as it
-    exists there.
+    Only the first missing part of ``path`` is replaced, by the name of a neighbour. The parts after it are kept as far
+    as they exist there. A relative path gives relative ones.
     """
     exists = Path.is_dir if folders else Path.exists
     parts = path.parts

@@ -90,8 +90,8 @@ def _stored(entry: TensorEntry) -> StoredTensor:
 def read_all(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """Return the tensors of a file, as listed by `read_header`, read at once into one shared buffer.
 
-    A tensor that is not aligned to its values' size there has its own memory. Raises FormatError as `StoredTensor.read`
-    does.
+    A tensor whose place in the file is not aligned to the size of its values has its own memory. Raises FormatError as
+    `StoredTensor.read` does.
     """
     if not tensors:
         return {}

@@ -70,8 +70,10 @@ class BaseWeights:
         return [key for key, value in module._parameters.items() if value is not None]
 
     def stored_name(self, name: str, own: bool) -> str:
-        """Return a parameter's name in the files; if not ``own``, the name for a tied tensor's copy, which is written
-        separately.
+        """Return a parameter's name in the files.
+
+        If not ``own``, a parameter that is stored under the name of the one it is tied to has the model's name instead:
+        the copy is written separately.
         """
         stored = self._stored[name]
         is_this = own or stored in (name, name.removeprefix(self._prefix))

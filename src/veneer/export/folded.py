@@ -278,8 +278,9 @@ def _fold(path: str, module: Adapted, weights: BaseWeights, wide: bool) -> dict[
 def filled(
     modules: list[tuple[str, nn.Module]], weights: BaseWeights, wide: bool = False, *, vectors: bool = False
 ) -> Iterator[None]:
-    """Enter a context in which modules have the base's parameters, in float32 if ``wide``; only vectors if
-    ``vectors``.
+    """Enter a context in which modules have the base's parameters, in float32 if ``wide``.
+
+    If ``vectors``, only parameters of one dimension are set.
     """
     before = [(module, dict(module._parameters)) for _, module in modules]
     filled: dict[int, nn.Parameter] = {}  # by the parameter without storage: a tied one is read once

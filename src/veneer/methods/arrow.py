@@ -134,7 +134,8 @@ def amplified(
 ) -> Float[Tensor, " i"]:
     """Return the first right singular vector of ``B A``, in float32, as PEFT approximates it.
 
-    It takes 15 steps of power iteration from a random vector, of ``seed`` or else of ``generator``.
+    It is found by 15 steps of power iteration from a random vector, drawn by ``seed``, or by ``generator`` if that is
+    None.
     """
     a, b = a.float(), b.float()
     if seed is not None:

@@ -166,7 +166,9 @@ class LoraConfig(LinearMethod):
         return first_match(self.alpha_pattern, site.name, self.lora_alpha)
 
     def scale(self, site: LinearSite) -> float:
-        """Return the factor of B A: alpha / r, or as a variant defines it, times the repeats of the update."""
+        """Return the factor of B A: alpha / r or a variant's own scale, times the number of times that the layer adds
+        the update.
+        """
         r = self.rank(site)
         scale = self.alpha(site) / r
         for variant in variants_of(self):
@@ -427,7 +429,9 @@ class LoraChecks(PatternChecks):
 
 @dataclass(frozen=True)
 class TakenOff(Packing):
-    """Packing for a start that is subtracted, ``- B₀ A₀``: it becomes more rows of A and columns of B."""
+    """Packing for a start that is subtracted, ``- B₀ A₀``: the file has these factors as further rows of A and columns
+    of B.
+    """
 
     def pack(self, params: Params) -> dict[str, Tensor]:
         a, b = _joined(params)

@@ -150,8 +150,8 @@ class OSFConfig(LinearMethod):
         """Return the initial values of the trained triplets, and the fixed vectors to which gradients are made
         orthogonal.
 
-        If U or V is square together with the fixed vectors, these are left out: the trained vectors span the
-        complement.
+        The fixed vectors of U are returned only if o > i, those of V only if i > o. Otherwise trained and fixed vectors
+        together are a basis, so that the trained ones suffice: they span the complement.
         """
         o, i, kept = site.out_features, site.in_features, self.kept(site)
         if is_tracing():
@@ -202,8 +202,9 @@ class _Checks(Checks):
 
 
 def divided(weight: FrozenWeight, kept: int) -> dict[str, Tensor]:
-    """Split the singular triplets of a weight, in float32: the first ones are fixed, the others trained. None share
-    memory.
+    """Split the singular triplets of a weight, in float32: the first ones are fixed, the others trained.
+
+    No two of the tensors share memory.
     """
     u, s, v = torch.linalg.svd(weight.dense(torch.float32).detach(), full_matrices=False)
     high = {"U_high": u[:, :kept], "V_high": v[:kept]}

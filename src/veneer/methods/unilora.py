@@ -33,10 +33,9 @@ _THETA = "unilora_theta_d"
 
 
 class EntryChoice:
-    """For each entry of all layers' factors, its index in θ, and for each number of θ, its scale. Do not write: it is
-    shared.
+    """Index in θ of each entry of all layers' factors, and scale of each number of θ. Do not write to the tensors.
 
-    Adapters of one seed and one size share the object. It is freed with the last of them.
+    Adapters of the same seed and size share this object. It is freed when the last of these adapters is gone.
     """
 
     def __init__(self, seed: int, length: int, count: int) -> None:

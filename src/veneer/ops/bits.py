@@ -11,7 +11,7 @@ TILE_CODES = 1 << 18
 
 
 def n_bytes(n: int, bits: int) -> int:
-    """Return the bytes that ``n`` codes take."""
+    """Return the number of bytes of ``n`` packed codes."""
     word, per_word = _word(bits)
     return -(-n // per_word) * word
 

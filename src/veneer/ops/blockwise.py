@@ -22,11 +22,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def dynamic_map(signed: bool = True) -> Float32[Tensor, "256"]:
-    """Return the dynamic table, sorted: seven decades from 1e-7 to 1, each with twice as many values as the one below.
+    """Return the dynamic table, sorted: seven decades from 1e-7 to 1, each with twice as many values as the next lower
+    one.
 
-    The decade ``10**(i-6)``, i in 0..6, holds the midpoints of ``n+1`` even steps from 0.1 to 1. The signed table has
-    n = 2**i and their negatives, the unsigned one n = 2**(i+1). 0 and 1 complete the 256. The tensor is shared: do not
-    write into it.
+    The decade ``10**(i-6)``, i in 0..6, holds the midpoints of ``n+1`` even steps from 0.1 to 1. The signed table has n
+    = 2**i and their negatives, the unsigned one n = 2**(i+1). With 0 and 1 the table has 256 values. The tensor is
+    shared: do not write into it.
     """
     values = [0.0, 1.0]
     for decade in range(7):
@@ -43,7 +44,8 @@ def quantize_blockwise(
     """Return the index of the table value nearest to each ``x / absmax``, in x's shape, and the absmax of each block.
 
     x: any shape, float32, bfloat16 or float16, flattened row by row into blocks. A value at a midpoint takes the lower
-    index; a block of zeros takes the index of 0. Raises ConfigError, ShapeError, NonFiniteError.
+    index; a block of zeros takes the index of 0. Raises ConfigError for a block size below 1, ShapeError for another
+    dtype or a table of another form, and NonFiniteError for NaN or infinity in x.
     """
     _check(code, block_size, [code])
     if x.dtype not in FLOATS:

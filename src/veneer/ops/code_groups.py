@@ -64,7 +64,7 @@ class CodeGroups:
 
     @property
     def unit(self) -> int:
-        """Number of inputs in a group. If the row is one group, it is padded to a multiple of 16."""
+        """Number of inputs in a group. If a row is one group: the row's length, rounded up to a multiple of 16."""
         i, groups = self.codes.shape[1], self.scales.shape[1]
         return i // groups if groups > 1 else i + -i % UNIT
 

@@ -30,10 +30,10 @@ _GPU_ROWS, _GPU_TILE, _GPU_DETAIL_ROWS = 1024, 256, 256
 class HeadOptions:
     """Settings that turn logits into a loss. Rows with ``ignore_index`` do not count.
 
-    The head's outputs are multiplied by ``scale`` (Cohere, Granite), then capped: ``softcap`` is Gemma 2's c of ``c *
-    tanh(logits / c)``. ``num_items`` divides the sum; if it is None, the number of rows that count does. At most
-    ``chunk_bytes`` of logits are held at a time; if it is None, 32 MiB, and on a GPU at least 1,024 rows. ``observe``
-    is called with each chunk of logits.
+    The head's outputs are multiplied by ``scale`` (Cohere, Granite), then capped: ``softcap`` is Gemma 2's c of
+    ``c * tanh(logits / c)``. ``num_items`` divides the sum; if it is None, the number of rows that count does. At most
+    ``chunk_bytes`` of logits are held at a time. If it is None, the limit is 32 MiB, but on a GPU a chunk has at least
+    1,024 rows. ``observe`` is called with each chunk of logits.
     """
 
     ignore_index: int = -100
@@ -145,10 +145,10 @@ def linear_token_scores(
 ) -> LabelScores:
     """Return the log-probability of each row's label under a frozen head.
 
-    Its gradient in hidden is computed as in `linear_cross_entropy`, by the ``scale`` and ``softcap`` of ``options``.
-    ``details`` asks for the rest of `LabelScores`, constants under autograd. ``collision`` asks for the squared
-    probabilities among them. With ``entropy_learns`` the entropy has a gradient too, for which the backward pass
-    computes each chunk of logits again. Raises ShapeError as `linear_cross_entropy` does.
+    Its gradient in hidden is computed as in `linear_cross_entropy`. Of ``options``, ``scale`` and ``softcap`` apply. If
+    ``details``, the other scores of `LabelScores` are returned too, without gradients; ``log_sum_sq_probs`` only if
+    ``collision`` as well. With ``entropy_learns`` the entropy has a gradient, for which the backward pass computes each
+    chunk of logits again. Raises ShapeError as `linear_cross_entropy` does.
     """
     weight = weight.detach() if isinstance(weight, Tensor) else weight
     options = replace(options, count_hits=details)

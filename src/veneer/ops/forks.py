@@ -42,7 +42,8 @@ def join_stems(
 ) -> None:
     """Let queries of branches attend to their stems too, given the results of attention within sequences.
 
-    Its outputs (n, q_heads, d) and log sums (q_heads, n) are changed in place. ``bounds`` are the sequences' bounds.
+    Those results, ``out`` (n, q_heads, d) and the log sums ``lse`` (q_heads, n), are updated in place. ``bounds`` are
+    the positions at which sequences begin, and the end of the last.
     """
     n_kv_heads = qkv[1].shape[1]
     for fork in forks:

@@ -31,7 +31,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class FourBitLayout:
     """Layout of a weight in its packed bytes: all that dequantizing needs besides the bytes and ``absmax``.
 
-    shape: of the weight. dtype: of the weight before, and of the result of `dequantize_4bit`.
+    shape: of the weight. dtype: of the weight before it was quantized, and of the result of `dequantize_4bit`.
     """
 
     shape: tuple[int, ...]

@@ -114,11 +114,13 @@ def groups_ggml(
     kind: str,
     order: Int[Tensor, " k"] | None = None,
 ) -> CodeGroups:
-    """Return rows as levels and scales, whose values equal those of `dequantize_ggml`. F32, F16 and BF16 have none.
+    """Return rows as levels and scales, whose values equal those of `dequantize_ggml`. F32, F16 and BF16 have no such
+    form.
 
-    Levels of 2 and 3 bits become codes of 4, levels of 5 and 6 bits codes of 8.
+    Levels of 2 and 3 bits are returned as codes of 4 bits, levels of 5 and 6 bits as codes of 8.
 
-    Raises ConfigError (unknown type), ShapeError (bytes that are no whole row), IndexError (a row number out of range).
+    Raises ConfigError (unknown type), ShapeError (bytes that are not whole rows), IndexError (a row number out of
+    range).
     """
     _columns(packed, kind)
     order = None if order is None else listed_rows(order, len(packed))

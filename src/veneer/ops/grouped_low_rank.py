@@ -118,10 +118,9 @@ def grouped_low_rank_backward(
     input_grad: bool = True,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "n i"] | None, list[Gradients], list[Gradients]]:
-    """Return the gradients of `add_grouped_low_rank` in x, or None unless ``input_grad``, and in the a and b of each
-    group.
+    """Return the gradients of `add_grouped_low_rank` in x (None unless ``input_grad``), and in each group's a and b.
 
-    Those in a and b are in at least float32.
+    ``u`` is the tensor that `add_grouped_low_rank` returned. Gradients in a and b are in at least float32.
     """
     kernel = implementation("grouped_low_rank.backward", x.device, backend)
     dx, das, dbs = kernel(dys, x, u, groups, rows, input_grad)

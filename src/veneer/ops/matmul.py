@@ -66,10 +66,10 @@ def add_matmul(
 def converted(
     tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], beside: Iterable[tuple[Tensor, Tensor]] = ()
 ) -> list[Tensor]:
-    """Return each tensor in its dtype of ``dtypes``.
+    """Return each tensor in its dtype of ``dtypes``. A tensor that has this dtype already is returned itself.
 
-    Tensors that have it already are returned as they are; on a GPU one launch converts the others. It also copies into
-    the first tensor of each pair ``beside`` the second.
+    On a GPU one launch converts all others. ``beside`` holds pairs of a target and a source: the same launch copies
+    each source into its target.
     """
     found = [
         x if x.dtype == dtype else torch.empty_like(x, dtype=dtype) for x, dtype in zip(tensors, dtypes, strict=True)

@@ -42,9 +42,9 @@ def whole_numbers(values: Sequence[int]) -> Tensor:
 def empty_pages(
     n_pages: int, values: int, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[Tensor, mmap.mmap | None]:
-    """Return pages of zeros (n_pages, values). On a CPU they take memory when they are touched.
+    """Return pages of zeros (n_pages, values), and the mapping that holds them on a CPU; None on another device.
 
-    The mapping that holds them comes second. torch's own zeros are written at once.
+    On a CPU, unlike torch.zeros, a page takes memory only when it is first touched.
     """
     if torch.device(device).type != "cpu":
         return torch.zeros(n_pages, values, dtype=dtype, device=device), None

@@ -132,7 +132,7 @@ class PackedCodes:
 
     @property
     def coding_number(self) -> int:
-        """Coding as csrc/core/panels.h reads it."""
+        """Number by which csrc/core/panels.h knows the coding, dtype of scales, formula and rounding."""
         parts = (
             CODINGS.index(self.coding),
             SCALES.index(self.scales),
@@ -147,7 +147,9 @@ class PackedCodes:
         return self.panels.nbytes
 
     def codes(self, *, backend: str | None = None) -> UInt8[Tensor, "..."] | Int8[Tensor, "o i"]:
-        """Return the codes before packing: packed bytes (o * i / 2,), int8 (o, i), or one a byte (o, i) of groups."""
+        """Return the codes before packing: four-bit codes as bytes of two (o * i / 2,), int8 codes (o, i), or codes of
+        groups (o, i), one a byte.
+        """
         out: Tensor = implementation("packed_codes.codes", self.panels.device, backend)(self)
         return out
 

@@ -111,7 +111,7 @@ class PageTables:
         self._before, self._now = self._now, {}
 
     def of(self, pages: Sequence[int]) -> tuple[Sequence[int], int]:
-        """Return a table with at least one page as an array, and its highest page."""
+        """Return a page table as an array, and its highest page number. The table must not be empty."""
         known = self._before.get(id(pages)) or self._now.get(id(pages))
         if known is None or known[0] is not pages:
             known = (pages, array("q", pages), max(pages))
@@ -185,7 +185,8 @@ def append(
 ) -> None:
     """Write the keys and values of a step's rows into their positions in one layer of the pages.
 
-    A sequence's positions are written in order; nothing after the last one is kept. Raises ShapeError.
+    A sequence's positions are written in order. Values that the pages held beyond the last one may be overwritten.
+    Raises ShapeError.
     """
     shape = (rows.n_rows, store.kv_heads, store.head_dim)
     _check(store, layer, {"k": (k, shape), "v": (v, shape)})
@@ -235,8 +236,9 @@ def paged_attention(
     bfloat16, probabilities are rounded to it. A row's result depends on its own sequence alone, bit for bit. The batch,
     the chunks of a prompt and the number of threads do not change it.
 
-    ``bias`` (ALiBi) is float32 and has a value for each position; there are a multiple of 16. A score's bias is its
-    key's less its query's. It takes the place of the options' slopes, and excludes their soft cap. Raises ShapeError.
+    ``bias`` (ALiBi) has a float32 value for each position, padded to a multiple of 16 positions. A score is changed by
+    the value at its key's position minus that at its query's. ``bias`` replaces the options' slopes, and excludes their
+    soft cap. Raises ShapeError.
     """
     _check(store, layer, {"q": (q, (rows.n_rows, q.shape[1] if q.ndim == 3 else 0, store.head_dim))})
     if q.shape[1] == 0 or q.shape[1] % store.kv_heads:

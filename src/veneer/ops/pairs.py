@@ -117,9 +117,10 @@ class PackedPairs:
         return replace(self, middle=_middle(pairs, self.out_features, self.dtype) or self.middle)
 
     def scaling(self, scales: Sequence[Tensor | None]) -> PackedPairs | None:
-        """Return a copy that computes ``y = scale * (y + B A x)`` with a scale (o,) a layer, None for one.
+        """Return a copy that computes ``y = scale * (y + B A x)``. ``scales`` has one (o,) for each layer, or None for
+        a scale of 1.
 
-        Return None if the pairs have vectors after their products.
+        Return None if all scales are None, or if the pairs have vectors after their products.
         """
         middle = self.middle or Middle(None, None, "identity", None, None)
         scale = _joined(scales, self.out_features, 1.0)
@@ -202,9 +203,10 @@ class PairsPacker:
     def add_experts(
         self, a: Float[Tensor, "experts r i"], b: Float[Tensor, "experts o r"], scale: float, dtype: torch.dtype
     ) -> PackedPairs:
-        """Return ``scale * b @ a`` of each expert of a layer, one expert's factors after another's.
+        """Return the packed pairs ``scale * b @ a`` of each expert of a layer, one expert's factors after another's.
 
-        They stay unwritten until `run`. Raises ShapeError if a and b do not fit, or for no experts or a rank of 0.
+        The factors stay unwritten until `run`. Raises ShapeError if a and b do not fit, or for no experts or a rank of
+        0.
         """
         (n, r, i), o = a.shape, b.shape[1]
         if not n or not r or b.shape != (n, o, r) or dtype not in DTYPES:
@@ -231,9 +233,7 @@ class PairsPacker:
 
 
 def pack_factors(factors: Sequence[Factor], *, backend: str | None = None) -> None:
-    """Round factors, times their scales, into their panels: those that `PairsPacker.run` returned, or
-    others like them.
-    """
+    """Multiply factors by their scales, round them, and write them into their panels."""
     if factors:
         implementation("pairs.pack", factors[0].panels.device, backend)(factors)
 

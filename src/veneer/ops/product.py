@@ -22,9 +22,10 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyp
 def visible(schema: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
     """Register a product as an op of torch, so that selective checkpointing can keep its result.
 
-    Such a mode of torch's dispatcher does not see kernels, and cannot keep results that are written in place. The first
-    argument is the operand. If no mode watches the dispatcher, a call runs the function directly. The dispatcher takes
-    time, and a transform without a rule for the op would pass through it without an error.
+    Selective checkpointing is a mode of torch's dispatcher, which does not see veneer's kernels. It cannot keep results
+    that are written in place. The first argument is the operand. If no mode watches the dispatcher, a call runs the
+    function directly. The dispatcher takes time, and a transform without a rule for the op would pass through it
+    without an error.
     """
 
     def register(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

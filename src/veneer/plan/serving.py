@@ -46,8 +46,9 @@ class Serving:
     adapter: int
 
     def tokens(self, n_adapters: int) -> int | None:
-        """Return the number of tokens of one sequence that fit with this many adapters, in whole pages; None for any
-        number.
+        """Return the number of tokens of one sequence that fit with this many adapters, in whole pages.
+
+        If a token takes no memory, return None for any number, or 0 if the adapters alone do not fit.
         """
         left = self.room - n_adapters * self.adapter - self.sequence
         if not self.page:
@@ -70,12 +71,11 @@ class Serving:
 def serving_of(
     config: PreTrainedConfig, part: ModelPart, adapter: MethodConfig, memory: int, n_adapter: int
 ) -> Serving:
-    """Return the memory of a server with ``memory`` bytes, by the engine's own settings.
+    """Return the memory of a server with ``memory`` bytes, by the engine's default share of free memory and size of a
+    page.
 
-    These are its share of free memory and the tokens of a page. ``n_adapter``: parameters of an adapter, which the
-    engine keeps in the base's dtype.
-
-    Raises ConfigError if the base alone does not fit.
+    ``n_adapter``: parameters of an adapter, which the engine keeps in the base's dtype. Raises ConfigError if the base
+    alone does not fit.
     """
     model = meta_base(
         config, part, prepared=False, frozen=False, encodes=True

@@ -38,7 +38,9 @@ def small_run(folder: Path) -> Recipe:
 
 
 def main() -> None:
-    """Print the bytes at the end of a small run in a folder, planned first, as `veneer train` does."""
+    """Plan and train a small run in a folder, as `veneer train` does, and print the most bytes that the process has
+    held.
+    """
     recipe = small_run(Path(sys.argv[1]))
     plan_recipe(recipe)
     run_recipe(recipe)

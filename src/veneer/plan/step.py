@@ -45,7 +45,7 @@ class Batch:
         return self.n_rows * self.length - max(0, self.n_rows - self.n_prompts) * self.n_shared
 
     def with_rows(self, n_rows: int) -> Batch:
-        """Return a batch of other rows, as many to a prompt as here."""
+        """Return this batch with another number of rows, and as many rows to each prompt as now."""
         return replace(self, n_rows=n_rows, n_prompts=-(-n_rows * self.n_prompts // self.n_rows))
 
     def inputs(self, vocabulary: int, first: Sequence[int] = ()) -> dict[str, Tensor]:

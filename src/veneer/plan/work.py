@@ -167,7 +167,7 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def apart(self) -> Iterator[Work]:
-        """Count in the block into work of its own, which is none of a micro-batch's."""
+        """Enter a context whose work is counted in the `Work` that it yields, not in that of a micro-batch."""
         before, self._now = self._now, Work()
         self._apart = self._now
         try:
@@ -176,7 +176,9 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
             self._now, self._apart = before, None
 
     def kernel(self, name: str, arguments: tuple[Any, ...]) -> None:
-        """Count a kernel that a traced step would have run, or a page that it would have written: an op too."""
+        """Count a call that a traced step would have made: a kernel, or the writing of a page to a file. It also counts
+        as an op.
+        """
         if not self.on:
             return
         if name == REPEATED:

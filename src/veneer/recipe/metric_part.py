@@ -28,7 +28,7 @@ class MetricPart(BaseModel):
 
     @property
     def key(self) -> str:
-        """Name in the log, after ``eval_``."""
+        """Name of the metric in the log, without the prefix ``eval_``."""
         return self.name.replace("-", "_")
 
 

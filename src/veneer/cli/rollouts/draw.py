@@ -29,7 +29,7 @@ from veneer.store.bars import quiet
 def draw(args: DrawArguments) -> None:
     """Draw answers to a file of prompts into another file. Raises ConfigError if the engine cannot draw.
 
-    If a reward fails, the answers stay in a file beside it without rewards: RewardError names it.
+    If a reward fails, the answers stay, without rewards, in a file beside the output. RewardError names that file.
     """
     on_error = cast(Literal["stop", "none"], args.reward_on_error)
     limits = RewardLimits(args.reward_timeout or None, on_error, args.reward_most_failed)

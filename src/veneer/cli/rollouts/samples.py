@@ -50,7 +50,7 @@ def _chosen(args: SamplesArguments) -> Iterator[Line]:
 
 
 def shown(line: Line) -> Text:
-    """Return a rollout as text: a line of numbers, its prompt, and what was said."""
+    """Return a rollout as text: a line of numbers, then the messages of its prompt and of its completion."""
     parts = [f"{name} {_number(value)}" for name, value in zip(line["functions"], line["rewards"], strict=True)]
     facts = [
         f"step {line['step']}, row {line['row']}",

@@ -69,8 +69,8 @@ class ChatShape:
 def chat_shape(render: Render) -> ChatShape | None:
     """Return the shape of the template rendered by ``render``, which ends with a prompt for an answer.
 
-    Return None if the template does more than put texts around messages. Three more conversations check this, and two
-    with a system message if it takes one.
+    Return None if the template does more than put texts around messages. This is checked with three more conversations,
+    and with two that have a system message if the template accepts one.
     """
     turns = [_message("user", _USER), _message("assistant", _ANSWER), _message("user", _NEXT)]
     between = _split(render, turns, (_USER, _ANSWER, _NEXT))

@@ -50,7 +50,9 @@ class MixFacts:
 
     @property
     def is_70b(self) -> bool:
-        """Return True for 80 layers: Llama's with grouped heads, and Qwen2's."""
+        """Return True if llama-quantize treats the model as a 70B: 80 layers, and either Llama with grouped heads or
+        Qwen2.
+        """
         grouped = self.architecture == "llama" and self.n_heads != self.n_kv_heads
         return self.n_layers == 80 and (grouped or self.architecture == "qwen2")
 

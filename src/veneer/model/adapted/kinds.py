@@ -37,8 +37,9 @@ from veneer.records.sites import LinearSite
 class Kind:
     """Kind of module that a linear method can adapt.
 
-    ``name`` is that in `LinearMethod.kinds`; ``matches`` recognizes its modules. ``site`` describes a module as a
-    linear map, by its shape. ``weight`` returns its matrix W (o, i); ``adapt`` makes one adapted in place.
+    ``name`` is the kind's name in `LinearMethod.kinds`; ``matches`` recognizes its modules. ``site`` describes a module
+    as a linear map, by its shape. ``weight`` returns a module's matrix W (o, i). ``adapt`` changes a module in place
+    into an adapted one.
     """
 
     name: str

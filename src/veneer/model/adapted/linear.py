@@ -279,7 +279,7 @@ class AdaptedLinear(AdaptedSite):
         runs.
 
         A bias that an adapter trains is in its record. ``shape``: see `of_pass`. Raises CompositionError for adapters
-        that have no sum.
+        whose changes cannot be added.
         """
         routing = self.adapter_state.routed()
         if routing is None:

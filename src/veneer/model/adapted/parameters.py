@@ -136,7 +136,11 @@ class AdaptedParameters(Adapted):
         return (as_maps(self, experts).contiguous() for experts in fold_blocks(record, maps, dtype))
 
     def add_adapter(self, name: str, allocation: Allocation, keys: Mapping[str, Mapping[str, str]]) -> None:
-        """Give a new adapter its parameters; ``keys`` are those of the file, by the changed parameter."""
+        """Give a new adapter its parameters.
+
+        ``keys`` has, for each parameter of the module that the adapter changes, the keys in a file by the adapter's own
+        names.
+        """
         method, held = self.adapter_state.configs[name], nn.ModuleDict()
         for parameter in keys:
             held[parameter] = allocation.parameters(method, self.site(parameter), *place_of(self, parameter))

@@ -61,10 +61,11 @@ class Routing:
         return AdapterRuns(tuple(found), len(self.names))
 
     def rows(self, n_rows: int, what: str) -> tuple[str, ...]:
-        """Return the name for each of ``n_rows`` rows. Beam search and flattened tokens repeat every row k times in
-        sequence.
+        """Return the adapter's name for each of ``n_rows`` rows, which may be the batch's rows, each repeated k times
+        in a row.
 
-        Raises ShapeError if ``what`` sees a number of rows that is not a multiple of the batch.
+        Beam search and flattened tokens repeat them so. Raises ShapeError if ``n_rows`` is not a multiple of the batch;
+        the message names ``what``, the module that receives the rows.
         """
         times, left = divmod(n_rows, len(self.names))
         if left or not times:
@@ -146,7 +147,9 @@ class TokenRouting(Routing):
         return self.index(n_rows, (), what)
 
     def index(self, n_rows: int, known: Sequence[str], what: str) -> Tensor:
-        """Raise CompositionError: ``what`` sees whole rows."""
+        """Raise CompositionError: ``what``, a module, computes on whole rows, but these adapters act on a part of each
+        row.
+        """
         raise CompositionError(
             f"{what} is computed on whole rows, but adapters with invocation tokens act on a part of each row: adapt "
             "linear layers alone, and run other adapters in a separate batch"

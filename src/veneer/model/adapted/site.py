@@ -223,8 +223,8 @@ class Adapted(InPlace, Holder):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The active adapters of the model. If a method adds nothing to this module, only those that train a copy of
-        it.
+        """Active adapters of the model, in order. If no method adds tensors to this module: only those that train a
+        copy of it.
         """
         active = self.adapter_state.active
         return [name for name in active if self.adapters or name in self.copies]

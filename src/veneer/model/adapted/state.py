@@ -21,11 +21,11 @@ class AdapterState:
 
     ``disabled``: all adapters are switched off. ``untied``: merging made the input embeddings and the head differ, so
     that the config no longer ties them. ``watch``: the hook that watches training steps. ``routing``: the adapter of
-    each row, in a mixed batch. ``starts``: the first token of each prompt that its adapter acts on, in a generation.
-    ``sequences``: those of the pass, if an adapter depends on them. ``tasks``: the task of an adapter that acts where
-    rows name none, by its name. ``trainable``: the names of those that train while they are active. ``schedules``:
-    actions on adapters after each optimizer step, by name, once training has begun. ``drops``: adapters apply the
-    dropout of their configs in training, and draw random numbers; False switches it off temporarily.
+    each row, in a mixed batch. ``starts``: in a generation, the first token of each prompt on which its adapter acts.
+    ``sequences``: the sequences of the current pass, if an adapter depends on them. ``tasks``: by adapter name, the
+    task for rows that name no task. ``trainable``: the names of the adapters that are trained while they are active.
+    ``schedules``: by adapter name, the actions after each optimizer step, once training has begun. ``drops``: adapters
+    apply the dropout of their configs in training, and draw random numbers; False switches both off temporarily.
     """
 
     configs: dict[str, MethodConfig] = field(default_factory=dict)

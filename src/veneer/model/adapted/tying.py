@@ -36,8 +36,9 @@ def follow(
 
 
 def unused_tie(tied: Sequence[str], config: MethodConfig, changed: Collection[str]) -> list[str]:
-    """Return a sentence if a config keeps a tie that does not exist, or that none of its changed modules
-    has part in.
+    """Return a sentence if a config keeps a tie that the model does not have, or adapts none of the tied modules.
+
+    Otherwise the list is empty.
     """
     if not config.extras.keeps_tie or config.extras.rows:
         return []

@@ -130,9 +130,7 @@ class SeenKeys:
     _of: dict[int, Tensor] = field(default_factory=dict)
 
     def of(self, number: int, group: _Group) -> Tensor:
-        """Return the mask (g, c, L) of group ``number`` of a step. Slots past a sequence's end count as after its last
-        token.
-        """
+        """Return the mask (g, c, L) of group ``number`` of a step. Tokens see no slot after their own position."""
         if number not in self._of:
             queries = group.positions[:, :, None]
             keys = torch.arange(group.slots.shape[1], device=queries.device)[None, None]
@@ -208,7 +206,9 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 class PagedModel:
-    """Model whose attention reads and writes pages during `run`. Before and after, its attention is its own."""
+    """Model whose attention reads and writes pages during `run`. Outside of `run` the model computes attention as
+    before.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

@@ -24,7 +24,7 @@ class Alibi:
     rounded: bool = False
 
     def bias(self, n_positions: int) -> Float[Tensor, "n_heads n_padded"]:
-        """Return the bias of each position in float32: that of a key less that of the query is a score's.
+        """Return a float32 number for each position. The bias of a score is the key's number minus the query's.
 
         Positions are padded to a multiple of 16, as the kernels read them.
         """

@@ -37,7 +37,7 @@ UNMADE = (  # errors of transformers and torch for a config of which no model ca
 def describe_config(config: PreTrainedConfig) -> Decoder:
     """Return the description of a config's decoder, which is built on the meta device.
 
-    Raises DescriptionError as `describe` does, and if transformers makes no decoder of the config.
+    Raises DescriptionError as `describe` does, and if transformers cannot build a decoder from the config.
     """
     try:
         with torch.device("meta"):

@@ -18,9 +18,9 @@ NAMED = ("silu", "relu")  # functions of torch that have one form
 
 
 def odd_in_forward(block: nn.Module) -> str | None:
-    """Return, in words, what a block's forward does that its description does not say, or None if that is nothing.
+    """Return, in words, what a block's forward does beyond its description, or None if it does nothing more.
 
-    It may call a function of its module that weights the halves.
+    One example is a call of a function of its module that weights the halves.
     """
     return _odd(cast(Hashable, plain_class(type(block))))
 

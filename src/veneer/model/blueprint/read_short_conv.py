@@ -12,7 +12,7 @@ INNER, CONV, OUT = "in_proj", "conv", "out_proj"
 
 
 def read_short_conv(source: BlockSource, module: nn.Module) -> ShortConv | None:
-    """Return the description of a short convolution; None if a part that mixes tokens is none."""
+    """Return the description of a short convolution, or None if ``module`` has another form."""
     inner, conv, out = (getattr(module, name, None) for name in (INNER, CONV, OUT))
     if not isinstance(inner, nn.Module) or not isinstance(conv, nn.Conv1d) or not isinstance(out, nn.Module):
         return None

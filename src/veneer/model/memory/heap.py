@@ -59,7 +59,8 @@ def freed_memory_returned() -> Iterator[None]:
 
 @contextmanager
 def blocks_mapped() -> Iterator[None]:
-    """Enter a context in which blocks of 128 kB or more have maps of their own, which are removed with them.
+    """Enter a context in which every allocation of 128 kB or more has a map of its own, which is removed when it is
+    freed.
 
     A base that is sharded over processes is gathered a block at a time. Since weights are aligned, glibc finds no room
     for the next ones where the last ones were: a pass over 24 blocks in NF4 left 3.6 times their bytes unused in its

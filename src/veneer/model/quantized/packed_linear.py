@@ -54,8 +54,8 @@ class _Packed(nn.Module):
 class PackedLinear(_Packed):
     """Linear layer ``y = W x + bias`` with W packed. It replaces a layer whose weight is freed.
 
-    ``source`` is that layer's class, ``like`` its weight without values. Adapters are added to it in place. It may
-    define no name of `AdaptedSite`, whose `packed` and `unpacked` it would hide.
+    ``source`` is that layer's class, ``like`` its weight without values. Adapting changes this class in place by a
+    mixin, `AdaptedSite`. So this class must not define the mixin's methods, such as `packed`: they would hide them.
     """
 
     def __init__(self, module: nn.Module, packed: PackedWeight) -> None:
@@ -126,7 +126,9 @@ class PlainProduct:
         return self.weight.shape
 
     def matmul(self, x: Tensor, *, onto: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """Return ``onto + W x``, written into ``out`` if given: into ``onto`` itself by one launch if W is dense."""
+        """Return ``onto + W x``, written into ``out`` if given. If ``out`` is ``onto`` and W is dense, one launch does
+        both.
+        """
         if out is not None and out is onto and isinstance(self.weight, DenseWeight):
             return add_matmul(out, x, self.weight.dense(x.dtype).T)
         y = self.weight.matmul(x)

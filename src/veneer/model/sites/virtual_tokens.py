@@ -44,9 +44,10 @@ def inner_model(model: PreTrainedModel) -> PreTrainedModel:
 class VirtualTokens(Holder):
     """Adapters of one kind by name, and the hooks that put their virtual tokens before every sequence.
 
-    ``runs_the_model``: filling a cache takes a pass through the model, which finds in the cache the tokens that need
-    none. It is a child of the model, so that it moves and is copied with it. The hook is on the inner model, without
-    the head, so that code that calls the inner model directly (a chunked loss) gets the same result.
+    ``runs_the_model``: filling a cache with the virtual tokens takes a pass through the model. That pass finds in the
+    cache the tokens of holders that need no pass. This holder is a child of the model, so that it moves and is copied
+    with it. The hook is on the inner model, without the head, so that code that calls the inner model directly (a
+    chunked loss) gets the same result.
     """
 
     runs_the_model: ClassVar[bool]

@@ -52,11 +52,12 @@ def _places(moment: Moment8bit, signed: bool) -> tuple[int, ...]:
 
 @cache
 def code_bins(signed: bool) -> Int32[Tensor, " bins"]:
-    """Return the table that gives the kernel the nearest code without a search, indexed by the upper 16 bits of a
-    value.
+    """Return the table with which the kernel finds the nearest code without a search, indexed by a value's upper 16
+    bits.
 
-    A bin that narrow holds at most one of the midpoints between codes. Its entry is ``threshold << 8 | code``. ``code``
-    belongs to the bin's smallest magnitude. If the lower 16 bits exceed ``threshold``, the next code is nearer.
+    All values with the same upper 16 bits are a bin, which holds at most one midpoint between codes. A bin's entry is
+    ``threshold << 8 | code``, where ``code`` is that of its smallest magnitude. If a value's lower 16 bits exceed
+    ``threshold``, the next code is nearer.
     """
     code = dynamic_map(signed)
     midpoints = (code[:-1] + code[1:]) / 2

@@ -22,7 +22,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def kernels() -> Any:
-    """Return the kernels, or their stand-in while a step is traced."""
+    """Return the module `veneer._kernels`; while a step is traced, a stand-in for it that runs no kernel."""
     module = _loaded()
     return silent_kernels(module) or module
 

@@ -30,7 +30,10 @@ def matmul(weight: PackedWeight, x: Tensor, onto: Tensor | None, out: Tensor) ->
 
 
 def multiply(weight: tuple[int, ...], x: Tensor, onto: Tensor | None, out: Tensor) -> None:
-    """Multiply by a packed ``weight``: dtype, o, i, depth, address of the panels, coding and unit."""
+    """Write ``W x`` into ``out``, or ``onto + W x`` if ``onto`` is given.
+
+    ``weight`` describes the packed W: dtype, o, i, depth, address of the panels, coding and unit.
+    """
     x = _rows(x)
     kernels().packed_matmul(
         *weight,

@@ -132,9 +132,10 @@ class StepProgram:
         activation: str,
         at: list[int],
     ) -> None:
-        """Add the experts of a mixture. ``bias`` is added to the values by which they are chosen.
+        """Add the experts of a mixture. ``bias`` is added to the values by which experts are chosen.
 
-        ``at``: tensors of scores, source, shared, its gate (-1: none) and target.
+        ``at``: the numbers of five tensors: scores, source, output of the shared expert, its gate, and target. The
+        shared expert's two are -1 if it, or its gate, does not exist.
         """
         panels = [stack_numbers(stack, address(stack.panels)) for stack in stacks]
         self._kept.append(stacks)
@@ -171,9 +172,10 @@ class StepProgram:
         self._of_versions[version].append(block)
 
     def take_bottleneck(self, version: int, instruction: int, pairs: PackedPairs, *, reads_output: bool) -> None:
-        """Add an adapter version's bottleneck to an instruction: one that adds a product to the stream, or ``change``.
+        """Add an adapter version's bottleneck to an instruction, either ``change`` or a product that is added to the
+        stream.
 
-        It reads the output of the half-block that it changes if ``reads_output``, else the half-block's input.
+        The bottleneck reads the output of its half-block if ``reads_output``, else the half-block's input.
         """
         self._program.take_bottleneck(instruction, version, _pairs(pairs), reads_output)
         self._of_versions[version].append(pairs)

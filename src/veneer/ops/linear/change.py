@@ -34,7 +34,7 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def add_changes(z: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearLayer) -> None:
-    """Add ``ΔW x`` of each record's changes to the rows that take it, in place."""
+    """Add ``ΔW x`` of each record's changes to z in place, in the rows on which the record acts."""
     for k, rows, n_before in _spans(layer, len(x)):
         for change in layer.records[k].changes:
             mask = _mask_of(change, layer, k)
@@ -232,7 +232,7 @@ def gradients_by_form(
 ) -> Gradients:
     """Return the gradients in the leaves of `with_leaves`, or None for those that need none.
 
-    ``numbers`` gives those in the form's ``values`` and ``second``.
+    ``numbers`` returns the gradients in the form's ``values`` and ``second``.
     """
     trained = [t for t in (form.values, form.second) if t is not None and t.requires_grad]
     if not trained:

@@ -41,7 +41,9 @@ class ChosenExperts:
 
     @classmethod
     def of(cls, ids: Int64[Tensor, "n top_k"], n_experts: int, like: Tensor) -> ChosenExperts:
-        """Return the sorted choices. If ``like`` has no values, all experts are chosen equally often."""
+        """Return the choices ``ids``, sorted by expert. If ``like`` is a tensor without values, as in a traced step,
+        all experts are taken to be chosen equally often.
+        """
         n = ids.numel()
         if isinstance(like, Traced):
             order, counts = torch.arange(n), [n * (e + 1) // n_experts - n * e // n_experts for e in range(n_experts)]
@@ -69,7 +71,7 @@ class ChosenExperts:
                 yield number, slice(start, stop), slice(start, stop + (start - stop) % ROWS_AT_ONCE)
 
     def sorted(self, weights: Float[Tensor, "n top_k"]) -> Float[Tensor, "choices 1"]:
-        """Return a number of each choice in the order of the sorted choices."""
+        """Return the weight of each choice, in the order of the sorted choices."""
         return weights.new_empty(weights.numel()).scatter_(0, self.places.flatten(), weights.flatten())[:, None]
 
     def summed(self, rows: Float[Tensor, "choices d"]) -> Float[Tensor, "n d"]:
@@ -171,7 +173,8 @@ class TrainedExperts:
     ) -> tuple[Float[Tensor, "n d"], KeptOfExperts]:
         """Return the weighted sums of the experts' outputs, and the tensors that `backward` reads.
 
-        The inputs of the second layers are weighted, not their outputs: so the gradients of pairs read them once.
+        Weights multiply the inputs of the second layers instead of their outputs, so that the backward pass need not
+        keep the outputs.
         """
         hidden, first = self.inner.forward(x[chosen.tokens], chosen)
         acted = glu_forward(*_halves(hidden), self.activation)

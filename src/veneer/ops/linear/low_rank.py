@@ -87,7 +87,7 @@ def input_gradients(
 def factor_gradients(
     dzs: Sequence[tuple[Tensor, Tensor]], du: Tensor, x: Float[Tensor, "n i"], u: Tensor, layers: Sequence[LinearLayer]
 ) -> list[list[FactorGradients]]:
-    """Return the gradients in the factors of each layer's record, given ``du``, the first of `input_gradients`."""
+    """Return the gradients in the factors of each layer's record. ``du`` is the first result of `input_gradients`."""
     pairs, spans = [_pair_of(layer) for layer in layers], _spans(layers)
     da = matmul(du.T, x, x.dtype) if any(pair.a.requires_grad for pair in pairs) else None
     wanted = [(k, "a", pair.a, cast(Tensor, da)[spans[k]]) for k, pair in enumerate(pairs) if pair.a.requires_grad]

@@ -101,7 +101,7 @@ def forward(
 ) -> tuple[tuple[Float[Tensor, "n _"], ...], SavedForBackward]:
     """Return the outputs, and the tensors that `backward` reads.
 
-    ``owns_x`` allows x to be overwritten. If there is one layer and its adapter maps the input, it maps x in place,
+    ``owns_x`` allows x to be overwritten: if there is one layer and its adapter maps the input, x is mapped in place,
     without a copy.
     """
     alone = owns_x and len(layers) == 1

@@ -53,7 +53,7 @@ def signed_largest(x: Values) -> PerGroup:
 def smallest(x: Values) -> PerGroup:
     """Return the first of the smallest values of each group.
 
-    -0 and 0 are equal, but their bytes in float16 differ.
+    The first counts because -0 and 0 are equal, but their bytes in float16 differ.
     """
     return x.gather(1, x.argmin(dim=1, keepdim=True))[:, 0]
 
@@ -136,8 +136,9 @@ def descent(x: Values, n_max: int) -> tuple[PerGroup, Levels]:
 
 
 def positive(x: Values, w: Values, n_max: int) -> tuple[PerGroup, Levels]:
-    """Return scale s and levels L (0 … n_max) of ``x ≈ s L`` for x without negative values: scales of
-    scales and of minima.
+    """Return scale s and levels L (0 … n_max) of ``x ≈ s L``, for x without negative values.
+
+    It is used for the scales and the minima of groups, which are quantized again.
     """
     largest = at_least_zero(x.amax(dim=1))
     inverse = quotient(n_max, largest)

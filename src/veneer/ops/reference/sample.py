@@ -69,7 +69,7 @@ def _token(logits: Tensor, rule: RowRule) -> int:
 
 
 def changed(logits: Tensor, rule: RowRule) -> Tensor:
-    """Return logits after masks, bans, biases and penalties, at most the largest float."""
+    """Return a copy of the logits after masks, bans, biases and penalties, limited to the largest finite float."""
     logits = logits.clone()
     for mask in rule.allowed:
         logits[~allowed(mask, len(logits)).to(logits.device)] = NEVER
@@ -91,7 +91,7 @@ def changed(logits: Tensor, rule: RowRule) -> Tensor:
 
 
 def narrowed(logits: Tensor, rule: RowRule) -> Tensor:
-    """Return the shares of ids, 0 for those that min_p, top_k and top_p exclude."""
+    """Return each id's share of probability as a whole number; 0 for ids that min_p, top_k or top_p exclude."""
     shares = shares_of((logits - logits.max()) * torch.tensor(1 / rule.temperature, dtype=torch.float32))
     if rule.min_p > 0:
         excluded = shares < math.ceil(rule.min_p * WHOLE)
@@ -107,7 +107,7 @@ def narrowed(logits: Tensor, rule: RowRule) -> Tensor:
 
 
 def shares_of(z: Tensor) -> Tensor:
-    """Return the shares of ids at distances z <= 0, in float32, from the largest logit."""
+    """Return ``exp(z)`` of each id as a whole number of ``1 / WHOLE``. z <= 0 is the id's logit minus the largest."""
     n = torch.round(z * 1.44269504)
     r = (z - n * 0.693359375) + n * 2.12194440e-4
     p = torch.full_like(z, _POLYNOMIAL[0])
@@ -133,7 +133,7 @@ def random_bits(key: tuple[int, int], place: int) -> int:
 
 
 def allowed(mask: Tensor, vocabulary: int) -> Tensor:
-    """Return True for each id in a bit mask."""
+    """Return a mask (vocabulary,) of booleans that is True for each id whose bit is set in ``mask``."""
     return ((mask[:, None] >> torch.arange(WORD, dtype=torch.int32)) & 1).bool().view(-1)[:vocabulary]
 
 

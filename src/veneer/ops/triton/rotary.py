@@ -60,7 +60,7 @@ def pair_at(pairs, half, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def turn(source, feature, target, target_feature, first, second, c, s, inside):
-    """Rotate the pairs of some heads from one place to another."""
+    """Rotate the feature pairs of some heads, read at ``source``, and write them at ``target``."""
     x1 = tl.load(source + first * feature, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(source + second * feature, mask=inside, other=0.0).to(tl.float32)
     dtype = target.dtype.scalar.element_ty
