@@ -30,8 +30,8 @@ class Family:
     - ``alibi``: whether attention has a bias that decreases with distance. ``rounds_alibi``: it is computed in
       bfloat16, and scaled with the scores.
     - ``norm_eps``: the epsilon of norms that hold none themselves.
-    - ``experts``: experts are chosen and weighted by the softmax of the router's scores, or by their sigmoids in
-      DeepSeek V3's form. None if neither is known.
+    - ``experts``: experts are chosen and weighted by the softmax of the router's scores, or by their sigmoids. None if
+      neither is known. A softmax of the chosen scores alone is one that is normalized.
     - ``scales_queries``: queries grow with position by ``llama_4_scaling_beta``.
     - ``adds_inside``: halves that add to the stream themselves: their residual adapters sit at their last layer.
     - ``strange``: the reason if a config of the family cannot be described, None if it can.

@@ -121,11 +121,11 @@ class Names:
 
 COMMON = Names()
 EMBEDDING_MULTIPLIERS = ("scalar_embed_scale", "embed_scale")  # on a table that multiplies what it looks up
-EXPERTS = ("experts", "gate")  # the stacks of a mixture and its router, as children of the feed-forward part
+EXPERTS, ROUTERS = "experts", ("gate", "router")  # children of a mixture: the module with the stacks, and the router
 STACKS = ("gate_up_proj", "down_proj")
 UNGATED_STACKS = ("up_proj", "down_proj")
 SHARED, SHARED_GATE = ("shared_expert", "shared_experts"), "shared_expert_gate"
-CORRECTION = "e_score_correction_bias"  # a router's buffer
+CORRECTIONS = ("e_score_correction_bias", "expert_bias")  # buffers of the router, or of the mixture
 # The layers of one expert by name, in files that hold each apart.
 EXPERT_LAYERS: dict[str, Role] = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down",

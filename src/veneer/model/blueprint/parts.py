@@ -13,9 +13,8 @@ from veneer.model.blueprint.heads import HeadLayout
 from veneer.model.blueprint.rotary import Rotary
 
 Role = Literal[
-    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "shared_gate", "conv_in", "conv_out",
-    "scan_in", "scan_out", "head",
-]  # fmt: skip
+    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "shared_gate", "conv_in", "conv_out", "head"
+]
 NormKind = Literal["rms", "layer"]
 
 
@@ -157,48 +156,6 @@ class ShortConv:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeltaNet:
-    """Gated delta rule in attention's place (Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464).
-
-    ``inner`` computes queries, keys, values, a gate z for each value, and b and a for each of ``n_v_heads`` heads.
-    Queries, keys and values go through ``conv``, a causal convolution over ``kernel`` tokens with a kernel of its own
-    for each channel, and SiLU. Queries and keys are scaled to length 1. A head's state is multiplied by
-    exp(-exp(A_log) softplus(a + dt_bias)), and β is ``beta_scale`` · sigmoid(b). The heads' outputs go through
-    ``norm``, are multiplied by SiLU(z) and read by ``out``. ``by_head``: ``inner`` is two layers, whose outputs are
-    those of one key head after the other: query, key, values, gates; b, a. Otherwise its last three layers compute z, b
-    and a.
-    """
-
-    path: str
-    inner: tuple[Linear, ...]
-    by_head: bool
-    n_k_heads: int
-    n_v_heads: int
-    k_width: int
-    v_width: int
-    conv: str
-    kernel: int
-    bias: bool
-    beta_scale: float
-    norm: Norm
-    out: Linear
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        """Linear layers of the part."""
-        return (*self.inner, self.out)
-
-    @property
-    def width(self) -> int:
-        """Number of values of all heads."""
-        return self.n_v_heads * self.v_width
-
-
-KeepsState = ShortConv | DeltaNet
-"""Parts in attention's place that keep a state."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FeedForward:
     """Feed-forward part: ``down(activation(gate x) · up x)`` with a gate, and ``down(activation(up x))`` without.
 
@@ -235,7 +192,7 @@ class Experts:
 
     The values are the softmax of its scores, or the sigmoid of each. ``normalized``: those of the chosen ones are
     divided by their sum. ``n_groups``, ``kept_groups`` and ``scale`` are as in `veneer.ops.experts.Router`.
-    ``corrected``: the router's buffer `names.CORRECTION` is added to the values by which experts are chosen.
+    ``correction``: path of a buffer that is added to the values by which experts are chosen, or empty.
     ``wide_scores``: the scores are computed in float32. ``shared`` also runs on every token, times the sigmoid of
     ``shared_gate`` if there is one.
     """
@@ -252,7 +209,7 @@ class Experts:
     n_groups: int = 1
     kept_groups: int = 1
     scale: float = 1.0
-    corrected: bool = False
+    correction: str = ""
     wide_scores: bool = False
     shared: FeedForward | None = None
     shared_gate: Linear | None = None

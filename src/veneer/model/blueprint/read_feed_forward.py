@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.model.blueprint.linears import is_linear, read_linear
-from veneer.model.blueprint.names import CORRECTION, EXPERTS, SHARED, SHARED_GATE, STACKS, InnerNames
+from veneer.model.blueprint.names import CORRECTIONS, EXPERTS, ROUTERS, SHARED, SHARED_GATE, STACKS, InnerNames
 from veneer.model.blueprint.parts import Experts, FeedForward, Linear, Role, Stack, Strange
 from veneer.model.blueprint.read_forward import named_activation
 from veneer.model.blueprint.source import BlockSource, all_of, first, has_all, undescribed
@@ -26,7 +26,7 @@ def read_feed_forward(
     ``in_block``: its layers are children of the block, and ``module`` is the block.
     """
     path = source.path(module)
-    if has_all(module, EXPERTS):
+    if hasattr(module, EXPERTS) and first(module, ROUTERS) is not None:
         return _experts(source, module)
     names = next((names for names in source.names.inner if has_all(module, names.all)), None)
     if names is None:
@@ -73,7 +73,7 @@ def activation_of(act: Any) -> str | None:
 
 def _experts(source: BlockSource, module: nn.Module) -> Experts | Strange:
     path = source.path(module)
-    experts, router = (getattr(module, name) for name in EXPERTS)
+    experts, router = getattr(module, EXPERTS), getattr(module, cast(str, first(module, ROUTERS)))
     stacks = _stacks(source, experts)
     activation, shared = activation_of(getattr(experts, "act_fn", None)), _shared(source, module)
     score = cast("Tensor | None", router._parameters.get("weight"))
@@ -94,7 +94,7 @@ def _experts(source: BlockSource, module: nn.Module) -> Experts | Strange:
         gate_up=stacks[0],
         down=stacks[1],
         activation=activation,
-        **_sigmoid(router) if source.family.experts == "sigmoid" else {},
+        **_sigmoid(source, module, router) if source.family.experts == "sigmoid" else {},
         shared=shared,
         shared_gate=_shared_gate(source, module),
     )
@@ -113,11 +113,16 @@ def _stacks(source: BlockSource, experts: nn.Module) -> tuple[Stack, Stack] | No
     return gate_up, down
 
 
-def _sigmoid(router: Any) -> dict[str, Any]:
-    """Return the description's fields for a router that scores experts by sigmoids, as DeepSeek V3's does."""
-    groups = {"n_groups": int(router.num_group), "kept_groups": int(router.topk_group)}
-    scale, corrected = float(router.routed_scaling_factor), CORRECTION in router._buffers
-    return {"values": "sigmoid", **groups, "scale": scale, "corrected": corrected, "wide_scores": True}
+def _sigmoid(source: BlockSource, module: nn.Module, router: Any) -> dict[str, Any]:
+    """Return the fields of experts that a router by sigmoids has: in DeepSeek V3's form, with groups and wide scores,
+    or in LFM2's, without them.
+    """
+    owners = [(owner, name) for owner in (router, module) for name in CORRECTIONS if name in owner._buffers]
+    correction = "".join(f"{source.path(owner)}.{name}" for owner, name in owners[:1])
+    grouped = hasattr(router, "num_group")
+    groups = {"n_groups": int(router.num_group), "kept_groups": int(router.topk_group)} if grouped else {}
+    scale = float(router.routed_scaling_factor)
+    return {"values": "sigmoid", **groups, "scale": scale, "correction": correction, "wide_scores": grouped}
 
 
 def _shared(source: BlockSource, module: nn.Module) -> FeedForward | Strange | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from veneer.model.adapted.experts import CodedExperts
 from veneer.model.adapted.parameters import AdaptedParameters, acting_record
-from veneer.model.blueprint.names import CORRECTION
 from veneer.model.blueprint.parts import Experts, Stack
 from veneer.model.inplace import InPlace, base_of, mixin_of
 from veneer.model.program.acting import Acting, is_plain
@@ -93,8 +93,7 @@ class MixExperts(Trained):
         )
 
     def bind(self, to: Binding) -> MixWeights:
-        bias = _bias(to.model.get_submodule(self.experts.router.path), self.experts)
-        return MixWeights(to.expert_stacks(self.stacks), bias)
+        return MixWeights(to.expert_stacks(self.stacks), _bias(to.model.get_submodule, self.experts))
 
     def forward(self, weights: MixWeights, rows: PassRows, frame: Frame) -> None:
         x, ids, factors = frame[self.source.name], *route(frame[self.scores.name], self.router, weights.bias)
@@ -140,7 +139,7 @@ class MixExperts(Trained):
         weights = ([_weight(stack.expert(n)) for n in range(self.experts.n_experts)] for stack in stacks)
         inner, down = (ExpertLayers(own, _pair(record)) for own, record in zip(weights, records, strict=True))
         experts = TrainedExperts(inner, down, self.experts.activation)
-        return ActingExperts(experts, _bias(at.module(self.experts.router.path), self.experts))
+        return ActingExperts(experts, _bias(at.module, self.experts))
 
     def tensors_of(self, weights: ActingExperts) -> tuple[Tensor, ...]:
         return weights.experts.tensors
@@ -187,9 +186,10 @@ def is_known(part: Experts) -> bool:
     return part.activation in ACTIVATIONS and part.n_experts <= MOST_EXPERTS
 
 
-def _bias(router: nn.Module, part: Experts) -> Tensor | None:
-    """Return the router's bias in float32, which affects only the choice of experts; None if there is none."""
-    return router._buffers[CORRECTION].float() if part.corrected else None  # type: ignore[union-attr]
+def _bias(module: Callable[[str], nn.Module], part: Experts) -> Tensor | None:
+    """Return the bias of choices in float32, given the function that returns a module at a path."""
+    owner, _, name = part.correction.rpartition(".")
+    return cast(Tensor, module(owner)._buffers[name]).float() if name else None
 
 
 def _is_frozen(module: nn.Module) -> bool:

@@ -42,7 +42,7 @@ def experts(name: str) -> Iterator[Part]:
     # Here, as it imports torch: the families are known without it.
     from veneer.model.blueprint.names import EXPERT_LAYERS, EXPERTS, STACKS
 
-    of_experts, (gate_up, down) = EXPERTS[0], STACKS
+    of_experts, (gate_up, down) = EXPERTS, STACKS
     if name.endswith(f".{of_experts}.{gate_up}"):
         yield "ffn_gate_exps.weight", lambda tensor: tensor.chunk(2, 1)[0]
         yield "ffn_up_exps.weight", lambda tensor: tensor.chunk(2, 1)[1]

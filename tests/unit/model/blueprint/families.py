@@ -29,8 +29,10 @@ from transformers import (
     GPTJConfig,
     GPTNeoXConfig,
     GraniteConfig,
+    GraniteMoeConfig,
     HeliumConfig,
     Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -59,7 +61,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from veneer.model.blueprint.names import CORRECTION
+from veneer.model.blueprint.names import CORRECTIONS
 
 SIZES: dict[str, Any] = {
     "hidden_size": 42, "intermediate_size": 58, "num_hidden_layers": 4, "num_attention_heads": 6,
@@ -135,8 +137,16 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "granite": GraniteConfig(
         embedding_multiplier=1.7, residual_multiplier=0.3, attention_multiplier=0.2, logits_scaling=2.9, **SIZES
     ),
+    "granite experts": GraniteMoeConfig(
+        num_local_experts=5, num_experts_per_tok=3, embedding_multiplier=1.7, residual_multiplier=0.3,
+        attention_multiplier=0.2, logits_scaling=2.9, **SIZES,
+    ),
     "helium": HeliumConfig(**WIDE),
     "lfm2": Lfm2Config(layer_types=["conv", "full_attention"] * 2, conv_bias=True, conv_L_cache=4, **SIZES),
+    "lfm2 experts": Lfm2MoeConfig(
+        layer_types=["conv", "full_attention"] * 2, conv_L_cache=3, num_experts=6, num_experts_per_tok=3,
+        moe_intermediate_size=28, num_dense_layers=1, routed_scaling_factor=1.7, **SIZES,
+    ),
     "llama": LlamaConfig(attention_bias=True, mlp_bias=True, **SIZES, **rope(LLAMA3, 17)),
     "llama, dynamic": LlamaConfig(**{**SIZES, "max_position_embeddings": 11}, **rope(DYNAMIC)),
     "llama, tied": LlamaConfig(tie_word_embeddings=True, **SIZES, **rope(LINEAR)),
@@ -190,7 +200,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     with torch.no_grad():
         for name, buffer in model.named_buffers():
-            if name.endswith(CORRECTION):
+            if name.endswith(CORRECTIONS):
                 buffer.uniform_(-0.3, 0.3)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

@@ -11,7 +11,6 @@ from torch.nn.functional import linear as matmul
 
 from veneer.model.blueprint.alibi import Alibi
 from veneer.model.blueprint.decoder import Block, Decoder
-from veneer.model.blueprint.names import CORRECTION
 from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Linear, Norm, ShortConv, Strange
 from veneer.ops.activation import activation_forward
 
@@ -130,7 +129,7 @@ def acted(inner: Tensor, activation: str, gated: bool) -> Tensor:
 def mixture(part: Experts, weights: Weights, x: Tensor) -> Tensor:
     scores = project(part.router, weights, x)
     values = scores.softmax(-1) if part.values == "softmax" else scores.sigmoid()
-    choice = values + weights[f"{part.router.path}.{CORRECTION}"] if part.corrected else values
+    choice = values + weights[part.correction] if part.correction else values
     groups = choice.unflatten(-1, (part.n_groups, -1))
     kept = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1).topk(part.kept_groups, -1).indices
     outside = torch.ones(groups.shape[:-1], dtype=torch.bool).scatter(-1, kept, False)
