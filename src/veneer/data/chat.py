@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_parsing.response_templates import load_response_template
 from trl.chat_template_utils import get_training_chat_template
 
 from veneer.errors import DataError
@@ -58,11 +60,16 @@ def assistant_mask(
     return _marked(tokenizer, messages, {**(options or {}), "chat_template": template})
 
 
-def with_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> PreTrainedTokenizerBase:
+def with_template(
+    tokenizer: PreTrainedTokenizerBase, file: str | None, response: str | None = None
+) -> PreTrainedTokenizerBase:
     """Return the tokenizer with the chat template of a file (Jinja), which is saved with it.
 
-    Without a file the tokenizer is unchanged. Raises DataError if the file cannot be read or is not a template.
+    ``response`` is a file with a response template of transformers (JSON), which says how tool calls are read from an
+    answer. Without files the tokenizer is unchanged. Raises DataError if a file cannot be read or is not a template.
     """
+    if response is not None:
+        tokenizer.response_template = _response_template(response)
     if file is None:
         return tokenizer
     try:
@@ -74,6 +81,21 @@ def with_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> PreTr
         raise DataError(f"{file} is no chat template: {error}") from error
     tokenizer.chat_template = template
     return tokenizer
+
+
+def _response_template(file: str) -> dict[str, Any]:
+    try:
+        template: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
+        load_response_template(template)
+    except OSError as error:
+        raise DataError(
+            f"the response template {file} cannot be read: {error.strerror}. Give a file of JSON"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{file} is no response template: {error}. Write one as transformers' chat response parsing describes it"
+        ) from error
+    return template
 
 
 class _Generation(Extension):

@@ -157,7 +157,9 @@ def draw_together(jobs: Sequence[Job], tell: Tell, stop: Stop) -> list[JobEnd]:
     recipes = [job.member.recipe for job in jobs]
     first, args = recipes[0], recipes[0].training_config()
     base = cast(PreTrainedModel, load_base(first.model, device=device_of(args)).to(args.device))
-    tokenizer = with_template(load_tokenizer(first.model.source), first.data.chat_template)
+    tokenizer = with_template(
+        load_tokenizer(first.model.source), first.data.chat_template, first.data.response_template
+    )
     configs = [None if FROM in each.adapter else each.adapter_config() for each in recipes]
     settings = [each.training_config() for each in recipes]
     rollouts = rollouts_of_members(base, tokenizer, [*zip(settings, configs, strict=True)])

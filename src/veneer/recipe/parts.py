@@ -36,6 +36,7 @@ class DataPart(_Part):
     train: str
     more: list[SourcePart] = []
     chat_template: str | None = None
+    response_template: str | None = None
     eval: str | None = None
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     prompt: str | None = None

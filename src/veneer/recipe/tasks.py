@@ -41,7 +41,7 @@ KEYS: Mapping[Task, TaskKeys] = {
     "dpo": TaskKeys("DPOTrainer", "DPOConfig", _ALL, rate=0.1),
     "kto": TaskKeys("KTOTrainer", "KTOConfig", _ALL, rate=0.1),
     "reward": TaskKeys("RewardTrainer", "RewardConfig", _ALL),
-    "grpo": TaskKeys("GRPOTrainer", "GRPOConfig", _ALL, rewards=True, rate=0.1),
+    "grpo": TaskKeys("GRPOTrainer", "GRPOConfig", _ALL | {"response_template"}, rewards=True, rate=0.1),
     "rloo": TaskKeys("RLOOTrainer", "RLOOConfig", _ALL, rewards=True, rate=0.1),
     "distill": TaskKeys("DistillTrainer", "DistillConfig", _ALL | {"completion"}),
 }

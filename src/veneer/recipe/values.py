@@ -17,6 +17,7 @@ PLACES = (
     ("data", "train"),
     ("data", "eval"),
     ("data", "chat_template"),
+    ("data", "response_template"),
     ("model", "source"),
     ("adapter", "from"),
     ("distill", "teacher"),

@@ -63,7 +63,8 @@ def make_trainer(
     the base.
     """
     require_not_in_base(recipe.adapter, recipe.model.source)
-    tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
+    data = recipe.data
+    tokenizer = with_template(load_tokenizer(recipe.model.source), data.chat_template, data.response_template)
     if recipe.task not in OF_ANSWERS:
         return _make_task_trainer(recipe, tokenizer, model, kind)
     rows = read_data(recipe.data, recipe.seed)

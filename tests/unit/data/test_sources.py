@@ -136,6 +136,20 @@ def test_a_chat_template_from_a_file(tmp_path: Path) -> None:
         with_template(tokenizer, written(tmp_path, "bad.jinja", "{% for m in %}"))
 
 
+def test_a_response_template_from_a_file(tmp_path: Path) -> None:
+    template = {
+        "start_anchor": "<a>",
+        "fields": {"tool_calls": {"open": "!", "close": ".", "content": "json"}, "content": {"content": "text"}},
+    }
+    tokenizer = with_template(byte_tokenizer(), None, written(tmp_path, "calls.json", json.dumps(template)))
+    assert tokenizer.parse_response("!7.", prefix="<a>") == {"tool_calls": 7}
+    with pytest.raises(DataError, match=r"cannot be read: .* Give a file"):
+        with_template(tokenizer, None, str(tmp_path / "nowhere.json"))
+    for bad in ("{", "[7]", '{"fields": {}}', '{"fields": {"content": {"qq": 7}}}'):
+        with pytest.raises(DataError, match=r"is no response template: .* Write one as"):
+            with_template(tokenizer, None, written(tmp_path, "bad.json", bad))
+
+
 def test_a_role_that_nobody_knows_is_named() -> None:
     tokenizer = byte_tokenizer()
     with pytest.raises(DataError, match="the role 'robot', which the chat template does not know; roles are assistant"):

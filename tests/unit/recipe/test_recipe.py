@@ -297,7 +297,10 @@ def test_a_recipe_that_is_not_there(tmp_path):
             {"training": {"qqxx": 3}},
             "training.qqxx: unknown key; `veneer train --print-recipe` shows the usual ones of",
         ),
-        ({"data": {"train": "x", "qqxx": 3}}, "data.qqxx: unknown key; known: train, more, chat_template, eval"),
+        (
+            {"data": {"train": "x", "qqxx": 3}},
+            "data.qqxx: unknown key; known: train, more, chat_template, response_template, eval",
+        ),
         (
             {"model": {"source": "x", "quantization": "int8", "double_quantization": False}},
             "model.double_quantization: it applies only to nf4 and fp4, and model.quantization is int8",
