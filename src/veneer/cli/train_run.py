@@ -50,7 +50,7 @@ from veneer.train.run import run_recipe
 from veneer.train.samples import samples_of
 from veneer.train.show.sample import shown_sample
 from veneer.train.sweep.recipe import Sweep, parse_sweep
-from veneer.train.sweep.report import PAGE, SWEEP_FILE, outcomes, table, write_report
+from veneer.train.sweep.report import PAGE, SWEEP_FILE, outcomes, require_finished, table, write_report
 from veneer.train.sweep.sweep import in_this_process, run_sweep
 
 
@@ -308,3 +308,4 @@ def _train_sweep(sweep: Sweep, asked: TrainOptions, console: Console) -> None:
     write_report(sweep, found)
     console.print(table(found))
     console.print(f"written down in {sweep.output / SWEEP_FILE}, drawn in {sweep.output / PAGE}", highlight=False)
+    require_finished(found)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any, cast
 
 from transformers import PreTrainedModel
@@ -26,7 +27,9 @@ from veneer.store.source import load_tokenizer
 from veneer.train.base_model import device_of, load_base
 from veneer.train.interrupt import Stop
 from veneer.train.preference.trainer import without_old_names
+from veneer.train.record.record import reason_of, record_of
 from veneer.train.run import Tell
+from veneer.train.run_trainer import RunTrainer
 from veneer.train.sweep.coroutines import Coroutine, ask
 from veneer.train.sweep.together import Job, JobEnd, run_job, told_end
 
@@ -116,7 +119,7 @@ class DrawnTogether:
     def start(self, job: Job) -> None:
         """Start a member: make its trainer, with random numbers of its own."""
         number, kind = len(self._runs) + 1, _KINDS[job.member.recipe.task]
-        run: Coroutine[JobEnd] = Coroutine(lambda: run_job(job, self._base, kind, self._stop))
+        run: Coroutine[JobEnd] = Coroutine(lambda: _run_member(job, self._base, kind, self._stop))
         self._runs[number] = run
         asked: RolloutsRequest = run.resume()
         if self._rollouts is not None:
@@ -152,8 +155,26 @@ class DrawnTogether:
             run.close()
 
 
+def _run_member(job: Job, base: PreTrainedModel, kind: type[RunTrainer], stop: Stop) -> JobEnd:
+    """Run a member as `run_job` does. An error that ends its training is kept in its record alone.
+
+    The member's own rewards, tools and environments may raise any error, and the other members train on. Raises the
+    error of a member that is refused before it trains.
+    """
+    try:
+        return run_job(job, base, kind, stop)
+    except Exception as error:
+        record = record_of(Path(job.member.recipe.output))
+        if record is None or record.get("reason") != reason_of(error):
+            raise
+        return JobEnd(record)
+
+
 def draw_together(jobs: Sequence[Job], tell: Tell, stop: Stop) -> list[JobEnd]:
-    """Train members of GRPO or RLOO over one base, as `train_together` does, with one engine for their draws."""
+    """Train members of GRPO or RLOO over one base, as `train_together` does, with one engine for their draws.
+
+    A member whose training fails ends with the status ``failed``; the others train on.
+    """
     recipes = [job.member.recipe for job in jobs]
     first, args = recipes[0], recipes[0].training_config()
     base = cast(PreTrainedModel, load_base(first.model, device=device_of(args)).to(args.device))

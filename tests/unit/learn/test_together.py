@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from veneer.errors import ConfigError, Interrupted
+from veneer.errors import ConfigError, Interrupted, TrainingError
 from veneer.learn.rollouts import Rollouts
 from veneer.learn.together import draw_together
 from veneer.recipe.recipe import parse_recipe
 from veneer.recipe.values import put
+from veneer.train import run
 from veneer.train.run import run_recipe
 from veneer.train.sweep.recipe import parse_sweep
-from veneer.train.sweep.report import outcomes, quality, table
+from veneer.train.sweep.report import outcomes, quality, require_finished, table
 from veneer.train.sweep.sweep import in_this_process, run_sweep
 
 LISTED = [
@@ -31,6 +32,13 @@ LISTED = [
 ]  # fmt: skip
 REWARDS = """
 def spread(completions, **row):
+    return [len(set(text)) / 7 for text in completions]
+
+
+def failing(completions, calls=[], **row):
+    calls.append(1)
+    if len(calls) == 2:
+        raise LookupError("no such word")
     return [len(set(text)) / 7 for text in completions]
 """
 
@@ -92,11 +100,11 @@ def test_every_member_is_the_run_that_it_would_be_on_its_own_to_the_bit(values, 
     values["task"] = task
     changes = LISTED if task == "grpo" else LISTED[:3]
     batches: list[int] = []
-    run = Rollouts.run
+    drawn = Rollouts.run
 
     def counted(self: Rollouts, asked: Any) -> Any:
         batches.append(len({each.lora_request.name for each in asked}))
-        return run(self, asked)
+        return drawn(self, asked)
 
     with monkeypatch.context() as patch:
         patch.setattr(Rollouts, "run", counted)
@@ -112,12 +120,12 @@ def test_a_signal_ends_every_member_after_its_step_and_all_go_on_to_the_bit(valu
     whole = together(values, part)
     values["output"] = str(Path(values["output"]).with_name("stopped"))
     draws = iter(range(3))
-    run = Rollouts.run
+    drawn = Rollouts.run
 
     def heard(self: Rollouts, asked: Any) -> Any:
         if next(draws, 0) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return run(self, asked)
+        return drawn(self, asked)
 
     with monkeypatch.context() as patch:
         patch.setattr(Rollouts, "run", heard)
@@ -137,11 +145,11 @@ def test_a_sweep_that_broke_off_after_a_draw_goes_on_from_its_journals(values, m
     whole = together(values, part)
     values["output"] = str(Path(values["output"]).with_name("broken"))
     draws = iter(range(2))
-    run = Rollouts.run
+    drawn = Rollouts.run
 
     def broken(self: Rollouts, asked: Any) -> Any:
         next(draws)
-        return run(self, asked)
+        return drawn(self, asked)
 
     with monkeypatch.context() as patch:
         patch.setattr(Rollouts, "run", broken)
@@ -157,11 +165,11 @@ def test_a_member_that_diverges_leaves_and_its_adapter_with_it(values, monkeypat
     steady = {"name": "steady", "training.max_steps": 5}
     wild = {"name": "wild", "training.learning_rate": 3e37, "training.max_grad_norm": 1e30}
     adapters: list[list[str]] = []
-    run = Rollouts.run
+    drawn = Rollouts.run
 
     def counted(self: Rollouts, asked: Any) -> Any:
         adapters.append([each.name for each in self.engine.adapters])
-        return run(self, asked)
+        return drawn(self, asked)
 
     with monkeypatch.context() as patch:
         patch.setattr(Rollouts, "run", counted)
@@ -170,6 +178,39 @@ def test_a_member_that_diverges_leaves_and_its_adapter_with_it(values, monkeypat
     assert adapters[0] == ["member1", "member2"]
     assert adapters[-1] == ["member2"]
     assert_same_run(alone(values, steady), shared["steady"])
+
+
+def test_a_member_that_fails_leaves_and_goes_on_with_a_resume(values):
+    steady = {"name": "steady"}
+    failing = {"name": "failing", "rewards": [values["rewards"][0].replace("spread", "failing")]}
+    values["training"] |= {"save_strategy": "steps", "save_steps": 1}
+    part, said = {"members": [failing, steady]}, list[str]()
+    shared = together(values, part, tell=said.append)
+    assert (shared["failing"]["status"], shared["failing"]["step"]) == ("failed", 1)
+    assert "no such word" in shared["failing"]["reason"]
+    assert any(line.startswith("failing: failed after step 1: ") and "no such word" in line for line in said)
+    assert_same_run(alone(values, steady), shared["steady"])
+    found = outcomes(parse_sweep({**values, "sweep": part}, Path("sweep.yaml")), [*shared.values()])
+    assert [each.measure is None for each in found] == [True, False]
+    with pytest.raises(TrainingError, match=r"1 of 2 members failed: failing \(.*no such word.*\)\. .* --resume"):
+        require_finished(found)
+    Path(values["rewards"][0].partition(":")[0]).write_text(REWARDS.replace("len(calls) == 2", "False"))
+    resumed = together(values, part, resume=True)
+    require_finished(outcomes(parse_sweep({**values, "sweep": part}, Path("sweep.yaml")), [*resumed.values()]))
+    assert (resumed["failing"]["status"], resumed["failing"]["results"]["steps"]) == ("finished", 4)
+
+
+def test_a_member_that_is_refused_before_it_trains_ends_the_sweep(values, monkeypatch):
+    described = run.describe_run
+
+    def refused(recipe: Any, trainer: Any) -> Any:
+        if recipe.output.endswith("two"):
+            raise ConfigError("two is refused")
+        return described(recipe, trainer)
+
+    monkeypatch.setattr(run, "describe_run", refused)
+    with pytest.raises(ConfigError, match="two is refused"):
+        together(values, {"members": [{"name": "one"}, {"name": "two"}]})
 
 
 def test_members_share_one_copy_of_the_base_if_each_would_keep_one(values, monkeypatch):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rich.table import Table
 
+from veneer.errors import TrainingError
 from veneer.plain.ticks import ticks_at
 from veneer.train.checkpoint import write_json
 from veneer.train.sweep.course import STOPPED
@@ -27,8 +28,8 @@ _WIDEST = 120  # characters of a name below the picture
 class Outcome:
     """Result of one member. Members are compared by ``measure``: the loss, held out if there are held-out rows.
 
-    For a task with rewards it is the negative ``reward``. It is None if the member diverged or was stopped. ``best``:
-    the member is on the Pareto front.
+    For a task with rewards it is the negative ``reward``. It is None if the member diverged, failed or was stopped.
+    ``best``: the member is on the Pareto front. ``reason``: why the member ended early.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Outcome:
     best: bool
     saved: str | None
     reward: float | None = None
+    reason: str | None = None
 
     @property
     def measure(self) -> float | None:
@@ -65,6 +67,16 @@ def outcomes(sweep: Sweep, records: Sequence[Mapping[str, Any]]) -> list[Outcome
     found = [_outcome(member.name, member.changes, r) for member, r in zip(sweep.members, records, strict=True)]
     front = pareto_front([(each.n_trained, each.measure) for each in found])
     return [Outcome(**{**asdict(each), "best": best}) for each, best in zip(found, front, strict=True)]
+
+
+def require_finished(found: Sequence[Outcome]) -> None:
+    """Raise TrainingError with the reasons of all members whose training failed, if there are any."""
+    failed = [f"{each.name} ({each.reason})" for each in found if each.status == "failed"]
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {len(found)} members failed: {', '.join(failed)}. The others have ended. Mend the "
+            "cause, then continue these with --resume"
+        )
 
 
 def pareto_front(points: Sequence[tuple[int, float | None]]) -> list[bool]:
@@ -136,6 +148,7 @@ def _outcome(name: str, changes: Mapping[str, Any], record: Mapping[str, Any]) -
         best=False,
         saved=record.get("saved"),
         reward=reward_of(record) if "results" in record else None,
+        reason=record.get("reason"),
     )
 
 

@@ -48,7 +48,7 @@ def run_sweep(
     """Train all members and return the content of each one's ``run.json``, in their order.
 
     Each member writes the files of a single run into a folder of its name. A member ends early with the status
-    ``diverged`` if its loss is not finite; the others train on.
+    ``diverged`` if its loss is not finite; the others train on. So does a sweep that draws if a member ``failed``.
 
     ``engine`` gives the workers; without one, this process trains all members together. With the scheduler ``asha``,
     members wait at rungs to be compared, and those that may not go on get the status ``stopped``.

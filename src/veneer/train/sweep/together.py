@@ -203,6 +203,8 @@ def told(ended: JobEnd) -> str:
         return f"interrupted after step {record['step']}"
     if record["status"] == "diverged":
         return f"diverged ({record['reason'].partition(':')[0]})"
+    if record["status"] == "failed":
+        return f"failed after step {record['step']}: {record['reason']}"
     results = record["results"]
     quality = (
         f"held-out loss {results['eval_loss']:.4f}" if "eval_loss" in results else f"loss {results['train_loss']:.4f}"
