@@ -129,7 +129,7 @@ def merged_into_formats(weights: list[Tensor]) -> None:
     PartedError where it is further than rounding to other codes takes it.
     """
     cut = [weight[:, : weight.shape[1] // WHOLE * WHOLE].float().contiguous() for weight in weights]
-    print("| format | " + " | ".join(f"{size:.1%}" for size in SIZES) + " | told, less afresh | apart |")
+    print("| format | " + " | ".join(f"{size:.1%}" for size in SIZES) + " | reported minus afresh | apart |")
     print("| --- |" + " ---: |" * (len(SIZES) + 2))
     for name in FORMATS:
         found = [[merged_into(name, weight, size) for weight in cut] for size in SIZES]

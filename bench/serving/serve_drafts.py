@@ -3,7 +3,7 @@
     python -m bench.serving.serve_drafts [--loads quotes edits prose …] [--new-tokens 192] [--repeats 5] [--draft 8]
 
 SmolLM2-135M in bfloat16. One engine answers each load with and without drafts, in turns; the ratio is the median over
-turns. ``quotes`` goes on with a text that stands in its prompt, ``edits`` gives back a text with a few changes,
+turns. ``quotes`` continues a text from its prompt, ``edits`` repeats a text with a few changes,
 ``prose`` is drawn at temperature 0.8, and ``JSON`` has a schema, whose forced tokens are tried. ``quotes`` is asked of
 an adapter of each of eight methods too, near its start, so that it still quotes. Before a load is timed, its answers
 with drafts must equal those without, greedy tokens without a schema must be the likeliest ones (`likeliest.py`), and an

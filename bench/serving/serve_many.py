@@ -262,9 +262,9 @@ def gaps(args: Any, model: str, scratch: Path) -> dict[str, float]:
             working(f"long prompts, turn {turn + 1} of {args.repeats}")
             llm.engine.scheduler.pace = PrefillBudget() if paced else PrefillBudget(stretch=1e9)
             found[paced].append(streams(llm, args.prompts, long))
-    table = Rows(["a step takes as long as it wants"], ["p50 ms", "p99 ms", "p99/p50", "tok/s", "of all"])
+    table = Rows(["steps without a limit"], ["p50 ms", "p99 ms", "p99/p50", "tok/s", "of all"])
     ratios = {}
-    for paced, told in ((False, "a step takes as long as it wants"), (True, "a step keeps its pace")):
+    for paced, told in ((False, "steps without a limit"), (True, "steps with a limit")):
         all_gaps = [gap for each in found[paced] for gap in each.gaps]
         p50, p99 = statistics.median(all_gaps), statistics.quantiles(all_gaps, n=100)[98]
         ratios[paced] = p99 / p50

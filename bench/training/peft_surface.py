@@ -44,7 +44,7 @@ METHODS = (
 EXTRA = ("self", "cls", "kwargs", "args")
 NO_CHOICE = {
     ("VBLoRAConfig", "save_only_topk_weights"): "`True` is refused",
-    ("PromptEncoderConfig", "encoder_dropout"): "every value but 0 is refused",
+    ("PromptEncoderConfig", "encoder_dropout"): "only 0 is accepted",
 }
 """Fields that have one value."""
 STATES = ("present", "departs", "absent")
@@ -52,8 +52,8 @@ HUB = (*adapter_source.HubOptions.__dataclass_fields__, *adapter_source.AS_IT_IS
 UPLOAD = (*saving.Upload.__dataclass_fields__, *saving.AS_IT_IS, "repo_id")
 BY_KEYWORD = {"from_pretrained": HUB, "load_adapter": HUB, "save_pretrained": UPLOAD, "push_to_hub": UPLOAD}
 INTRODUCTION = """Made by `bench/training/peft_surface.py`. *Departs* marks a name for which veneer
-refuses some of PEFT's arguments or values, which are listed. Tests compare numbers and files with PEFT's. Another page
-counts [how many of PEFT's own tests pass](peft_tests.md).
+refuses some of PEFT's arguments or values; the tables name them. Tests compare numbers and files with PEFT's. Another
+page counts [how many of PEFT's own tests pass](peft_tests.md).
 
 Unknown arguments and fields are errors. A few arguments are accepted but have no effect: veneer always does what they
 ask for, or they do not apply to an adapter's single safetensors file:
@@ -68,7 +68,8 @@ NOTES = """Some names differ, because veneer changes the model in place and does
 - Configs are frozen. To change a field, make a new config: `dataclasses.replace(config, r=4)`.
 - `set_adapter` freezes the other adapters, as PEFT does. An adapter that was loaded frozen stays frozen, unless
   `inference_mode` is False, PEFT's default.
-- `PeftModelForCausalLM` and its siblings serve `isinstance`, loading and attaching; no model's class is one of them.
+- `PeftModelForCausalLM` and its siblings work in `isinstance`, and load and attach adapters. An adapted model keeps its
+  own class.
 - LoftQ initializes by `replace_lora_weights_loftq` on a quantized model. `loftq_config`, which changes the base, is
   absent.
 """
@@ -89,8 +90,8 @@ def main() -> None:
         for name, state, note in rows:
             print(f"| `{name}` | {state} | {note} |")
         print()
-    print("## Configs\n\nA field that is absent is read from a file if it has PEFT's default, and refused otherwise.\n")
-    print("| PEFT | its file with defaults | present | departs | absent |\n| --- | --- | --- | --- | --- |")
+    print("## Configs\n\nA file with an absent field is refused unless the field has PEFT's default.\n")
+    print("| PEFT | PEFT's file of the default config | present | departs | absent |\n| --- | --- | --- | --- | --- |")
     for config in CONFIGS:
         print(f"| `{config}` | {read_back(config)} | {' | '.join(listed(fields(config)))} |")
     print(f"\n## Other names: {counted(list(names()))}\n")
@@ -100,12 +101,12 @@ def main() -> None:
 
 
 def counted(rows: list[Row]) -> str:
-    """The number of rows in each state, in words."""
+    """Return the number of rows in each state, in words."""
     return ", ".join(f"{n} {state}" for state, n in Counter(row[1] for row in rows).most_common())
 
 
 def listed(rows: Iterable[Row]) -> list[str]:
-    """The names in each state."""
+    """Return the names of the rows in each state, as text."""
     found = list(rows)
     return [
         ", ".join(f"`{name}`" + (f" ({note})" if note else "") for name, is_, note in found if is_ == state)
@@ -114,7 +115,7 @@ def listed(rows: Iterable[Row]) -> list[str]:
 
 
 def read_back(config: str) -> str:
-    """Return True if veneer reads the file that PEFT writes for a config with its defaults."""
+    """Return "read" if veneer reads the file that PEFT writes for a default config, otherwise the error."""
     given = {"total_step": 100} if config == "AdaLoraConfig" else {}
     given |= {"num_virtual_tokens": 3} if ("Pr" in config and "Adaption" not in config) or "Cart" in config else {}
     given |= {"task_type": "CAUSAL_LM"} if config == "CPTConfig" else {}
@@ -130,13 +131,13 @@ def read_back(config: str) -> str:
 
 
 def functions() -> Iterator[Row]:
-    """The functions that both should have."""
+    """Yield a row for each function that both should have."""
     for name in CALLS:
         yield compared(name, getattr(peft, name), getattr(veneer, name, None))
 
 
 def methods() -> Iterator[Row]:
-    """Methods and properties of ``PeftModel``, and those of LoRA models that it forwards to."""
+    """Yield a row for each method and property of ``PeftModel``, and of the LoRA models that it forwards to."""
     for name in METHODS:
         theirs = getattr(peft.PeftModel, name, None) or getattr(peft.LoraModel, name, None)
         theirs = theirs or getattr(peft.tuners.tuners_utils.BaseTuner, name, None)
@@ -148,25 +149,23 @@ def methods() -> Iterator[Row]:
 
 
 def compared(name: str, theirs: Any, ours: Any) -> Row:
-    """Return True if ours takes every argument of theirs."""
+    """Return the row of a function: its name, its state, and the arguments of PEFT's that ours refuses."""
     if ours is None:
         return name, "absent", ""
     if not callable(theirs) or not callable(ours):
         return name, "present", ""
     taken = {*arguments(ours), *BY_KEYWORD.get(name, ())}
     lacking = [arg for arg in arguments(theirs) if arg not in taken]
-    return name, *(
-        ("departs", "not taken: " + ", ".join(f"`{arg}`" for arg in lacking)) if lacking else ("present", "")
-    )
+    return name, *(("departs", "refused: " + ", ".join(f"`{arg}`" for arg in lacking)) if lacking else ("present", ""))
 
 
 def arguments(call: Callable[..., Any]) -> list[str]:
-    """The names of a call's arguments."""
+    """Return the names of a call's arguments."""
     return [name for name in inspect.signature(call).parameters if name not in EXTRA and not name.endswith("kwargs")]
 
 
 def fields(config: str) -> Iterator[Row]:
-    """Every field of a config of PEFT's, less those that PEFT fills in itself."""
+    """Yield a row for each field of a config of PEFT's, except those that PEFT fills in itself."""
     for field in dataclasses.fields(getattr(peft, config)):
         if field.name not in ("peft_type", "auto_mapping", "peft_version"):
             known = NO_CHOICE.get((config, field.name))
@@ -174,7 +173,7 @@ def fields(config: str) -> Iterator[Row]:
 
 
 def state_of(ours: Any, field: dataclasses.Field[Any]) -> tuple[str, str]:
-    """Return True if our config has the field and takes PEFT's default."""
+    """Return the state of a field of PEFT's in our config, and a note if the default differs or is refused."""
     mine = {f.name: f for f in dataclasses.fields(ours)}.get(field.name)
     if mine is None:
         return "absent", ""
@@ -183,7 +182,7 @@ def state_of(ours: Any, field: dataclasses.Field[Any]) -> tuple[str, str]:
     try:
         ours(**{field.name: default(field)})
     except (VeneerError, TypeError):
-        return "departs", f"{default(field)!r}, the default, is refused alone"
+        return "departs", f"only PEFT's default, {default(field)!r}, is refused"
     return "present", f"default {default(mine)!r}, not {default(field)!r}"
 
 
@@ -193,14 +192,14 @@ def empty(value: Any) -> bool:
 
 
 def default(field: dataclasses.Field[Any]) -> Any:
-    """A field's default."""
+    """Return a field's default, or None if it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return None if field.default is dataclasses.MISSING else field.default
 
 
 def names() -> Iterator[Row]:
-    """Return the other names that PEFT exports."""
+    """Yield a row for each other name that PEFT exports."""
     for name in sorted(peft.__all__):
         if name not in CALLS:
             yield name, "present" if name in veneer.__all__ else "absent", ""
