@@ -147,8 +147,8 @@ class PackedCodes:
         return self.panels.nbytes
 
     def codes(self, *, backend: str | None = None) -> UInt8[Tensor, "..."] | Int8[Tensor, "o i"]:
-        """Return the codes before packing: four-bit codes as bytes of two (o * i / 2,), int8 codes (o, i), or codes of
-        groups (o, i), one a byte.
+        """Return the codes before packing: 4-bit codes, two a byte (o * i / 2,); int8 codes (o, i); codes of groups,
+        one a byte (o, i).
         """
         out: Tensor = implementation("packed_codes.codes", self.panels.device, backend)(self)
         return out

@@ -100,7 +100,7 @@ def padded(head_dim: int) -> int:
 
 
 class PageTables:
-    """Page tables as arrays. A tuple that the last step already used is not converted again."""
+    """Cache of page tables as arrays. A tuple that the last step used is not converted again."""
 
     def __init__(self) -> None:
         self._now: dict[int, tuple[Sequence[int], Sequence[int], int]] = {}

@@ -139,9 +139,9 @@ class Engine:
         )  # fmt: skip
 
     def submit(self, asked: CheckedRequest) -> None:
-        """Accept a request at the next step. From any thread. Raises QueueFullError if too many wait.
+        """Accept a request, which the next step sees. May be called from any thread.
 
-        Raises as `require_answerable`.
+        Raises QueueFullError if too many requests wait, and the errors of `require_answerable`.
         """
         require_answerable(asked, self.settings)
         self.backlog.submit(asked)
@@ -154,7 +154,7 @@ class Engine:
         return self._stats.metrics(self.scheduler, self.backlog.n_refused)
 
     def abort(self, request_id: str) -> None:
-        """End a request at the next step; an unknown one is ignored. From any thread."""
+        """End a request at the next step; an unknown one is ignored. May be called from any thread."""
         self._inbox.put(Abort(request_id))
 
     def n_drawn(self, request_id: str) -> int:

@@ -64,7 +64,7 @@ class Act:
     told: Future[Any]
 
     def run(self) -> None:
-        """Call it, unless nobody waits for it any more."""
+        """Call the function, unless nobody waits for its result any more."""
         if self.told.set_running_or_notify_cancel():
             try:
                 self.told.set_result(self.act())

@@ -36,7 +36,7 @@ class _Times:
 class Stats:
     """Times of the requests in flight, and counts and distributions since the start, of one engine.
 
-    Each call takes the time of its event by `time.perf_counter`, as do all times here but arrivals.
+    Each method reads `time.perf_counter` as the time of its event. Only arrivals are times of day.
     """
 
     def __init__(self) -> None:

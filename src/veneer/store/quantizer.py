@@ -56,10 +56,11 @@ class Deferred(Unread):
 
 
 class Decoded:
-    """Quantized weight of the checkpoint, made dense when transformers' loader slices it: for experts in one stack
-    that cannot be kept in codes.
+    """Quantized weight of the checkpoint, made dense when transformers' loader slices it: for experts in one stack that
+    cannot be kept in codes.
 
-    One that is not ``stacked`` should have been kept in codes, or stored dense.
+    A weight that is not ``stacked`` is reported as a problem when it is read: it should have been kept in codes, or
+    stored dense.
     """
 
     def __init__(self, layer: str, stacked: bool, quantizer: VeneerQuantizer) -> None:

@@ -97,7 +97,7 @@ def stored_quantization(folder: Path) -> BitsAndBytesConfig | StoredQuantization
 def with_stored(source: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options of transformers' ``from_pretrained`` with the quantization of a folder that veneer reads itself.
 
-    A given ``quantization_config`` stays.
+    If the options already hold a ``quantization_config``, it is kept.
     """
     folder = Path(source)
     found = stored_quantization(folder) if (folder / "config.json").is_file() else None

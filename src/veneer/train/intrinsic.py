@@ -66,8 +66,9 @@ def task_of(
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Scores by d, the dimension of the subspace. ``before`` is the untrained model's score, ``full`` the score after
-    training all of its ``n_weights`` weights.
+    """Scores of training in subspaces, by the dimension d of the subspace.
+
+    ``before`` is the untrained model's score, ``full`` the score after training all of its ``n_weights`` weights.
     """
 
     scores: dict[int, float]

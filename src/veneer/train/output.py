@@ -32,8 +32,9 @@ def is_over(recipe: Recipe) -> bool:
 
 @contextmanager
 def taken_back(output: Path, made: bool) -> Iterator[None]:
-    """Enter a context that removes an empty output folder if the block fails. ``made``: the folder was made for the
-    block.
+    """Enter a context that removes the output folder if the block fails while the folder is empty.
+
+    ``made``: the folder was created for this block. If it is False, nothing is removed.
     """
     try:
         yield

@@ -24,8 +24,9 @@ from veneer.records.sites import LinearSite
 class BdLoraConfig(Settings, Variant):
     """Settings of BD-LoRA, in PEFT's fields.
 
-    ``target_modules_bd_a`` and ``target_modules_bd_b`` name the layers whose A, or B, consists of ``nblocks`` blocks:
-    those with one of these in the last name of their path. ``match_strict`` refuses layers that have neither.
+    ``target_modules_bd_a`` and ``target_modules_bd_b`` name the layers whose A, or B, consists of ``nblocks`` blocks. A
+    name matches a layer if the last part of the layer's path contains it. ``match_strict`` refuses adapted layers that
+    neither of the two fields names.
     """
 
     switch = "use_bdlora"

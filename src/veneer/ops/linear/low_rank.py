@@ -167,7 +167,9 @@ def _group(layer: LinearLayer) -> LowRankGroup:
 
 
 def _rounded(layers: Sequence[LinearLayer], dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[float]]:
-    """Return the A of all layers below one another, each layer's B, and by what its products are still to be scaled."""
+    """Return the A of all layers below one another, each layer's B, and the factor by which each layer's product must
+    still be multiplied.
+    """
     factors, scales = [_pair_of(layer).a for layer in layers], [_scale_of(layer, 0) for layer in layers]
     joined = factors[0].new_empty(sum(map(len, factors)), factors[0].shape[1], dtype=dtype)
     parts, bs = torch.split(joined, [len(a) for a in factors]), [_pair_of(layer).plain_b for layer in layers]

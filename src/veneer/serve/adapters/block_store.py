@@ -35,10 +35,10 @@ _SCANS = 16  # of the folder, while as many bytes are written as it may hold
 
 
 class BlockStore:
-    """Packed blocks of adapters in a folder, in files of at most ``most_bytes`` together; the most recently used stay.
+    """Packed blocks of adapters in a folder, in files of at most ``most_bytes`` in all.
 
-    ``base`` identifies the model's weights and their dtype, on which blocks may depend. ``blocks`` caches layouts. The
-    object is for one thread.
+    If there is too little room, the least recently used files are deleted. ``base`` identifies the model's weights and
+    their dtype, on which blocks may depend. ``blocks`` caches layouts. The object is for one thread.
     """
 
     def __init__(self, folder: Path, most_bytes: int, base: str, blocks: Blocks) -> None:

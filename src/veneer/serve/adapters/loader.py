@@ -37,7 +37,7 @@ class Loader(Generic[Read]):
     """Queue of loads, run one after another. ``tell`` is called with every result, on the thread that reads.
 
     The thread lives only while there is something to read, so that an idle engine has none, and none is left when the
-    engine is deleted. torch computes on that one thread alone: the thread pool belongs to the step. If no thread can
+    engine is deleted. Loads use one thread of torch, because the engine's step uses its thread pool. If no thread can
     start, waiting loads end with a ServingError. `later` is for work that no load should wait for.
     """
 

@@ -97,7 +97,10 @@ class AdapterList(BaseModel):
 
 
 class AdapterRoutes:
-    """Routes for the adapters of a catalogue. ``running`` computes them; they are loaded from ``roots`` alone."""
+    """Routes for the adapters of a catalogue.
+
+    ``running`` is the engine that uses the adapters. They are loaded only from places that ``roots`` allows.
+    """
 
     def __init__(self, running: AsyncEngine, catalogue: Catalogue, roots: Roots) -> None:
         self._running, self._engine, self._catalogue, self._roots = running, running.engine, catalogue, roots

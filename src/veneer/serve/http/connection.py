@@ -200,7 +200,7 @@ class Connection(HttpToolsProtocol):
             self._connections.owes(self)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header. Headers after a body are counted and ignored."""
+        """Handle a request's header that the parser found. Headers after a body are counted and ignored."""
         self._n_headers += 1
         if self._n_headers > self._limits.headers:
             self._why = HeadTooLargeError(f"the request has more than {self._limits.headers} headers: send fewer")
@@ -233,7 +233,7 @@ class Connection(HttpToolsProtocol):
             raise self._why  # ends the parser
 
     def on_body(self, body: bytes) -> None:
-        """Take a part of the body."""
+        """Handle a part of a request's body that the parser found."""
         self._n_body += len(body)
         self._is_heard = True
         super().on_body(body)
@@ -286,7 +286,7 @@ class Connection(HttpToolsProtocol):
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        """Note that the client has read them."""
+        """Note that the client has read the bytes that it had left unread."""
         self._unread = None
         super().resume_writing()
 

@@ -195,7 +195,9 @@ class SlotCache:
         return self.store
 
     def discard(self, pages: Sequence[int]) -> None:
-        """Free those of short convolutions: plain tensors cannot be freed page by page."""
+        """Free these pages of short convolutions. Those of keys and values are plain tensors, which cannot be freed by
+        pages.
+        """
         if self.windows is not None:
             self.windows.discard(pages)
 

@@ -103,7 +103,7 @@ class NativeStep:
         self.parts.append(NativePart(bound, range(before, self.program.n_instructions)) if is_known else None)
 
     def take(self, name: str, version: PackedEffects) -> None:
-        """Add an adapter version. Its block of memory must stay until the version is dropped."""
+        """Add an adapter version. The caller must keep the version's block of memory until the version is dropped."""
         number, block = self._free.take(), version.linears
         self.numbers[name] = number
         self._taken[name] = block.layout

@@ -18,8 +18,8 @@ class Detokenizer:
     """Text of an answer, decoded as the continuation of the prompt, so that a space between the two belongs to the
     answer.
 
-    A tokenizer of the tokenizers library decodes with its own stream. Others decode the last tokens twice for each new
-    one. So does an answer from the token on whose bytes the stream cannot read.
+    A tokenizer of the tokenizers library decodes with its own stream. For any other, each new token decodes the last
+    tokens twice. If the stream fails at a token, the rest of the answer is decoded in this way too.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], skip_special_tokens: bool) -> None:

@@ -33,7 +33,9 @@ class Runner(Protocol):
         """
 
     def read_mix(self, parts: Parts) -> Any:
-        """Read adapters as `read` does, as their weighted sum. Raises CompositionError if they have none."""
+        """Read adapters as `read` does, and return their weighted sum. Raises CompositionError for adapters that have
+        no sum.
+        """
 
     def kept(self, version: str) -> Any:
         """Return a version as `read` does if its packed tensors are on disk; None otherwise.

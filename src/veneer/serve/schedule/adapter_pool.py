@@ -339,8 +339,8 @@ class AdapterPool:
     ) -> bool:
         """Evict until a holder's table can grow to ``n_positions``. If it cannot, return False and evict nothing.
 
-        Idle versions and cached pages of the least value are evicted first. Versions that are ``kept`` stay. Those that
-        requests wait for are the last, or stay (``spares_awaited``).
+        Idle versions and cached pages of the least value are evicted first. Versions that are ``kept`` are never
+        evicted. Versions for which requests wait are evicted last; with ``spares_awaited``, never.
         """
         memory = self.memory
         if memory is None:

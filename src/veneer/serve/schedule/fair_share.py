@@ -15,7 +15,7 @@ READ, DRAWN = 1, 2  # weights of a token of a prompt and of one of an answer, as
 class Client:
     """Counter of a client: the weighted tokens that it has received, divided by the client's own ``weight``.
 
-    Its requests wait, or are in the batch.
+    ``n_waiting`` and ``n_running`` count the client's requests that wait, and that are in the batch.
     """
 
     name: Hashable
@@ -29,11 +29,11 @@ class Client:
 class FairShare:
     """Virtual token counters; the client with the least is admitted next (Algorithm 2 of the paper).
 
-    A client without waiting requests cannot save up. When it sends a request, its counter is raised to the least
-    counter of the clients that wait, or to that of the last one that waited. A client's service is the number of its
-    received tokens divided by its weight. The services of two clients that wait all the time differ by at most 2 m / w.
-    Here m is the larger of the longest prompt and ``DRAWN`` times the tokens in a batch, and w the least weight. A
-    client without requests is forgotten if its counter would be raised anyway.
+    A client gains nothing by waiting without requests: when it sends one, its counter is raised to the least counter of
+    the clients that wait, or to that of the last one that waited. A client's service is the number of its received
+    tokens divided by its weight. The services of two clients that wait all the time differ by at most 2 m / w. Here m
+    is the larger of the longest prompt and ``DRAWN`` times the tokens in a batch, and w the least weight. A client
+    without requests is forgotten if its counter would be raised anyway.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,10 @@ from veneer.serve.schedule.request import Request
 
 
 class PrefixSharing:
-    """Blocks of the requests in the batch, by their keys. A request without a ``root`` shares nothing."""
+    """Blocks of the requests in the batch, by key, so that requests with equal beginnings compute a block once.
+
+    A request without a ``root`` shares nothing.
+    """
 
     def __init__(self, pages: Pages) -> None:
         self.pages = pages

@@ -11,9 +11,9 @@ _TURNS = 4  # times as much as there is in flight: more is promised to nobody
 class ReturnPlaces:
     """Queue of the refused clients: each is told to return after all earlier ones.
 
-    If the queue is too long, the next client is told the first time again. So clients that never return, or ask all the
-    time, delay others for a bounded time. When the last client's time has come, the queue is empty. Call it from one
-    thread.
+    If the queue is too long, it starts again from the front: the next client is told the first time. So clients that
+    never return, or ask all the time, delay others for a bounded time. When the last client's time has come, the queue
+    is empty. Call it from one thread.
     """
 
     def __init__(self) -> None:

@@ -121,7 +121,9 @@ class Scheduler:
         return most - n_front - n_prompt
 
     def end(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
-        """End a request early, or for its text; it holds nothing from here on."""
+        """End a request early, or because of the text of its answer. It then holds no pages, no adapter's slot and no
+        place in the queue.
+        """
         if request.status is not Status.DONE:
             request.end(reason, error)
         self._drop(request)

@@ -25,7 +25,7 @@ class SizedGroup(Generic[Entry]):
         return len(self.entries)
 
     def set(self, id: str, entry: Entry, there: bool) -> None:
-        """Add an entry at the end if ``there``, else remove it. Do nothing if this is so already."""
+        """Make an entry the last one if ``there`` and it is absent; if not ``there``, remove it if it is present."""
         if there and id not in self.entries:
             self.entries[id] = entry
             self.n_bytes += entry.n_bytes

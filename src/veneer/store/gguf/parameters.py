@@ -28,8 +28,8 @@ Places = dict[str, list[str]]
 class GgufParameter:
     """Parameter of a model in a GGUF file, as `StoredTensor` is one in a safetensors file.
 
-    ``dtype`` is that of a dense copy; values are read in float32. ``family`` and ``config`` tell the layout of
-    ``tensors``, which are joined along the second axis if there are several.
+    ``dtype`` is that of a dense copy; values are read in float32. The layout of ``tensors`` follows from ``family`` and
+    ``config``. Several tensors are joined along the second axis.
     """
 
     name: str

@@ -20,7 +20,10 @@ _LEFT_OUT = "modules_to_not_convert"
 
 @dataclass(frozen=True)
 class Mxfp4Layers(StoredLayers):
-    """Experts in MXFP4; linear layers are dense. A stack's parts have the last names of its tensors."""
+    """Storage of a checkpoint whose experts are in MXFP4 and whose linear layers are dense.
+
+    The parts of a stack are named by the last names of its tensors.
+    """
 
     parts: ClassVar[frozenset[str]] = frozenset()
     marks: ClassVar[frozenset[str]] = frozenset(SUFFIXES)

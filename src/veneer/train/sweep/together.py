@@ -103,7 +103,7 @@ class Together:
         self.ended: dict[str, JobEnd] = {}
 
     def start(self, name: str, job: Job) -> None:
-        """Let a member make its trainer, with its own random numbers."""
+        """Start a member: its coroutine runs until it has created its trainer, with the member's own random numbers."""
         run: Coroutine[JobEnd] = Coroutine(lambda: run_job(job, self.base, MemberTrainer, self.stop))
         self.runs[name], self.trainers[name] = run, run.resume()
         self.titles[name] = job.member.name
@@ -225,12 +225,15 @@ def reward_of(record: Mapping[str, Any]) -> float | None:
 
 
 def told_end(ended: JobEnd) -> str:
-    """Return a member's name with the end of its job."""
+    """Return a line with a member's name and how its job ended."""
     return f"{Path(ended.record['recipe']['output']).name}: {told(ended)}"
 
 
 def run_job(job: Job, base: PreTrainedModel, kind: type[RunTrainer], stop: Stop) -> JobEnd:
-    """Run one member up to the end of its job, as a coroutine that asks with its trainer, of this ``kind``, first."""
+    """Run one member up to the end of its job, as a coroutine.
+
+    The coroutine first hands over its trainer, of this ``kind``, to the sweep, and waits to be resumed.
+    """
     recipe, output = job.member.recipe, Path(job.member.recipe.output)
     trainer = make_trainer(recipe, twin(base), kind)
     trainer.remove_callback(RunDisplay)
