@@ -39,7 +39,8 @@ def create_arrow_model(
     ``use_gks``, the general adapters' mean A and mean B are subtracted from those of every other adapter (GenKnowSub,
     doi:10.18653/v1/2025.acl-short.54). ``hub`` takes the fields of `HubOptions`.
 
-    Departs: PEFT keeps the adapters on the model. Here their factors are the adapter's own, in a single file.
+    Difference from PEFT: PEFT keeps the adapters on the model. Here their factors are the adapter's own, in a single
+    file.
 
     Raises ConfigError for paths that do not fit the config, CompositionError for adapters that do not fit together, and
     the errors of loading.

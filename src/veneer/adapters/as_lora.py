@@ -77,7 +77,7 @@ def convert_to_lora(
     nearest one of that rank. If ``rank`` is below 1, or 1.0, it is the share of the squared singular values to keep:
     each layer, even with a low-rank pair, gets the smallest rank that keeps it. None allows only exact updates. The
     scale of each layer is 1. ``compile_kwargs`` has no effect.
-    Departs: PEFT always computes the nearest update of that rank, by a singular value decomposition.
+    Difference from PEFT: PEFT always computes the nearest update of that rank, by a singular value decomposition.
     Raises CompositionError if the adapter does more than add to weights, and ConfigError for an impossible rank. Raises
     AdapterNameError for an unknown name, or while adapters are merged.
     """

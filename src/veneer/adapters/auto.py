@@ -63,8 +63,8 @@ class AutoPeftModel:
         base; ``gguf="dense"`` makes a dense copy. If the adapter's folder holds a tokenizer with more tokens than the
         base, the base is first resized to it.
 
-        Departs: if the adapter names no task, PEFT imports the library that the file names. Here the class must be one
-        of transformers. `AutoPeftModel` takes adapters of any task.
+        Difference from PEFT: if the adapter names no task, PEFT imports the library that the file names. Here the class
+        must be one of transformers. `AutoPeftModel` takes adapters of any task.
 
         Raises ConfigError if the config names no base or no class, or names another task. Raises FormatError if the
         files cannot be read.

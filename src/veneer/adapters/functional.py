@@ -76,7 +76,8 @@ def set_peft_model_state_dict(
     With ``ignore_mismatched_sizes``, tensors of another shape keep their values and are returned as missing.
     ``low_cpu_mem_usage`` has no effect.
 
-    Departs: loading is strict; PEFT only reports missing keys, which callers seldom check. Raises FormatError.
+    Difference from PEFT: loading is strict; PEFT only reports missing keys, which callers seldom check. Raises
+    FormatError.
     """
     state = _state(model, adapter_name)
     left = assign(

@@ -44,7 +44,7 @@ def create_lorafa_optimizer(
     ``r`` and ``lora_alpha``, which PEFT asks for, must equal the adapters'; if None, they are read from them.
     Source: Zhang et al. 2023, arXiv:2308.03303. Raises ConfigError if no layer trains B, if one of the two differs, or
     if an update is not the product of A and B alone.
-    Departs: torch's AdamW in the parameters' dtype; PEFT projects in bfloat16, and decays after a step.
+    Difference from PEFT: torch's AdamW in the parameters' dtype; PEFT projects in bfloat16, and decays after a step.
     """
     layers = [each for each in _layers(model) if each.b.requires_grad]
     if not layers:

@@ -3,7 +3,7 @@
 ``W C = U S Vᵀ``, and ``scale · B A = U_r S_r V_rᵀ C⁻¹``. Source: Yang et al. 2024, arXiv:2406.05223, section 3. The
 update subtracts the initial product, as PiSSA's does, so that the start is the base.
 
-Departs: PEFT takes one sequence a pass; here a batch of them is one sample.
+Difference from PEFT: PEFT takes one sequence a pass; here a batch of them is one sample.
 """
 
 from __future__ import annotations

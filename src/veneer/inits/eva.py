@@ -4,8 +4,8 @@ Source: Paischer et al. 2024, arXiv:2410.07170, section 3 and algorithm 1. The d
 batch by batch, with centring, as in the paper's code (Ross et al. 2008, "Incremental learning for robust visual
 tracking", section 2.1).
 
-Departs: the arbitrary sign of a direction is left out of the cosine. A direction in which the rows do not vary counts
-as converged; the paper's code would wait for it for ever.
+Differences: the arbitrary sign of a direction is left out of the cosine. A direction in which the rows do not
+vary counts as converged; the paper's code would wait for it for ever.
 """
 
 from __future__ import annotations

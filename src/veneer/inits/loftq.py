@@ -3,8 +3,8 @@
 ``scale · B A`` is the best approximation of rank r of ``W - Q``. Source: Li et al. 2023, arXiv:2310.08659, algorithm 1
 with T = 1.
 
-Departs: more iterations would quantize another matrix than W; here the codes are those of the base, which other
-adapters share. The scale alpha / r is taken into account; the paper has none, and PEFT ignores its own.
+Differences: more iterations would quantize another matrix than W; here the codes are those of the base, which
+other adapters share. The scale alpha / r is taken into account; the paper has none, and PEFT ignores its own.
 """
 
 from __future__ import annotations

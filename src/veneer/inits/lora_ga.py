@@ -3,8 +3,8 @@
 Source: Wang et al. 2024, arXiv:2407.05000, section 3.2 and algorithm 1; the directions and scales are PEFT's. The
 update subtracts the initial product, as PiSSA's does, so that the start is the base.
 
-Departs: the scale "stable" reads the count of outputs in layers that store Wᵀ too (PEFT: of inputs). "weight_svd" takes
-the exact norm of the weight (PEFT: a randomized one).
+Difference from PEFT: the scale "stable" reads the count of outputs in layers that store Wᵀ too (PEFT: of inputs).
+"weight_svd" takes the exact norm of the weight (PEFT: a randomized one).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """OLoRA: the factors start as the first columns and rows of a QR decomposition of the frozen weight.
 
-Source: Büyükakyüz 2024, arXiv:2406.01775, algorithm 1. Departs: their product is subtracted in the record instead of in
-the weight, which is the same function of A and B.
+Source: Büyükakyüz 2024, arXiv:2406.01775, algorithm 1. Difference from PEFT: their product is subtracted in the record
+instead of in the weight, which is the same function of A and B.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 The rest of the weight stays frozen. Source: Meng et al. 2024, arXiv:2404.02948, eq. 2 to 4. ``"pissa"`` takes the exact
 decomposition, ``"pissa_niter_4"`` a randomized one with that many power iterations.
 
-Departs: the principal part is subtracted in the record instead of in the weight, which is the same function of A and B.
+Difference from PEFT: the principal part is subtracted in the record instead of in the weight, which is the same
+function of A and B.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ def embeddings(site: InputSite, n: int, start: str, generator: torch.Generator |
     """Return initial embeddings in float32 (Lester et al. 2021, arXiv:2104.08691, section 2).
 
     "SAMPLE_VOCAB" uses those of random tokens, "TEXT" those of the given text, cut or repeated to n. Any other start
-    draws normal values. Departs: values have the scale of the model's embeddings (PEFT: standard deviation 1, about
-    seven times that of SmolLM2's). Raises ConfigError before the base is loaded.
+    draws normal values. Difference from PEFT: values have the scale of the model's embeddings (PEFT: standard deviation
+    1, about seven times that of SmolLM2's). Raises ConfigError before the base is loaded.
     """
     if site.embed is None:
         raise ConfigError("prompt tuning starts from the model's embeddings: load the base model before attaching")

@@ -51,7 +51,8 @@ class AdamssConfig(LinearMethod):
     ``init_warmup`` to step ``final_warmup``. ``asa_schedule_exponent`` is the power of the time left with which the
     number of trained clusters falls. ``asa_importance_beta`` and ``asa_uncertainty_beta`` are the decay rates of the
     averages of importance and of its uncertainty. ``stored`` (the shapes of a file's parameters) is filled in when a
-    file is read. Departs: the rank of a pair is r if ``subspace_rank`` is above it. PEFT's forward pass fails there.
+    file is read. Difference from PEFT: the rank of a pair is r if ``subspace_rank`` is above it. PEFT's forward pass
+    fails there.
     """
 
     peft_type: ClassVar[str] = "ADAMSS"

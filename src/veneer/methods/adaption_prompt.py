@@ -1,8 +1,8 @@
 """LLaMA-Adapter: in the upper layers attention to n trained embeddings, times a gate that starts at zero, is added to
 attention to the sequence (Zhang et al. 2023, arXiv:2303.16199, section 3).
 
-The base's own projections make keys and values of the embeddings, which have no positions. Departs: the bias of an
-output projection is added once (PEFT adds it again with the update), so that the start is the base.
+The base's own projections make keys and values of the embeddings, which have no positions. Difference from PEFT: the
+bias of an output projection is added once (PEFT adds it again with the update), so that the start is the base.
 """
 
 from __future__ import annotations

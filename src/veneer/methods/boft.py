@@ -67,7 +67,8 @@ class BOFTConfig(LinearMethod):
     ``boft_block_size`` is the size of the blocks and ``boft_block_num`` their number: one of them is 0 and follows from
     the other. ``boft_n_butterfly_factor`` is the number m of factors. ``boft_dropout``: in a training pass, one random
     factor has this share of its blocks, drawn at random, replaced by the identity.
-    Departs: PEFT uses one factor, whatever m is, if it cannot compile its CUDA code. Here m factors are used.
+    Difference from PEFT: PEFT uses one factor, whatever m is, if it cannot compile its CUDA code. Here m factors are
+    used.
     """
 
     peft_type: ClassVar[str] = "BOFT"

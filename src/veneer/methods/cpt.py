@@ -4,8 +4,8 @@ et al. 2024, arXiv:2410.17222, section 3.3).
 The model is also trained to predict the labels within the context, with less weight on earlier ones (section 3.4).
 Tokens have types: 1 and 3 modulo 4 belong to templates, 2 modulo 4 to an input, and 4, 8, 12 … are labels, one group
 after another. Labels are not trained. After each step, a token that has left its ball is moved back onto it.
-Departs: the labels of a row are those of the batch, as one last group. PEFT uses those that ``input_type_mask`` marks,
-and none of them if the greatest type of the context is not a multiple of 4.
+Difference from PEFT: the labels of a row are those of the batch, as one last group. PEFT uses those that
+``input_type_mask`` marks, and none of them if the greatest type of the context is not a multiple of 4.
 """
 
 from __future__ import annotations

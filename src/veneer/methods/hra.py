@@ -29,8 +29,8 @@ class HRAConfig(LinearMethod):
 
     ``apply_GS`` makes the vectors orthogonal, one after the other (Gram-Schmidt). With ``init_weights`` and an even
     ``r`` they start as equal pairs, whose reflections cancel.
-    Departs: with ``apply_GS`` all vectors start at random, because equal vectors cannot be made orthogonal. PEFT
-    normalizes their rounding error instead.
+    Difference from PEFT: with ``apply_GS`` all vectors start at random, because equal vectors cannot be made
+    orthogonal. PEFT normalizes their rounding error instead.
     """
 
     peft_type: ClassVar[str] = "HRA"

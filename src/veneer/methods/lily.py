@@ -1,8 +1,8 @@
 """Lily: ``W x + s Σₑ πₑ Bₑ A x``. Several layers share A, and all layers of a kind share the experts Bₑ (Zhong et al.
 2024, arXiv:2407.09946).
 
-The weights π of the experts are the mean, over the tokens of a sequence, of a softmax of ``R A x``. Departs: PEFT takes
-the mean over all tokens of a batch, padding too, so that a row depends on the other rows.
+The weights π of the experts are the mean, over the tokens of a sequence, of a softmax of ``R A x``. Difference from
+PEFT: PEFT takes the mean over all tokens of a batch, padding too, so that a row depends on the other rows.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ def _named(*names: str) -> dict[str, tuple[str, ...]]:
 class LNTuningConfig(WholeMethod):
     """LN tuning in PEFT's fields. ``target_modules`` are trained completely; by default they are the norms.
 
-    Departs: beside a 16-bit base the trained copies are float32. With autocast_adapter_dtype=False they have the base's
-    dtype, as in PEFT.
+    Difference from PEFT: beside a 16-bit base the trained copies are float32. With autocast_adapter_dtype=False they
+    have the base's dtype, as in PEFT.
     """
 
     peft_type: ClassVar[str] = "LN_TUNING"

@@ -56,8 +56,8 @@ class MissConfig(LinearMethod):
     ``init_weights``: True starts M at zero; False draws M at random. "mini" trains ``mini_r`` columns of M, which are
     repeated over the outputs. "bat" starts M at zero and adds `BlockProduct`. ``miss_dropout``: probability in training
     of zeroing an input of the update.
-    Departs: PEFT ignores ``miss_dropout`` with "bat". Several adapters with "bat" on one layer are summed; PEFT lets
-    each multiply the weight that the earlier ones have changed.
+    Difference from PEFT: PEFT ignores ``miss_dropout`` with "bat". Several adapters with "bat" on one layer are summed;
+    PEFT lets each multiply the weight that the earlier ones have changed.
     """
 
     peft_type: ClassVar[str] = "MISS"

@@ -2,9 +2,9 @@
 ``P ⊙ (C_t R_t)`` (Wang et al. 2023, arXiv:2303.02861, section 3.1, eq. 1).
 
 A prompt of source tasks may start one of a target task: ``AVERAGE_SOURCE_TASKS``, ``EXACT_SOURCE_TASK``,
-``ONLY_SOURCE_SHARED``. Departs: RANDOM draws P at the scale of the model's own embeddings (PEFT: standard deviation 1).
-An adapter of one task needs no ``task_ids``. The prompts are not distilled from those of single tasks (section 3.2),
-nor are they in PEFT.
+``ONLY_SOURCE_SHARED``. Difference from PEFT: RANDOM draws P at the scale of the model's own embeddings (PEFT: standard
+deviation 1). An adapter of one task needs no ``task_ids``. The prompts are not distilled from those of single tasks
+(section 3.2), nor are they in PEFT.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ class OFTConfig(LinearMethod):
     step of a run moves the parameters there. At an embedding the outputs are rotated, at a convolution the patches.
     ``module_dropout``: share of a layer's blocks that are the identity in a training pass, rounded down to a whole
     number. One block, or shared ones, are never dropped.
-    Departs: at a kernel wider than 1, PEFT's forward pass sums overlapping patches, so that its model changes when
-    merged. Here both passes equal PEFT's merged model. ``module_dropout`` has no effect in PEFT.
+    Difference from PEFT: at a kernel wider than 1, PEFT's forward pass sums overlapping patches, so that its model
+    changes when merged. Here both passes equal PEFT's merged model. ``module_dropout`` has no effect in PEFT.
     """
 
     peft_type: ClassVar[str] = "OFT"

@@ -4,7 +4,8 @@ arXiv:2202.13914).
 If the widths are split, and each split mixes the skills in its own way, it is multi-head routing (Caccia et al. 2022,
 arXiv:2211.03831).
 
-Departs: in a training pass, all rows of a task share one draw of random weights at a layer. PEFT draws for each row.
+Difference from PEFT: in a training pass, all rows of a task share one draw of random weights at a layer. PEFT draws for
+each row.
 """
 
 from __future__ import annotations

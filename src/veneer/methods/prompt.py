@@ -1,7 +1,7 @@
 """Prompt tuning: n trained embeddings in front of the input (Lester et al. 2021, arXiv:2104.08691, section 2).
 
-Departs: RANDOM draws at the scale of the model's own embeddings (PEFT: standard deviation 1). The returned logits leave
-the virtual positions out unless ``keep_virtual_logits`` is set.
+Difference from PEFT: RANDOM draws at the scale of the model's own embeddings (PEFT: standard deviation 1). The returned
+logits leave the virtual positions out unless ``keep_virtual_logits`` is set.
 """
 
 from __future__ import annotations

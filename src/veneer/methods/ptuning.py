@@ -2,7 +2,7 @@
 
 The network is an MLP or a bidirectional LSTM with an MLP on top. A plain save holds its output.
 
-Departs: the returned logits leave the virtual positions out unless ``keep_virtual_logits`` is set.
+Difference from PEFT: the returned logits leave the virtual positions out unless ``keep_virtual_logits`` is set.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 μ and ρ, of r numbers each, are the halves of ``d ⊙ A x``, and ε is standard normal noise. Outside training the inner
 activations are their mean μ: a low-rank pair, as in VeRA.
 
-Departs: PEFT draws the noise itself. Here a layer draws a key in each pass from torch's generator. The noise follows
-from the key and from a token's place among those of its adapter. The backward pass can repeat it, and other adapters of
-a batch do not change it.
+Difference from PEFT: PEFT draws the noise itself. Here a layer draws a key in each pass from torch's generator. The
+noise follows from the key and from a token's place among those of its adapter. The backward pass can repeat it, and
+other adapters of a batch do not change it.
 """
 
 from __future__ import annotations

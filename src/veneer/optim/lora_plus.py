@@ -33,7 +33,8 @@ def lora_plus_groups(
 
     Biases, norms and magnitudes are one-dimensional and not decayed. The paper advises a ratio of at least 2⁴.
 
-    Departs: PEFT gives every one-dimensional parameter (DoRA's magnitude, biases) B's rate; here only B has it.
+    Difference from PEFT: PEFT gives every one-dimensional parameter (DoRA's magnitude, biases) B's rate; here only B
+    has it.
 
     Raises ConfigError if nothing is trainable or there is no B.
     """

@@ -90,9 +90,10 @@ class EngineOptions(metaclass=Keywords):
     ``max_loras``: adapters that act in one step and, without ``max_cpu_loras``, that are kept loaded; None is no limit.
     ``max_lora_rank`` refuses larger ranks; None takes any, since nothing is padded. ``enforce_eager`` has no effect.
     ``block_size``, the positions of a page, should be a multiple of 16 on a CPU. With any other, torch computes
-    attention, more slowly, and the last bits of a row may depend on the other rows. Departs: ``enable_lora`` is on,
-    since it costs nothing. ``enable_prefix_caching``: requests share the keys and values of equal beginnings, which is
-    on unless it is False. ``speculative_config``: see `SpeculativeConfig`; answers are the same with it.
+    attention, more slowly, and the last bits of a row may depend on the other rows. Difference from vLLM:
+    ``enable_lora`` is on, since it costs nothing. ``enable_prefix_caching``: requests share the keys and values of
+    equal beginnings, which is on unless it is False. ``speculative_config``: see `SpeculativeConfig`; answers are the
+    same with it.
 
     Six are not vLLM's. ``adapter_cache_dir`` is a folder of packed adapters, of at most ``adapter_cache_bytes``. An
     adapter that was loaded once is read from there, by later processes too. ``max_waiting_requests`` and

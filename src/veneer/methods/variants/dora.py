@@ -2,11 +2,10 @@
 
 The norm is constant for the gradient (section 4.3), so the record is LoRA's with ``m / norm`` as the scale of its
 outputs. The norms are computed from products with A and B; the matrix B A is never formed.
-Departs: in training with dropout, PEFT computes W on the dropped input as well. Here, as in torchtune, dropout acts
-only on the input of A.
-For grouped convolutions the norms are PEFT's, so that its files keep their meaning: those of ``W + s X``. X is the
-product of A and of B, read as a matrix (o / groups, r), itself read as a matrix (o, i / groups) like W's blocks. The
-kernel has no such update.
+Difference from PEFT: in training with dropout, PEFT computes W on the dropped input as well. Here, as in torchtune,
+dropout acts only on the input of A. For grouped convolutions the norms are PEFT's, so that its files keep their
+meaning: those of ``W + s X``. X is the product of A and of B, read as a matrix (o / groups, r), itself read as a matrix
+(o, i / groups) like W's blocks. The kernel has no such update.
 """
 
 from __future__ import annotations

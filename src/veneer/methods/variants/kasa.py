@@ -1,7 +1,8 @@
 """KaSA: the r smallest singular triplets of W removed, and ``s B diag(d) A`` added, d trained (Wang et al. 2024,
 arXiv:2412.06071, sections 3.1 and 3.2).
 
-Departs: the triplets are removed in the record instead of in the weight, which is the same function of A, B and d.
+Difference from PEFT: the triplets are removed in the record instead of in the weight, which is the same function of A,
+B and d.
 """
 
 from __future__ import annotations

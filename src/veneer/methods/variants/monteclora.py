@@ -5,8 +5,8 @@ A becomes ``A + s (Σₖ wₖ Zₖ diag(σ))ᵀ``, Zₖ (i, r) of standard norma
 of a Wishart matrix, and w is a softmax of normal numbers around log α, ``α = exp(p)``. v and p are trained with A and
 B. Outside of training there is no noise: the update is LoRA's.
 
-Departs: each pass draws its numbers from torch's generator. PEFT holds ``buffer_size`` draws at each layer. The terms
-of the loss have draws of their own, of the same distribution.
+Difference from PEFT: each pass draws its numbers from torch's generator. PEFT holds ``buffer_size`` draws at each
+layer. The terms of the loss have draws of their own, of the same distribution.
 """
 
 from __future__ import annotations

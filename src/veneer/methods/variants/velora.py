@@ -3,9 +3,9 @@ arXiv:2405.17991, section 3).
 
 A group x_g of g inputs is stored as ``x_g · e`` with a unit vector e that all groups share, and restored as ``s (x_g ·
 e) e`` for the gradient. Forward passes, and all other gradients, are LoRA's.
-Departs: with ``init_type="batch_average"``, e is the mean of the current pass. The e in a file is kept for PEFT, which
-writes that of its last pass. Layers that read the same x keep one full copy of it, even where A needs only its
-compressed form.
+Difference from PEFT: with ``init_type="batch_average"``, e is the mean of the current pass. The e in a file is kept for
+PEFT, which writes that of its last pass. Layers that read the same x keep one full copy of it, even where A needs only
+its compressed form.
 """
 
 from __future__ import annotations
