@@ -2,7 +2,7 @@
 
 Source: Dettmers, Lewis, Belkada, Zettlemoyer 2022, LLM.int8(), arXiv:2208.07339, section 2. bitsandbytes stores
 ``absmax`` as SCB.
-Departs: activations stay in their dtype (the paper quantizes them too and keeps outlier columns apart).
+Difference from the paper: activations stay in their dtype. The paper quantizes them too, except outlier columns.
 """
 
 from __future__ import annotations

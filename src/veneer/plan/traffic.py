@@ -1,4 +1,4 @@
-"""Bytes that processes send one another in an optimizer step: blocks of a cut base, and the gradients."""
+"""Bytes that processes send one another in an optimizer step: blocks of a sharded base, and the gradients."""
 
 from __future__ import annotations
 

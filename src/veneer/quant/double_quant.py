@@ -4,7 +4,8 @@ The mean is subtracted, and the rest is coded blockwise with the signed dynamic 
 a parameter become 8/64 + 32/(64 * 256).
 
 Source: Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023, QLoRA, arXiv:2305.14314, section 3.
-Departs: a value is first rounded to an even grid of 65536 steps over [-1, 1], then to the nearest table value.
+Difference from the paper: a value is first rounded to an even grid of 65536 steps over [-1, 1], then to the nearest
+table value.
 bitsandbytes does so on the CPU, and the codes equal its codes. A code may differ by one from the nearest.
 """
 

@@ -1,7 +1,8 @@
 """Frozen weight in 8-bit floats with a scale for each block, row or matrix: ``W = codes * scale``.
 
 Sources: DeepSeek-AI 2024, DeepSeek-V3, arXiv:2412.19437, section 3.3 (blocks of 128 by 128, ``weight_scale_inv``);
-compressed-tensors' ``float-quantized`` (a scale for each row or matrix). Departs: activations are not quantized.
+compressed-tensors' ``float-quantized`` (a scale for each row or matrix).
+Difference from these formats: activations are not quantized.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Low-rank parts of layers that share their input: one record for all rows, or one for each run of rows.
 
 ``core`` and ``b_scale`` are multiplied into B when B is rounded for the product. That takes o r multiplications; on
-the activations it would take n r and n o. So is the scale on a CPU. On a GPU the products apply it, and one launch
-rounds all factors.
+the activations it would take n r and n o. On a CPU the pair's scale is multiplied into B too. On a GPU the
+products apply the scale, and one launch rounds all factors.
 """
 
 from __future__ import annotations

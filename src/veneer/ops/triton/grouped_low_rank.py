@@ -1,7 +1,7 @@
 """Grouped low-rank product in Triton.
 
-A tile of rows checks for each adapter whether it has rows of it, and multiplies with those that it has. Tokens of one
-adapter are mostly contiguous, so a tile mostly has one. Factors are stacked and padded to one rank, a multiple of 16.
+A tile of rows is multiplied by the factors of each adapter that has a row in the tile. Tokens of one adapter are mostly
+contiguous, so most tiles have rows of one adapter. Factors are stacked and padded to one rank, a multiple of 16.
 """
 
 from __future__ import annotations
