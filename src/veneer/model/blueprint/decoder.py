@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Linear, Norm, ShortConv, Strange
+from veneer.model.blueprint.parts import Attention, Experts, FeedForward, KeepsState, Linear, Norm, Strange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class Block:
     """
 
     path: str
-    attention: Attention | ShortConv | Strange
+    attention: Attention | KeepsState | Strange
     feed_forward: FeedForward | Experts | Strange
     norms: BlockNorms
     parallel: bool

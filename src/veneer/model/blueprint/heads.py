@@ -10,16 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-HeadOrder = Literal["apart", "joined", "by group"]
+HeadOrder = Literal["apart", "gated", "joined", "by group"]
 
 
 @dataclass(frozen=True, slots=True)
 class HeadLayout:
     """Layout of heads in the outputs of the projections.
 
-    ``order`` is "apart" for three projections. One projection is "joined" if its output is all of q, then k, then v
-    (Phi-3, GPT-2). It is "by group" if its output is one group after the other: the queries that share a key head, then
-    its k and v (Falcon; GPT-NeoX, with one query each). ``n_heads`` counts query heads.
+    ``order`` is "apart" for three projections. It is "gated" if the first of them computes each query and then a gate,
+    by whose sigmoid the head's output is multiplied (Qwen3-Next). One projection is "joined" if its output is all of q,
+    then k, then v (Phi-3, GPT-2). It is "by group" if its output is one group after the other: the queries that share a
+    key head, then its k and v (Falcon; GPT-NeoX, with one query each). ``n_heads`` counts query heads.
     """
 
     order: HeadOrder
@@ -35,9 +36,12 @@ class HeadLayout:
     def split(self, outputs: Sequence[Float[Tensor, "n _"]]) -> tuple[Tensor, Tensor, Tensor]:
         """Return q (n, heads, d), k and v (n, kv_heads, d): views of the projections' outputs.
 
-        Several queries in each of several groups are copied.
+        Several queries in each of several groups are copied. Gates are left out.
         """
-        if self.order == "apart":
+        if self.order == "gated":
+            q, k, v = (t.view(t.shape[0], -1, self.head_dim) for t in outputs)
+            q = q[:, ::2]
+        elif self.order == "apart":
             q, k, v = (t.view(t.shape[0], -1, self.head_dim) for t in outputs)
         elif self.order == "by group":
             groups = outputs[0].view(len(outputs[0]), self.n_kv_heads, self.group + 2, self.head_dim)
@@ -47,8 +51,15 @@ class HeadLayout:
             q, k, v = torch.split(outputs[0].view(len(outputs[0]), -1, self.head_dim), sizes, dim=1)
         return q, k, v
 
-    def join(self, qkv: Sequence[Tensor]) -> list[Float[Tensor, "n _"]]:
-        """Return the inverse of `split`: q, k and v in the layout of the projections' outputs."""
+    def gates(self, outputs: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n heads d"] | None:
+        """Return the gates of the heads' outputs, whose sigmoids act; None without gates."""
+        return outputs[0].view(len(outputs[0]), -1, self.head_dim)[:, 1::2] if self.order == "gated" else None
+
+    def join(self, qkv: Sequence[Tensor], gates: Tensor | None = None) -> list[Float[Tensor, "n _"]]:
+        """Return the inverse of `split`: q, k, v and the gates in the layout of the projections' outputs."""
+        if gates is not None:
+            qkv = [torch.stack([qkv[0], gates], dim=2), *qkv[1:]]
+            return [t.flatten(1) for t in qkv]
         if self.order == "apart":
             return [t.view(len(t), -1) for t in qkv]
         if self.order == "by group":

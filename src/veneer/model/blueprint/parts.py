@@ -13,8 +13,9 @@ from veneer.model.blueprint.heads import HeadLayout
 from veneer.model.blueprint.rotary import Rotary
 
 Role = Literal[
-    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "shared_gate", "conv_in", "conv_out", "head"
-]
+    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "shared_gate", "conv_in", "conv_out",
+    "scan_in", "scan_out", "head",
+]  # fmt: skip
 NormKind = Literal["rms", "layer"]
 
 
@@ -153,6 +154,48 @@ class ShortConv:
     def width(self) -> int:
         """Number of channels of the convolution."""
         return self.out.in_features
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaNet:
+    """Gated delta rule in attention's place (Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464).
+
+    ``inner`` computes queries, keys, values, a gate z for each value, and b and a for each of ``n_v_heads`` heads.
+    Queries, keys and values go through ``conv``, a causal convolution over ``kernel`` tokens with a kernel of its own
+    for each channel, and SiLU. Queries and keys are scaled to length 1. A head's state is multiplied by
+    exp(-exp(A_log) softplus(a + dt_bias)), and β is ``beta_scale`` · sigmoid(b). The heads' outputs go through
+    ``norm``, are multiplied by SiLU(z) and read by ``out``. ``by_head``: ``inner`` is two layers, whose outputs are
+    those of one key head after the other: query, key, values, gates; b, a. Otherwise its last three layers compute z, b
+    and a.
+    """
+
+    path: str
+    inner: tuple[Linear, ...]
+    by_head: bool
+    n_k_heads: int
+    n_v_heads: int
+    k_width: int
+    v_width: int
+    conv: str
+    kernel: int
+    bias: bool
+    beta_scale: float
+    norm: Norm
+    out: Linear
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Linear layers of the part."""
+        return (*self.inner, self.out)
+
+    @property
+    def width(self) -> int:
+        """Number of values of all heads."""
+        return self.n_v_heads * self.v_width
+
+
+KeepsState = ShortConv | DeltaNet
+"""Parts in attention's place that keep a state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

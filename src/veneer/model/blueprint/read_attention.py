@@ -114,17 +114,19 @@ def _heads(
 def _layout(head_dim: int, qkv: tuple[Linear, ...], out: Linear, order: NamedOrder | None) -> HeadLayout | None:
     """Return the layout of three projections, or of one with heads in an ``order``; None if the sizes do not fit."""
     n_heads, rest = divmod(out.in_features, head_dim)
+    gated = order is None and qkv[0].out_features == 2 * out.in_features
     n_all, rest_all = divmod(sum(linear.out_features for linear in qkv), head_dim)
-    n_kv_heads = (n_all - n_heads) // 2
-    if rest or rest_all or n_heads < 1 or n_kv_heads < 1 or n_all != n_heads + 2 * n_kv_heads:
+    n_of_q = 2 * n_heads if gated else n_heads
+    n_kv_heads = (n_all - n_of_q) // 2
+    if rest or rest_all or n_heads < 1 or n_kv_heads < 1 or n_all != n_of_q + 2 * n_kv_heads:
         return None
-    if order is None and qkv[0].out_features != n_heads * head_dim:
+    if order is None and qkv[0].out_features != n_of_q * head_dim:
         return None
     in_groups = order == "by group" or (order == "by head" and n_kv_heads == n_heads)
     if in_groups and n_heads % n_kv_heads:
         return None
-    held: HeadOrder = "apart" if order is None else "by group" if in_groups else "joined"
-    return HeadLayout(held, n_heads, n_kv_heads, head_dim)
+    apart: HeadOrder = "gated" if gated else "apart"
+    return HeadLayout(apart if order is None else "by group" if in_groups else "joined", n_heads, n_kv_heads, head_dim)
 
 
 def _norm_names(source: BlockSource, module: nn.Module) -> tuple[str, ...]:

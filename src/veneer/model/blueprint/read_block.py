@@ -15,13 +15,14 @@ from veneer.model.blueprint.parts import (
     Attention,
     Experts,
     FeedForward,
+    KeepsState,
     Mixer,
     Norm,
     Several,
-    ShortConv,
     Strange,
 )
 from veneer.model.blueprint.read_attention import layer_type_of, read_attention
+from veneer.model.blueprint.read_delta_net import read_delta_net
 from veneer.model.blueprint.read_feed_forward import read_feed_forward
 from veneer.model.blueprint.read_forward import odd_in_forward, takes_hidden_states, values_returned
 from veneer.model.blueprint.read_short_conv import read_short_conv
@@ -105,18 +106,18 @@ def _several(source: BlockSource, parts: list[nn.Module]) -> Several | None:
     return Several(path=source.path(parts[0]), reason=f"it adds the outputs of {names}")
 
 
-def _mixing(source: BlockSource, module: nn.Module, layer: int) -> Attention | ShortConv | Strange | str:
+def _mixing(source: BlockSource, module: nn.Module, layer: int) -> Attention | KeepsState | Strange | str:
     """Return the description of the part that mixes tokens, attention or another; or why the block
     cannot be described.
     """
     types = types_in(source.config)
     layer_type = layer_type_of(module) or (types[layer] if layer < len(types) else None)
     name, kind = source.path(module).rpartition(".")[2], plain_class(type(module)).__name__
-    found: Attention | ShortConv | Strange
+    found: Attention | KeepsState | Strange
     if name in source.names.mixers or (layer_type is not None and is_recurrent(layer_type)):
         reason = f"it keeps a state, which {kind} computes by its own code"
         strange = Mixer(path=source.path(module), reason=reason, layer_type=RECURRENT)
-        found = read_short_conv(source, module) or strange
+        found = read_short_conv(source, module) or read_delta_net(source, module) or strange
     elif layer_type in (None, FULL, SLIDING):
         found = read_attention(source, module, layer)
     elif layer_type in MAKERS:
@@ -181,7 +182,7 @@ def _parallel(source: BlockSource, norms: BlockNorms) -> bool:
 
 
 def _attention_sublayer(
-    source: BlockSource, block: nn.Module, attention: Attention | ShortConv | Strange, norms: BlockNorms
+    source: BlockSource, block: nn.Module, attention: Attention | KeepsState | Strange, norms: BlockNorms
 ) -> Sublayer | None:
     if isinstance(attention, Strange):
         return None

@@ -66,14 +66,20 @@ def has_all(module: nn.Module, names: Collection[str]) -> bool:
     return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
 
 
-def undescribed(source: BlockSource, module: nn.Module, known: Collection[nn.Module | None]) -> Iterator[Strange]:
-    """Yield a `Strange` part for each group of parameters of ``module`` outside its ``known`` modules."""
+def undescribed(
+    source: BlockSource, module: nn.Module, known: Collection[nn.Module | None], own: Collection[str] = ()
+) -> Iterator[Strange]:
+    """Yield a `Strange` part for the parameters of ``module`` that are neither its ``own`` ones by these names, nor
+    within its ``known`` modules.
+    """
     inside = {path for path, part in module.named_modules() if any(part is each for each in known)}
     rest = sorted(
         {
             name.rpartition(".")[0] or name
             for name, _ in module.named_parameters()
-            if not any(mark in f".{name}" for mark in OURS) and not any(name.startswith(f"{path}.") for path in inside)
+            if name not in own
+            and not any(mark in f".{name}" for mark in OURS)
+            and not any(name.startswith(f"{path}.") for path in inside)
         }
     )
     if rest:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable
 
-from veneer.model.blueprint.decoder import Decoder
-from veneer.model.blueprint.parts import Experts, ShortConv
+from veneer.model.blueprint.decoder import Block, Decoder
+from veneer.model.blueprint.parts import DeltaNet, Experts, ShortConv
 from veneer.model.blueprint.rotary import LongRopeScaling, Rotary
 
 _SHOWN = 3  # of the parts that are not described
@@ -23,12 +23,18 @@ def summary(decoder: Decoder) -> dict[str, str]:
         "key/value heads": _counted(part.heads.n_kv_heads for part in attentions),
         "head width": _counted(part.heads.head_dim for part in attentions),
         "short convolution": _in_layers(seen, "tokens"),
+        "gated delta rule": _in_layers(map(_state, decoder.blocks)),
         "window": _in_layers((part.window for part in attentions), "tokens"),
         "rotary": _in_layers(_told(part.rotary, part.heads.head_dim) for part in attentions),
         "experts": _in_layers(f"{part.top_k} of {part.n_experts}" for part in experts),
         "not described": "; ".join(dict.fromkeys(part.reason for part in decoder.strange[:_SHOWN])),
     }
     return {title: line for title, line in lines.items() if line}
+
+
+def _state(block: Block) -> str | None:
+    part = block.attention
+    return f"{part.n_v_heads} heads of {part.k_width} × {part.v_width}" if isinstance(part, DeltaNet) else None
 
 
 def _told(rotary: Rotary | None, head_dim: int) -> str | None:

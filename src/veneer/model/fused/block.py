@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.model.blueprint import parts as blueprint
-from veneer.model.blueprint.masks import RECURRENT
+from veneer.model.blueprint.masks import RECURRENT, is_recurrent
 from veneer.model.blueprint.read_attention import window_of
 from veneer.model.blueprint.read_forward import values_returned
 from veneer.model.fused.layout import LayoutMask
@@ -67,10 +67,10 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
         masks = {name: each for name, each in kwargs.items() if isinstance(each, LayoutMask)}
         kwargs = {**kwargs, **{name: _own_mask(block, name, each, x) for name, each in masks.items()}}
         bounds = mask.cu_seqlens.tolist()
-        leaks = isinstance(program.block.attention, blueprint.ShortConv) and len(bounds) > len(x) + 1
+        leaks = keeps_state(program.block.attention) and len(bounds) > len(x) + 1
         if mlp is None and not leaks:
             return _again(block, functools.partial(super(FusedBlock, block).forward, **kwargs), x)
-        own = functools.partial(_conv_apart, bounds=bounds) if leaks else own_attention
+        own = functools.partial(_each_apart, bounds=bounds) if leaks else own_attention
         h = _again(block, functools.partial(own, block, kwargs), x)
     else:
         h = run_half(block, "attention", attention, x, x, positions)
@@ -81,6 +81,12 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
         h = _again(block, functools.partial(_own_mlp, block, kwargs), fed, h)
     n = program.block.returns
     return h if n is None else (h, *[None] * (n - 1))  # attention weights, which nobody asked for
+
+
+def keeps_state(part: object) -> bool:
+    """Return True if a part in attention's place keeps a state, which goes on from one token to the next."""
+    recurrent = isinstance(part, blueprint.Mixer) and is_recurrent(part.layer_type)
+    return recurrent or isinstance(part, blueprint.KeepsState)
 
 
 def stream_of(output: Any) -> Tensor:
@@ -112,18 +118,18 @@ def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tenso
     if isinstance(part.attention, blueprint.Several):
         return _without(block, part.feed_forward.path, kwargs, x)
     module = getattr(block, part.attention.path)
-    if isinstance(part.attention, blueprint.Mixer | blueprint.ShortConv):
+    if isinstance(part.attention, blueprint.Mixer | blueprint.KeepsState):
         kwargs = _passed_on(block, module, kwargs)
     change = module(hidden_states=_through(block, part.norms.attention, x), **kwargs)
     change = change[0] if isinstance(change, tuple) else change
     return x + _weighed(block, _through(block, part.norms.attention_post, change))
 
 
-def _conv_apart(block: FusedBlock, kwargs: dict[str, Any], x: Tensor, bounds: list[int]) -> Tensor:
-    """Run a short convolution's own code separately on each sequence of packed rows, and return what `own_attention`
-    returns.
+def _each_apart(block: FusedBlock, kwargs: dict[str, Any], x: Tensor, bounds: list[int]) -> Tensor:
+    """Run the own code of a part that keeps a state separately on each sequence of packed rows, and return what
+    `own_attention` returns.
 
-    transformers' own code would carry inputs over from one sequence to the next.
+    transformers' own code would carry the state over from one sequence to the next.
     """
     flat, alone = x.flatten(0, 1), {**kwargs, "attention_mask": None}
     parts = [own_attention(block, alone, flat[None, start:end]) for start, end in itertools.pairwise(bounds)]
@@ -137,7 +143,7 @@ def _own_mask(block: FusedBlock, name: str, mask: LayoutMask, x: Tensor) -> Tens
     (Falcon-H1).
     """
     attention = block.fused_program.block.attention
-    if isinstance(attention, blueprint.Mixer | blueprint.ShortConv):
+    if isinstance(attention, blueprint.Mixer | blueprint.KeepsState):
         return mask.of_type(getattr(attention, "layer_type", RECURRENT), x)
     if name != "attention_mask":
         return mask.of_type(RECURRENT, x)

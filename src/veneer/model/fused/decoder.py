@@ -16,10 +16,10 @@ from veneer.errors import DescriptionError
 from veneer.model.adapted.holder import Holder
 from veneer.model.blueprint import decoder as blueprint
 from veneer.model.blueprint.describe import blocks_of, describe
-from veneer.model.blueprint.masks import MAKERS, is_recurrent, types_in
-from veneer.model.blueprint.parts import Mixer, Several, ShortConv
+from veneer.model.blueprint.masks import MAKERS, types_in
+from veneer.model.blueprint.parts import Several
 from veneer.model.blueprint.read_forward import globals_named, hands_on
-from veneer.model.fused.block import SPECIAL, FusedBlock, leave_out_unfit
+from veneer.model.fused.block import SPECIAL, FusedBlock, keeps_state, leave_out_unfit
 from veneer.model.fused.layout import LayoutMask, layout_mask
 from veneer.model.fused.proof import STRANGE, prove
 from veneer.model.inplace import InPlace, change_class, restore_class
@@ -305,8 +305,7 @@ def _takes_masks_by_type(holder: nn.Module) -> bool:
 
 def _keeps_state(block: blueprint.Block) -> bool:
     """Return True if a part of a block may keep a state."""
-    part = block.attention
-    return isinstance(part, Several | ShortConv) or (isinstance(part, Mixer) and is_recurrent(part.layer_type))
+    return isinstance(block.attention, Several) or keeps_state(block.attention)
 
 
 @contextmanager

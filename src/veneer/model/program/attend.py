@@ -70,7 +70,9 @@ class Attend(Trained):
         return AttendWeights(q_norm, k_norm, turns, None if part.alibi is None else to.biases[part.alibi])
 
     def forward(self, weights: AttendWeights, rows: PassRows, frame: Frame) -> None:
-        q, k, v = self._heads(weights, self.source.read(frame))
+        source = self.source.read(frame)
+        gates = self.attention.heads.gates(source)
+        q, k, v = self._heads(weights, source)
         rotary = self.attention.rotary if weights.turns is not None else None
         turns = None if rotary is None or weights.turns is None else rows.turns(weights.turns, rotary)
         if turns is not None and rotary is not None and rows.written is None:
@@ -82,7 +84,8 @@ class Attend(Trained):
         if rows.written is not None:
             rows.written.append((k.clone(), v.clone()))  # their memory may be the next layer's too
         q = self._warmed(q, rows)
-        frame[self.target.name] = rows.cache.attend(self.layer, q, rows.rows, self.attention, weights.bias)
+        attended = rows.cache.attend(self.layer, q, rows.rows, self.attention, weights.bias)
+        frame[self.target.name] = attended if gates is None else attended * gates.sigmoid().flatten(1)
 
     def _heads(self, weights: AttendWeights, ys: list[Tensor]) -> Heads:
         part = self.attention
@@ -101,7 +104,7 @@ class Attend(Trained):
 
     def emit(self, weights: AttendWeights, step: StepProgram) -> bool:
         part, heads, rotary = self.attention, self.attention.heads, self.attention.rotary
-        plain = part.clip is None and part.temperature is None
+        plain = part.clip is None and part.temperature is None and heads.order != "gated"
         at_once = heads.order == "by group" and any(norm.shape != (heads.head_dim,) for norm in part.norms)
         if not plain or at_once or any(len(norm.shape) > 1 for norm in part.norms):
             return False
@@ -148,29 +151,35 @@ class Attend(Trained):
         return AttendTraining(q_norm, k_norm, options)
 
     def train(self, weights: AttendTraining, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
-        qkv, kept = self._turned(weights, run, self.source.read(frame))
+        source = self.source.read(frame)
+        gates = self.attention.heads.gates(source)
+        gates = None if gates is None else gates.contiguous()  # kept alone, without the queries
+        qkv, kept = self._turned(weights, run, source)
         attended, lse = attention_forward(*qkv, run.positions.cu_seqlens, weights.options, run.positions.forks)
-        self.target.write(frame, [attended.view(len(attended), -1)])
-        return (attended, lse) if keep.source else (attended, lse, *qkv, *kept)
+        self.target.write(frame, [_gated(attended, gates)])
+        return (attended, gates, lse) if keep.source else (attended, gates, lse, *qkv, *kept)
 
     def kept_output(self, weights: AttendTraining, kept: Kept) -> list[Tensor]:
-        attended = cast(Tensor, kept[0])
-        return [attended.view(len(attended), -1)]
+        return [_gated(cast(Tensor, kept[0]), kept[1])]
 
     def back(self, weights: AttendTraining, tape: Tape) -> None:
-        [dy], (attended, lse, *heads) = tape.take(self.target), cast("tuple[Tensor, ...]", tape.kept)
+        [dy], (attended, gates, lse, *heads) = tape.take(self.target), cast("tuple[Tensor, ...]", tape.kept)
         if heads:
             qkv, kept = (heads[0], heads[1], heads[2]), tuple(heads[3:])
         else:
             qkv, kept = self._turned(weights, tape.run, tape.value(self.source))
-        at, dout = tape.run.positions, dy.view(attended.shape)
+        at, dout, dgates = tape.run.positions, dy.view(attended.shape), None
+        if gates is not None:
+            share = gates.sigmoid()
+            dgates = dout * attended * share * (1 - share)
+            dout = dout * share
         dq, dk, dv = attention_backward(dout, qkv, (attended, lse), at.cu_seqlens, weights.options, at.forks)
         del qkv, heads
         self._rotate(dq, dk, tape.run, inverse=True)
         n_of_q = 0 if weights.q_norm is None else 2
         dq = _unnormed(weights.q_norm, dq, kept[:n_of_q])
         dk = _unnormed(weights.k_norm, dk, kept[n_of_q:])
-        tape.give(self.source, self.attention.heads.join((dq, dk, dv)))
+        tape.give(self.source, self.attention.heads.join((dq, dk, dv), dgates))
 
     def _turned(
         self, weights: AttendTraining, run: ActingStretch, ys: list[Tensor]
@@ -198,6 +207,11 @@ class Attend(Trained):
         if cos is not None and sin is not None and part is not None:
             q, k = (x.view(*run.size[:2], *x.shape[1:]).transpose(1, 2) for x in (q, k))
             rotate_both(q, k, cos, sin, interleaved=part.interleaved, inverse=inverse)
+
+
+def _gated(attended: Tensor, gates: Tensor | None) -> Tensor:
+    """Return the heads' outputs (n, heads · d), each times the sigmoid of its gate if there are gates."""
+    return (attended if gates is None else attended * gates.sigmoid()).view(len(attended), -1)
 
 
 def _rows(heads: Tensor, norm: ActingNorm) -> Tensor:

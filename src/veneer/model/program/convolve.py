@@ -60,16 +60,10 @@ class Convolve(Trained):
         return True
 
     def acting(self, at: Acting) -> ConvKernel | None:
-        module = at.module(self.part.conv)
-        if type(module) is not nn.Conv1d or not is_plain(module):
-            return None
-        weight, bias = module._parameters["weight"], module._parameters["bias"]
-        if any(held is not None and held.requires_grad for held in (weight, bias)):
-            return None
-        return ConvKernel(cast(Tensor, weight)[:, 0], bias)
+        return acting_kernel(at, self.part.conv)
 
     def train(self, weights: ConvKernel, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
-        self.target.write(frame, [conv_forward(_gated(self.source.read(frame)[0]), weights, _previous(run))])
+        self.target.write(frame, [conv_forward(_gated(self.source.read(frame)[0]), weights, previous_of(run))])
         return ()
 
     def back(self, weights: ConvKernel, tape: Tape) -> Tensor:
@@ -79,7 +73,7 @@ class Convolve(Trained):
         too.
         """
         [dy], [source], again = tape.take(self.target), tape.value(self.source), tape.run.again
-        found, y = conv_backward(dy, _gated(source), weights, _previous(tape.run), owns_dy=True, owns_inputs=again)
+        found, y = conv_backward(dy, _gated(source), weights, previous_of(tape.run), owns_dy=True, owns_inputs=again)
         joined = source if again else torch.cat([cast(Tensor, found.before), cast(Tensor, found.after), found.x], dim=1)
         tape.give(self.source, [joined])
         return y
@@ -90,5 +84,17 @@ def _gated(source: Tensor) -> GatedInput:
     return GatedInput(x, before, after)
 
 
-def _previous(run: ActingStretch) -> Tensor:
+def acting_kernel(at: Acting, path: str, activation: str = "identity") -> ConvKernel | None:
+    """Return the kernel of a convolution of a block, or None if it is hooked, trained or replaced."""
+    module = at.module(path)
+    if type(module) is not nn.Conv1d or not is_plain(module):
+        return None
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if any(held is not None and held.requires_grad for held in (weight, bias)):
+        return None
+    return ConvKernel(cast(Tensor, weight)[:, 0], bias, activation)
+
+
+def previous_of(run: ActingStretch) -> Tensor:
+    """Return the row before each row of a pass in its sequence, as `previous_rows` does."""
     return previous_rows(run.positions.cu_seqlens, run.positions.forks)

@@ -8,13 +8,24 @@ from typing import Any
 
 from veneer.contract.keys import SUBLAYER
 from veneer.model.blueprint.decoder import Block
-from veneer.model.blueprint.parts import Absent, Attention, Experts, FeedForward, Linear, Norm, ShortConv, Strange
+from veneer.model.blueprint.parts import (
+    Absent,
+    Attention,
+    DeltaNet,
+    Experts,
+    FeedForward,
+    Linear,
+    Norm,
+    ShortConv,
+    Strange,
+)
 from veneer.model.blueprint.rotary import Rotary
 from veneer.model.program.activate import Activate
 from veneer.model.program.add import Add
 from veneer.model.program.attend import Attend
 from veneer.model.program.convolve import Convolve
 from veneer.model.program.experts import MixExperts, is_known
+from veneer.model.program.gated_delta import GatedDelta
 from veneer.model.program.into_stream import IntoStream
 from veneer.model.program.norm import Normalize
 from veneer.model.program.operation import STREAM, Operation, Register
@@ -159,6 +170,12 @@ def _attention(layer: int, block: Block, seen: Register, stream: Register) -> It
         inner, mixed = _outputs("inner", (part.inner,)), Register("mixed", (part.width,))
         yield Product(linears=(part.inner,), source=seen, target=inner)
         yield Convolve(layer=layer, part=part, source=inner, target=mixed)
+        yield from half.joined(part.out, mixed, block.norms.attention_post)
+        return
+    if isinstance(part, DeltaNet):
+        inner, mixed = _outputs("inner", part.inner), Register("mixed", (part.width,))
+        yield Product(linears=part.inner, source=seen, target=inner)
+        yield GatedDelta(part=part, source=inner, target=mixed)
         yield from half.joined(part.out, mixed, block.norms.attention_post)
         return
     qkv, mixed = _outputs("qkv", part.qkv), Register("mixed", (part.heads.n_heads * part.heads.head_dim,))

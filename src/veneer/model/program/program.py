@@ -13,7 +13,7 @@ from functools import cached_property
 from veneer.errors import DescriptionError
 from veneer.model.blueprint.alibi import Alibi
 from veneer.model.blueprint.decoder import Decoder, Embedding, Head
-from veneer.model.blueprint.parts import Attention, Linear, Norm, Stack
+from veneer.model.blueprint.parts import Attention, DeltaNet, Linear, Norm, Stack
 from veneer.model.blueprint.rotary import DynamicScaling, LongRopeScaling, Rotary
 from veneer.model.program.embed import Embed
 from veneer.model.program.halves import block_operations
@@ -122,6 +122,8 @@ def _unsaid(decoder: Decoder, n_positions: int) -> Iterator[str]:
     positions = decoder.embedding.positions
     if positions is not None and n_positions + positions.offset > positions.rows:
         yield f"{positions.path} has {positions.rows} positions, and sequences may have {n_positions}"
+    scans = (block.attention for block in decoder.blocks if isinstance(block.attention, DeltaNet))
+    yield from (f"{part.path} keeps a state for which there are no pages" for part in scans)
     for part in decoder.attentions:
         scaling = None if part.rotary is None else part.rotary.scaling
         depends = isinstance(scaling, DynamicScaling | LongRopeScaling)

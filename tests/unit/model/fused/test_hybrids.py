@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,8 +13,14 @@ from tests.tiny_types import fused_halves
 from transformers import AutoModelForCausalLM
 
 from veneer import LoraConfig, get_peft_model
+from veneer.errors import DescriptionError
+from veneer.model.blueprint.describe import describe
+from veneer.model.blueprint.parts import DeltaNet
 from veneer.model.fused.block import FusedBlock
 from veneer.model.fused.decoder import fuse, fuse_as_described, unfuse
+from veneer.model.program.gated_delta import GatedDelta
+from veneer.model.program.operation import Register
+from veneer.model.program.program import compile_program
 from veneer.ops.traced import tracing
 from veneer.plan.model import make_traced
 from veneer.train.packing_layout import packing_layout
@@ -27,9 +34,9 @@ DENSE: dict[str, tuple[dict[str, Any], list[bool]]] = {
     "granitemoehybrid": ({"num_local_experts": 0, "residual_multiplier": 0.7}, [False, True, True, True]),
     "qwen3_next": (
         {"layer_types": ["linear_attention", "full_attention"], "mlp_only_layers": [0, 1]},
-        [False, True, False, True],
+        [True, True, True, True],
     ),
-    "qwen3_5_text": ({"layer_types": ["linear_attention", "full_attention"]}, [False, True, False, True]),
+    "qwen3_5_text": ({"layer_types": ["linear_attention", "full_attention"]}, [True, True, True, True]),
     "bamba": ({"attn_layer_indices": [1]}, [False, True, True, True]),
     "bailing_hybrid": (
         {"layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "dense"]},
@@ -48,13 +55,14 @@ DENSE: dict[str, tuple[dict[str, Any], list[bool]]] = {
     "granitemoe": ({"residual_multiplier": 0.7}, [True, True, True, True]),
     "granitemoeshared": ({"residual_multiplier": 0.7}, [True, False, True, False]),
     "granitemoehybrid_experts": ({"residual_multiplier": 0.7}, [False, False, True, False]),
-    "olmo_hybrid": ({"layer_types": ["linear_attention", "full_attention"]}, [False, True, True, True]),
+    "olmo_hybrid": ({"layer_types": ["linear_attention", "full_attention"]}, [True, True, True, True]),
 }
 
 
-APART = ("lfm2", "lfm2_moe", "lfm3")  # a state begins anew at each sequence of a packed row
 PACKED = torch.tensor([[*range(5), *range(8)], [*range(7), *range(6)]])
 AS_A_WHOLE = ("granitemoe", "granitemoeshared")
+CARRIED_OVER = ("falcon_h1",)  # its state goes on through a packed row
+APART = [name for name in DENSE if name not in (*AS_A_WHOLE, *CARRIED_OVER)]
 
 
 def make(model_type: str) -> tuple[Any, Any]:
@@ -102,7 +110,7 @@ def given(rows: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("model_type", DENSE)
 def test_logits_loss_and_gradients_are_those_of_transformers(model_type: str, checkpointed: bool, rows: str) -> None:
-    if rows == "packed" and model_type.startswith(("granitemoehybrid", *APART)):
+    if rows == "packed" and model_type in APART:
         return  # its own code does not keep them apart
     fused, _ = make(model_type)
     plain = deepcopy(fused)
@@ -163,6 +171,18 @@ def test_a_packed_row_gives_what_its_sequences_give_alone(model_type: str, check
             assert (found.grad - own.grad).norm() <= 1e-4 * own.grad.norm() + 1e-7, name
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "olmo_hybrid"])
+def test_a_gated_delta_rule_has_no_pages(model_type: str) -> None:
+    decoder = describe(make(model_type)[0])
+    part = decoder.blocks[0].attention
+    assert isinstance(part, DeltaNet)
+    with pytest.raises(DescriptionError, match="keeps a state for which there are no pages"):
+        compile_program(replace(decoder, other=(), blocks=decoder.blocks[:1]), 64)
+    operation = GatedDelta(part=part, source=Register("inner", (1,)), target=Register("mixed", (1,)))
+    with pytest.raises(DescriptionError, match="keeps a state for which there are no pages"):
+        operation.forward(cast(Any, None), cast(Any, None), {})
+
+
 @pytest.mark.parametrize("model_type", APART)
 def test_convolutions_that_run_their_own_code_keep_sequences_apart(model_type: str) -> None:
     """As under autocast on a base in float32, where no half is fused, though the layout was found without."""
@@ -179,7 +199,7 @@ def test_convolutions_that_run_their_own_code_keep_sequences_apart(model_type: s
     assert (packed[0, own] - alone).norm() <= 2e-2 * alone.norm()
 
 
-@pytest.mark.parametrize("model_type", [name for name in DENSE if name not in (*AS_A_WHOLE, *APART)])
+@pytest.mark.parametrize("model_type", CARRIED_OVER)
 def test_packed_rows_are_unpacked_where_a_state_would_carry_over(model_type: str) -> None:
     model, _ = make(model_type)
     assert fuse(model)

@@ -1,0 +1,96 @@
+"""Scan of a linear recurrence with a matrix as its state: the gated delta rule and Mamba 2.
+
+A head's state S (d_k, d_v) begins at zero in each sequence. A token with query q, key k, value v, decay a and weight β
+changes it to ``a S + k (β (v - δ a Sᵀ k))ᵀ`` and gives ``Sᵀ q``. δ is 1 for the gated delta rule (Yang, Kautz and
+Hatamizadeh 2024, arXiv 2412.06464, equation 10), and 0 for Mamba 2 (Dao and Gu 2024, arXiv 2405.21060).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from veneer.errors import ShapeError
+from veneer.ops.dispatch import implementation
+from veneer.ops.forks import Fork
+
+CHUNK = 64  # tokens whose products are matrices; between chunks the state is carried over
+
+
+@dataclass(frozen=True, slots=True)
+class ScanInput:
+    """What a scan reads of n tokens: queries and keys of ``h_k`` heads, and for each of ``h`` heads its value, the
+    logarithm of its decay and its weight β.
+
+    ``h`` is a multiple of ``h_k``: consecutive heads share a query and a key.
+    """
+
+    q: Float[Tensor, "n h_k d_k"]
+    k: Float[Tensor, "n h_k d_k"]
+    v: Float[Tensor, "n h d_v"]
+    log_decay: Float[Tensor, "n h"]
+    beta: Float[Tensor, "n h"]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The tensors in the order of the fields."""
+        return self.q, self.k, self.v, self.log_decay, self.beta
+
+
+def scan(
+    given: ScanInput,
+    cu_seqlens: Int[Tensor, " n_sequences_plus_1"],
+    *,
+    delta: bool,
+    forks: Sequence[Fork] = (),
+    backend: str | None = None,
+) -> Float[Tensor, "n h d_v"]:
+    """Return what the tokens read of the states, in v's dtype, with gradients if an input asks for them.
+
+    ``cu_seqlens`` are the bounds of the sequences, ``delta`` is δ. A branch of ``forks`` begins with its stem's last
+    state: the stem's tokens are computed again in front of it. Sums are in float32, or in float64 for such inputs.
+    Raises ShapeError if the parts do not fit.
+    """
+    _require_fitting(given, cu_seqlens)
+    run = implementation("scan.scan", given.v.device, backend)
+    if not forks:
+        y: Tensor = run(given, cu_seqlens, delta)
+        return y
+    rows, bounds, own = _unfolded(cu_seqlens, forks)
+    rows, own = rows.to(given.v.device), own.to(given.v.device)
+    y = run(ScanInput(*(x[rows] for x in given.tensors)), bounds, delta)
+    return y[own]
+
+
+def _unfolded(cu_seqlens: Tensor, forks: Sequence[Fork]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows of sequences that have their stems in front, their bounds, and the place of each row's own."""
+    rows, bounds, own = list[int](), [0], list[int]()
+    for start, end in pairwise(cu_seqlens.tolist()):
+        stems = [fork.stem for fork in forks if fork.branches.start <= start < fork.branches.stop]
+        for stem in sorted(stems, key=lambda stem: stem.start):
+            rows += range(stem.start, stem.stop)
+        own += range(len(rows), len(rows) + end - start)
+        rows += range(start, end)
+        bounds.append(len(rows))
+    return torch.tensor(rows, dtype=torch.long), torch.tensor(bounds), torch.tensor(own, dtype=torch.long)
+
+
+def _require_fitting(given: ScanInput, cu_seqlens: Tensor) -> None:
+    q, k, v, log_decay, beta = given.tensors
+    fits = q.ndim == v.ndim == 3 and q.shape == k.shape and len(q) == len(v) and q.shape[1] > 0
+    fits = fits and v.shape[1] % q.shape[1] == 0 and log_decay.shape == beta.shape == v.shape[:2]
+    if not fits or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1 or int(cu_seqlens[-1]) != len(v):
+        raise ShapeError(
+            "a scan takes queries and keys (n, h_k, d_k), values (n, h, d_v) with h a multiple of h_k, decays and "
+            f"weights (n, h), and bounds of sequences that end at n; given {', '.join(map(_told, given.tensors))} "
+            f"and bounds that end at {int(cu_seqlens[-1]) if cu_seqlens.numel() else 'nothing'}"
+        )
+
+
+def _told(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype}"
