@@ -70,8 +70,9 @@ class AnswersToRead:
 
 
 def choose(lines: Iterator[Line], n: int) -> AnswersToRead:
-    """Select answers to read. Among equal rewards, the latest answers count as best and as worst. Memory grows with
-    ``n`` alone.
+    """Select answers to read. Among equal rewards, the latest answers count as best and as worst.
+
+    An answer that was drawn several times to one prompt counts once. Memory grows with ``n`` alone.
     """
     found, generator = AnswersToRead(n), random.Random(0)
     high, low = list[tuple[float, int, Line]](), list[tuple[float, int, Line]]()
@@ -82,13 +83,27 @@ def choose(lines: Iterator[Line], n: int) -> AnswersToRead:
             found.some[place] = line
         if line["reward"] is not None:
             for heap, key in ((high, line["reward"]), (low, -line["reward"])):
-                heapq.heappush(heap, (key, number, line))
-                if len(heap) > n:
-                    heapq.heappop(heap)
+                _keep(heap, (key, number, line), n)
     found.best = [line for *_, line in sorted(high, key=lambda each: each[:2], reverse=True)]
     found.worst = [line for *_, line in sorted(low, key=lambda each: each[:2], reverse=True)]
     found.some.sort(key=lambda line: (line["step"], line["row"]))
     return found
+
+
+def _keep(heap: list[tuple[float, int, Line]], new: tuple[float, int, Line], n: int) -> None:
+    """Push an answer and drop the lowest of more than ``n``. An earlier draw of it with the same key is replaced."""
+
+    def is_same(other: tuple[float, int, Line]) -> bool:
+        return other[0] == new[0] and all(other[2][key] == new[2][key] for key in ("prompt", "completion"))
+
+    same = next((place for place, other in enumerate(heap) if is_same(other)), None)
+    if same is not None:
+        heap[same] = new
+        heapq.heapify(heap)
+        return
+    heapq.heappush(heap, new)
+    if len(heap) > n:
+        heapq.heappop(heap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +124,7 @@ def panels(log: Log) -> dict[str, list[LogCurve]]:
     keys = {key for line in log for key in line}
     functions = sorted(key.split("/")[1] for key in keys if key.startswith("rewards/") and key.endswith("/mean"))
     by_function = [LogCurve(name, f"rewards/{name}/mean", f"rewards/{name}/std") for name in functions]
+    by_function += [LogCurve(f"{name}, held out", f"eval_rewards/{name}/mean") for name in functions]
     failed = [LogCurve(f"{name} failed", f"rewards/{name}/failed") for name in functions]
     length = "completions/mean_length", None, "completions/min_length", "completions/max_length"
     found = {
@@ -196,8 +212,8 @@ def remarks(log: Log) -> list[str]:
         )
     for key, most, told in (
         ("completions/clipped_ratio", 0.5, "of the answers are cut: raise max_completion_length, or reward an end."),
-        ("frac_reward_zero_std", 0.8, "of the groups have equal rewards, which teach nothing: raise temperature or "
-         "num_generations, or give other prompts."),
+        ("frac_reward_zero_std", 0.8, "of the groups have equal rewards, which teach nothing: end the run if they are "
+         "the highest, else raise temperature or num_generations, or give other prompts."),
         ("tools/failure_frequency", 0.5, "of the calls of tools fail: show one in the prompt, or reward a good call."),
     ):  # fmt: skip
         if (share := ends(key)) and share[1] > most:

@@ -117,8 +117,8 @@ class Written(_Part):
     )
     environment: str | None = Field(
         default=None,
-        description="for grpo, the class of environments: file.py:Class or module:Class. If it has `get_reward`, "
-        "`rewards` may be missing",
+        description="for grpo, the class of environments: file.py:Class or module:Class, or openenv:URL, a server of "
+        "OpenEnv. If it has `get_reward`, `rewards` may be missing",
     )
     rollouts: RolloutsPart = RolloutsPart()
     distill: DistillPart | None = None

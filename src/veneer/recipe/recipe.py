@@ -11,6 +11,7 @@ from torch import distributed
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError, listed
 from veneer.plain.group import group_size
+from veneer.recipe import openenv
 from veneer.recipe.adapter import FROM, method_of
 from veneer.recipe.advice import in_recipe_words, value_problems
 from veneer.recipe.distill_checks import teacher_prompt
@@ -76,6 +77,8 @@ class Recipe(Written):
         tools = {"tools": [named_function(each, "tools") for each in self.tools]} if self.tools else {}
         if self.environment is None:
             return tools
+        if self.environment.startswith(openenv.PREFIX):
+            return {**tools, "environment_factory": openenv.served(self.environment.removeprefix(openenv.PREFIX))}
         return {**tools, "environment_factory": named_function(self.environment, "environment")}
 
 

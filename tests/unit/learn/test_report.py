@@ -37,13 +37,28 @@ def logged(n: int = 12, **last: float) -> list[dict[str, float]]:
 
 
 def test_the_best_the_worst_and_some_answers_are_chosen():
-    found = choose(iter([line(i, None if i % 11 == 0 else (i % 5) / 4) for i in range(97)]), 3)
+    found = choose(iter([line(i, None if i % 11 == 0 else (i % 5) / 4, prompt=f"sum {i}") for i in range(97)]), 3)
     assert [(each["step"], each["reward"]) for each in found.best] == [(94, 1.0), (89, 1.0), (84, 1.0)]
     assert [(each["step"], each["reward"]) for each in found.worst] == [(95, 0.0), (90, 0.0), (85, 0.0)]
     steps = [each["step"] for each in found.some]
     assert steps == sorted(steps)
     assert len(set(steps)) == 3
     assert len(choose(iter([line(0, None)]), 3).best) == 0
+
+
+def test_an_answer_that_was_drawn_several_times_is_chosen_once():
+    lines = [line(i, 1.0 if i % 2 else 0.0, prompt=f"sum {i % 4}") for i in range(29)]
+    found = choose(iter(lines), 2)
+    assert [each["step"] for each in found.best] == [27, 25]
+    assert [each["step"] for each in found.worst] == [28, 26]
+    other = [*lines, line(29, 1.0, prompt="sum 1", completion="7")]
+    assert [each["step"] for each in choose(iter(other), 3).best] == [29, 27, 25]
+
+
+def test_rewards_of_held_out_rows_are_curves():
+    held_out = [{"step": 12, "eval_rewards/right/mean": 0.5}]
+    names = [curve.name for curve in panels([*logged(), *held_out])["reward by function"]]
+    assert names == ["right", "short", "right, held out"]
 
 
 def test_the_pictures_are_those_of_the_keys_that_are_there():
