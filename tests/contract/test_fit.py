@@ -85,7 +85,7 @@ def test_of_what_is_trained_whole_and_of_parameters(base: str, settings: dict[st
 
 def test_a_module_trained_whole_has_the_models_shape(tmp_path: Path) -> None:
     saved(make_base("llama"), veneer.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]), tmp_path)
-    with pytest.raises(FormatError, match=r"shape \(67, 28\) where the model needs \(71, 28\): .*lm_head"):
+    with pytest.raises(FormatError, match=r"shape \(67, 28\), but the model needs \(71, 28\): .*lm_head"):
         require_fit_on(tmp_path, shape_of("llama", vocab_size=71))
 
 

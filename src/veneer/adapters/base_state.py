@@ -34,7 +34,7 @@ def set_base_model_state_dict(
     own = get_base_model_state_dict(model)
     missing, unexpected = [k for k in own if k not in state_dict], [k for k in state_dict if k not in own]
     problems = [
-        f"shape {tuple(state_dict[key].shape)} where the model needs {tuple(value.shape)}: {key}"
+        f"shape {tuple(state_dict[key].shape)}, but the model needs {tuple(value.shape)}: {key}"
         for key, value in own.items()
         if key in state_dict and state_dict[key].shape != value.shape
     ]

@@ -126,7 +126,7 @@ def train_on(place: RayCluster, loop: Loop, recipe: Recipe) -> dict[str, Any]:
             except TrainingFailedError as error:
                 _raise_refusal(folder)
                 raise TrainingError(
-                    f"the workers on Ray have failed: {last_line(error)}. See to that, then go on with --resume"
+                    f"the workers on Ray have failed: {last_line(error)}. Remove the cause, then continue with --resume"
                 ) from error
             _raise_refusal(folder)
     return cast("dict[str, Any]", record_of(output))

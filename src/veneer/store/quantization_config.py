@@ -114,7 +114,7 @@ def held_quantized(layer: str, parts: Mapping[str, Stored]) -> FormatError:
 def not_run_in_codes(stack: str, parts: Mapping[str, Stored]) -> FormatError:
     """Return the error for a stack of quantized experts that the model can neither run in codes nor make dense."""
     return FormatError(
-        f"{parts[min(parts)].path}: {stack}: these experts cannot be run in codes: they are cut over processes, or do "
+        f"{parts[min(parts)].path}: {stack}: these experts cannot stay quantized: they are split over processes, or do "
         "not follow transformers' convention. Load the model without expert parallelism, or from a dense checkpoint"
     )
 

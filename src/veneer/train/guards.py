@@ -59,7 +59,8 @@ def require_settings_of_cut_base(reentrant: bool, args: RunSettings) -> None:
     found += [f"{key} (leave it out)" for key in ("activation_offloading", *OF_DDP) if getattr(args, key)]
     if found:
         raise ConfigError(
-            f"a base that is cut over processes does not go with {' and '.join(found)}; or train with strategy ddp"
+            f"a base that is sharded over processes cannot be trained with {' and '.join(found)}. Change that, or "
+            "train with strategy ddp"
         )
 
 

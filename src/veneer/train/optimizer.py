@@ -147,10 +147,10 @@ def optimizer_problems(args: TrainingArguments) -> list[str]:
         except ConfigError as error:
             found.append(str(error))
     elif args.optim_args and (name in FACTORIES or name in _WITHOUT_ARGS):
-        found.append(f"optim_args={args.optim_args!r} means nothing to optim={name!r}: leave it out")
+        found.append(f"optim_args={args.optim_args!r} has no effect with optim={name!r}: leave it out")
     if args.optim_target_modules and not any(part in name for part in ("galore", "apollo")):
         found.append(
-            f"optim_target_modules={args.optim_target_modules!r} means nothing to optim={name!r}: leave it out"
+            f"optim_target_modules={args.optim_target_modules!r} has no effect with optim={name!r}: leave it out"
         )
     if steps_in_backward(name):
         settings = {

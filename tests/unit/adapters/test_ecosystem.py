@@ -105,7 +105,7 @@ def test_the_plain_trainer_takes_the_best_checkpoint_back(tiny: Any, tmp_path: P
 def test_a_damaged_checkpoint_is_not_resumed_in_silence(tiny: Any, tmp_path: Path) -> None:
     trainer(fresh(tiny), tmp_path, max_steps=2).train()
     other = get_peft_model(tiny(), LoraConfig(r=5, target_modules="all-linear"))
-    with pytest.raises(ValueError, match=r"shape \(3, 40\) where the model needs \(5, 40\)"):
+    with pytest.raises(ValueError, match=r"shape \(3, 40\), but the model needs \(5, 40\)"):
         trainer(other, tmp_path / "b", max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

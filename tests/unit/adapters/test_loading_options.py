@@ -116,7 +116,7 @@ def test_modules_under_other_names(folder: Path) -> None:
 
 def test_other_shapes_keep_what_was_there_where_that_is_asked(folder: Path) -> None:
     key, stored = "base_model.model.2.lora_B.weight", load_peft_weights(folder)
-    with pytest.raises(FormatError, match=r"shape \(5, 3\) where the model needs \(13, 3\)"):
+    with pytest.raises(FormatError, match=r"shape \(5, 3\), but the model needs \(13, 3\)"):
         PeftModel.from_pretrained(stack(13), folder)
     model = get_peft_model(stack(13), CONFIG)
     before = tensors(model)

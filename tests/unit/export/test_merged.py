@@ -150,7 +150,7 @@ def test_half_a_resized_vocabulary_is_refused(tmp_path: Path) -> None:
     model.resize_token_embeddings(71)
     model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    with pytest.raises(FormatError, match=r"shape \(71, 24\) where the model needs \(67, 24\)"):
+    with pytest.raises(FormatError, match=r"shape \(71, 24\), but the model needs \(67, 24\)"):
         merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
 
 

@@ -91,7 +91,7 @@ def test_matrices_that_the_key_does_not_give_are_an_error(tmp_path: Path):
         PeftModel.from_pretrained(base(), tmp_path)
     tensors["base_model.vera_A"] = tensors["base_model.vera_A"][:, 1:].contiguous()
     save_file(tensors, file)
-    with pytest.raises(FormatError, match=r"shape \(7, 36\) where the model needs \(7, 37\): base_model\.vera_A$"):
+    with pytest.raises(FormatError, match=r"shape \(7, 36\), but the model needs \(7, 37\): base_model\.vera_A$"):
         PeftModel.from_pretrained(base(), tmp_path)
 
 

@@ -92,7 +92,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_key():
         ({"training": {"lora_plus": 0}}, "lora_plus=0.* must be above 0"),
         ({"training": {"optim": "galore_adamw", "optim_args": "rnk=3"}}, "'rnk=3' is not one of .*nearest is 'rank'"),
         ({"training": {"optim": "galore_adamw", "optim_args": "rank=x"}}, "rank='x' must be a number"),
-        ({"training": {"optim": "adamw_8bit", "optim_args": "rank=3"}}, "means nothing to optim='adamw_8bit'"),
+        ({"training": {"optim": "adamw_8bit", "optim_args": "rank=3"}}, "has no effect with optim='adamw_8bit'"),
         (
             {"training": {"optim": "galore_adamw_layerwise", "max_grad_norm": 1, "gradient_accumulation_steps": 2}},
             "(?s)so max_grad_norm must be 0, not 1.0\n.*so gradient_accumulation_steps must be 1, not 2",
@@ -290,8 +290,11 @@ def test_a_recipe_that_is_not_there(tmp_path):
             {"training": {"resume_from_checkpoint": "x"}},
             "training.resume_from_checkpoint: set it as veneer train --res",
         ),
-        ({"training": {"optim_args": "rank=3"}}, "optim_args='rank=3' means nothing to optim='adamw_torch"),
-        ({"training": {"optim": "adamw_8bit", "optim_target_modules": ["q"]}}, r"optim_target_modules=\['q'\] means"),
+        ({"training": {"optim_args": "rank=3"}}, "optim_args='rank=3' has no effect with optim='adamw_torch"),
+        (
+            {"training": {"optim": "adamw_8bit", "optim_target_modules": ["q"]}},
+            r"optim_target_modules=\['q'\] has no effect with",
+        ),
         ({"training": {True: 3}}, "training.True: unknown key"),
         (
             {"training": {"qqxx": 3}},

@@ -82,13 +82,13 @@ def test_one_error_lists_everything_that_does_not_fit(folder: Path) -> None:
     assert lines[1:] == [
         "  missing: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
         "  unexpected: base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight",
-        "  shape (20, 5) where the model needs (20, 3): base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight",
+        "  shape (20, 5), but the model needs (20, 3): base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight",
         "  holds NaN or infinity: base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight",
     ]
 
 
 def test_a_base_that_does_not_fit(folder: Path) -> None:
-    with pytest.raises(FormatError, match=r"shape \(3, 20\) where the model needs \(3, 12\)"):
+    with pytest.raises(FormatError, match=r"shape \(3, 20\), but the model needs \(3, 12\)"):
         PeftModel.from_pretrained(base(hidden_size=12), folder)
     with pytest.raises(FormatError, match=r"unexpected: base_model\.model\.model\.layers\.1\."):
         PeftModel.from_pretrained(base(num_hidden_layers=1), folder)

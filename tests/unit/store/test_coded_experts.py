@@ -269,7 +269,7 @@ def test_experts_that_are_cut_over_processes(made: Made, monkeypatch: pytest.Mon
         experts._is_expert_parallel = True
 
     monkeypatch.setattr(GptOssExperts, "__init__", cut)
-    with pytest.raises(FormatError, match="gate_up_proj: these experts cannot be run in codes: they are cut") as error:
+    with pytest.raises(FormatError, match="gate_up_proj: these experts cannot stay quantized: they are split") as error:
         load_model(made["gpt-oss"] / "coded")
     assert "leaves it dense" not in str(error.value)
 

@@ -184,7 +184,7 @@ def test_projections_are_not_drawn_for_a_rank_that_the_file_does_not_have(
 
     monkeypatch.setattr(vera, "projections", drawn)
     said = refused(folder)
-    assert ("missing: " if missing else "shape (5,) where the model needs (1009,)") in said
+    assert ("missing: " if missing else "shape (5,), but the model needs (1009,)") in said
     assert "unexpected" not in said
 
 
@@ -202,7 +202,7 @@ def test_embeddings_that_are_one_number(tmp_path: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     key = "base_model.model.model.embed_tokens.weight"
     save_file(tensors | {key: torch.tensor(1.5)}, folder / WEIGHTS)
-    assert refused(folder).endswith(f"shape () where the model needs (29, 20): {key}")
+    assert refused(folder).endswith(f"shape (), but the model needs (29, 20): {key}")
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "loop"])

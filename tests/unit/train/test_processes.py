@@ -112,7 +112,7 @@ def test_settings_that_a_cut_base_does_not_go_with_are_refused(reentrant, offloa
         guards.require_settings_of_cut_base(reentrant, SimpleNamespace(activation_offloading=offloads, **given))
 
     require(False, False, False)
-    with pytest.raises(ConfigError, match="cut over processes does not go with") as refused:
+    with pytest.raises(ConfigError, match="sharded over processes cannot be trained with") as refused:
         require(reentrant, offloads, ddp)
     told = [name in str(refused.value) for name in ("use_reentrant", "offloading", "broadcast", "find_unused")]
     assert told == [reentrant, offloads, ddp, ddp]

@@ -164,6 +164,6 @@ def _strange(
         yield Strange(path=source.path(norm_module), reason="it is no RMSNorm or LayerNorm")
     head = source.model.get_output_embeddings()
     if head is not None and not is_linear(head):
-        yield Strange(path=source.path(head), reason="the head is no plain linear layer")
+        yield Strange(path=source.path(head), reason="the head is not a linear layer")
     has_images = source.config is not source.model.config
     yield from undescribed(source, holder if has_images else source.model, known)

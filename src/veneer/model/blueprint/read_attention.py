@@ -90,7 +90,7 @@ def _projections(source: BlockSource, module: nn.Module) -> tuple[tuple[Linear, 
     inner = apart or (cast("tuple[str, NamedOrder]", joined)[0],)
     layers = [getattr(module, name) for name in inner]
     if not all(is_linear(layer) for layer in (*layers, out)):
-        raise _OddError("its projections are not plain linear layers")
+        raise _OddError("its projections are not all linear layers")
     roles = Q_K_V if apart else cast("tuple[Role, ...]", ("qkv",))
     qkv = tuple(read_linear(source, layer, role) for layer, role in zip(layers, roles, strict=True))
     return qkv, read_linear(source, out, "o"), None if apart else cast("tuple[str, NamedOrder]", joined)[1]

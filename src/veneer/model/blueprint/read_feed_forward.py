@@ -42,7 +42,7 @@ def read_feed_forward(
 def _plain(source: BlockSource, module: nn.Module, names: InnerNames) -> FeedForward | str:
     act = first(module, source.names.activation)
     if not all(is_linear(getattr(module, name)) for name in names.all):
-        return "its layers are no plain linear layers"
+        return "its layers are not all linear layers"
     if any(getattr(module, name, 1.0) != 1.0 for name in MULTIPLIERS):
         return f"it multiplies by {' and '.join(MULTIPLIERS)}"
     inner = tuple(read_linear(source, getattr(module, name), role) for role, name in names.inner)

@@ -54,7 +54,7 @@ def cannot_fork(model: nn.Module) -> str | None:
         return "its blocks do not run fused"
     decoder = blocks_of(model)[0]
     if is_cut(model):
-        return "it is cut over processes"
+        return "it is sharded over processes"
     if counts_positions(decoder) or decoder is not model.base_model:
         return "it counts positions itself"
     if getattr(model.config, "output_router_logits", False):

@@ -134,7 +134,7 @@ class Attend(Trained):
         part = self.attention
         special = {
             "clips queries, keys and values": part.clip is not None,
-            "does more with positions than to rotate by them": _grows(part),
+            "scales queries by their position": _grows(part),
             "adds a bias by position that is rounded": part.alibi is not None and part.alibi.rounded,
             "has norms with weights of their own for each head": any(len(norm.shape) != 1 for norm in part.norms),
         }

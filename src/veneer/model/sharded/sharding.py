@@ -37,7 +37,7 @@ def shard_base(model: Model, shard: int | None = None, *, device: str | None = N
     n = _n_processes()
     shard = n if shard is None else shard
     if shard < 1 or n % shard:
-        raise ConfigError(f"shard {shard} must divide the {n} processes: each copy of the base is cut over as many")
+        raise ConfigError(f"shard {shard} must divide the {n} processes: each copy of the base is sharded over as many")
     if shard == 1:
         return model
     _, blocks = _parts(model)
@@ -124,8 +124,8 @@ def require_whole(model: nn.Module, work: str) -> None:
     """Raise ConfigError if the base is sharded; ``work`` names the work that needs all of it."""
     if is_cut(model):
         raise ConfigError(
-            f"{work} needs a whole base, and the blocks of this one are cut over processes: save the adapter, and run "
-            "`veneer merge` (or load the two) in one process"
+            f"{work} needs a whole base, but the blocks of this one are sharded over processes: save the adapter, and "
+            "run `veneer merge` in one process (or load base and adapter there)"
         )
 
 
@@ -133,7 +133,7 @@ def _parts(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     try:
         return blocks_of(model)
     except DescriptionError as error:
-        raise ConfigError(f"the base cannot be cut over processes: {error}. Train with strategy ddp") from error
+        raise ConfigError(f"the base cannot be sharded over processes: {error}. Train with strategy ddp") from error
 
 
 def _require_cuttable(model: nn.Module, blocks: nn.ModuleList, trained: set[nn.Parameter]) -> None:
@@ -142,26 +142,30 @@ def _require_cuttable(model: nn.Module, blocks: nn.ModuleList, trained: set[nn.P
     It cannot if it is sharded already, if all of a block is trained, if weights are shared, or if torch is too old.
     """
     if is_cut(model):
-        raise ConfigError("the base is cut over processes already: load it anew to cut it otherwise")
+        raise ConfigError("the base is already sharded over processes: load it again to shard it differently")
     if any(map(is_packed, blocks.modules())):
         raise ConfigError(
-            "weights of the blocks are packed, as serving keeps them, and packed ones cannot be cut: load the base for "
+            "weights of the blocks are packed for serving, and packed weights cannot be sharded: load the base for "
             "training, or unpack it"
         )
     frozen = [_frozen(block, trained) for block in blocks]
     if not any(frozen):
-        raise ConfigError("no weight of the blocks is frozen, and only frozen ones are cut: train with strategy ddp")
+        raise ConfigError(
+            "no weight of the blocks is frozen, and only frozen ones can be sharded: train with strategy ddp"
+        )
     of_blocks, everywhere = sum(frozen, Counter[object]()), _frozen(model, trained)
     in_several = any(count > 1 for count in Counter(weight for each in frozen for weight in each).values())
     if in_several or any(everywhere[weight] > count for weight, count in of_blocks.items()):
         raise ConfigError(
-            "blocks of this base share weights with one another or with other modules, and such weights cannot be cut: "
-            "train with strategy ddp"
+            "blocks of this base share weights with one another or with other modules, and such weights cannot be "
+            "sharded: train with strategy ddp"
         )
     coded = any(isinstance(weight, CodedModule) for weight in of_blocks)
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if coded and release < FIRST_TORCH_WITH_CODES:
-        raise ConfigError(f"a quantized base is cut from torch 2.12 on, and this is {torch.__version__}: update torch")
+        raise ConfigError(
+            f"sharding a quantized base needs torch 2.12 or later, and this is {torch.__version__}: update torch"
+        )
 
 
 def _frozen(module: nn.Module, trained: set[nn.Parameter]) -> Counter[object]:

@@ -67,7 +67,7 @@ def require_fit_on(adapter: Path, model: PreTrainedModel) -> None:
     problems = [f"missing: {key}" for key in missing]
     problems += [f"unexpected: {key}" for key in _homeless(model, config, [key for key in given if key not in keys])]
     problems += [
-        f"shape {tuple(given[key].shape)} where the model needs {tuple(own.shape)}: {key}"
+        f"shape {tuple(given[key].shape)}, but the model needs {tuple(own.shape)}: {key}"
         for key, own in expected.items()
         if tuple(given[key].shape) != tuple(own.shape)
     ]

@@ -270,7 +270,7 @@ def _problems(
         *(f"missing: {key}" for key in missing),
         *(f"unexpected: {key}" for key in tensors if key not in known),
         *(
-            f"shape {tuple(tensors[key].shape)} where the model needs {shapes[key]}: {key}"
+            f"shape {tuple(tensors[key].shape)}, but the model needs {shapes[key]}: {key}"
             f"{_advice(tensors[key]) if key in expected.places else ''}"
             for key in misshapen
         ),

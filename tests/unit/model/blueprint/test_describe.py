@@ -158,8 +158,8 @@ def test_layers_of_other_classes_are_strange() -> None:
     model.model.layers[2].self_attn.k_proj = Scaled(42, 28)
     model.model.layers[3].mlp.up_proj = Scaled(42, 58)
     assert {(part.path, part.reason) for part in describe(model).strange} == {
-        ("model.layers.2.self_attn", "its projections are not plain linear layers"),
-        ("model.layers.3.mlp", "its layers are no plain linear layers"),
+        ("model.layers.2.self_attn", "its projections are not all linear layers"),
+        ("model.layers.3.mlp", "its layers are not all linear layers"),
     }
 
 

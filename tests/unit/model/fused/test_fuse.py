@@ -72,7 +72,7 @@ def test_queries_scaled_by_position_run_the_general_path(
     model = ministral(32, dtype, scale)
     with caplog.at_level(logging.INFO, logger="veneer"):
         assert fuse(model)
-    assert ("more with positions than to rotate" if described else reason) in caplog.text
+    assert ("scales queries by their position" if described else reason) in caplog.text
     assert halves(model) == [False, True] * len(model.model.layers)
 
 

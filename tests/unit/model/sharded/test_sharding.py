@@ -104,18 +104,18 @@ def test_what_cannot_be_cut_is_refused(make_model, monkeypatch: pytest.MonkeyPat
         shard_base(make_model())
     blockless = make_model()
     blockless.model.layers = nn.ModuleList()
-    with pytest.raises(ConfigError, match=r"cannot be cut over processes: .* holds 0 lists of layers: exactly one"):
+    with pytest.raises(ConfigError, match=r"cannot be sharded over processes: .* holds 0 lists of layers: exactly one"):
         shard_base(blockless)
     packed = make_model().requires_grad_(False)
     pack_group(packed, ["model.layers.0.mlp.up_proj"], give_up=True)
-    with pytest.raises(ConfigError, match=r"are packed, as serving keeps them.*unpack"):
+    with pytest.raises(ConfigError, match=r"are packed for serving, and packed weights cannot be sharded.*unpack"):
         shard_base(packed)
     with monkeypatch.context() as old:
         old.setattr(torch, "__version__", "2.11.1+cpu")
-        with pytest.raises(ConfigError, match=r"cut from torch 2\.12 on, and this is 2\.11\.1\+cpu: update"):
+        with pytest.raises(ConfigError, match=r"needs torch 2\.12 or later, and this is 2\.11\.1\+cpu: update"):
             shard_base(get_peft_model(_quantized(make_model()), LoraConfig(r=3)))
     monkeypatch.setattr(sharding, "is_cut", lambda model: True)
-    with pytest.raises(ConfigError, match="cut over processes already"):
+    with pytest.raises(ConfigError, match="already sharded over processes: load it again"):
         shard_base(get_peft_model(make_model(), LoraConfig(r=3)))
     with pytest.raises(ConfigError, match="making it dense needs a whole base"):
         make_dense(make_model())
