@@ -44,7 +44,7 @@ def add_key(args: AddKeyArguments) -> None:
 def _add(file: Path, entry: dict[str, Any]) -> None:
     if file.exists() and any(known.name == entry["name"] for known in read_entries(file)):
         raise ConfigError(
-            f"{file} has a key of the name {entry['name']!r} already: take its entry out, or give another"
+            f"{file} has a key of the name {entry['name']!r} already: remove that entry, or give another name"
         )
     content = _with(file, entry)
     entries_of(file, content)

@@ -54,7 +54,7 @@ def serve(args: ServeArguments) -> None:
     _tell(list(refused.values()), "not served")
     _tell(warnings, "warning")
     if n_left:
-        typer.echo(f"not read yet: {n_left:,} of the adapters, whose faults GET /v1/adapters tells", err=True)
+        typer.echo(f"not read yet: {n_left:,} of the adapters; GET /v1/adapters reports their faults", err=True)
     with quiet(), waits_told(f"loading {args.model}"):
         engine = start_engine(args.model, options)
     if (device := default_device()).type != "cpu":

@@ -71,9 +71,13 @@ def _require_comparable(subjects: Sequence[Subject], args: EvalArguments) -> Non
     for path, other in zip(args.recipes[1:], others, strict=True):
         two = f"--recipe {args.recipes[0]} and {path}"
         if [_answer(row) for row in first.rows] != [_answer(row) for row in other.rows]:
-            raise ConfigError(f"{two} hold out rows with other answers: give --data FILE, to measure both on its rows")
+            raise ConfigError(
+                f"{two} hold out rows with different answers: give --data FILE, to measure both on its rows"
+            )
         if args.metric == "perplexity" and first.tokenizer.get_vocab() != other.tokenizer.get_vocab():
-            raise ConfigError(f"{two} have other tokens, whose perplexities do not compare: choose another metric")
+            raise ConfigError(
+                f"{two} have different tokenizers, so their perplexities cannot be compared: choose another metric"
+            )
 
 
 def _answer(row: Mapping[str, Any]) -> object:

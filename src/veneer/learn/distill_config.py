@@ -46,7 +46,7 @@ class DistillConfig(SFTConfig):
         plain = {"packing": False, "padding_free": False, "eval_packing": False, "truncation_mode": "keep_start",
                  "label_smoothing_factor": 0, "loss_type": "nll"}  # fmt: skip
         found += [
-            f"{name}={getattr(self, name)!r} does not act in distillation: leave it out"
+            f"{name}={getattr(self, name)!r} has no effect in distillation: leave it out"
             for name, usual in plain.items()
             if (getattr(self, name) or usual) != usual
         ]

@@ -183,7 +183,7 @@ def rollouts_of_base(base: PreTrainedModel, tokenizer: Any, args: Any, config: M
         base.requires_grad_(False)
         return _rollouts(base, tokenizer, args, memory="one")
     except _CANNOT as reason:
-        log.info("the base keeps its own weights, since veneer's engine cannot draw by it: %s", reason)
+        log.info("the base keeps its own weights, because veneer's engine cannot draw answers with it: %s", reason)
         return None
 
 
@@ -203,7 +203,7 @@ def rollouts_of_members(
         base.requires_grad_(False)
         return _rollouts(base, tokenizer, drawing[0], memory="one" if all(once) else "beside")
     except _CANNOT as reason:
-        log.info("veneer's engine cannot draw by the base that the members share: %s", reason)
+        log.info("veneer's engine cannot draw answers with the base that the members share: %s", reason)
         return None
 
 
@@ -232,7 +232,7 @@ def _needs_own_copy(base: PreTrainedModel, args: Any, config: MethodConfig | Non
     if base.device.type != "cpu" or args.device.type != "cpu":
         return ONLY_ON_CPUS
     if n_training > 1 or args.deepspeed or args.fsdp:
-        return "several processes train, and move or cut the base"
+        return "several processes train, and move or shard the base"
     return None
 
 

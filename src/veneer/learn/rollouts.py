@@ -81,7 +81,7 @@ class Rollouts:
     ) -> None:
         if memory == "one" and isinstance(model, PeftModel):
             raise ConfigError(
-                "memory='one' packs a base before adapters are attached, and this model has some: load the base anew"
+                "memory='one' packs a base without adapters, but this model has adapters already: load the base again"
             )
         self.model, self._options = model, EngineOptions(tokenizer=tokenizer, **options)
         self.is_one = memory == "one"
@@ -105,7 +105,7 @@ class Rollouts:
             return
         if self.is_one:
             raise TrainingError(
-                "tensors of the base have moved, and the engine holds its only copy: set memory to 'beside' "
+                "tensors of the base were moved, but the engine holds their only copy: set memory to 'beside' "
                 "(rollout_memory, rollouts.memory in a recipe)"
             )
         self._start()

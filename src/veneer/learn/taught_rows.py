@@ -34,15 +34,16 @@ class TaughtEncoder(Encoder):
         own, read = super().__call__(row, index), self._with_prompt(row)
         if not (self.completion_only or self.assistant_only):
             raise DataError(
-                f"row {index}: its prompt would be learned too, and the teacher reads another: learn answers alone "
-                "(assistant_only_loss=True, completion_only_loss=True; data.train_on: answers in a recipe)"
+                f"row {index}: its prompt would be trained too, but the teacher reads a different prompt: train "
+                "answers alone (assistant_only_loss=True, completion_only_loss=True; data.train_on: answers in a "
+                "recipe)"
             )
         given = {name: value for name, value in vars(self).items() if name not in ("teacher_prompt", "max_length")}
         taught = Encoder(**given)(read, index)
         labels, n = [], len(answer := [label for label in own["labels"] if label != IGNORED])
         if [label for label in taught["labels"] if label != IGNORED][:n] != answer:
             raise DataError(
-                f"row {index}: its answer has other tokens behind the teacher's prompt than without it: end the "
+                f"row {index}: its answer has different tokens after the teacher's prompt than without it: end the "
                 "teacher's prompt with a line break"
             )
         for label in taught["labels"]:

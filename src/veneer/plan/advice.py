@@ -50,10 +50,10 @@ def advise(
         raise ConfigError(listed(problems))
     rank, reason, source, sure = _rank(task, n_rows * tokens_a_row, parameters_a_rank)
     return [
-        Advice("adapter.method", "lora", "variants are within 1 to 2% once each has its own rate", _VARIANTS, "medium"),
+        Advice("adapter.method", "lora", "variants differ by 1 to 2% at the best rate of each", _VARIANTS, "medium"),
         Advice("adapter.r", rank, f"{reason}; {rank * parameters_a_rank:,} parameters", source, sure),
         Advice(
-            "adapter.lora_alpha", 32, "32 is theirs: with alpha / r the best rate hardly moves with the rank", _REGRET,
+            "adapter.lora_alpha", 32, "as in the source: with alpha / r the best rate hardly varies with rank", _REGRET,
             "medium",
         ),
         _targets(left_out),
@@ -74,7 +74,7 @@ def _targets(left_out: str | None) -> Advice:
 
 def _rank(task: str, n_tokens: int, parameters_a_rank: int) -> tuple[int, str, str, str]:
     if task == "rl":
-        return 8, "an episode teaches about one bit: rank 1 does, 8 is safe", _REGRET, "medium"
+        return 8, "an episode teaches about one bit: rank 1 is enough, 8 is safe", _REGRET, "medium"
     least = n_tokens * BITS_A_TOKEN / BITS_A_PARAMETER / max(1, parameters_a_rank)
     usual = {"instruction": 16, "classification": 8, "math": 64, "code": 256, "pretraining": 256}[task]
     holds = 1 << max(2, (max(1, round(least + 0.5)) - 1).bit_length())
@@ -100,7 +100,7 @@ def _epochs(task: str, n_rows: int) -> Advice:
     once = task == "pretraining"
     epochs = 1.0 if once or n_rows > _ONCE else 2.0 if n_rows > _TWICE else 3.0
     reason = (
-        "text as in pretraining is read once"
+        "pretraining text is read once"
         if once
         else f"{n_rows:,} rows: 3 epochs up to {_TWICE:,}, 2 up to {_ONCE:,}, 1 above; more than 3 memorize the rows"
     )

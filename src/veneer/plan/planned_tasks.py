@@ -19,10 +19,10 @@ def length_key(task: str) -> str:
 def require_planned(task: str, method: str) -> None:
     """Raise ConfigError for a task whose step is not planned, with the reason and how to measure it instead."""
     if task in _NOT_PLANNED:
-        found = f"for its step has {_NOT_PLANNED[task]}: planned are {', '.join(ROWS)}"
+        found = f"because its step has {_NOT_PLANNED[task]}: planned are {', '.join(ROWS)}"
     elif task != "sft" and method == "full":
         task += " of a whole model"
-        found = "for it keeps a copy of the model as reference: planned are adapters"
+        found = "because it keeps a copy of the model as reference: planned are adapters"
     else:
         return
     raise ConfigError(

@@ -143,7 +143,7 @@ def refuse(found: Iterable[ChangedSetting], output: Path) -> None:
         raise ConfigError(
             listed(
                 map(str, found),
-                f"the run in {output} was begun with other settings than it would go on with",
+                f"the run in {output} was begun with different settings",
                 remedy="Take the old ones, start a new run in another output (--set output=…), or go on with the new "
                 "ones with --allow-changes, which writes down what changed at which step",
             )

@@ -78,7 +78,7 @@ class AsyncEngine:
     def start(self) -> None:
         """Begin to step, for the running event loop. Raises ServingError on a second call: create another engine."""
         if self._loop is not None:
-            raise ServingError("this engine was started before, and one is started once: make another AsyncEngine")
+            raise ServingError("this AsyncEngine was started before, and each can be started only once: create another")
         self._loop = asyncio.get_running_loop()
         self._over = self._loop.create_future()
         self.engine.collector.start()

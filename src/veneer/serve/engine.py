@@ -235,7 +235,7 @@ class Engine:
             self._take_all()
             if not self.pool.is_known(version.id):
                 raise self._failures.pop(
-                    version.id, AdapterNameError(f"adapter {request.name!r} was dropped while it was loaded")
+                    version.id, AdapterNameError(f"adapter {request.name!r} was removed while it was being loaded")
                 )
 
     def take(self, request: LoRARequest, adapter: Any) -> None:
@@ -386,7 +386,7 @@ class Engine:
         self.collector.settle()
         version, taken = self.pool.version(id), time.perf_counter() - start
         _LOG.info(
-            "%s (%s, %d bytes) read in %.0f ms, taken in in %.1f ms",
+            "%s (%s, %d bytes) read in %.0f ms, added to the engine in %.1f ms",
             version.told, version.kind, result.n_bytes, 1e3 * finished.seconds, 1e3 * taken,
         )  # fmt: skip
 

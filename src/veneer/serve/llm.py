@@ -259,7 +259,9 @@ class LLM:
         if adapter is not None and not isinstance(adapter, LoRARequest):
             raise ConfigError(f"lora_request={adapter!r} must be a LoRARequest(name, number, folder), or None")
         if adapter is not None and not self.options.enable_lora:
-            raise ConfigError(f"adapter {adapter.name!r} is asked for and enable_lora is False: leave it out of LLM(…)")
+            raise ConfigError(
+                f"adapter {adapter.name!r} is requested, but enable_lora is False: leave enable_lora out of LLM(…)"
+            )
         text, ids = read(self.engine.readers.of(adapter), prompt)
         salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else place.cache_salt
         asked = self.engine.asked(

@@ -50,7 +50,7 @@ _ONE_PROCESS = "this engine is one process on one device"
 _ONLY: dict[str, tuple[Collection[object], str]] = {
     "tokenizer_mode": (("auto",), "there is one way to read a tokenizer"),
     "skip_tokenizer_init": ((False,), "answers are text"),
-    "trust_remote_code": ((False,), "no code is run that lies beside a model"),
+    "trust_remote_code": ((False,), "code in a model's folder is never run"),
     "tensor_parallel_size": ((1,), _ONE_PROCESS),
     "pipeline_parallel_size": ((1,), _ONE_PROCESS),
     "quantization": (
@@ -472,7 +472,7 @@ def _pages(
     n_pages = min(wanted, (room - room // _ADAPTERS_SHARE if taken_at_once else room) // page_bytes)
     if n_pages < 1 + n_fixed:
         raise ConfigError(
-            f"{room} bytes for keys, values and adapters hold no page of {block} positions, "
+            f"{room} bytes for keys, values and adapters do not hold one page of {block} positions, "
             f"{page_bytes * (1 + n_fixed)} bytes: give more kv_cache_memory_bytes"
         )
     cached = None if contexts_cached is None else contexts_cached * each

@@ -144,7 +144,9 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         devices = kwargs.get("device_map")
         places = devices.values() if isinstance(devices, Mapping) else [devices]
         if "disk" in {str(place) for place in places}:
-            raise ConfigError("device_map puts modules on disk, which quantized models cannot be: leave out 'disk'")
+            raise ConfigError(
+                "device_map puts modules on disk, which is not supported for quantized models: leave out 'disk'"
+            )
 
     def update_device_map(self, device_map: Any) -> Any:
         """Return the given device map. Without one, return the current GPU, if any, as bitsandbytes does."""

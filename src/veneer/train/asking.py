@@ -36,7 +36,7 @@ def long_system(data: DataPart, task: Task) -> str | None:
     if len(found) != 1 or _is_short(*found):
         return None
     place = "data.system" if data.system is not None else data.train
-    return f"its rows were asked with the system message of {place}: give it with --system, or answers are others"
+    return f"its rows were asked with the system message of {place}: give it with --system, or answers will differ"
 
 
 def is_plain(data: DataPart, task: Task) -> bool:

@@ -62,7 +62,7 @@ class Stop:
             raise Interrupted(number)
         if is_main():  # not through a stream, which the signal may have come in the middle of
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: the run stops {self.when}; once more ends it now\n".encode())
+            os.write(2, f"\n{name}: the run stops {self.when}; a second signal ends it now\n".encode())
 
     def check(self) -> None:
         """Raise Interrupted if a signal was received."""

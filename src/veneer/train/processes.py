@@ -82,7 +82,7 @@ def _lost_process(error: BaseException) -> BaseException:
             return LostProcessError(word["told"]) if word["signal"] is None else Interrupted(word["signal"])
     return LostProcessError(
         "another process of this run has ended without a word (killed, out of memory, or its machine went down), or no "
-        "longer answers. What checkpoints there are stay: --resume goes on from the last one. What was heard of it: "
+        "longer answers. Checkpoints are kept: --resume goes on from the last one. Its last messages: "
         + _heard(str(error))
     )
 

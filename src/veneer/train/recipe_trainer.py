@@ -216,8 +216,8 @@ def _tell_of_odd_settings(part: Mapping[str, Any], method: str, trainer: SFTTrai
     alone = any(m is head and m.adapters for m in adapted) and not any(m is inner for m in adapted)
     if tied and alone:
         log.warning(
-            "adapter.target_modules catches the output head, which is tied to the embeddings: it alone is changed, and "
-            "merging writes the two apart. all-linear leaves it out"
+            "adapter.target_modules matches the output head, which is tied to the embeddings: only the head is "
+            "changed, and merging writes the two apart. all-linear leaves it out"
         )
 
 

@@ -203,7 +203,7 @@ def _explained(error: BaseException, recipe: Recipe, step: int) -> BaseException
     if failure is not None:
         kept = checkpoints(Path(recipe.output))
         left = f": {kept[-1].name} is whole, and --resume goes on from it" if kept else ", and no checkpoint is there"
-        return type(failure)(f"{failure}. This came behind step {step}{left}")
+        return type(failure)(f"{failure}. This happened after step {step}{left}")
     folder = checkpoint_folder(Path(recipe.output), step)
     if isinstance(error, Interrupted) and not error.args and folder.exists():
         left = f"{reason_of(error)} after step {step}: its checkpoint is written, and --resume goes on from it"

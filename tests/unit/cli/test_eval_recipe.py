@@ -195,7 +195,7 @@ def test_recipes_of_other_rows_are_refused_before_a_model_is_loaded(
 
     monkeypatch.setattr("veneer.cli.subject.trained_parts", loads)
     refused = veneer(*command, *PERPLEXITY)
-    assert (refused.exit_code, "rows with other answers: give --data FILE" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "rows with different answers: give --data FILE" in refused.stderr) == (2, True)
     refused = veneer("eval", "--recipe", recipe, "--recipe", "nowhere.yaml", *PERPLEXITY)
     assert (refused.exit_code, "the recipe nowhere.yaml cannot be read" in refused.stderr) == (2, True)
 

@@ -258,7 +258,7 @@ def test_a_run(veneer: Veneer, tmp_path: Path) -> None:
     assert not {"going on", "last loss"} & facts.keys()
     process = {"host": socket.gethostname(), "pid": 2**22 - 1, "started": 5.0}
     (tmp_path / "run.json").write_text(json.dumps({**record, "status": "running", "process": process}))
-    assert "broken off without a word" in section(veneer("info", tmp_path))["status"]
+    assert "ended unexpectedly" in section(veneer("info", tmp_path))["status"]
     told = json.loads(veneer("info", tmp_path, "--json").stdout)
     assert (told["life"], told["changes"]) == ("gone", [change])
 

@@ -139,7 +139,7 @@ def test_adapters_that_are_damaged_or_of_another_base_are_told_at_the_start(
         shutil.rmtree(served / name)
     monkeypatch.setattr("veneer.cli.serve._SECONDS", -1.0)  # thousands of adapters do not hold up the start
     told = " ".join(CliRunner().invoke(app, options).stderr.split())
-    assert "not read yet: 3 of the adapters, whose faults GET /v1/adapters tells" in told
+    assert "not read yet: 3 of the adapters; GET /v1/adapters reports their faults" in told
 
 
 def test_an_adapter_that_this_user_may_not_read_is_told_at_the_start(

@@ -209,7 +209,7 @@ def test_a_task_that_is_not_planned_is_told_before_torch_is_imported(tmp_path: P
     reward = recipe(tmp_path, "a.yaml", tmp_path / "run", task="reward")
     commands = [["plan", reward, *more] for more in ([], ["--fit", "8GB"], ["--advice"])]
     for command, (code, told) in zip(commands, told_early(commands), strict=True):
-        assert (code, " is not planned, for its step has " in told) == (2, True), (command, told)
+        assert (code, " is not planned, because its step has " in told) == (2, True), (command, told)
 
 
 def test_a_folder_that_may_not_be_written_to_holds_no_run(tmp_path: Path) -> None:

@@ -166,8 +166,8 @@ def test_an_answer_that_is_cut_is_cut_for_the_teacher(tokenizer):
         ({"lmbda": -0.1}, "lmbda=-0.1 must be between 0 and 1"),
         ({"temperature": 0.0}, "temperature=0.0 must be a finite number above 0"),
         ({"max_completion_length": 0}, "max_completion_length=0 must be at least 1"),
-        ({"packing": True}, "packing=True does not act in distillation: leave it out"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 does not act in distillation"),
+        ({"packing": True}, "packing=True has no effect in distillation: leave it out"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no effect in distillation"),
         ({"peft_config": None}, "distillation trains an adapter without a loss of its own: give peft_config"),
     ],
 )
@@ -180,7 +180,7 @@ def test_rows_that_cannot_be_taught_are_refused(tokenizer, trainer_of, make_mode
     with pytest.raises(DataError, match="needs rows with messages, or with prompt and completion"):
         trainer_of(rows=Dataset.from_list([{"text": "a"}] * 3))
 
-    with pytest.raises(DataError, match=r"row 0: its prompt would be learned too.*completion_only_loss=True"):
+    with pytest.raises(DataError, match=r"row 0: its prompt would be trained too.*completion_only_loss=True"):
         trainer_of(completion_only_loss=False)
     with pytest.raises(ConfigError, match=r"the teacher would read \d+ tokens, its prompt with the longest row, and"):
         trainer_of(teacher_prompt=SHOTS * 999)
@@ -207,7 +207,7 @@ def test_rows_that_cannot_be_taught_are_refused(tokenizer, trainer_of, make_mode
         completion_only=True,
         teacher_prompt="b",  # type: ignore[arg-type]
     )
-    with pytest.raises(DataError, match="row 0: its answer has other tokens behind the teacher's prompt"):
+    with pytest.raises(DataError, match="row 0: its answer has different tokens after the teacher's prompt"):
         encoder({"prompt": "a", "completion": "yes"}, 0)
 
 

@@ -219,7 +219,7 @@ def test_which_bases_are_kept_once(trainer_of, make_model, settings, tokenizer):
             GRPOTrainer(model, reward, args, ROWS, processing_class=tokenizer)
     with pytest.raises(ConfigError, match="rollout_memory='most' must be 'auto', 'one' or 'beside'"):
         trainer_of(rollout_memory="most")
-    with pytest.raises(ConfigError, match="memory='one' packs a base before adapters are attached"):
+    with pytest.raises(ConfigError, match="memory='one' packs a base without adapters"):
         Rollouts(get_peft_model(make_model(), LoraConfig(**LORA)), None, memory="one")
 
 

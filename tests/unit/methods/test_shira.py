@@ -60,7 +60,9 @@ def test_places_outside_the_weight_are_refused(tmp_path):
     with pytest.raises(FormatError, match=r"shira_indices of .*q_proj name a weight twice: each may be listed once"):
         PeftModel.from_pretrained(base(), tmp_path)
     save_file(tensors | {key: tensors[key].to(torch.int16)}, file)
-    with pytest.raises(FormatError, match="dtype int16 where an adapter's values are in one of int32, int64, float32"):
+    with pytest.raises(
+        FormatError, match="dtype int16, but an adapter's values must have one of int32, int64, float32"
+    ):
         PeftModel.from_pretrained(base(), tmp_path)
 
 

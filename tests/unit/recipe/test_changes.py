@@ -126,7 +126,7 @@ def test_every_key_that_is_called_harmless_exists():
 
 def test_all_changes_are_refused_together():
     refuse([], Path("run"))
-    both = r"go on with: 2 problems\n +a: 1 before, 2 now\n +b: x before, y now\n.*--allow-changes"
+    both = r"begun with different settings: 2 problems\n +a: 1 before, 2 now\n +b: x before, y now\n.*--allow-changes"
     with pytest.raises(ConfigError, match=both):
         refuse([ChangedSetting("a", 1, 2), ChangedSetting("b", "x", "y")], Path("run"))
 

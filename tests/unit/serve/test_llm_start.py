@@ -32,7 +32,7 @@ from .test_own_cache import made
         ({"max_model_len": 0}, "max_model_len=0"),
         ({"max_model_len": 300}, "more than the model's context of 127"),
         ({"max_model_len": 99, "kv_cache_memory_bytes": 9000}, "fewer than max_model_len=99"),
-        ({"kv_cache_memory_bytes": 7}, "hold no page"),
+        ({"kv_cache_memory_bytes": 7}, "do not hold one page"),
         ({"max_num_seqs": 0}, "max_num_seqs=0"),
         ({"max_lora": 3}, "LLM has no field 'max_lora'; did you mean 'max_loras'"),
         ({"max_num_seqs": "x"}, "LLM: max_num_seqs='x' must be a whole number"),

@@ -69,7 +69,7 @@ def test_answers_are_those_of_generate_alone_and_in_a_crowd(kind, tokenizer, cap
     runner = llm.engine.runner
     assert isinstance(runner, OwnCacheRunner)
     assert runner.caching.way is WAYS.get(kind, Way.AT_ONCE)
-    assert "keeps its sequences in transformers' own caches, one each" in caplog.text
+    assert "keeps each sequence in a cache of transformers' own" in caplog.text
     assert answers(llm, PROMPTS[:1]) == own[:1]
     assert answers(llm, PROMPTS) == own  # three requests, two at a time, prompts in parts
     mixed = answers(llm, [PROMPTS[1]] * 2, lora_request=[LoRARequest("a", 1, str(tmp_path)), None])

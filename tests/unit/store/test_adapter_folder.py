@@ -237,7 +237,7 @@ def test_values_in_a_dtype_that_no_adapter_is_trained_in(folder: Path, dtype: to
     key = KEY.format(1, "v_proj", "B")
     change_tensors(folder, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
     said = refused(folder)
-    assert f"dtype {str(dtype).removeprefix('torch.')} where an adapter's values are in one of float32, " in said
+    assert f"dtype {str(dtype).removeprefix('torch.')}, but an adapter's values must have one of float32, " in said
     assert said.endswith(key)
 
 

@@ -55,7 +55,8 @@ def test_a_finished_run_is_told_as_such(tmp_path):
     (tmp_path / "run" / "adapter").mkdir()
     (tmp_path / "run" / "run.json").write_text(json.dumps({"status": "finished", "recipe": {}}))
     with pytest.raises(
-        ConfigError, match=r"a finished run: choose another output .* more steps with --resume; adapter.from trains"
+        ConfigError,
+        match=r"a finished run: choose another output .* more steps with --resume; to train its adapter further",
     ):
         require_fresh(tmp_path / "run", resume=False)
 
@@ -77,7 +78,9 @@ def test_a_run_with_checkpoints_leads_to_resume_and_its_adapter_to_another_outpu
         (tmp_path / "run" / saved).mkdir()
     with pytest.raises(ConfigError, match=r"holds the checkpoints of a run: continue it with --resume") as error:
         require_fresh(tmp_path / "run", resume=False)
-    assert ("adapter.from trains its adapter on, in another output" in str(error.value)) == (saved == "adapter")
+    assert (
+        "to train its adapter further, name it as adapter.from in a recipe with another output" in str(error.value)
+    ) == (saved == "adapter")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +144,7 @@ def test_a_gpu_that_fails_before_the_first_checkpoint(values, monkeypatch):
     recipe = parse_recipe(values)
     trainer = make_trainer(recipe)
     monkeypatch.setattr(trainer, "training_step", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
-    with pytest.raises(OutOfMemoryError, match=r"behind step 0, and no checkpoint is there$"):
+    with pytest.raises(OutOfMemoryError, match=r"after step 0, and no checkpoint is there$"):
         carry_out(recipe, trainer)
 
 

@@ -132,7 +132,7 @@ def test_odd_settings_are_told(values, caplog, make_model, tmp_path):
     values["adapter"]["target_modules"] = ".*(lm_head|q_proj)"
     make_trainer(parse_recipe(values))
     assert "times the usual one of method lora" in caplog.text
-    assert "catches the output head, which is tied" in caplog.text
+    assert "matches the output head, which is tied" in caplog.text
 
 
 def test_pushing_offline_is_told_before_anything_is_loaded(values, monkeypatch):

@@ -164,9 +164,9 @@ class PageFile:
                 left, offset = left[written:], offset + written
         except OSError as error:
             raise DiskError(
-                f"no room for {tensor.nbytes:,} bytes of activations behind {self._end:,} others in {self.folder} "
-                f"({error.strerror}): make room there, choose a folder on a larger disk, or train without offload "
-                "(gradient checkpointing or a smaller batch save memory too)"
+                f"no room for {tensor.nbytes:,} bytes of activations after the {self._end:,} bytes written to "
+                f"{self.folder} ({error.strerror}): make room there, choose a folder on a larger disk, or train "
+                "without offload (gradient checkpointing or a smaller batch save memory too)"
             ) from error
 
     def _opened(self) -> int:

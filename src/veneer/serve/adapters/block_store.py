@@ -58,7 +58,7 @@ class BlockStore:
             _require_own(folder.stat(), stat.S_ISDIR)
         except (OSError, ValueError) as error:
             _LOG.warning(
-                "the folder %s keeps no packed adapters: %s. Let this user alone write to it, or give another "
+                "packed adapters are not kept in %s: %s. Let this user alone write to it, or give another "
                 "adapter_cache_dir", folder, error,
             )  # fmt: skip
             return None
@@ -76,7 +76,9 @@ class BlockStore:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            self._warn(path, error, "The adapter is read from its own folder. Delete the file if it stays as it is")
+            self._warn(
+                path, error, "The adapter is read from its own folder. Delete the file if this warning comes again"
+            )
             return None
 
     def keep(self, version: str, block: VersionBlock) -> None:

@@ -86,7 +86,7 @@ class Loader(Generic[Read]):
             refused, self._thread = [id for id, _ in self._queue], None
             self._queue.clear()
         for id in refused:
-            self._tell(Finished(id, ServingError(f"no thread could start that reads adapters: {reason}"), 0.0))
+            self._tell(Finished(id, ServingError(f"no thread that reads adapters could be started: {reason}"), 0.0))
 
     def _work(self) -> None:
         try:
@@ -116,7 +116,7 @@ def _finish(work: Callable[[], None]) -> None:
     """Do deferred work. A failure is only logged, because loads wait for the thread."""
     failed = _result(work)
     if failed is not None:
-        _LOG.error("work behind a load failed", exc_info=failed)
+        _LOG.error("a task after the load of an adapter failed", exc_info=failed)
 
 
 def _result(read: Callable[[], Read]) -> Read | BaseException:

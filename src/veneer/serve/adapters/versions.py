@@ -71,7 +71,7 @@ class Versions:
         if self._max_rank is not None and version.rank > self._max_rank:
             raise ConfigError(
                 f"adapter {request.lora_name!r} has rank {version.rank} and max_lora_rank is {self._max_rank}: raise "
-                "it, or leave it out, for ranks need no limit here"
+                "max_lora_rank, or leave it out: ranks need no limit here"
             )
         return version
 
@@ -95,7 +95,9 @@ class Versions:
             for part, _ in version.parts:
                 self.require_unchanged(part)
         elif self._read(Path(version.folder)).id != version.id:
-            raise FormatError(f"the adapter in {version.folder} was replaced while it was waited for: ask again")
+            raise FormatError(
+                f"the adapter in {version.folder} was replaced while a request waited for it: send the request again"
+            )
 
     def _read(self, folder: Path) -> AdapterVersion:
         stamp, key = _stamp(folder), str(folder)

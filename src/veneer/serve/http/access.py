@@ -61,7 +61,11 @@ class Access:
         key = self._key(scope)
         current_record().client = key.name  # of a refused request too
         if key.scopes.isdisjoint(needed):
-            told = "" if self._keys is not None else f": without keys, this machine alone has it, and {_why_far(scope)}"
+            told = (
+                ""
+                if self._keys is not None
+                else f": without keys, only requests from this machine have it, but {_why_far(scope)}"
+            )
             raise ForbiddenError(
                 f"{scope['method']} {scope['path']!r} needs a key with the scope {ADMIN if ADMIN in needed else INFER}"
                 + (told and f"{told}. Start the server with --keys")
@@ -88,7 +92,7 @@ class Access:
             return ANYBODY
         if not self._is_open and reason != _OLD:
             raise ForbiddenError(
-                f"this server has no keys and answers this machine alone, and {reason}. Start it with --keys FILE, or "
+                f"this server has no keys and answers this machine alone, but {reason}. Start it with --keys FILE, or "
                 "with --open if anybody may ask"
             )
         return _VISITOR
@@ -123,7 +127,7 @@ def _why_far(scope: Scope) -> str:
     headers = Headers(scope=scope)
     host = headers.get("host", "")
     if not _is_near(scope.get("client")):
-        return "the request comes from another one"
+        return "the request comes from another machine"
     if (sign := next(filter(_is_of_proxy, headers), None)) is not None:
         return f"the request comes through a proxy, as its header {sign} shows"
     if not _is_local(host):

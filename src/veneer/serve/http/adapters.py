@@ -300,7 +300,7 @@ def _beside(work: Callable[[], Result]) -> Future[Result]:
                 told.set_exception(error if isinstance(error, VeneerError) else FormatError(str(error)))
             finally:
                 if not told.done():  # of what is a defect, the log has the traceback
-                    told.set_exception(ServingError("the download ended with a defect of the server"))
+                    told.set_exception(ServingError("the download failed because of a defect in the server"))
 
     threading.Thread(target=run, name="veneer download", daemon=True).start()
     return told

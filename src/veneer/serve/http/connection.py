@@ -228,7 +228,7 @@ class Connection(HttpToolsProtocol):
         if self._n_chunks > limits.chunks + self._n_body // limits.chunk_bytes:
             self._why = BodyTooLargeError(
                 f"the body came in {self._n_chunks} chunks, most of them below {limits.chunk_bytes} bytes: send longer "
-                "ones, or its Content-Length"
+                "chunks, or send a Content-Length"
             )
             raise self._why  # ends the parser
 

@@ -181,7 +181,7 @@ def _require_of_all(method: str, path: str) -> None:
     if path.startswith("/v1/") and ADMIN in scopes_of(method, path) and method not in ("GET", "HEAD"):
         raise RefusedError(
             f"{method} {path!r} changes the adapters of one process, and this server has several: copy the adapter "
-            "into the folder of adapters, or take it away there. Each replica watches it."
+            "into the folder of adapters, or remove it there. Each replica watches that folder."
         )
 
 

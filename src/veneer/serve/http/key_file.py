@@ -115,10 +115,10 @@ def _require_guarded(path: Path) -> None:
     except OSError as error:
         raise _unread(path, error) from error
     if file & stat.S_IWOTH:
-        raise ConfigError(f"--keys {path} may be written by everybody, who can add keys: run `chmod o-w {path}`")
+        raise ConfigError(f"--keys {path} can be written by everybody, so anybody can add keys: run `chmod o-w {path}`")
     if folder & stat.S_IWOTH and not folder & stat.S_ISVTX:
         raise ConfigError(
-            f"--keys {path} may be replaced by everybody, since everybody may write its folder: run "
+            f"--keys {path} can be replaced by everybody, because everybody can write its folder: run "
             f"`chmod o-w {path.resolve().parent}`"
         )
 

@@ -58,7 +58,7 @@ _HELP = {
     "adapter_generation_tokens": "Tokens of an adapter's answers.",
     "adapter_loads": "Loads of an adapter.",
     "adapter_load_seconds": "Time that the loads of an adapter took.",
-    "adapter_evictions": "Times that an adapter gave its memory to others.",
+    "adapter_evictions": "Times that an adapter was evicted.",
     "adapter_loaded": "1 if an adapter is loaded; of other, how many are.",
     "adapter_bytes": "Memory of a loaded adapter.",
 }

@@ -281,7 +281,7 @@ class CompletionBody(Body):
         """Return the body's sampling parameters. Raises ConfigError; RefusedError for 0 tokens without ``echo``."""
         if self.max_tokens == 0 and not self.echo:
             raise RefusedError(
-                "max_tokens=0 asks for nothing without echo: set echo=true, or ask for a token", "max_tokens"
+                "max_tokens=0 returns nothing without echo: set echo=true, or max_tokens to at least 1", "max_tokens"
             )
         params = self.params(defaults, 1 if self.max_tokens == 0 else self.max_tokens, self.logprobs)
         if not self.scores_prompt:
@@ -379,7 +379,8 @@ class ChatBody(Body):
         taken = sorted(TEMPLATE_ARGUMENTS & more.keys())
         if taken:
             raise ConfigError(
-                f"chat_template_kwargs holds {', '.join(taken)}: only what the chat template itself reads goes there"
+                f"chat_template_kwargs holds {', '.join(taken)}: only variables that the chat template itself reads "
+                "are allowed there"
             )
         own = {} if self.chat_template is None else {"chat_template": self.chat_template}
         shown = {

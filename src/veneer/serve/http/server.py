@@ -71,10 +71,10 @@ class Server(uvicorn.Server):
         if self._lifecycle.is_draining and not self._has_told:
             self._has_told = True
             if self._lifecycle.n_in_flight:
-                told = "stopping: %d in flight have %g s to end; a second signal ends them at once"
+                told = "stopping: requests in flight (%d) have %g s to end; a second signal ends them at once"
                 _LOG.warning(told, self._lifecycle.n_in_flight, self._drain_seconds)
             else:
-                _LOG.warning("stopping: nothing is in flight")
+                _LOG.warning("stopping: no request is in flight")
         if self._lifecycle.is_drained and not self.should_exit:
             super().handle_exit(signal.SIGTERM, None)
         return await super().on_tick(counter)
@@ -83,7 +83,7 @@ class Server(uvicorn.Server):
         """End every request with an error that gives the reason, and disconnect clients that do not read it."""
         n_ended = self._engine.end_all()
         if n_ended:
-            _LOG.warning("stopping: %d in flight ended with an error that says so", n_ended)
+            _LOG.warning("stopping: requests in flight (%d) ended with an error that gives this reason", n_ended)
         asyncio.get_running_loop().call_later(_CUT_OFF_SECONDS, self._cut_off)
         await super().shutdown(sockets)
 

@@ -78,8 +78,8 @@ class Service:
         """Raise RefusedError for a request's own chat template, unless the server trusts such templates."""
         if template is not None and not self.limits.trust_request_templates:
             raise RefusedError(
-                "chat_template is refused: it is a program, and this server runs none of its clients'. Leave it out, "
-                "or start the server with --trust-request-templates",
+                "chat_template is refused: a template is a program, and this server runs no programs of its clients. "
+                "Leave it out, or start the server with --trust-request-templates",
                 "chat_template",
             )
 
@@ -136,6 +136,7 @@ class Service:
             return named
         if named is not None:
             raise ConfigError(
-                f"model={body.model!r} is an adapter, and the field adapter is a mix: name it there too, with a weight"
+                f"model={body.model!r} is an adapter, but the field adapter gives a mix: name the adapter in the mix, "
+                "with a weight"
             )
         return self.catalogue.mix(body.adapter)

@@ -109,7 +109,7 @@ class PromptReader:
             return given
         if len(self.templates) > 1:
             raise ConfigError(
-                "the adapters of this mix were trained with other chat templates than one another: give "
+                "the adapters of this mix were trained with different chat templates: give "
                 "chat_template, or a prompt that is plain text"
             )
         return self.templates[0]

@@ -84,7 +84,7 @@ class Readers:
                 return self._reader(base, template)
             own = read_tokenizer(folder)
         except FormatError as error:
-            _LOG.warning("%s. Until then the base's reads its plain prompts", error)
+            _LOG.warning("%s. Until then plain prompts for this adapter are read by the base's tokenizer", error)
             if self._template is not None:
                 return self._reader(base, self._template)
             return self._reader(base, None, no_chat=str(error))
@@ -107,7 +107,7 @@ def _joined(mix: LoRARequest, readers: Sequence[PromptReader]) -> PromptReader:
     others = [reader for reader in readers if reader.tokenizer.get_added_vocab() != tokenizer.get_added_vocab()]
     if others:
         raise ConfigError(
-            f"the adapters of {mix.lora_name!r} were trained with other tokens than one another: ask for one at a time"
+            f"the adapters of {mix.lora_name!r} were trained with different tokenizers: ask for one at a time"
         )
     templates = [reader.templates or (_template_of(reader.tokenizer),) for reader in readers]
     own = dict.fromkeys(template for each in templates for template in each if template is not None)

@@ -98,7 +98,7 @@ class OwnCodeRunner(DrawingRunner):
 
     def load(self, version: str, adapter: StoredFolder | StoredMix) -> None:
         told = ", ".join(map(str, adapter.folders))
-        _LOG.info("%s is loaded into the model itself: all wait for it", told)
+        _LOG.info("%s is loaded into the model itself: all requests wait until that is done", told)
         if isinstance(adapter, StoredMix):
             self._load_mix(version, adapter)
         else:

@@ -59,8 +59,8 @@ class OwnCacheRunner(OwnCodeRunner):
         config = self.model.peft_config[version]
         if self.encodes and (config.virtual_tokens or config.invocation_tokens):
             raise CompositionError(
-                f"{type(self.model).__name__} has an encoder and a decoder, and the adapter acts on a part of one: "
-                "serve another adapter, or generate with the model itself"
+                f"{type(self.model).__name__} has an encoder and a decoder, but the adapter acts on a part of a "
+                "sequence: serve another adapter, or generate with the model itself"
             )
         if self.caching.way is Way.ANEW and self.model.peft_config[version].invocation_tokens:
             raise CompositionError(

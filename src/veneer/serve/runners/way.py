@@ -37,7 +37,8 @@ def way_of(model: PreTrainedModel) -> tuple[Way | None, KeptBytes]:
 
 def _tell_own_caches(model: PreTrainedModel, reason: str, way: Way, kept: KeptBytes) -> None:
     _LOG.warning(
-        "%s keeps its sequences in transformers' own caches, one each and one pass each, for %s. A sequence takes "
-        "%s and %s a token; after its first pass it computes %s. There is no prefix caching and no speculation",
+        "%s keeps each sequence in a cache of transformers' own and computes it in a pass of its own. The reason: %s. "
+        "A sequence takes %s, and %s for each token. After its first pass it computes %s. Prefix caching and "
+        "speculation are off",
         type(model).__name__, reason, size(kept.sequence), size(kept.position), way.value,
     )  # fmt: skip

@@ -127,7 +127,10 @@ class SamplingParams(metaclass=Keywords):
             f"{name}={getattr(self, name)!r} must be {allowed}" for name, allowed, good in self._ranges() if not good
         ]
         if self.greedy and self.n > 1:
-            said.append(f"n={self.n} with temperature={self.temperature}: the likeliest answer is one, use n=1")
+            said.append(
+                f"n={self.n} with temperature={self.temperature}: all n answers would be equal. Use n=1, or a "
+                "temperature above 0"
+            )
         if not all(self.stop_strings):
             said.append(f"stop={self.stop!r} holds an empty string, which would end every answer")
         if self.stop_strings and not self.detokenize:

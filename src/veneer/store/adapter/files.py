@@ -44,7 +44,7 @@ def unusable(tensors: Mapping[str, Tensor], whole: Collection[str] = ()) -> dict
         dtypes = WHOLE_DTYPES if key in whole else VALUE_DTYPES
         if value.dtype not in dtypes:
             allowed = ", ".join(_name(dtype) for dtype in dtypes)
-            found[key] = f"dtype {_name(value.dtype)} where an adapter's values are in one of {allowed}"
+            found[key] = f"dtype {_name(value.dtype)}, but an adapter's values must have one of {allowed}"
         elif not together and not is_finite(value):
             found[key] = "holds NaN or infinity"
     return found

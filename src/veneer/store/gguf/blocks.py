@@ -78,7 +78,7 @@ def described_file(folder: Path) -> BlockFile | None:
     path = Path(held["file"])
     if not path.is_file():
         raise FormatError(
-            f"{path} is gone: it holds the weights of this model, which are used as they lie in the file. Put it back, "
+            f"{path} is gone: it holds the weights of this model, which are read from it in every pass. Put it back, "
             "or give its new path as the model."
         )
     if [path.stat().st_size, path.stat().st_mtime_ns] != held["stamp"]:

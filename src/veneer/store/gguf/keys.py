@@ -14,8 +14,9 @@ from veneer.store.gguf.fields import LENGTH, ROTARY_WIDTH, WINDOW_PATTERN, Field
 from veneer.store.gguf.rope import Scaling, said_scaling
 
 _CUT = (
-    "every layer sees the last {length} tokens only (sliding_window), which the runtime does not know: the file says "
-    "context_length {length} instead of {longest}, up to which answers are the model's; beyond, they are not"
+    "every layer sees only the last {length} tokens (sliding_window), but the runtime has no such window: the file "
+    "says context_length {length} instead of {longest}. Up to {length} tokens answers equal the model's; beyond, they "
+    "differ"
 )
 _KINDS = {int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, bool: GGUFValueType.BOOL}
 

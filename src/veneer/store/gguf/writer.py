@@ -178,7 +178,7 @@ class GgufFileWriter:
         if not self._new:
             return UNCHANGED
         if len(self._new) == len(self.paths):
-            return "The new file is in its place and whole; older parts of its name are there still: delete them."
+            return "The new file is complete. Parts of an older file of this name remain beside it: delete them."
         names = ", ".join(path.name for path in self._new)
         return (
             f"Only {names} {'is' if len(self._new) == 1 else 'are'} new, of {len(self.paths)} parts: the set is not "

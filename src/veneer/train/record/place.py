@@ -56,7 +56,11 @@ def require_unused(output: Path, resume: Resume) -> None:
     if continues(output, resume) or (resume and record is not None):
         return
     saved = [name for name in (ADAPTER, MODEL) if (output / name).exists()]
-    further = "; adapter.from trains its adapter on, in another output" if saved[:1] == [ADAPTER] else ""
+    further = (
+        "; to train its adapter further, name it as adapter.from in a recipe with another output"
+        if saved[:1] == [ADAPTER]
+        else ""
+    )
     if record is not None and record["status"] == "finished" and saved:
         longer = ", or go on to more steps with --resume" if holds_checkpoints(output) else ""
         raise ConfigError(f"{output} holds a finished run: choose another output (--set output=…){longer}{further}")

@@ -91,8 +91,8 @@ def told_life(record: Mapping[str, Any]) -> str:
     return {
         "over": str(record["status"]),
         "runs": f"running ({where})",
-        "gone": f"broken off without a word: it says running, but {where} is gone",
-        "elsewhere": f"running, as it says, by {where}; from here that cannot be seen",
+        "gone": f"ended unexpectedly: its record says running, but {where} is gone",
+        "elsewhere": f"running in {where}, by its record; that cannot be checked from this machine",
     }[life_of(record)]
 
 

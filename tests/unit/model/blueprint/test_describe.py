@@ -113,9 +113,9 @@ def test_roles_of_a_block() -> None:
     ("config", "path", "reason"),
     [
         (BloomConfig(hidden_size=42, n_layer=2, n_head=3, apply_residual_connection_post_layernorm=True),
-         "transformer", "the stream goes on from its norms"),
+         "transformer", "the residual stream continues from the outputs of its norms"),
         (OPTConfig(do_layer_norm_before=False, word_embed_proj_dim=42, **OPT),
-         "model.decoder", "its norms stand behind the sums"),
+         "model.decoder", "its norms come after the residual sums"),
         (OPTConfig(word_embed_proj_dim=30, **OPT), "", "holds model.decoder.project_in, model.decoder.project_out"),
         (StableLmConfig(qk_layernorm=True, **WIDE, **rope({"partial_rotary_factor": 0.3})),
          "model.layers.0.self_attn", "the norms q_layernorm and k_layernorm"),

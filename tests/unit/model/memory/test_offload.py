@@ -127,7 +127,7 @@ assert torch.equal(file.read(first), torch.ones(16_000))
 """
     done = program(script, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "told: no room for 64,000 bytes of activations behind 65,536 others" in done.stdout
+    assert "told: no room for 64,000 bytes of activations after the 65,536 bytes written to " in done.stdout
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -87,7 +87,7 @@ def test_files_replaced_while_a_request_waits_for_them(llm, tmp_path):
     save_adapter(folder, LoraConfig(r=3, target_modules=["q_proj"]), seed=2)
     [output] = llm.wait_for_completion(use_tqdm=False)
     assert isinstance(output.error, FormatError)
-    assert "was replaced while it was waited for" in str(output.error)
+    assert "was replaced while a request waited for it" in str(output.error)
 
 
 def test_equal_content_is_loaded_once_and_unloading_frees_it(base_folder, adapters, tmp_path):

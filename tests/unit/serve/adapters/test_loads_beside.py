@@ -197,7 +197,7 @@ def test_replaced_while_it_is_read(llm, reader, tmp_path):
     [new] = ask(llm, request)
     reader.may.set()
     told = {output.request_id: output for output in llm.wait_for_completion(use_tqdm=False)}
-    assert "was replaced while it was waited for" in str(told[old].error)
+    assert "was replaced while a request waited for it" in str(told[old].error)
     assert told[new].outputs[0].finish_reason == "length"
     assert one(llm, request) == told[new].outputs[0].token_ids
 
@@ -422,7 +422,7 @@ def test_adapters_of_the_general_runner_share_the_pages(adapters, tokenizer, mon
     with caplog.at_level(logging.INFO, "veneer"):
         outputs = llm.generate(prompts, GREEDY, lora_request=asked, use_tqdm=False)
     assert [output.outputs[0].token_ids for output in outputs] == expected
-    assert "all wait for it" in caplog.text
+    assert "all requests wait until that is done" in caplog.text
     store, slots = llm.engine.runner.cache.store, llm.engine.runner.general.store
     start, stop = store.data.data_ptr(), store.data.data_ptr() + store.data.nbytes
     assert all(start <= x.data_ptr() < stop for pair in slots.layers.values() for x in pair)

@@ -173,7 +173,7 @@ def test_new_files_of_a_part_are_another_mix(adapters, tokenizer, tmp_path):
     first, version = answers(llm, mix), llm.engine.versions.of(mix)
     shutil.rmtree(part.path)
     save_adapter(tmp_path / "part", config, seed=22)
-    with pytest.raises(FormatError, match="replaced while it was waited for"):
+    with pytest.raises(FormatError, match="replaced while a request waited for it"):
         llm.engine.versions.require_unchanged(version)
     assert answers(llm, mix) != first
     assert len(llm.engine.runner.loaded) == 1

@@ -219,7 +219,7 @@ def test_chunks_of_a_body_are_counted(patient):
     chunked = closing(POST + b"Transfer-Encoding: chunked\r\n")
     assert b'{"n":7000,' in patient.ask(chunked + b"1\r\nx\r\n" * 3_800 + b"c80\r\n" + b"y" * 3_200 + b"\r\n0\r\n\r\n")
     status, message = told(patient.ask(chunked + b"1\r\nx\r\n" * 60_000))
-    assert (status, "most of them below 64 bytes: send longer ones" in message) == (413, True)
+    assert (status, "most of them below 64 bytes: send longer chunks" in message) == (413, True)
 
 
 @pytest.mark.parametrize("line", [b"CONNECT x:80", b"GET http://[", b"GET /\xc3\xa9"])

@@ -239,17 +239,20 @@ def test_a_file_that_everybody_may_write_or_replace_is_refused(tmp_path, caplog)
     keys = Keys(file)
     file.chmod(0o666)
     with pytest.raises(
-        ConfigError, match=r"may be written by everybody, who can add keys: run `chmod o-w .*keys.json`"
+        ConfigError, match=r"can be written by everybody, so anybody can add keys: run `chmod o-w .*keys.json`"
     ):
         read_keys(file)
     with caplog.at_level(logging.ERROR, "uvicorn.error"):
         write(file, {"name": "mallory"})
         keys.look()
     assert (keys.find("alice") is None, keys.find("mallory") is None) == (False, True)
-    assert "may be written by everybody" in caplog.text
+    assert "can be written by everybody" in caplog.text
     file.chmod(0o600)
     folder.chmod(0o777)
-    with pytest.raises(ConfigError, match=r"may be replaced by everybody, .* run `chmod o-w .*/keys`"):
+    with pytest.raises(
+        ConfigError,
+        match=r"can be replaced by everybody, because everybody can write its folder:  run `chmod o-w .*/keys`",
+    ):
         read_keys(file)
     folder.chmod(0o1777)
     assert len(read_keys(file)) == 1

@@ -368,13 +368,13 @@ def test_what_is_refused_without_keys_is_told(tmp_path):
     told = json.loads(sent[1]["body"])["error"]
     assert (told["type"], told["code"]) == ("PermissionDeniedError", 403)
     assert told["message"] == (
-        "this server has no keys and answers this machine alone, and the request names the server 'evil.example', not "
+        "this server has no keys and answers this machine alone, but the request names the server 'evil.example', not "
         "localhost. Start it with --keys FILE, or with --open if anybody may ask"
     )
     sent = answered("127.0.0.1", "/metrics", {"via": "1.1 x"}, is_open=True)
     assert json.loads(sent[1]["body"])["error"]["message"] == (
-        "POST '/metrics' needs a key with the scope admin: without keys, this machine alone has it, and the request "
-        "comes through a proxy, as its header via shows. Start the server with --keys"
+        "POST '/metrics' needs a key with the scope admin: without keys, only requests from this machine have it, but "
+        "the request comes through a proxy, as its header via shows. Start the server with --keys"
     )
 
 

@@ -247,8 +247,8 @@ def test_what_has_not_ended_when_the_time_is_over_ends_with_an_error(base_folder
     assert "is being stopped" in stream.events()[-1]["error"]["message"]
     server.thread.join(PATIENCE)
     said = capfd.readouterr().err
-    assert "stopping: 1 in flight have 0 s to end; a second signal ends them at once" in said
-    assert "stopping: 1 in flight ended with an error that says so" in said
+    assert "stopping: requests in flight (1) have 0 s to end; a second signal ends them at once" in said
+    assert "stopping: requests in flight (1) ended with an error that gives this reason" in said
 
 
 def test_a_second_signal_ends_all(base_folder, tmp_path, monkeypatch):

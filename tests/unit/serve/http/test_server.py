@@ -358,7 +358,7 @@ def test_a_client_that_goes_away_ends_its_request(server):
         ("completions", {"prompt": "x" * 127}, "maximum context length is 127", None),
         ("completions", {"prompt": [999]}, "no token ids", None),
         ("completions", {"prompt": "x", "max_tokens": -1}, "max_tokens=-1 must be at least 1, or null", "max_tokens"),
-        ("completions", {"prompt": "x", "max_tokens": 0}, "asks for nothing without echo: set echo=true", "max_tokens"),
+        ("completions", {"prompt": "x", "max_tokens": 0}, "returns nothing without echo: set echo=true", "max_tokens"),
         ("completions", {"prompt": "x", "structured_outputs": {"regex": "("}}, "structured_outputs cannot be", None),
         ("completions", {"prompt": "x", "response_format": NO_SCHEMA}, "response_format cannot be compiled", None),
         ("completions", {"prompt": "x", "structured_outputs": {"yaml": "("}}, "no field 'yaml'", None),

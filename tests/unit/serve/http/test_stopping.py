@@ -69,7 +69,9 @@ def test_a_server_that_is_stopped_tells_who_waits(base_folder, folder, monkeypat
     assert "is being stopped" in told["message"]
     assert found == [(500, {"error": told})]
     said = capfd.readouterr().err
-    assert " ".join(said.split()) == "WARNING: stopping: 2 in flight ended with an error that says so"
+    assert (
+        " ".join(said.split()) == "WARNING: stopping: requests in flight (2) ended with an error that gives this reason"
+    )
 
 
 def test_a_client_that_does_not_read_is_cut_off_when_the_server_stops(base_folder, folder, monkeypatch, capfd):

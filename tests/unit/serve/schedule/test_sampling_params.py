@@ -63,7 +63,7 @@ def test_unknown_fields_name_the_nearest_known_one():
 
 
 def test_greedy_answers_are_one():
-    with pytest.raises(ConfigError, match="use n=1"):
+    with pytest.raises(ConfigError, match=r"all n answers would be equal\. Use n=1"):
         SamplingParams(n=2, temperature=0)
     assert SamplingParams(temperature=9e-6).greedy
     assert not SamplingParams(temperature=2e-5).greedy

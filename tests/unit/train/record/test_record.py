@@ -50,8 +50,8 @@ def test_a_run_that_trains_is_let_alone(other, tmp_path):
 
 def test_it_is_told_how_a_run_stands(other):
     assert told_life(running(**other)) == f"running (process {other['pid']} on {socket.gethostname()})"
-    assert "broken off without a word: it says running, but process 4194303" in told_life(running(pid=2**22 - 1))
-    assert "from here that cannot be seen" in told_life(running(host="elsewhere"))
+    assert "ended unexpectedly: its record says running, but process 4194303" in told_life(running(pid=2**22 - 1))
+    assert "by its record; that cannot be checked from this machine" in told_life(running(host="elsewhere"))
     assert told_life({"status": "diverged"}) == "diverged"
 
 

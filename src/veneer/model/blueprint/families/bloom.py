@@ -7,7 +7,7 @@ from veneer.model.blueprint.family import Family
 
 def _strange(config: Any) -> str | None:
     if config.apply_residual_connection_post_layernorm:
-        return "the stream goes on from its norms (apply_residual_connection_post_layernorm)"
+        return "the residual stream continues from the outputs of its norms (apply_residual_connection_post_layernorm)"
     return None
 
 

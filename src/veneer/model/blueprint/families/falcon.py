@@ -11,7 +11,7 @@ from veneer.model.blueprint.names import COMMON, Names, NormNames
 
 def _strange(config: Any) -> str | None:
     if config.attention_dropout and not config.parallel_attn:
-        return "its blocks drop what attention adds (attention_dropout)"
+        return "its blocks apply dropout to the output of attention (attention_dropout)"
     return None
 
 

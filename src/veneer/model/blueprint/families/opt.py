@@ -6,7 +6,11 @@ from veneer.model.blueprint.family import Family
 
 
 def _strange(config: Any) -> str | None:
-    return None if config.do_layer_norm_before else "its norms stand behind the sums (do_layer_norm_before=False: 350m)"
+    return (
+        None
+        if config.do_layer_norm_before
+        else "its norms come after the residual sums (do_layer_norm_before=False: 350m)"
+    )
 
 
 FAMILY = Family(model_types=("opt",), strange=_strange)
