@@ -180,8 +180,9 @@ class _Judge:
             raise RewardError(f"{self._told} raised {_raised(error)}") from error
 
     async def _listed_later(self, **row: Any) -> Any:
-        """Return an asynchronous function's result. If it is a generator, run the generator on a thread, off the event
-        loop.
+        """Await an asynchronous reward function, and return its result.
+
+        If the result is a generator, it is run on a thread, off the event loop.
         """
         found = await self.function(**row)
         if not isinstance(found, Iterator):

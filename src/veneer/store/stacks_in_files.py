@@ -91,7 +91,7 @@ def new_stacks(model: PreTrainedModel, config: QuantizationConfig, skip: Sequenc
 
 
 class _Every(dict[str, str]):
-    """Mapping that holds every name: each is the same in the files as in transformers."""
+    """Mapping that contains every name and maps it to itself: names in the files are those of transformers."""
 
     def __contains__(self, name: object) -> bool:
         return True

@@ -48,7 +48,8 @@ def match(parts: Parts, text: str, at: int, names: Collection[str], *, final: bo
     """Match a format's parts at offset ``at`` of a text. ``names`` are the functions that may be called. ``final``: no
     more text follows.
 
-    If the format has white space somewhere, any amount of it matches; so it does next to brackets, commas and colons.
+    White space in the format matches any amount of white space in the text, and so do places beside brackets, commas
+    and colons.
     """
     values = dict[Slot, str]()
     loose = False

@@ -251,7 +251,7 @@ def test_a_file_that_everybody_may_write_or_replace_is_refused(tmp_path, caplog)
     folder.chmod(0o777)
     with pytest.raises(
         ConfigError,
-        match=r"can be replaced by everybody, because everybody can write its folder:  run `chmod o-w .*/keys`",
+        match=r"can be replaced by everybody, because everybody can write its folder: run `chmod o-w .*/keys`",
     ):
         read_keys(file)
     folder.chmod(0o1777)
