@@ -115,7 +115,7 @@ def _shared(model: nn.Module, inputs: dict[str, Any]) -> SharedRows | None:
 def _tell_apart(model: nn.Module, reason: str) -> None:
     if model not in _TOLD:
         _TOLD.add(model)
-        log.info("answers to one prompt compute it each, and not once for all: %s", reason)
+        log.info("each answer computes its prompt again, instead of once for all answers to it: %s", reason)
 
 
 def _scores_of_shared(model: nn.Module, rows: SharedRows, shape: torch.Size, scoring: PreferenceScoring) -> TokenScores:

@@ -154,8 +154,8 @@ def _of_own_code(model: PreTrainedModel) -> KeptBytes:
         if not model.config.is_encoder_decoder and _computes_whole(model):
             return kept_bytes(model, Way.ANEW)
         raise ConfigError(
-            f"{type(model).__name__} keeps something that cannot be counted without its weights ({error}). Start the "
-            "server: it tells the bytes of a sequence and of a token"
+            f"{type(model).__name__} keeps a state whose bytes cannot be counted without weights ({error}). Start the "
+            "server, which reports the bytes of a sequence and of a token"
         ) from error
 
 

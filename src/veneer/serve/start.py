@@ -154,7 +154,7 @@ class EngineOptions(metaclass=Keywords):
 
     def _problems(self) -> list[str]:
         said = [
-            f"{name}={getattr(self, name)!r} cannot be honoured, only {list(allowed)}: {reason}"
+            f"{name}={getattr(self, name)!r} is not supported, only {list(allowed)}: {reason}"
             for name, (allowed, reason) in _ONLY.items()
             if getattr(self, name) not in allowed
         ]

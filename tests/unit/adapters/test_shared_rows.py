@@ -155,7 +155,7 @@ def test_who_computes_rows_apart(monkeypatch, caplog):
     with caplog.at_level(logging.INFO), torch.no_grad():
         for _ in range(2):
             token_scores(apart["not run fused"], batch(), PreferenceScoring())
-    assert caplog.text.count("compute it each") == 1
+    assert caplog.text.count("each answer computes its prompt again") == 1
 
 
 def hooked(model):

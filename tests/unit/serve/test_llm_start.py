@@ -25,8 +25,8 @@ from .test_own_cache import made
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 cannot be honoured"),
-        ({"quantization": "awq"}, "quantization='awq' cannot be honoured"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not supported, only"),
+        ({"quantization": "awq"}, "quantization='awq' is not supported, only"),
         ({"gpu_memory_utilization": 1.5}, "at most 1"),
         ({"max_loras": 3, "max_cpu_loras": 2}, "at least max_loras"),
         ({"max_model_len": 0}, "max_model_len=0"),

@@ -31,8 +31,8 @@ from veneer.store.gguf.writer import TensorSpec, file_nbytes
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 _EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
 _HEAD_UNREAD = (
-    "it has a head apart from its embeddings, which the runtime never reads: it would compute with the embeddings "
-    "without a word. Train an adapter that leaves lm_head alone"
+    "it has a head apart from its embeddings, which the runtime never reads: it would use the embeddings instead, and "
+    "give no error. Train an adapter that leaves lm_head alone"
 )
 
 

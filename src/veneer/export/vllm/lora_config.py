@@ -70,7 +70,7 @@ def _reasons(path: str, record: LinearDelta, site: LinearSite, snapshot: Snapsho
     if text_name(path) is None:
         yield "belongs to a tower of images or sound, whose updates vLLM leaves out in silence"
     if name in CLASSIFIERS:
-        yield "is a classifier, which both take whole or not at all"
+        yield "is a classifier, which vLLM and LoRAX take whole or not at all"
     if name in MODEL_ENDS or site.kind == "embedding" or (snapshot is not None and path in snapshot.heads):
         if snapshot is not None and len(snapshot.tied) > 1 and path in snapshot.tied:
             yield "is tied (embeddings and head are one), so that an update of one would reach both"

@@ -143,7 +143,7 @@ def _beside_parts(source: BlockSource, block: nn.Module) -> list[Strange]:
     """
     names = [name for name, _ in block.named_buffers(recurse=False)]
     names += [name for name in vars(block) if name.endswith("_alpha_factor")]
-    told = f"it holds {', '.join(names)}, which the description has no words for" if names else None
+    told = f"it holds {', '.join(names)}, which the model description does not cover" if names else None
     odd = told or (None if source.listed else odd_in_forward(block))
     return [] if odd is None else [Strange(path=source.path(block), reason=odd)]
 

@@ -62,7 +62,7 @@ def named_activation(module: nn.Module) -> str | None:
 def _odd(kind: Hashable) -> str | None:
     forward = inspect.unwrap(cast(Any, kind).forward)
     called = [name for name in forward.__code__.co_names if isinstance(forward.__globals__.get(name), FunctionType)]
-    return f"its forward calls {', '.join(called)}, which the description has no words for" if called else None
+    return f"its forward calls {', '.join(called)}, which the model description does not cover" if called else None
 
 
 @functools.cache

@@ -84,4 +84,4 @@ def undescribed(
     )
     if rest:
         shown = ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
-        yield Strange(path=source.path(module), reason=f"it holds {shown}, which the description has no words for")
+        yield Strange(path=source.path(module), reason=f"it holds {shown}, which the model description does not cover")

@@ -82,7 +82,7 @@ def require_known(method: str, settings: Settings, known: Collection[str], probl
     said = [f"{name}={settings[name]!r:.80} is unknown" for name in unknown] + list(problems)
     if said:
         raise ConfigError(
-            f"quantization_config of config.json ({method}) cannot be honoured: {'; '.join(said)}. Correct it, or load "
+            f"quantization_config of config.json ({method}) is not supported: {'; '.join(said)}. Correct it, or load "
             "a 16-bit copy of the model"
         )
 

@@ -95,7 +95,7 @@ def test_a_classifier_has_no_head() -> None:
     decoder = describe(LlamaForSequenceClassification(LlamaConfig(**SIZES)))
     assert decoder.head is None
     assert decoder.other == (
-        Strange(path="", reason="it holds score, which the description has no words for"),
+        Strange(path="", reason="it holds score, which the model description does not cover"),
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def test_a_text_half_turns_by_its_own_frequencies_and_not_by_a_towers(name: str,
 @pytest.mark.looped(
     ("name", "reason"),
     [
-        ("beam", "its forward calls depth_scaled_residual_add, which the description has no words for"),
+        ("beam", "its forward calls depth_scaled_residual_add, which the model description does not cover"),
         ("classes/eurobert", "it attends to later tokens too"),
     ],
 )

@@ -153,7 +153,7 @@ def test_a_head_in_int8(folder, tmp_path, general, tie):
 
 
 def test_a_head_is_kept_in_int8_or_as_it_is(folder, tokenizer):
-    with pytest.raises(ConfigError, match="quantize_head='nf4' cannot be honoured"):
+    with pytest.raises(ConfigError, match="quantize_head='nf4' is not supported, only"):
         LLM(folder, quantize_head="nf4")
     with pytest.raises(ConfigError, match="quantize_head='int8' is for a model that is loaded here"):
         LLM(make_model("wide"), tokenizer=tokenizer, quantize_head="int8")
