@@ -30,7 +30,7 @@ class Result(Protocol):
     done: bool
 
 
-class Client(Protocol):
+class EnvClient(Protocol):
     """Synchronous ``GenericEnvClient`` of OpenEnv: one session, in which actions are mappings of JSON."""
 
     def reset(self, **options: Any) -> Result: ...
@@ -62,7 +62,7 @@ def served(url: str) -> type:
         ) from error
 
 
-def environment(connect: Callable[[], Client], action: Mapping[str, Any]) -> type:
+def environment(connect: Callable[[], EnvClient], action: Mapping[str, Any]) -> type:
     """Return a class of environments whose public methods are the tools of an OpenEnv environment.
 
     ``action`` is the JSON schema of its actions. If they are calls of tools (MCP), each tool is a method; else one
@@ -91,9 +91,9 @@ def environment(connect: Callable[[], Client], action: Mapping[str, Any]) -> typ
 class OpenEnv:
     """A session of an OpenEnv environment, with TRL's ``reset`` and ``get_reward``."""
 
-    def __init__(self, connect: Callable[[], Client]) -> None:
+    def __init__(self, connect: Callable[[], EnvClient]) -> None:
         self._connect = connect
-        self._client: Client | None = None
+        self._client: EnvClient | None = None
         self._reward, self._is_over = 0.0, False
 
     def reset(self, **row: Any) -> str:
@@ -120,7 +120,7 @@ class OpenEnv:
         return result.observation
 
 
-def _listed_tools(connect: Callable[[], Client]) -> Sequence[Mapping[str, Any]]:
+def _listed_tools(connect: Callable[[], EnvClient]) -> Sequence[Mapping[str, Any]]:
     client = connect()
     try:
         tools: Sequence[Mapping[str, Any]] = client.step({"type": "list_tools"}).observation["tools"]
