@@ -25,6 +25,7 @@ from veneer.recipe.known import declared_methods
 from veneer.recipe.readers import refuse_rows
 from veneer.recipe.sweep_part import PART
 from veneer.recipe.values import read_values, section
+from veneer.store.adapter.folder import is_alone, require_whole
 from veneer.store.found import require_found, require_model
 from veneer.train.record.place import Resume, refuse_place
 
@@ -160,7 +161,8 @@ def _refuse(values: Mapping[str, Any], recipe: Path, resume: Resume, *, n_proces
     if isinstance(teacher, str) and teacher != BASE:
         require_weights(teacher, "distill.teacher")
         require_found(teacher)
-        require_model(Path(teacher).expanduser())
+        folder = Path(teacher).expanduser()
+        require_whole(folder) if is_alone(folder) else require_model(folder)
 
 
 def _place(on: str | None, values: Mapping[str, Any], processes: int | None) -> RayCluster | None:

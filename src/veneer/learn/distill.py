@@ -33,7 +33,8 @@ _READERS = {
 
 
 class DistillTrainer(SFTTrainer):
-    """`SFTTrainer` whose loss is the divergence from a teacher: the base with another prompt, or another model.
+    """`SFTTrainer` whose loss is the divergence from a teacher: the base with another prompt, another adapter
+    of it, or another model.
 
     The base is the model with its adapter off. The teacher reads `DistillConfig.teacher_prompt` before each row's
     prompt; the student does not. In a share ``lmbda`` of the steps, the engine draws the answers by the adapter of that

@@ -11,11 +11,11 @@ from veneer.train.config import SFTConfig
 class DistillConfig(SFTConfig):
     """`SFTConfig` with the settings of distillation, in TRL's names. Raises ConfigError with all problems at once.
 
-    ``teacher`` is "base", which is the model with its adapter off, or the folder of another model with the same
-    vocabulary. ``teacher_prompt`` is the text that the teacher reads before each row's prompt. ``beta`` is 0 for the
-    forward KL divergence and 1 for the reverse one; between them it is a Jensen-Shannon divergence. ``lmbda`` is the
-    share of optimizer steps whose answers the student draws: with 0, every step uses the rows' own answers.
-    ``temperature`` divides the logits of student and teacher, and is the temperature of the draws.
+    ``teacher`` is "base", which is the model with its adapter off, the folder of another adapter of the base, or that
+    of another model with the same vocabulary. ``teacher_prompt`` is the text that the teacher reads before each row's
+    prompt. ``beta`` is 0 for the forward KL divergence and 1 for the reverse one; between them it is a Jensen-Shannon
+    divergence. ``lmbda`` is the share of optimizer steps whose answers the student draws: with 0, every step uses the
+    rows' own answers. ``temperature`` divides the logits of student and teacher, and is the temperature of the draws.
     ``max_completion_length`` is the longest drawn answer in tokens.
     """
 

@@ -1,4 +1,4 @@
-"""Teachers of distillation: the base of the student, or another model with the same vocabulary."""
+"""Teachers of distillation: the base of the student, another adapter of it, or another model of its vocabulary."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from veneer.adapters.peft_model import PeftModel
 from veneer.errors import ConfigError
 from veneer.model.sites.structure import evaluation
 from veneer.recipe.distill_checks import BASE
+from veneer.store.adapter.folder import is_alone
 from veneer.store.model_config import model_config
 from veneer.store.source import load_model, load_tokenizer, resolve
+from veneer.train.sweep.shared_base import twin
 
 Teacher = Callable[[Any], AbstractContextManager[nn.Module]]
 """Context of a pass by the teacher of a student, which gives the teacher's model."""
@@ -28,14 +31,20 @@ def base_of(student: Any) -> Iterator[nn.Module]:
 
 
 def teacher_of(source: str, student: PreTrainedModel, tokenizer: Any) -> Teacher:
-    """Return the teacher that ``source`` names: "base", or the model in a folder.
+    """Return the teacher that ``source`` names: "base", or the adapter or model in a folder.
 
-    Raises ConfigError for a model of another vocabulary, and the errors of `load_model`.
+    An adapter acts on the weights of the student's base, which stay in memory once. Raises ConfigError for a model of
+    another vocabulary, FormatError for an adapter of another base, and the errors of `load_model`.
     """
     if source == BASE:
         return base_of
-    _require_same_vocabulary(source, student, tokenizer)
-    other = load_model(source, device=student.device).eval().requires_grad_(False)
+    folder = Path(source).expanduser()
+    if is_alone(folder):
+        base = twin(student).unload()
+        other: nn.Module = PeftModel.from_pretrained(base, folder).eval()
+    else:
+        _require_same_vocabulary(source, student, tokenizer)
+        other = load_model(source, device=student.device).eval().requires_grad_(False)
 
     @contextmanager
     def alone(_: Any) -> Iterator[nn.Module]:

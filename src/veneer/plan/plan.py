@@ -123,8 +123,8 @@ def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
     shared = min(min(prompts, default=0), length - 1)
     if task == "distill" and args.teacher != "base":
         raise ConfigError(
-            f"distillation from another model is not planned (distill.teacher: {args.teacher}): its weights are loaded "
-            "beside the student's. A short run writes its memory and seconds to run.json"
+            f"distillation from another teacher than the base is not planned (distill.teacher: {args.teacher}): its "
+            "memory is not counted. A short run writes its memory and seconds to run.json"
         )
     if task == "distill":
         drawn = max(prompts, default=SEQUENCE) + args.max_completion_length if args.lmbda > 0 else 0

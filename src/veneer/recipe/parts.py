@@ -91,8 +91,8 @@ class DistillPart(_Part):
 
     teacher: str = Field(
         default="base",
-        description="`base`, which is the model without its adapter, or the folder of another model with the same "
-        "vocabulary",
+        description="`base`, which is the model without its adapter, or the folder of another adapter of the base, or "
+        "of another model with the same vocabulary",
     )
     teacher_prompt: str | None = Field(
         default=None,

@@ -135,7 +135,11 @@ def test_a_wrong_teacher_is_told_before_torch_is_imported(
     model_folder: Path, adapter_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
+    shutil.copytree(adapter_folder, tmp_path / "cut")
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
     teachers = [
+        (str(tmp_path / "cut"), "is damaged or was cut off ("),
         ("no_such_model", "'no_such_model'"),
         ("llama-3.1-8b", "distill.teacher: llama-3.1-8b is a preset of `veneer plan`, a shape without weights"),
         (str(tmp_path / "empty"), "empty holds no config.json, so it is not a model"),

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import LlamaForCausalLM
 from trl.experimental.gkd import GKDTrainer
 
-from veneer import DistillConfig, DistillTrainer, LoraConfig
+from models import llama_config
+from veneer import DistillConfig, DistillTrainer, IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 from veneer.data.encoding import Encoder
-from veneer.errors import ConfigError, DataError
+from veneer.errors import ConfigError, DataError, FormatError
 from veneer.learn.divergence import divergence, summed_divergence
 from veneer.learn.taught_rows import TaughtEncoder
 from veneer.model.fused.deferred import DeferredLogits, FrozenHead, Pending
@@ -227,6 +229,49 @@ def test_another_model_teaches(trainer_of, make_model, tokenizer, tmp_path):
             own, taught = (model(torch.tensor([ids])).logits[0, -answer - 1 : -1] for model in (base, other))
         total, n = total + divergence(own, taught, 0.3).sum().item(), n + answer
     assert trainer.state.log_history[0]["loss"] == pytest.approx(total / n, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LoraConfig(r=2, lora_alpha=7, target_modules="all-linear"), IA3Config(), PrefixTuningConfig(num_virtual_tokens=3)],
+)
+def test_another_adapter_of_the_base_teaches_on_the_students_weights(
+    trainer_of, make_model, tokenizer, tmp_path, method
+):
+    other = get_peft_model(make_model(), method)
+    with torch.no_grad():
+        for each in (p for p in other.parameters() if p.requires_grad):
+            each.add_(0.1 * torch.randn(each.shape, generator=torch.Generator().manual_seed(5)))
+    other.save_pretrained(tmp_path / "other")
+    given = {"teacher": str(tmp_path / "other"), "teacher_prompt": "", "beta": 0.3, "max_steps": 2}
+    trainer = trainer_of(**given, per_device_train_batch_size=11)
+    own = {p.data_ptr() for p in trainer.model.parameters()}
+    with trainer._teacher(trainer.model) as teacher:
+        shared = sum(p.data_ptr() in own for p in teacher.parameters())
+        frozen = not any(p.requires_grad for p in teacher.parameters())
+    assert shared == sum(1 for _ in make_model().parameters())
+    assert frozen
+    trainer.train()
+    base, total, n = make_model().eval(), 0.0, 0
+    other.eval()
+    for row in ROWS:
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        answer = len(ids) - len(tokenizer(row["prompt"])["input_ids"])
+        with torch.no_grad():
+            mine, taught = (model(torch.tensor([ids])).logits[0, -answer - 1 : -1] for model in (base, other))
+        total, n = total + divergence(mine, taught, 0.3).sum().item(), n + answer
+    losses = [each["loss"] for each in trainer.state.log_history if "loss" in each]
+    assert losses[0] == pytest.approx(total / n, rel=1e-5)
+    assert losses[0] > losses[1]
+    saved = trainer.model.state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in make_model().state_dict().items() if name in saved)
+
+
+def test_an_adapter_of_another_base_is_refused(trainer_of, tokenizer, tmp_path):
+    wider = LlamaForCausalLM(llama_config(vocab_size=len(tokenizer), intermediate_size=41))
+    get_peft_model(wider, LoraConfig(**LORA)).save_pretrained(tmp_path / "other")
+    with pytest.raises(FormatError, match="down_proj"):
+        trainer_of(teacher=str(tmp_path / "other"))
 
 
 def test_a_teacher_of_another_vocabulary_is_refused_before_it_is_loaded(trainer_of, make_model, tokenizer, tmp_path):
