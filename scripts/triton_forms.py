@@ -53,6 +53,7 @@ from veneer.ops.triton import (
     norm,
     paged_attention,
     rotary,
+    row_norms,
     sample,
     scale,
 )
@@ -94,7 +95,7 @@ def cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
 def _norm_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     x, weight, rstd = torch.empty(64, 576, dtype=dtype), torch.empty(576, dtype=dtype), torch.empty(64)
     yield "rms_norm", lambda: norm.rms_norm_forward(x, weight, 1e-5, 0.0)
-    yield "rms_norm backward", lambda: norm.rms_norm_backward(x, x, weight, rstd, 0.0, False)
+    yield "rms_norm backward", lambda: norm.rms_norm_backward(x, x, weight, rstd, 0.0, False, x)
     yield "layer_norm", lambda: norm.layer_norm_forward(x, weight, weight, 1e-5)
     yield "layer_norm backward", lambda: norm.layer_norm_backward(x, x, weight, rstd, rstd, True)
     if not quick:
@@ -112,6 +113,14 @@ def _elementwise_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
         yield f"dropout {type(rows).__name__}", lambda r=rows: dropout.drop(x, 3277, 2**63 + 5, r)
         yield f"dropout {type(rows).__name__}, added", lambda r=rows: dropout.add_dropped(x, x, 3277, 5, r)
     vector = torch.empty(1536)
+    for rank in (16,) if quick else (3, 16, 256):
+        factors = (
+            torch.empty(1536),
+            torch.empty(rank, 1536, dtype=dtype),
+            torch.empty(rank, 64),
+            torch.empty(1536, rank),
+        )
+        yield f"row norms {rank}", lambda f=factors: row_norms.row_norms(*f, 0.5, 1e-38)
     yield "scale", lambda: scale.forward(x, vector, vector, x)
     yield "scale backward", lambda: scale.backward(x, x, vector, x, True)
     heads, tables = torch.empty(2, 9, 32, 80, dtype=dtype), torch.empty(1, 32, 16)
@@ -152,6 +161,15 @@ def _weight_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
         codes = torch.empty(layout.n_bytes, dtype=torch.uint8), torch.empty(layout.n_blocks), layout
         yield f"4-bit quantize {block_size}", lambda lay=layout: four_bit.quantize_4bit(w.flatten(), lay)
         yield f"4-bit dequantize {block_size}", lambda c=codes: four_bit.dequantize_4bit(*c, dtype)
+        nested = (
+            codes[0],
+            (torch.empty(layout.n_blocks, dtype=torch.uint8), torch.empty(4), torch.empty(())),
+            torch.empty(256),
+        )
+        yield (
+            f"4-bit dequantize {block_size}, nested",
+            lambda n=nested, lay=layout: four_bit.dequantize_nested_4bit(*n, lay, dtype),
+        )
         yield f"4-bit product {block_size}", lambda c=codes: four_bit.matmul_4bit(x, *c)
         yield f"4-bit transposed product {block_size}", lambda c=codes: four_bit.matmul_t_4bit(dy, *c)
     rows = torch.empty(96, 576, dtype=torch.int8), torch.empty(96)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, NonFiniteError, ShapeError
 from veneer.ops.dispatch import implementation
-from veneer.ops.four_bit_codes import QUANT_TYPES
+from veneer.ops.four_bit_codes import NESTED, QUANT_TYPES
 from veneer.ops.product import recorded_product, visible
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -99,6 +99,31 @@ def dequantize_4bit(
     dtype = _float(dtype or layout.dtype)
     run = implementation("four_bit.dequantize_4bit", packed.device, backend)
     out: Tensor = run(packed.reshape(-1), absmax, layout, dtype)
+    return out.view(layout.shape)
+
+
+def dequantize_nested_4bit(
+    packed: UInt8[Tensor, "..."],
+    nested: tuple[UInt8[Tensor, " blocks"], Float32[Tensor, " nested_blocks"], Float32[Tensor, ""]],
+    code: Float32[Tensor, "256"],
+    layout: FourBitLayout,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Float[Tensor, "..."]:
+    """Return `dequantize_4bit` of absmax in 8 bits, ``code[codes] * scale + offset`` in float32, the very bits.
+
+    ``nested``: codes, the scale of each `NESTED` of them, and the offset. Raises ShapeError as `dequantize_4bit` does,
+    and if there are not as many codes and scales as the layout has blocks.
+    """
+    codes, scale, _ = nested
+    if codes.shape != (layout.n_blocks,) or scale.shape != (-(-layout.n_blocks // NESTED),):
+        raise ShapeError(
+            f"a 4-bit weight of shape {layout.shape} has {layout.n_blocks} blocks, and a scale for each {NESTED}; "
+            f"given {tuple(codes.shape)} codes of absmax and {tuple(scale.shape)} scales"
+        )
+    run = implementation("four_bit.dequantize_nested_4bit", packed.device, backend)
+    out: Tensor = run(packed.reshape(-1), nested, code, layout, _float(dtype or layout.dtype))
     return out.view(layout.shape)
 
 

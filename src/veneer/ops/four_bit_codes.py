@@ -10,6 +10,8 @@ from torch import Tensor
 
 from veneer.errors import ConfigError
 
+NESTED = 256
+"""Blocks whose absmax in 8 bits have one scale, in double quantization."""
 QUANT_TYPES = ("nf4", "fp4")
 # NF4: quantiles of a standard normal, scaled to [-1, 1] with an exact zero (Dettmers et al. 2023, appendix E).
 NF4 = (

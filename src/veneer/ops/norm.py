@@ -38,12 +38,16 @@ def rms_norm_backward(
     offset: float = 0.0,
     *,
     weight_grad: bool = False,
+    added: Float[Tensor, "*batch d"] | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, " d"] | None]:
-    """Return the gradients of `rms_norm_forward` in x and, if ``weight_grad``, in weight."""
-    _check(x, weight=weight)
+    """Return the gradients of `rms_norm_forward` in x and, if ``weight_grad``, in weight.
+
+    ``added``, if given, is added to the one in x: on a GPU before it is rounded.
+    """
+    _check(x, added, weight=weight)
     kernel = implementation("norm.rms_norm_backward", x.device, backend)
-    dx, dweight = kernel(dy, x, weight, rstd, offset, weight_grad)
+    dx, dweight = kernel(dy, x, weight, rstd, offset, weight_grad, added)
     return dx, dweight
 
 
@@ -73,16 +77,25 @@ def layer_norm_backward(
     rstd: Float[Tensor, "*batch"],
     *,
     weight_grad: bool = False,
+    added: Float[Tensor, "*batch d"] | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, " d"] | None, Float[Tensor, " d"] | None]:
-    """Return the gradients of `layer_norm_forward` in x and, if ``weight_grad``, in weight and bias."""
-    _check(x, weight=weight)
+    """Return the gradients of `layer_norm_forward` in x and, if ``weight_grad``, in weight and bias.
+
+    ``added``, if given, is added to the one in x.
+    """
+    _check(x, added, weight=weight)
     kernel = implementation("norm.layer_norm_backward", x.device, backend)
-    dx, dweight, dbias = kernel(dy, x, weight, mean, rstd, weight_grad)
+    dx, dweight, dbias = kernel(dy, x, weight, mean, rstd, weight_grad, added)
     return dx, dweight, dbias
 
 
-def _check(x: Tensor, **vectors: Tensor) -> None:
+def _check(x: Tensor, added: Tensor | None = None, **vectors: Tensor) -> None:
+    if added is not None and (added.shape != x.shape or added.dtype != x.dtype):
+        raise ShapeError(
+            f"the gradient to add is {tuple(added.shape)} {added.dtype}, and x {tuple(x.shape)} {x.dtype}: give one "
+            "like x"
+        )
     wrong = {name: tuple(v.shape) for name, v in vectors.items() if tuple(v.shape) != tuple(x.shape[-1:])}
     if wrong:
         raise ShapeError(

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from veneer.errors import ShapeError
 from veneer.ops.blockwise import dequantize_blockwise, dynamic_map
+from veneer.ops.four_bit_codes import NESTED
 
-BLOCK_SIZE = 256
 _GRID_STEPS = 65535
 
 
@@ -43,7 +43,7 @@ def compress_absmax(absmax: Float32[Tensor, " n"]) -> CompressedAbsmax:
     if absmax.dtype != torch.float32 or absmax.ndim != 1 or not len(absmax):
         raise ShapeError(f"absmax must be a vector of float32, got {absmax.dtype} {tuple(absmax.shape)}")
     offset = absmax.mean()
-    blocks = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
+    blocks = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % NESTED)).view(-1, NESTED)
     scale = blocks.abs().amax(dim=1)
     scaled = blocks * torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))[:, None]
     steps = ((scaled.clamp(-1, 1) + 1) * 0.5 * _GRID_STEPS + 0.5).int()
@@ -55,13 +55,14 @@ def compress_absmax(absmax: Float32[Tensor, " n"]) -> CompressedAbsmax:
 
 def expand_absmax(compressed: CompressedAbsmax, *, backend: str | None = None) -> Float32[Tensor, " n"]:
     """Return absmax in float32, up to its 8-bit rounding error. Raises ShapeError if sizes do not fit."""
-    code = _table(compressed.codes.device)
+    code = absmax_table(compressed.codes.device)
     return dequantize_blockwise(
-        compressed.codes, compressed.scale, code, BLOCK_SIZE, offset=compressed.offset, backend=backend
+        compressed.codes, compressed.scale, code, NESTED, offset=compressed.offset, backend=backend
     )
 
 
-def _table(device: torch.device) -> Float32[Tensor, "256"]:
+def absmax_table(device: torch.device) -> Float32[Tensor, "256"]:
+    """Return the table of the codes of absmax on a device."""
     return _table_on_gpu(device) if device.type == "cuda" else dynamic_map().to(device)
 
 

@@ -19,10 +19,16 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, FormatError
 from veneer.ops.blockwise import dynamic_map
-from veneer.ops.four_bit import FourBitLayout, dequantize_4bit, matmul_4bit, matmul_t_4bit, quantize_4bit
-from veneer.ops.four_bit_codes import code_table
-from veneer.quant.double_quant import BLOCK_SIZE as NESTED_BLOCK_SIZE
-from veneer.quant.double_quant import CompressedAbsmax, compress_absmax, expand_absmax
+from veneer.ops.four_bit import (
+    FourBitLayout,
+    dequantize_4bit,
+    dequantize_nested_4bit,
+    matmul_4bit,
+    matmul_t_4bit,
+    quantize_4bit,
+)
+from veneer.ops.four_bit_codes import NESTED, code_table
+from veneer.quant.double_quant import CompressedAbsmax, absmax_table, compress_absmax, expand_absmax
 from veneer.quant.product import CodedWeight
 from veneer.quant.spec import Parts, part_problems
 
@@ -81,7 +87,13 @@ class FourBitWeight(CodedWeight):
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:
         wide = torch.float32 if dtype == torch.float64 else dtype
-        dense = dequantize_4bit(self.packed, self.scales(), self.layout, dtype=wide)
+        if self.nested_absmax is not None and self.nested_offset is not None and self.packed.is_cuda:
+            nested = self.absmax, self.nested_absmax, self.nested_offset
+            dense = dequantize_nested_4bit(
+                self.packed, nested, absmax_table(self.packed.device), self.layout, dtype=wide
+            )
+        else:
+            dense = dequantize_4bit(self.packed, self.scales(), self.layout, dtype=wide)
         return dense.to(dtype) if dtype == torch.float64 else dense
 
     def scales(self) -> Float32[Tensor, " blocks"]:
@@ -117,7 +129,7 @@ class FourBitSpec:
             "absmax": (torch.uint8 if self.double_quant else torch.float32, (blocks,)),
         }
         if self.double_quant:
-            layout["nested_absmax"] = (torch.float32, (-(-blocks // NESTED_BLOCK_SIZE),))
+            layout["nested_absmax"] = (torch.float32, (-(-blocks // NESTED),))
             layout["nested_offset"] = (torch.float32, ())
         return layout
 
@@ -158,7 +170,7 @@ class FourBitSpec:
             disk["weight.nested_absmax"] = parts["nested_absmax"]
             disk["weight.nested_quant_map"] = dynamic_map().clone()
             state |= {
-                "nested_blocksize": NESTED_BLOCK_SIZE,
+                "nested_blocksize": NESTED,
                 "nested_dtype": "float32",
                 "nested_offset": parts["nested_offset"].item(),
             }
@@ -240,8 +252,8 @@ def _layout_of(state: dict[str, Any], shape: tuple[int, int]) -> tuple[FourBitLa
     if tuple(state["shape"]) != shape:
         problems.append(f"it was stored for shape {tuple(state['shape'])}, and its layer is {shape}")
     double_quant = "nested_offset" in state
-    if double_quant and state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
-        problems.append(f"nested_blocksize is {state.get('nested_blocksize')!r}, only {NESTED_BLOCK_SIZE} is in use")
+    if double_quant and state.get("nested_blocksize") != NESTED:
+        problems.append(f"nested_blocksize is {state.get('nested_blocksize')!r}, only {NESTED} is in use")
     try:
         return FourBitLayout(shape, state["quant_type"], state["blocksize"], dtype), double_quant, problems
     except ConfigError as error:

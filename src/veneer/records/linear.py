@@ -224,25 +224,6 @@ def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | No
     )
 
 
-def row_norms(delta: LinearDelta, weight: FrozenWeight, weight_row_sq: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
-    """Return the Euclidean norms of the rows of ``W + scale B A``, given the squared norms of W's rows.
-
-    For each row w of W and b of B:
-
-    ``|w + s b A|² = |w|² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ``
-
-    The cost is one product of W with r rows, and one of size (o, r, r).
-    """
-    pair = delta.low_rank
-    if pair is None:
-        return weight_row_sq.sqrt()
-    a, b = pair.a, pair.plain_b
-    cross = (weight.matmul(a).to(b.dtype).T * b).sum(dim=1)
-    square = ((b @ (a @ a.T)) * b).sum(dim=1)
-    total = weight_row_sq.to(b.dtype) + 2 * pair.scale * cross + pair.scale**2 * square
-    return total.clamp_min(0).sqrt()
-
-
 def _mapped_bias(deltas: Sequence[LinearDelta], bias: Tensor | None) -> Tensor | None:
     """Apply the output maps of records that have a bias to the layer's bias.
 

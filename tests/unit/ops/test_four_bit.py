@@ -5,8 +5,17 @@ import pytest
 import torch
 
 from veneer.errors import ConfigError, NonFiniteError, ShapeError
-from veneer.ops.four_bit import FourBitLayout, dequantize_4bit, matmul_4bit, matmul_t_4bit, quantize_4bit
+from veneer.ops.dispatch import backends
+from veneer.ops.four_bit import (
+    FourBitLayout,
+    dequantize_4bit,
+    dequantize_nested_4bit,
+    matmul_4bit,
+    matmul_t_4bit,
+    quantize_4bit,
+)
 from veneer.ops.four_bit_codes import code_table
+from veneer.quant.double_quant import absmax_table, compress_absmax, expand_absmax
 
 OP = "four_bit.dequantize_4bit"
 SHAPES = [(1, 1), (13,), (5, 33), (7, 96), (2, 3, 5), (64, 64), (61, 67), (3, 4099)]
@@ -43,6 +52,19 @@ def test_values_are_table_times_absmax(shape, quant_type, dtype, backend):
     codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:n].int()
     expected = (code_table(quant_type)[codes] * absmax[torch.arange(n) // 64]).to(dtype).view(shape)
     assert torch.equal(dequantize_4bit(packed, absmax, layout, backend=backend), expected)
+
+
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("quant_type", ["nf4", "fp4"])
+@pytest.mark.looped("shape", [*SHAPES, (129, 257)])  # the last one has more blocks than one scale of absmax
+def test_absmax_in_8_bits_gives_the_bits_of_its_own_values(shape, quant_type, dtype):
+    packed, absmax = quantize_4bit(weight(shape, dtype), quant_type, 32)
+    held, layout = compress_absmax(absmax), FourBitLayout(shape, quant_type, 32, dtype)
+    expected = dequantize_4bit(packed, expand_absmax(held), layout, backend="reference")
+    nested = held.codes, held.scale, held.offset
+    for backend in backends("four_bit.dequantize_nested_4bit"):
+        got = dequantize_nested_4bit(packed, nested, absmax_table(packed.device), layout, backend=backend)
+        assert torch.equal(got, expected), backend
 
 
 @pytest.mark.looped("dtype", DTYPES)
@@ -160,3 +182,11 @@ def test_arguments_that_do_not_fit_are_refused():
         matmul_t_4bit(torch.randn(3, 63), packed, absmax, layout)
     with pytest.raises(ShapeError, match="needs a matrix"):
         matmul_4bit(torch.randn(3, 320), packed, absmax, FourBitLayout((320,)))
+
+
+@pytest.mark.usefixtures("own_checks")
+def test_absmax_in_8_bits_of_another_size_is_refused():
+    packed, absmax = quantize_4bit(weight((7, 96), torch.float32), "nf4")
+    held, layout = compress_absmax(absmax), FourBitLayout((7, 96), "nf4")
+    with pytest.raises(ShapeError, match=r"has 11 blocks, .*; given \(10,\) codes of absmax and \(1,\) scales"):
+        dequantize_nested_4bit(packed, (held.codes[1:], held.scale, held.offset), absmax_table(packed.device), layout)

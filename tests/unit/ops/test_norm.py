@@ -102,3 +102,27 @@ def test_weight_that_does_not_fit():
         rms_norm(torch.zeros(3, 7), torch.zeros(5), EPS)
     with pytest.raises(ShapeError, match=r"bias.*\(7,\)"):
         layer_norm(torch.zeros(3, 7), torch.zeros(7), torch.zeros(5), EPS)
+
+
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("kind", ["rms", "layer"])
+def test_a_gradient_that_is_added(kind, dtype, backend):
+    """One that lies between other columns too; two roundings at most."""
+    x, weight, bias, dy = draw((5, 37), dtype)
+    added = torch.randn(5, 61, generator=torch.Generator().manual_seed(3)).to(dtype)[:, 3:40]
+    if kind == "rms":
+        statistics = norm.rms_norm_forward(x, weight, EPS, backend=backend)[1:]
+        back = norm.rms_norm_backward
+    else:
+        statistics = norm.layer_norm_forward(x, weight, bias, EPS, backend=backend)[1:]
+        back = norm.layer_norm_backward
+    (alone, *_), (both, *_) = (back(dy, x, weight, *statistics, added=a, backend=backend) for a in (None, added))
+    rounded = torch.finfo(dtype).eps * (alone.abs() + both.abs()).double()
+    assert ((both.double() - alone.double() - added.double()).abs() <= rounded).all()
+
+
+@pytest.mark.usefixtures("own_checks")
+def test_a_gradient_to_add_is_like_x():
+    x, weight, _, dy = draw((3, 7), torch.float32)
+    with pytest.raises(ShapeError, match=r"the gradient to add is \(2, 7\)"):
+        norm.rms_norm_backward(dy, x, weight, torch.ones(3), added=dy[1:])

@@ -17,7 +17,6 @@ from veneer.records.linear import (
     apply_linear_sum,
     compose_linear,
     fold_linear,
-    row_norms,
 )
 from veneer.records.terms.scale import Scale
 
@@ -174,13 +173,6 @@ def test_one_record_composes_to_itself_and_none_to_the_base():
 def test_a_scale_beside_a_sum_cannot_be_composed(parts):
     with pytest.raises(CompositionError, match="2 adapters are active on one layer and 1 of them scale"):
         compose_linear(parts, C)
-
-
-def test_row_norms_are_those_of_the_sum():
-    delta = low_rank(2, 0.7)
-    expected = (W + 0.7 * delta.low_rank.b @ delta.low_rank.a).norm(dim=1)
-    close(row_norms(delta, DenseWeight(W), W.square().sum(dim=1)), expected)
-    close(row_norms(LinearDelta(), DenseWeight(W), W.square().sum(dim=1)), W.norm(dim=1))
 
 
 def test_a_sum_is_what_its_records_compose_to_with_inputs_of_their_own():

@@ -19,10 +19,10 @@ from torch import Tensor
 from veneer.contract.needed import needed_weight
 from veneer.contract.parameters import Params, Shapes
 from veneer.methods.variants import Variant
+from veneer.ops.linear.row_norms import row_norms
 from veneer.records.channel_groups import diagonal_blocks
 from veneer.records.deltas import LinearDelta
 from veneer.records.frozen import FrozenWeight
-from veneer.records.linear import row_norms
 from veneer.records.sites import LinearSite
 from veneer.records.terms.pair import Pair
 from veneer.records.terms.scale import Scale
@@ -55,13 +55,13 @@ class Dora(Variant):
     def lower(self, config: Any, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
         magnitude = params["lora_magnitude_vector"].flatten()
         # A row of zeros has no direction and magnitude 0: it stays zero instead of becoming 0 / 0.
-        norms = _norms(site, record).to(magnitude.device).clamp_min(torch.finfo(magnitude.dtype).tiny)
+        norms = _norms(site, record, torch.finfo(magnitude.dtype).tiny).to(magnitude.device)
         return replace(record, output=Scale(magnitude / norms))
 
 
 @torch.no_grad()
-def _norms(site: LinearSite, record: LinearDelta) -> Tensor:
-    """Return the row norms of the changed weight, on the weight's device."""
+def _norms(site: LinearSite, record: LinearDelta, least: float = 0.0) -> Tensor:
+    """Return the row norms of the changed weight, each at least ``least``, on the weight's device."""
     weight = needed_weight(site, "DoRA")
     assert site.row_sq is not None  # a site with a weight has its norms
     assert record.low_rank is not None  # LoRA's record is a pair
@@ -69,8 +69,8 @@ def _norms(site: LinearSite, record: LinearDelta) -> Tensor:
     plain = record.low_rank.plain
     pair = Pair(a=plain.a.to(row_sq.device), b=plain.b.to(row_sq.device), scale=plain.scale)
     if site.groups > 1:
-        return _norms_in_groups(weight, pair, site.groups)
-    return row_norms(LinearDelta(adds=(pair,)), weight, row_sq)
+        return _norms_in_groups(weight, pair, site.groups).clamp_min(least)
+    return row_norms(row_sq, weight.matmul(pair.a), pair.a, pair.b, pair.scale, least=least)
 
 
 def _norms_in_groups(weight: FrozenWeight, pair: Pair, groups: int) -> Tensor:

@@ -47,11 +47,11 @@ class ActingNorm:
         y, mean, rstd = layer_norm_forward(x, self.weight, self.bias, self.eps)
         return y, torch.stack([mean, rstd])
 
-    def backward(self, dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
-        """Return the gradient with respect to x."""
+    def backward(self, dy: Tensor, x: Tensor, statistics: Tensor, added: Tensor | None = None) -> Tensor:
+        """Return the gradient with respect to x, plus ``added`` if given."""
         if self.bias is None:
-            return rms_norm_backward(dy, x, self.weight, statistics, self.offset)[0]
-        return layer_norm_backward(dy, x, self.weight, statistics[0], statistics[1])[0]
+            return rms_norm_backward(dy, x, self.weight, statistics, self.offset, added=added)[0]
+        return layer_norm_backward(dy, x, self.weight, statistics[0], statistics[1], added=added)[0]
 
 
 @dataclass(frozen=True, slots=True)

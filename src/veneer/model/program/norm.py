@@ -135,4 +135,5 @@ class Normalize(Trained):
 
     def back(self, weights: ActingNorm, tape: Tape) -> None:
         [dy], [x], [statistics] = tape.take(self.target), tape.value(self.source), tape.kept
-        tape.give(self.source, [weights.backward(dy, x, cast(Tensor, statistics))])
+        known = tape.take_known(self.source)
+        tape.give(self.source, [weights.backward(dy, x, cast(Tensor, statistics), known)])

@@ -306,6 +306,11 @@ class Tape:
         """
         return self._gradients.pop(register.name)
 
+    def take_known(self, register: Register) -> Tensor | None:
+        """Return and remove the gradient that a register of one tensor has so far, if it has any."""
+        known = self._gradients.pop(register.name, None)
+        return None if known is None else known[0]
+
     def give(self, register: Register, gradients: Sequence[Tensor]) -> None:
         """Add to the gradients of a register."""
         known = self._gradients.pop(register.name, None)

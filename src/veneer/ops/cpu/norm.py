@@ -27,20 +27,20 @@ def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> t
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, weight_grad: bool
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, weight_grad: bool, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     if not is_served(x, weight):
-        return reference.rms_norm_backward(dy, x, weight, rstd, offset, weight_grad)
-    dx, dweight, _ = _backward(dy, x, (weight, offset), (None, rstd), weight_grad)
+        return reference.rms_norm_backward(dy, x, weight, rstd, offset, weight_grad, added)
+    dx, dweight, _ = _backward(dy, x, (weight, offset), (None, rstd), weight_grad, added)
     return dx, dweight
 
 
 def layer_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, weight_grad: bool
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, weight_grad: bool, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if not is_served(x, weight):
-        return reference.layer_norm_backward(dy, x, weight, mean, rstd, weight_grad)
-    return _backward(dy, x, (weight, 0.0), (mean, rstd), weight_grad)
+        return reference.layer_norm_backward(dy, x, weight, mean, rstd, weight_grad, added)
+    return _backward(dy, x, (weight, 0.0), (mean, rstd), weight_grad, added)
 
 
 def _forward(
@@ -75,6 +75,7 @@ def _backward(
     weight_and_offset: tuple[Tensor, float],
     statistics: tuple[Tensor | None, Tensor],
     weight_grad: bool,
+    added: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     rows, dy_rows = with_rows(x), with_rows(same_dtype(dy, x))
     weight, offset = weight_and_offset[0].contiguous(), weight_and_offset[1]
@@ -90,6 +91,7 @@ def _backward(
     )
     gradient = address(dy_rows), dy_rows.stride(0)
     kernels().norm_backward(*given, address(weight), DTYPES[weight.dtype], offset, *gradient, address(dx))
+    dx = dx if added is None else dx.add_(added)
     if not weight_grad:
         return dx, None, None
     dweight, dbias = torch.empty(2, weight.shape[0], dtype=torch.float32)

@@ -9,9 +9,12 @@ from veneer.ops.linear.layer import Weight
 from veneer.ops.matmul import add_matmul, matmul
 from veneer.ops.traced import is_watched
 
+FEW_ROWS = 16  # kernels multiply so few by a weight's codes on a GPU
+
 
 def product(x: Float[Tensor, "n i"], read: Float[Tensor, "n i"], weight: Weight) -> Float[Tensor, "n o"]:
     """Return ``W x``. ``read`` is x as `ops.matmul.operand` gives it."""
+    weight = _decoded(weight, x)
     if isinstance(weight, Tensor):
         return matmul(read, weight.T, x.dtype)
     y = weight.matmul(x)
@@ -26,6 +29,18 @@ def add_transposed(
 
     A dense weight adds inside its product.
     """
+    weight = _decoded(weight, dy)
     if isinstance(weight, Tensor):
         return matmul(read, weight, dy.dtype) if dx is None else add_matmul(dx, read, weight)
     return weight.matmul_t(dy) if dx is None else dx.add_(weight.matmul_t(dy))
+
+
+def _decoded(weight: Weight, rows: Float[Tensor, "n _"]) -> Weight:
+    """Return the weight for a product with rows: on a GPU a stored one is decoded whole for more than a few of them.
+
+    One whose products have a dtype of their own multiplies them itself.
+    """
+    if isinstance(weight, Tensor) or not rows.is_cuda or len(rows) <= FEW_ROWS:
+        return weight
+    own = getattr(weight, "compute_dtype", None)
+    return weight.dense(rows.dtype) if own in (None, rows.dtype) else weight

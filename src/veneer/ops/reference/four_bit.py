@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from veneer.ops.four_bit_codes import code_table
+from veneer.ops.four_bit_codes import NESTED, code_table
+from veneer.ops.reference.blockwise import dequantize_blockwise
 
 if TYPE_CHECKING:
     from veneer.ops.four_bit import FourBitLayout
@@ -65,6 +66,18 @@ def dequantize_4bit(
     values = code_table(layout.quant_type).to(packed.device)[codes.int()]
     scale = absmax.repeat_interleave(layout.block_size)[: layout.numel]
     return (values * scale).to(dtype)
+
+
+def dequantize_nested_4bit(
+    packed: UInt8[Tensor, " bytes"],
+    nested: tuple[Tensor, Tensor, Tensor],
+    code: Float32[Tensor, "256"],
+    layout: FourBitLayout,
+    dtype: torch.dtype,
+) -> Float[Tensor, " n"]:
+    codes, scale, offset = nested
+    absmax = dequantize_blockwise(codes, scale, code, NESTED, torch.float32, offset)
+    return dequantize_4bit(packed, absmax, layout, dtype)
 
 
 def matmul_4bit(

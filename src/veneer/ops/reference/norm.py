@@ -13,13 +13,13 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> tu
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, weight_grad: bool
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, weight_grad: bool, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     normed = x.to(rstd.dtype) * rstd[..., None]
     dy_wide = dy.to(rstd.dtype)
     dnormed = dy_wide * (weight.to(rstd.dtype) + offset)
     dx = (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True)) * rstd[..., None]
-    return dx.to(x.dtype), _column_sum(dy_wide * normed, weight) if weight_grad else None
+    return _sum(dx.to(x.dtype), added), _column_sum(dy_wide * normed, weight) if weight_grad else None
 
 
 def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,16 +32,20 @@ def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> t
 
 
 def layer_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, weight_grad: bool
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, weight_grad: bool, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     normed = (x.to(rstd.dtype) - mean[..., None]) * rstd[..., None]
     dy_wide = dy.to(rstd.dtype)
     dnormed = dy_wide * weight.to(rstd.dtype)
     along = normed * (dnormed * normed).mean(-1, keepdim=True)
-    dx = ((dnormed - dnormed.mean(-1, keepdim=True) - along) * rstd[..., None]).to(x.dtype)
+    dx = _sum(((dnormed - dnormed.mean(-1, keepdim=True) - along) * rstd[..., None]).to(x.dtype), added)
     if not weight_grad:
         return dx, None, None
     return dx, _column_sum(dy_wide * normed, weight), _column_sum(dy_wide, weight)
+
+
+def _sum(dx: Tensor, added: Tensor | None) -> Tensor:
+    return dx if added is None else dx + added
 
 
 def _column_sum(rows: Tensor, like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from veneer.ops.dispatch import slow_products
 from veneer.ops.four_bit import FourBitLayout
-from veneer.ops.four_bit_codes import code_table
+from veneer.ops.four_bit_codes import NESTED, code_table
 from veneer.ops.reference.four_bit import SMALLEST_ABSMAX, thresholds
 from veneer.ops.triton.launch import block, launch, launch_exact
 
@@ -44,6 +44,20 @@ def dequantize_4bit(
     grid = (triton.cdiv(layout.n_bytes, _TILE // 2),)
     args = packed, absmax, _table(layout.quant_type, packed.device), out, layout.numel
     launch_exact(_dequantize_kernel, grid, *args, BLOCK_SIZE=layout.block_size, BYTES=_TILE // 2)
+    return out
+
+
+def dequantize_nested_4bit(
+    packed: UInt8[Tensor, " bytes"],
+    nested: tuple[Tensor, Tensor, Tensor],
+    code: Float32[Tensor, "256"],
+    layout: FourBitLayout,
+    dtype: torch.dtype,
+) -> Float[Tensor, " n"]:
+    out = torch.empty(layout.numel, dtype=dtype, device=packed.device)
+    grid = (triton.cdiv(layout.n_bytes, _TILE // 2),)
+    args = packed, *nested, code, _table(layout.quant_type, packed.device), out, layout.numel
+    launch_exact(_dequantize_nested_kernel, grid, *args, BLOCK_SIZE=layout.block_size, BYTES=_TILE // 2, NESTED=NESTED)
     return out
 
 
@@ -116,8 +130,12 @@ def _code(values, midpoints, codes):
 @triton.jit
 def _decoded(packed, absmax, table, byte, inside, BLOCK_SIZE: tl.constexpr):
     """Decode the two values of each byte to float32."""
+    return _values(packed, table, byte, inside, tl.load(absmax + byte // (BLOCK_SIZE // 2), mask=inside, other=0.0))
+
+
+@triton.jit
+def _values(packed, table, byte, inside, scale):
     codes = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
-    scale = tl.load(absmax + byte // (BLOCK_SIZE // 2), mask=inside, other=0.0)
     return tl.load(table + (codes >> 4)) * scale, tl.load(table + (codes & 15)) * scale
 
 
@@ -150,6 +168,32 @@ def _dequantize_kernel(packed, absmax, table, out, n, BLOCK_SIZE: tl.constexpr, 
     start = tl.program_id(0).to(tl.int64) * BYTES
     byte = start + tl.arange(0, BYTES)
     first, second = _decoded(packed, absmax, table, byte, 2 * byte < n, BLOCK_SIZE)
+    place = 2 * start + tl.arange(0, 2 * BYTES)
+    tl.store(out + place, tl.interleave(first, second).to(out.dtype.element_ty), mask=place < n)
+
+
+@triton.jit
+def _dequantize_nested_kernel(
+    packed,
+    codes,
+    scale,
+    offset,
+    code,
+    table,
+    out,
+    n,
+    BLOCK_SIZE: tl.constexpr,
+    BYTES: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """As `_dequantize_kernel`, of absmax in codes of their own."""
+    start = tl.program_id(0).to(tl.int64) * BYTES
+    byte = start + tl.arange(0, BYTES)
+    inside = 2 * byte < n
+    block = byte // (BLOCK_SIZE // 2)
+    absmax = tl.load(code + tl.load(codes + block, mask=inside, other=0).to(tl.int32))
+    absmax = absmax * tl.load(scale + block // NESTED, mask=inside, other=0.0) + tl.load(offset)
+    first, second = _values(packed, table, byte, inside, absmax)
     place = 2 * start + tl.arange(0, 2 * BYTES)
     tl.store(out + place, tl.interleave(first, second).to(out.dtype.element_ty), mask=place < n)
 

@@ -29,20 +29,20 @@ def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> t
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, weight_grad: bool
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, weight_grad: bool, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     if not _fits(x, weight):
-        return reference.rms_norm_backward(dy, x, weight, rstd, offset, weight_grad)
-    dx, dweight, _ = _backward(dy, x, (weight, offset), (None, rstd), weight_grad)
+        return reference.rms_norm_backward(dy, x, weight, rstd, offset, weight_grad, added)
+    dx, dweight, _ = _backward(dy, x, (weight, offset), (None, rstd), weight_grad, added)
     return dx, dweight
 
 
 def layer_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, weight_grad: bool
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, weight_grad: bool, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if not _fits(x, weight):
-        return reference.layer_norm_backward(dy, x, weight, mean, rstd, weight_grad)
-    return _backward(dy, x, (weight, 0.0), (mean, rstd), weight_grad)
+        return reference.layer_norm_backward(dy, x, weight, mean, rstd, weight_grad, added)
+    return _backward(dy, x, (weight, 0.0), (mean, rstd), weight_grad, added)
 
 
 def _fits(x: Tensor, *others: Tensor) -> bool:
@@ -70,16 +70,19 @@ def _backward(
     weight_and_offset: tuple[Tensor, float],
     statistics: tuple[Tensor | None, Tensor],
     weight_grad: bool,
+    added: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     rows, dy_rows = with_rows(x), with_rows(same_dtype(dy, x))
     (weight, offset), (mean, rstd) = weight_and_offset, statistics
     n, d = rows.shape
     programs = min(n, 2 * processors(x)) if weight_grad else n
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    beside = rows if added is None else with_rows(added)
     sums = torch.empty(programs if weight_grad else 0, 2, d, dtype=torch.float32, device=x.device)
     size = block(d)
-    given = dy_rows, dy_rows.stride(0), rows, rows.stride(0), weight.contiguous(), rstd if mean is None else mean, rstd
-    forms = {"CENTRED": mean is not None, "WEIGHT_GRAD": weight_grad, "BLOCK": size}
+    apart = (part for t in (dy_rows, rows, beside) for part in (t, t.stride(0)))
+    given = *apart, weight.contiguous(), rstd if mean is None else mean, rstd
+    forms = {"CENTRED": mean is not None, "ADDED": added is not None, "WEIGHT_GRAD": weight_grad, "BLOCK": size}
     launch(_backward_kernel, (programs,), *given, dx, sums, n, d, offset, **forms, num_warps=warps(size))
     if not weight_grad:
         return dx, None, None
@@ -125,6 +128,8 @@ def _backward_kernel(
     dy_stride,
     x,
     x_stride,
+    added,
+    added_stride,
     weight,
     mean,
     rstd,
@@ -134,6 +139,7 @@ def _backward_kernel(
     d,
     offset,
     CENTRED: tl.constexpr,
+    ADDED: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -154,7 +160,10 @@ def _backward_kernel(
         out = dnormed - normed * (tl.sum(dnormed * normed, axis=0) / d)
         if CENTRED:
             out -= tl.sum(tl.where(inside, dnormed, 0.0), axis=0) / d
-        tl.store(dx + row * d + columns, (out * inverse).to(dx.dtype.element_ty), mask=inside)
+        out *= inverse
+        if ADDED:
+            out += tl.load(added + row * added_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + row * d + columns, out.to(dx.dtype.element_ty), mask=inside)
         if WEIGHT_GRAD:
             dweight += gradient * normed
             dbias += gradient
