@@ -86,7 +86,7 @@ class CodedWeights:
 
     def expert(self, number: int) -> FrozenWeight:
         pieces = [
-            piece.bind({name: self.parts[_numbered(name, k)][number] for name in piece.part_layout()})
+            piece.bind({name: self.parts[numbered(name, k)][number] for name in piece.part_layout()})
             for k, piece in enumerate(self.spec.pieces)
         ]
         return pieces[0] if len(pieces) == 1 else JoinedWeight(tuple(pieces))
@@ -121,7 +121,7 @@ class StackSpec:
     def part_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return dtype and shape of each stored tensor by name, ``"weight"`` first."""
         return {
-            _numbered(name, k): (dtype, (self.n_experts, *shape))
+            numbered(name, k): (dtype, (self.n_experts, *shape))
             for k, piece in enumerate(self.pieces)
             for name, (dtype, shape) in piece.part_layout().items()
         }
@@ -132,7 +132,7 @@ class StackSpec:
         """
         made = [
             {
-                _numbered(name, k): part
+                numbered(name, k): part
                 for k, rows in enumerate(torch.split(expert, [piece.shape[0] for piece in self.pieces]))
                 for name, part in self.pieces[k].quantize(rows).items()
             }
@@ -142,7 +142,7 @@ class StackSpec:
 
     def parts_of(self, pieces: Sequence[Parts]) -> dict[str, Tensor]:
         """Return the stored tensors. ``pieces`` holds those of each piece, with the experts as their first axis."""
-        return {_numbered(name, k): part for k, parts in enumerate(pieces) for name, part in parts.items()}
+        return {numbered(name, k): part for k, parts in enumerate(pieces) for name, part in parts.items()}
 
     def bind(self, parts: Parts) -> CodedWeights:
         """Return the frozen weights that these stored tensors make up."""
@@ -161,7 +161,7 @@ class StackSpec:
             for number in range(self.n_experts)
             for k, (name, piece) in enumerate(zip(self.names, self.pieces, strict=True))
             for key, tensor in piece.to_disk(
-                {part: parts[_numbered(part, k)][number] for part in piece.part_layout()}
+                {part: parts[numbered(part, k)][number] for part in piece.part_layout()}
             ).items()
         }
 
@@ -182,7 +182,7 @@ class StackSpec:
                     problems.append(f"{number}.{name}: {error}")
                     continue
                 found.append(spec)
-                parts |= {_numbered(part, k): tensor for part, tensor in own.items()}
+                parts |= {numbered(part, k): tensor for part, tensor in own.items()}
             specs.append(tuple(found))
             made.append(parts)
         others = sorted({number for number, _ in held if number >= self.n_experts})
@@ -199,7 +199,8 @@ class StackSpec:
         return replace(self, pieces=specs[0]), _stacked(made)
 
 
-def _numbered(part: str, piece: int) -> str:
+def numbered(part: str, piece: int) -> str:
+    """Return the name of a tensor of an expert's matrix by the number of that matrix."""
     return f"{part}_{piece}" if piece else part
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.model.adapted.experts import hold_stack
-from veneer.model.quantized.stack import PackedExpertStack
+from veneer.model.quantized.packed_stack import PackedCodedStack, packed_coded
+from veneer.model.quantized.stack import CodedStack, PackedParameterStack
 from veneer.ops.experts import PackedStack
 from veneer.ops.packed import ROWS
 
@@ -16,22 +18,39 @@ from veneer.ops.packed import ROWS
 def pack_experts(
     model: PreTrainedModel, paths: tuple[str, ...], *, give_up: bool
 ) -> tuple[PackedStack, PackedStack] | None:
-    """Return the packed stacks of experts' weights at two paths, or None if they are quantized or not on a CPU.
+    """Return the packed stacks of experts' weights at two paths, dense or in codes.
 
-    If ``give_up``, the packed stacks replace the parameters, whose own storage is freed.
+    None if they are not on a CPU, in another dtype than the model, or in codes that cannot be packed.
+    If ``give_up``, the packed stacks replace the weights, whose own storage is freed.
     """
     places = [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in paths]
-    for module, name in places:
-        weights = module._parameters.get(name)
-        if weights is None or not weights.is_cpu or weights.dtype != model.dtype or weights.dtype not in ROWS:
-            return None
-    inner, down = (_packed(module, name, give_up=give_up) for module, name in places)
+    if model.dtype not in ROWS or not all(_fits(*place, model.dtype) for place in places):
+        return None
+    found = [_packed(*place, model.dtype) for place in places]
+    stacks = [stack for stack in found if stack is not None]
+    if len(stacks) < len(places):
+        return None
+    for (module, name), stack in zip(places, stacks, strict=True) if give_up else ():
+        own = module._modules.get(name)
+        if isinstance(own, CodedStack):
+            module._modules[name] = PackedCodedStack(own, stack)
+        else:
+            hold_stack(module, name, PackedParameterStack(cast(nn.Parameter, module._parameters[name]), stack))
+    inner, down = stacks
     return inner, down
 
 
-def _packed(module: nn.Module, name: str, *, give_up: bool) -> PackedStack:
-    parameter = cast(nn.Parameter, module._parameters[name])
-    packed = PackedStack.pack(parameter)
-    if give_up:
-        hold_stack(module, name, PackedExpertStack(parameter, packed))
-    return packed
+def _fits(module: nn.Module, name: str, dtype: torch.dtype) -> bool:
+    """Return True if weights may be packed, as far as their place and dtype tell."""
+    own = module._modules.get(name)
+    if isinstance(own, CodedStack):
+        return own.weight.is_cpu and own.merged is None
+    weights = module._parameters.get(name)
+    return weights is not None and weights.is_cpu and weights.dtype == dtype
+
+
+def _packed(module: nn.Module, name: str, dtype: torch.dtype) -> PackedStack | None:
+    own = module._modules.get(name)
+    if isinstance(own, CodedStack):
+        return packed_coded(own, dtype)
+    return PackedStack.pack(cast(Tensor, module._parameters[name]))

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.model.quantized.frozen_weight import frozen_weight
 from veneer.model.quantized.quant_linear import QuantLinear
-from veneer.model.quantized.stack import PackedExpertStack, give_parameter
+from veneer.model.quantized.stack import PackedExpertStack
 from veneer.ops.dispatch import backends
 from veneer.ops.matmul import add_matmul
 from veneer.ops.packed import BLOCK, BLOCKS, ROWS, PackedWeight
@@ -146,8 +146,8 @@ class PackedGroup:
     def __init__(self, parts: Sequence[Packed]) -> None:
         self.heights = [part.shape[0] for part in parts]
         joins = len(parts) > 1 and all(height % PANEL == 0 for height in self.heights)
-        self.whole = _joined(parts) if joins and len({_kind(part) for part in parts}) == 1 else None
-        self.parts = list(parts) if self.whole is None else _parts(self.whole, self.heights)
+        self.whole = joined(parts) if joins and len({kind_of(part) for part in parts}) == 1 else None
+        self.parts = list(parts) if self.whole is None else parts_of(self.whole, self.heights)
 
     @classmethod
     def plain(cls, parts: Sequence[PlainProduct], whole: PlainProduct | None) -> PackedGroup:
@@ -162,17 +162,24 @@ class PackedGroup:
         return group
 
 
-def _kind(packed: Packed) -> tuple[torch.dtype, int, int]:
+def kind_of(packed: Packed) -> tuple[torch.dtype, int, int]:
+    """Return what packed weights have in common if they can be parts of one: dtype, coding and unit of scales."""
     coding, unit = (packed.coding_number, packed.unit) if isinstance(packed, PackedCodes) else (0, 0)
     return packed.dtype, coding, unit
 
 
-def _joined(parts: Sequence[Packed]) -> Packed:
+def joined(parts: Sequence[Packed]) -> Packed:
+    """Join packed weights of one kind, of which all but the last fill whole panels, as a copy."""
+    if len(parts) == 1:
+        return parts[0]
     shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
     return replace(parts[0], panels=torch.cat([part.panels for part in parts]), shape=shape)
 
 
-def _parts(whole: Packed, heights: Sequence[int]) -> list[Packed]:
+def parts_of(whole: Packed, heights: Sequence[int]) -> list[Packed]:
+    """Return the parts of a packed weight with these numbers of rows, which share its memory."""
+    if len(heights) == 1:
+        return [whole]
     row = whole.panels.numel() // whole.shape[0]
     panels = torch.split(whole.panels, [height * row for height in heights])
     return [replace(whole, panels=part, shape=(o, whole.shape[1])) for part, o in zip(panels, heights, strict=True)]
@@ -248,7 +255,7 @@ def unpack(model: PreTrainedModel) -> None:
             model.set_submodule(path, module.original())
         elif isinstance(module, PackedExpertStack):
             experts, _, name = path.rpartition(".")
-            give_parameter(model.get_submodule(experts), name, module.original())
+            module.put_back(model.get_submodule(experts), name)
 
 
 def is_packed(module: nn.Module) -> bool:

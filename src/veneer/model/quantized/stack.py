@@ -86,23 +86,33 @@ class CodedStack(CodedModule):
 
 
 class PackedExpertStack(nn.Module):
-    """Packed weights W (experts, o, i). It is a child of the experts that replaces their parameter.
+    """Packed weights W (experts, o, i). It is a child of the experts, named as their parameter was.
 
-    ``like`` is the parameter without values. Serving puts it into models that it owns.
+    Serving puts it into models that it owns.
     """
 
-    def __init__(self, parameter: nn.Parameter, packed: PackedStack) -> None:
+    def __init__(self, packed: PackedStack) -> None:
         super().__init__()
         self.packed_stack = packed
-        self.like, self._learns = torch.empty_like(parameter, device="meta"), parameter.requires_grad
 
     def stack(self) -> FrozenStack:
         """Return the weights."""
         return PackedExperts(self.packed_stack)
 
-    def original(self) -> nn.Parameter:
-        """Return the replaced parameter, with its values."""
-        return nn.Parameter(self.stack().dense(), requires_grad=self._learns)
+    def put_back(self, experts: nn.Module, name: str) -> None:
+        """Replace this child of the experts by the weights from before, with their values."""
+        raise NotImplementedError
+
+
+class PackedParameterStack(PackedExpertStack):
+    """Packed weights that replace a dense parameter. ``like`` is the parameter without values."""
+
+    def __init__(self, parameter: nn.Parameter, packed: PackedStack) -> None:
+        super().__init__(packed)
+        self.like, self._learns = torch.empty_like(parameter, device="meta"), parameter.requires_grad
+
+    def put_back(self, experts: nn.Module, name: str) -> None:
+        give_parameter(experts, name, nn.Parameter(self.stack().dense(), requires_grad=self._learns))
 
 
 def holds_stacks(module: nn.Module) -> bool:
