@@ -7,7 +7,7 @@ boolean tensors that a step creates (bounds of sequences, labels) stay real, sin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -45,6 +45,10 @@ _TELL: ContextVar[Called | None] = ContextVar("_TELL", default=None)
 _ISA: ContextVar[str | None] = ContextVar("_ISA", default=None)
 
 
+class EqualParts(list[int]):
+    """Numbers of a vector without values, such as the tokens of each expert: a split by them has equal parts."""
+
+
 class Traced(Tensor):
     """Tensor without values that reports a real device. ``bare`` is the same tensor on the meta device.
 
@@ -63,6 +67,17 @@ class Traced(Tensor):
         own.bare = bare
         return own  # type: ignore[no-any-return]
 
+    def tolist(self) -> EqualParts:
+        """Return numbers for a vector of counts, of which only their number is known."""
+        return EqualParts([0] * len(self))
+
+    def split(self, split_size: Any, dim: int = 0) -> Any:
+        """Return the parts of these sizes, or equal ones if the sizes have no values."""
+        if isinstance(split_size, EqualParts):
+            whole, n = self.shape[dim], len(split_size)
+            split_size = [(whole + k) // n for k in range(n)]
+        return super().split(split_size, dim)  # type: ignore[no-untyped-call]
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Traced({tuple(self.shape)}, {self.dtype})"
 
@@ -79,6 +94,8 @@ def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
         return True  # checks, such as that all values are finite, pass
     if func is _aten.nonzero.default:
         return _found(args[0])
+    if func is _aten.index.Tensor:
+        args = (args[0], [each for index in args[1] for each in _positions(index)])
     place = next((x.device for x in tensors_in(args) if isinstance(x, Traced)), _CPU)
     written: Any = kwargs["out"] if kwargs and "out" in kwargs else next(iter(args), None)
     call = call_of(func, args, kwargs) if repeats(func) else None
@@ -108,6 +125,13 @@ def _found(mask: Tensor) -> Tensor:
         return torch.zeros(whole, 1, dtype=torch.int64)
     found = -(-(mask.numel() ** 2) // max(whole, 1))
     return Traced(torch.empty(found, mask.ndim, dtype=torch.int64, device=META), mask.device)
+
+
+def _positions(index: Tensor | None) -> Sequence[Tensor | None]:
+    """Return an index as torch's meta device takes it: a mask is replaced by the indices of its nonzero elements."""
+    if index is None or index.dtype != torch.bool:
+        return (index,)
+    return (_found(index) if isinstance(index, Traced) else index.nonzero()).unbind(1)
 
 
 def _bare(x: Any, given: dict[int, tuple[Tensor, Tensor]]) -> Any:
@@ -158,7 +182,7 @@ class Tracing(SilentMode):  # type: ignore[no-untyped-call]
     """Mode that runs the ops of a traced step without values, and calls each function in ``seen`` with every op.
 
     One mode serves all functions, since each further mode costs as much as the op. Tensors that a step creates are
-    traced, except scalars, booleans and integers of more than 8 bits.
+    traced, except scalars, vectors of ones, booleans and integers of more than 8 bits.
     """
 
     def __init__(self) -> None:
@@ -168,13 +192,20 @@ class Tracing(SilentMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if Traced in types:
             out = _on_meta(func, args, kwargs)
-        elif func in _FACTORIES and args[0] and _is_traced(kwargs or {}):
+        elif func in _FACTORIES and not _is_factor(func, args[0]) and _is_traced(kwargs or {}):
             out = Traced(func(*args, **{**(kwargs or {}), "device": META}), _CPU)
         else:
             out = func(*args, **(kwargs or {}))
         for see in self.seen:
             see(func, args, out)
         return out
+
+
+def _is_factor(func: Any, shape: Sequence[int]) -> bool:
+    """Return True for a scalar, and for a vector of ones: code multiplies it by a number on which control flow depends
+    (XMOD's languages of rows).
+    """
+    return not shape or (func is _aten.ones.default and len(shape) == 1)
 
 
 def _is_traced(settings: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from veneer.ops.traced import tracing
 from veneer.plan.live_bytes import Peak
 from veneer.plan.memory_trace import KINDS, Shallow
-from veneer.plan.model import adapter_of, blockwise, traced_model
+from veneer.plan.model import adapter_of, blockwise, shortened, traced_model
 from veneer.recipe.recipe import Recipe
 
 
@@ -105,6 +105,10 @@ def _signs(shape: _Shape) -> list[object] | None:
     adapter = adapter_of(shape.recipe.adapter)
     if adapter is not None and adapter.counts_layers:
         return None  # a shallow model would have others of them
+    try:
+        shortened(shape.config, shape.n_blocks - 1)
+    except NotImplementedError:
+        return None  # its blocks are counted by other fields
     with tracing():
         model = traced_model(shape.config, shape.recipe.model, adapter)
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == shape.n_blocks]

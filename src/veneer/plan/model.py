@@ -34,9 +34,14 @@ CPU = torch.device("cpu")
 
 
 def shortened(config: PreTrainedConfig, n_blocks: int) -> PreTrainedConfig:
-    """Return the config of the same model with only its first ``n_blocks`` blocks."""
+    """Return the config of the same model with only its first ``n_blocks`` blocks.
+
+    Raises NotImplementedError if the config's class counts its blocks by other fields (ProphetNet).
+    """
     short = copy.deepcopy(config)
     text: Any = short.get_text_config()
+    if text.num_hidden_layers == n_blocks:
+        return short
     lists = blockwise(text)
     text.num_hidden_layers = n_blocks
     for name, values in lists:

@@ -82,3 +82,18 @@ def test_a_number_alone_takes_the_dtype_that_is_the_default() -> None:
                 assert aten.mul.Tensor(dressed(N), 2.0).dtype == dtype
             finally:
                 torch.set_default_dtype(torch.float32)
+
+
+def test_parts_by_counts_without_values_are_equal() -> None:
+    with tracing():
+        counts = dressed(bare(3, dtype=torch.int64)).tolist()
+        assert [len(part) for part in dressed(X).split(counts)] == [1, 2, 2]
+
+
+def test_a_mask_chooses_its_rows_and_one_without_values_as_many_as_it_has() -> None:
+    mask = torch.ones(5) == torch.tensor([1, 0, 1, 1, 0])
+    with tracing():
+        rows = 2 * torch.ones(5)
+        assert not isinstance(rows, Traced)
+        assert dressed(X)[mask].shape == (3, 7)
+        assert dressed(X)[dressed(bare(5, dtype=torch.bool))].shape == (5, 7)

@@ -15,17 +15,15 @@ from veneer.recipe.recipe import parse_recipe
 
 from .test_plan import real_peak
 
-SAMPLE = ("dbrx", "deepseek_v3", "gemma3n_text", "lfm3", "longcat_flash", "mamba2", "step3p7")
+SAMPLE = (
+    *("dbrx", "deepseek_v3", "gemma3n_text", "jetmoe", "lfm3", "longcat_flash", "mamba2", "prophetnet", "step3p7"),
+    "xmod",
+)
 NO_RUN = {  # no model of these tiny configs can be saved and trained on rows of text
     *("blt", "dory", "dots3_note", "dots3_note_text", "emu3", "gemma3n", "gemma4_assistant"),
     *("gemma4_unified_assistant", "mllama", "musicgen", "musicgen_melody", "reformer", "xlnet", "zaya"),
 }
-NO_PLAN = {
-    "jetmoe",  # it reads how many tokens each expert has
-    "prophetnet",  # its config has no number of blocks that can be set
-    "xmod",  # it reads which rows are of which language
-}
-REST = sorted({*CAUSAL} - {*SAMPLE} - NO_RUN - NO_PLAN)
+REST = sorted({*CAUSAL} - {*SAMPLE} - NO_RUN)
 
 
 @pytest.mark.parametrize("name", [*SAMPLE, *(pytest.param(name, marks=pytest.mark.full) for name in REST)])
