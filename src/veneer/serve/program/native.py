@@ -202,23 +202,23 @@ class NativeStretch:
         native, given = self.native, frame["given"]
         pages = (rows.cache.store, rows.cache.windows, rows.rows) if isinstance(rows.cache, PageCache) else None
         runs = [(native.numbers[rows.versions[place]], start, stop) for place, start, stop in rows.runs.runs]
-        registers = self._registers(frame, len(rows.positions))
+        n = len(rows.positions)
+        # Alive until C++ has read them: a register that is written under the same name replaces them in the frame.
+        read = {register: self._given(frame, register, n) for register in self.reads}
+        registers = self._registers(frame, n, read)
         ids = None if given.is_floating_point() else given
         native.program.run(self.place, registers, pages, StepRows(rows.positions, ids, rows.picked, rows.tokens), runs)
 
-    def _registers(self, frame: Frame, n: int) -> list[int]:
+    def _registers(self, frame: Frame, n: int, read: dict[Register, list[Tensor]]) -> list[int]:
         """Return the addresses and strides of all registers, with n rows each. Allocate memory for those that will be
-        written.
-
-        Raises ShapeError if an earlier operation left a different number of rows.
+        written without being ``read``.
         """
         if self._laid != (n, self.native.n_moves):
             self._lay(n)
-        given = {register: self._given(frame, register, n) for register in self.reads}
-        for register, rows in given.items():
+        for register, rows in read.items():
             self._place(register, rows)
         for register in self.writes:  # of one name those written last stand last
-            register.write(frame, given.get(register) or self._written[register])
+            register.write(frame, read.get(register) or self._written[register])
         return self._numbers
 
     def _place(self, register: Register, rows: list[Tensor]) -> None:
@@ -235,8 +235,9 @@ class NativeStretch:
         self._laid = (n, self.native.n_moves)
 
     def _given(self, frame: Frame, register: Register, n: int) -> list[Tensor]:
-        """Return a register's tensors, with n rows and a contiguous last axis, checked before C++ reads their
-        memory.
+        """Return a register's tensors, with n rows and a contiguous last axis, before C++ reads their memory.
+
+        Raises ShapeError if an earlier operation left other rows.
         """
         rows, dtype = register.read(frame), self.native.program.dtype
         for x, width in zip(rows, register.widths, strict=True):

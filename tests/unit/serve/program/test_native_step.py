@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from tests.unit.serve.conftest import make_model, save_adapter
 from veneer import BottleneckConfig, LoraConfig, VeraConfig
 from veneer.errors import ShapeError
 from veneer.model.batch.paged import Stretch
-from veneer.model.program.operation import STREAM
+from veneer.model.program.operation import STREAM, Register
 from veneer.model.program.rows import PassRows
 from veneer.model.program.version import Effects
 from veneer.ops.cpu.module import kernels
@@ -344,10 +346,33 @@ def test_rows_that_do_not_fit_are_told(spoilt):
     interpreter = proved(make_model(), 100)
     operations = interpreter._operations(step_with(interpreter, None), by_ids=False)
     [stretch] = [each for each in operations if isinstance(each, NativeStretch)]
-    rows = torch.ones(5, 24)
-    assert stretch._registers({STREAM: rows}, 5)[0] == rows.data_ptr()
+    rows, [stream] = torch.ones(5, 24), stretch.reads
+    given = {stream: stretch._given({STREAM: rows}, stream, 5)}
+    assert stretch._registers({STREAM: rows}, 5, given)[0] == rows.data_ptr()
     with pytest.raises(ShapeError, match=r"register 'h' .*\(5, 24\) in float32"):
-        stretch._registers({STREAM: spoilt(rows)}, 5)
+        stretch._given({STREAM: spoilt(rows)}, stream, 5)
+
+
+def test_rows_that_are_read_live_until_the_end():
+    """A stretch that also writes a register of their name, with another width, takes them out of the frame."""
+    read, written = Register("y", (8,)), Register("y", (5,))
+    seen: list[float] = []
+
+    def run(place, registers, pages, rows, runs):
+        torch.full((3, 8), -1.0)  # takes the memory of rows that were given up
+        seen.extend(ctypes.cast(registers[0], ctypes.POINTER(ctypes.c_float))[k] for k in range(24))
+
+    program = SimpleNamespace(dtype=torch.float32, n_tensors=2, first_of=lambda r: int(r == written), run=run)
+    native = SimpleNamespace(
+        program=program, n_moves=0, numbers={None: 0}, rows_of=lambda r, n: [torch.zeros(n, *r.widths)]
+    )
+    operation = SimpleNamespace(reads=(read,), writes=(written,))
+    stretch = NativeStretch(native, [SimpleNamespace(place=range(1), bound=SimpleNamespace(operation=operation))])
+    rows = SimpleNamespace(
+        positions=range(3), cache=None, runs=SimpleNamespace(runs=[]), versions=[], picked=None, tokens=None
+    )
+    stretch(rows, {"given": torch.arange(3), "y": torch.arange(24.0).view(3, 8)})
+    assert seen == list(range(24))
 
 
 def test_the_logits_come_last():
