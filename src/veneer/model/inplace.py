@@ -85,7 +85,9 @@ def mixin_of(cls: type) -> type[InPlace]:
 
 
 def _generated(cls: type) -> type:
-    """Return the class generated here. FSDP2 may have derived the module's own class from it."""
+    """Return the class in a module's bases that `inplace` generated. The module's own class may be one that FSDP2 has
+    derived from it.
+    """
     return next(each for each in cls.__mro__ if _MADE_HERE in vars(each))
 
 
@@ -107,9 +109,11 @@ def _class(mixin: Hashable, base: Hashable, swapped: tuple[str, ...]) -> type[nn
 
 
 def _reading(name: str) -> property:
-    """Return a property that reads a parameter through ``effective``. Its setter sets the module's own parameter.
+    """Return a property that reads the parameter ``name`` through the module's ``effective`` method. Its setter sets
+    the module's parameter itself.
 
-    A shard of a parameter is returned unchanged: FSDP2 expects its own object there, and no computation reads it.
+    If the parameter is a shard, it is returned unchanged, because FSDP2 expects its own object there. No computation
+    reads a shard.
     """
 
     def read(module: Any) -> Any:

@@ -46,7 +46,9 @@ def _empties(shapes: Shapes) -> Params:
 
 
 def _empty(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Allocate a tensor of this shape. Raises FormatError if memory does not suffice: a config may have any rank."""
+    """Allocate an uninitialized tensor for the parameter ``name``. Raises FormatError if memory does not suffice,
+    because the sizes in a config have no limit.
+    """
     try:
         return torch.empty(shape)
     except (RuntimeError, TypeError) as error:  # too much for this machine, or a size beyond 64 bits

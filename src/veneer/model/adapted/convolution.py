@@ -57,7 +57,9 @@ class AdaptedConvolution(AdaptedSite):
         return apply_projected(whole, products, base, site.bias).movedim(-1, self._channels)
 
     def _added(self, x: Tensor, term: Pair | Change, entry: Around | None) -> Tensor:
-        """Multiply a change of the weight by every patch of x, after ``entry`` has mapped the patches."""
+        """Return an adapter's update of the weight times every patch of x. ``entry`` is a map of the input that is
+        applied to the patches first.
+        """
         if isinstance(term, Pair):
             return term.behind_a(self._product(x.to(term.a.dtype), term.a, entry))
         matrix = term.blocks(term.dtype) if isinstance(term, InGroups) else term.dense(term.dtype)
@@ -103,10 +105,10 @@ class AdaptedConvolution(AdaptedSite):
         return 1 - len(self._kernel_shape)
 
     def _product(self, x: Tensor, matrix: Tensor, entry: Around | None) -> Tensor:
-        """Multiply a matrix by every patch of x that the layer's kernel sees: (…, n).
+        """Return the product of a matrix with every patch of x that the layer's window visits: (…, n).
 
-        The matrix is (n, channels · window), or the kernel's blocks (n, channels / groups · window). ``entry`` maps the
-        patches.
+        The matrix is (n, channels · window), or (n, channels / groups · window) for a convolution in groups. If
+        ``entry`` is given, this map of the input is applied to the patches first.
         """
         window, groups = self._kernel_shape[2:], cast(Any, self).groups
         channels = matrix.shape[1] // math.prod(window)
@@ -119,8 +121,8 @@ class AdaptedConvolution(AdaptedSite):
         return cast(Tensor, y).movedim(self._channels, -1)
 
     def _behind(self, entry: Around, matrix: Tensor, groups: int) -> Tensor:
-        """Return the matrix times the input map ``entry``, so that one product with the patches applies both. The dtype
-        stays.
+        """Return ``matrix`` times the input map ``entry``, in the dtype of ``matrix``. One product with the patches
+        then applies both. Raises CompositionError if ``entry`` is not a scale and the convolution has groups.
         """
         wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         if groups == 1:

@@ -121,7 +121,7 @@ def _sent(chosen: Tensor, n_experts: int) -> Iterator[tuple[int, Tensor, Tensor]
     """Yield each chosen expert's number, the indices of its tokens, and for each token the rank (0 to k - 1) at which
     it chose the expert.
 
-    If tensors have no values, all experts are chosen equally often.
+    For tensors without values (of a trace), the tokens are divided equally among all experts.
     """
     if isinstance(chosen, Traced):
         pairs = torch.arange(chosen.numel())

@@ -91,7 +91,9 @@ class AdaptedSite(Adapted):
         return {key: value.to(device_of(self)) for key, value in found.items()}
 
     def _members(self, known: Sequences | None, shape: Sequence[int] | None) -> Tensor:
-        """Return, for each row of an input, the index of its sequence. If no sequences are known, each row is one."""
+        """Return, for each row of an input, the index of its sequence. If the sequences are not known, each row counts
+        as a sequence.
+        """
         if known is not None and shape is None:
             return known.members
         rows = tuple(shape or ())
@@ -296,7 +298,9 @@ class AdaptedLinear(AdaptedSite):
     def _together(
         self, names: Sequence[str], shape: Sequence[int] | None, task: int | None = None
     ) -> LinearDelta | None:
-        """Compose these adapters' records, with the biases that they train. Return None if they change nothing."""
+        """Compose the records of these adapters into one, with the bias that they train. Return None if they change
+        nothing in this layer.
+        """
         held = [name for name in names if name in self.adapters]
         bias = self.effective("bias", names)
         trained = bias if bias is not self._parameters.get("bias") else None
@@ -339,12 +343,14 @@ class AdaptedLinear(AdaptedSite):
         return len(names) > 1 and any(self.rate(name) for name in names)
 
     def _differs(self, names: Sequence[str]) -> bool:
-        """Return True if one of the adapters replaces the weight for its rows."""
+        """Return True if one of the adapters has a trained copy of the whole weight, which its rows use instead of the
+        base's.
+        """
         return any(self.has_own(name, "weight") for name in names)
 
     def _by_formula(self, x: Tensor) -> Tensor:
-        """Compute the layer by autograd operations. This is for compilers, which cannot follow veneer's ops, and for
-        trained weights.
+        """Compute the layer by torch's own operations instead of veneer's op. This is for compilers, which cannot trace
+        the op, for a trained base weight, and for several adapters with dropout.
         """
         names, site = self.acting_here(), self.site()
         weight = cast(FrozenWeight, site.weight)
@@ -423,8 +429,8 @@ class AdaptedLinear(AdaptedSite):
 
 
 def _derive_again(layer: nn.Module, keys: object) -> None:
-    """Recompute the tensors that follow from the weight and the parameters. It is called after all of
-    these are loaded.
+    """Recompute the adapters' tensors that depend on the weight and on other parameters. It is called after a state
+    dict has been loaded.
     """
     for name in cast(AdaptedSite, layer).adapters:
         cast(AdaptedSite, layer).derive(name)
@@ -435,7 +441,9 @@ def _trains(weight: FrozenWeight) -> bool:
 
 
 def _computed(x: Tensor, layer: LinearLayer) -> Tensor:
-    """Compute a layer by veneer's op, with the output dtype of the plain layer, or autocast's if that is on."""
+    """Compute a layer by veneer's op. The output has the dtype of the layer without adapters, or autocast's dtype if
+    autocast is on.
+    """
     weight, device = layer.weight, x.device.type
     if not torch.is_autocast_enabled(device):
         return linear(x.to(weight.tensor.dtype) if isinstance(weight, DenseWeight) else x, layer)

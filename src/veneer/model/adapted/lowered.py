@@ -23,7 +23,9 @@ class _Lowered:
     names: tuple[str, ...]
 
     def is_of(self, holder: nn.Module) -> bool:
-        """Return True if the record's tensors are still the adapter's current parameters."""
+        """Return True if the tensors of the cached record are still the current parameters of the adapter's module
+        ``holder``.
+        """
         own = zip(self.names, self.record.tensors, strict=True)
         return all(holder._parameters.get(name) is tensor for name, tensor in own)
 

@@ -28,7 +28,9 @@ from veneer.records.sites import LinearSite
 
 
 class _Folding(AdaptedSite):
-    """Linear map that torch's attention reads as parameters. They are returned with the adapters folded in."""
+    """Linear map whose weight and bias torch's attention reads as parameters, without calling the map. A read returns
+    the parameter with the adapters' updates added.
+    """
 
     weight_name: str
     bias_name: str
@@ -47,13 +49,13 @@ class _Folding(AdaptedSite):
         return read[parameter]
 
     def own(self, parameter: str, names: Sequence[str] | None) -> Tensor | None:
-        """Return a parameter without the folded updates of adapters. ``names`` are the adapters whose trained copies
-        count; None means the active ones.
+        """Return a parameter without the low-rank and other updates of adapters. If one of the adapters ``names``
+        (None: the active ones) has trained a copy of the parameter, the copy is returned.
         """
         return Adapted.effective(self, parameter, self.adapter_state.acting() if names is None else names)
 
     def require_one_for_all_rows(self) -> None:
-        """Raise CompositionError if rows of a batch would use different adapters here."""
+        """Raise CompositionError if the rows of a batch name their adapters, and one of these changes this map."""
         routing = self.adapter_state.routed()
         if routing is not None and any(name in self.adapters for name in routing.adapters):
             raise CompositionError(

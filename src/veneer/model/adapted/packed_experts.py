@@ -41,7 +41,9 @@ def pack_experts(
 
 
 def _fits(module: nn.Module, name: str, dtype: torch.dtype) -> bool:
-    """Return True if weights may be packed, as far as their place and dtype tell."""
+    """Return True if the weights under a name are in CPU memory, and have this dtype or are quantized and not merged.
+    Packing needs this, and more.
+    """
     own = module._modules.get(name)
     if isinstance(own, CodedStack):
         return own.weight.is_cpu and own.merged is None

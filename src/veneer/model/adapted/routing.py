@@ -40,7 +40,7 @@ class Routing:
 
     @cached_property
     def _each(self) -> tuple[Choice, ...]:
-        """Return the choice of each row."""
+        """Return, for each row, the name of its adapter and its task (None without tasks)."""
         return tuple(zip(self.names, self.tasks or (None,) * len(self.names), strict=True))
 
     @cached_property

@@ -194,7 +194,9 @@ class Adapted(InPlace, Holder):
         )
 
     def _is_own(self, name: str) -> bool:
-        """Return True if an adapter changes more of the weight than single rows."""
+        """Return True if an adapter changes the whole weight: by parameters of its own, or by a trained copy. An
+        adapter that trains only some rows of the weight does not count.
+        """
         return name in self.adapters or (name in self.copies and "weight" in dict(own_tensors(self.copies[name])))
 
     def replace(self, values: dict[str, Tensor]) -> None:

@@ -47,7 +47,9 @@ class EncodingModel(CachingModel):
         return Extended(torch.cat([unread, logits[-len(tokens) :]]), logits.new_empty(0, 0))
 
     def _read(self, held: Held, prompt: Sequence[int], answer: list[int]) -> Tensor:
-        """Return logits for every token of the answer. They are empty until the whole prompt has arrived."""
+        """Return logits for every token of the answer. They are empty as long as tokens of the prompt are missing,
+        because the encoder reads only a whole prompt.
+        """
         whole = [*held.tokens, *prompt]
         if len(whole) < held.n_prompt:
             return torch.zeros(0, self.model.config.get_text_config(decoder=True).vocab_size)

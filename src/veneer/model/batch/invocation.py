@@ -80,7 +80,9 @@ def acting_tokens(model: nn.Module) -> tuple[int, ...]:
 
 @contextmanager
 def _head_sees(model: nn.Module, state: AdapterState, routing: TokenRouting, inputs: Inputs) -> Iterator[None]:
-    """Enter a context that tells an adapted head which tokens it gets: only those of ``logits_to_keep``."""
+    """Enter a context in which an adapted head is routed by the tokens of ``logits_to_keep``, because it receives only
+    these. Other layers are routed by all tokens.
+    """
     kept, head_of = inputs[1].get("logits_to_keep"), getattr(model, "get_output_embeddings", None)
     head = None if head_of is None else head_of()
     if kept is None or not isinstance(head, Adapted):
@@ -129,7 +131,9 @@ def _starts(state: AdapterState, rows: Sequence[str], ids: Int[Tensor, "rows n"]
 def _require_found(
     model: nn.Module, state: AdapterState, rows: Sequence[str], starts: Sequence[int], inputs: Inputs
 ) -> None:
-    """Raise ConfigError for a row without invocation tokens in training, or if a cache may hold them."""
+    """Raise ConfigError if a row lacks its adapter's invocation tokens, and either continues a cache or trains this
+    adapter. Also raise it if position ids decrease within a row, because the row then holds several packed sequences.
+    """
     lacking = [row for row, start in enumerate(starts) if start == NEVER]
     if lacking and _past(inputs):
         raise ConfigError(
@@ -152,7 +156,7 @@ def _require_found(
 
 
 def _repeated(each: Sequence[T], n_rows: int) -> tuple[T, ...]:
-    """Repeat the prompts' starts or tasks for all rows that each prompt has become, as in a beam search."""
+    """Repeat each prompt's entry so that there is one for every row. A prompt has several rows in a beam search."""
     return tuple(own for own in each for _ in range(n_rows // len(each)))
 
 

@@ -63,7 +63,11 @@ def _acting_names(state: AdapterState, inputs: Inputs, tasks: Sequence[int] | No
 
 
 def _tasks(state: AdapterState, names: Sequence[str], given: Sequence[int]) -> tuple[int | None, ...]:
-    """Return the task of each row, None if its adapter has none. Raises ConfigError and ShapeError."""
+    """Return each row's task, or None for a row whose adapter has no tasks.
+
+    Raises ShapeError if there is not one task for each row. Raises ConfigError if no adapter has tasks, or an adapter
+    does not have the given one.
+    """
     if len(given) != len(names):
         raise ShapeError(f"task_ids holds {len(given)} tasks for a batch of {len(names)} rows: give one for each row")
     counts = {name: 0 if name == BASE else state.configs[name].n_tasks for name in names}
@@ -145,7 +149,9 @@ def _checkpointing(model: nn.Module) -> list[Any]:
 
 
 def _routed(checkpoint: Callable[..., Any], state: AdapterState, routing: Routing) -> Callable[..., Any]:
-    """Wrap ``checkpoint`` so that its functions run with these rows' adapters, also when they are recomputed."""
+    """Wrap ``checkpoint`` so that a checkpointed function runs with these rows' adapters, in the forward pass and when
+    the backward pass recomputes it.
+    """
 
     @functools.wraps(checkpoint)
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -162,9 +168,10 @@ def _routed(checkpoint: Callable[..., Any], state: AdapterState, routing: Routin
 
 @contextmanager
 def _same_draws(routing: Routing, kept: list[dict[str, Tensor]]) -> Iterator[None]:
-    """Enter a context in which each run has the same random numbers for adapters.
+    """Enter a context in which a checkpointed function gets the same random numbers for adapters each time it runs.
 
-    The first run stores the generators' states in ``kept``; later runs start from these.
+    If ``kept`` is empty, this is the first run, and the generators' states are stored in it. A later run starts from
+    the stored states.
     """
     now = {name: generator.get_state() for name, generator in routing.generators.items()}
     again = bool(kept)

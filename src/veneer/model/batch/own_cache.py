@@ -96,7 +96,9 @@ class CachingModel:
         return [[token] for token in tokens] if alone else [tokens]
 
     def _pass(self, held: Held, tokens: Sequence[int]) -> Tensor:
-        """Run a pass and return the logits of all its tokens. The last ones belong to ``tokens``."""
+        """Run the model on ``tokens`` and return logits. Without a cache, all earlier tokens run again, and their
+        logits precede those of ``tokens``.
+        """
         anew = self.way is Way.ANEW
         ids = torch.tensor([[*held.tokens, *tokens] if anew else tokens], device=self.model.device)
         given = {} if held.cache is None or self._cache is None else {self._cache: held.cache}
@@ -161,7 +163,9 @@ def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _error(model: PreTrainedModel, way: Way, ids: list[int], own: Tensor) -> float:
-    """Return the relative distance between logits computed in several parts and the model's ``own`` logits."""
+    """Run ``ids`` in two parts, the second on the cache of the first. Return the relative distance between these logits
+    and the logits ``own`` of one pass, or infinity if this cannot run.
+    """
     held, caching = Held(), CachingModel(model, way)
     first = _CUTS[0]
     try:

@@ -162,7 +162,9 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend from rows (n, heads, 1, width) to their sequences' stored keys, and to the rows themselves."""
+    """Store the new keys and values, one token for each row. Then attend from each row's query (n, heads, 1, width) to
+    the stored keys of its sequence, with its own.
+    """
     step, layer = _STEP.get(), int(module.layer_idx)  # type: ignore[arg-type]
     if layer in step.written:
         raise RuntimeError(f"layer {layer} runs more than once in one pass")

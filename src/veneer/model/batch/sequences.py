@@ -73,8 +73,8 @@ def _sequences(model: nn.Module, inputs: Inputs) -> Sequences | None:
 
 
 def _on_tokens(mask: object) -> Tensor:
-    """Return a mask (rows, n) of tokens. Raises CompositionError for a mask with other axes, such as one by pairs of
-    tokens.
+    """Return the attention mask if it is (rows, n), one value for each token. Raise CompositionError for any other
+    mask, such as (rows, heads, n, n), because it does not tell which tokens are padding.
     """
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask
@@ -90,7 +90,9 @@ def _checkpointing(model: nn.Module) -> list[Any]:
 
 
 def _again_with(checkpoint: Callable[..., Any], state: AdapterState, known: Sequences | None) -> Callable[..., Any]:
-    """Wrap ``checkpoint`` so that its functions know these sequences, also when they are recomputed."""
+    """Wrap ``checkpoint`` so that adapters know the batch's sequences while a checkpointed function runs, also when the
+    backward pass recomputes it.
+    """
 
     @wraps(checkpoint)
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

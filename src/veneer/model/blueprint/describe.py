@@ -142,7 +142,9 @@ def _head(source: BlockSource, head: nn.Module | None, table: nn.Module) -> Head
 
 
 def _named(source: BlockSource, name: str) -> float:
-    """Return the config's factor for logits, or 1 if it has none, or if the text part of the model does not read it."""
+    """Return the config's value ``name``, a factor of the logits. Return 1 if the config has no such value, or if the
+    model's forward does not read it.
+    """
     forward: Any = inspect.unwrap(plain_class(type(source.model)).forward)
     is_read = source.config is source.model.config or name in forward.__code__.co_names
     return float(getattr(source.config, name, None) or 1.0) if is_read else 1.0

@@ -112,7 +112,9 @@ def _heads(
 
 
 def _layout(head_dim: int, qkv: tuple[Linear, ...], out: Linear, order: NamedOrder | None) -> HeadLayout | None:
-    """Return the layout of three projections, or of one with heads in an ``order``; None if the sizes do not fit."""
+    """Return how heads lie in the outputs of q, k and v, or None if the sizes do not fit. ``order`` is the order of
+    heads if one layer computes all three, or None.
+    """
     n_heads, rest = divmod(out.in_features, head_dim)
     gated = order is None and qkv[0].out_features == 2 * out.in_features
     n_all, rest_all = divmod(sum(linear.out_features for linear in qkv), head_dim)
@@ -147,7 +149,7 @@ def _head_norms(source: BlockSource, module: nn.Module, heads: HeadLayout) -> tu
 
 
 def _scale(module: Any) -> float:
-    """Return the factor of the scores. Some families store its inverse, which is converted."""
+    """Return the factor by which attention's scores are multiplied, from the attribute that holds it."""
     found = (getattr(module, name, None) for name in ("scaling", "inv_norm_factor", "softmax_scale"))
     scale = next((each for each in found if isinstance(each, int | float)), None)
     if scale is None:
@@ -156,8 +158,8 @@ def _scale(module: Any) -> float:
 
 
 def _clip(source: BlockSource, module: Any) -> float | None:
-    """Return the bound of q, k and v, or None without one. MPT's attention stores it (0 means none), OLMo's config
-    does.
+    """Return the bound to which q, k and v are clipped, or None if they are not. It is an attribute of MPT's attention
+    (0 means none), and a value of OLMo's config.
     """
     held = getattr(module, "clip_qkv", None)
     return (held or None) if hasattr(module, "clip_qkv") else getattr(source.config, "clip_qkv", None)
@@ -188,7 +190,9 @@ def _alibi(source: BlockSource, heads: HeadLayout, scale: float) -> Alibi | None
 
 
 def _rest(source: BlockSource, module: nn.Module, qkv: tuple[Linear, ...]) -> Strange | None:
-    """Return the parts of the module other than projections and norms, as a strange part, or None if there are none."""
+    """Return the submodules other than projections and norms as one `Strange` part, which the description cannot
+    express. Return None if there are none.
+    """
     start = len(source.path(module)) + 1
     names = (*(linear.path[start:] for linear in qkv), *_norm_names(source, module))
     known = [*(getattr(module, name) for name in names), _out(source, module)]

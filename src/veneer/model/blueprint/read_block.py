@@ -99,7 +99,9 @@ def _single_part(source: BlockSource, block: nn.Module, part: nn.Module, layer: 
 
 
 def _several(source: BlockSource, parts: list[nn.Module]) -> Several | None:
-    """Return a block's half if it has several parts (Falcon-H1, Granite's experts), or None if it has one or none."""
+    """Return a half of a block as one part that adds the outputs of several modules (Falcon-H1, Granite's experts).
+    Return None if the half has fewer than two modules.
+    """
     if len(parts) < 2:
         return None
     names = " and ".join(source.path(part).rpartition(".")[2] for part in parts)
@@ -107,8 +109,8 @@ def _several(source: BlockSource, parts: list[nn.Module]) -> Several | None:
 
 
 def _mixing(source: BlockSource, module: nn.Module, layer: int) -> Attention | KeepsState | Strange | str:
-    """Return the description of the part that mixes tokens, attention or another; or why the block
-    cannot be described.
+    """Return the description of the part that mixes tokens: attention, a part that keeps a state, or a part known only
+    by its path. Return a reason (str) if the block cannot be described at all.
     """
     types = types_in(source.config)
     layer_type = layer_type_of(module) or (types[layer] if layer < len(types) else None)
@@ -131,15 +133,18 @@ def _mixing(source: BlockSource, module: nn.Module, layer: int) -> Attention | K
 
 
 def _multiplier(source: BlockSource, block: nn.Module) -> float:
-    """Return the factor of the halves' outputs: that of the config, or one that the block has computed (MiniCPM 3)."""
+    """Return the factor of both halves' outputs. It is the block's attribute ``residual_scale`` (MiniCPM 3) or else the
+    config's ``residual_multiplier``; the default is 1.
+    """
     own = getattr(block, "residual_scale", None)
     return float(own if isinstance(own, float) else getattr(source.config, "residual_multiplier", 1.0))
 
 
 def _beside_parts(source: BlockSource, block: nn.Module) -> list[Strange]:
-    """Return what the description of a block cannot express.
+    """Return at most one `Strange` part, with the reason why the description cannot express the block itself.
 
-    That may be a buffer (Gemma 4 multiplies by one), a factor of the residual stream (MiniMax), or further own code.
+    The reason may be a buffer (Gemma 4 multiplies by one), a factor of the residual stream (MiniMax), or further own
+    code.
     """
     names = [name for name, _ in block.named_buffers(recurse=False)]
     names += [name for name in vars(block) if name.endswith("_alpha_factor")]

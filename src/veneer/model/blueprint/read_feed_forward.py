@@ -114,8 +114,8 @@ def _stacks(source: BlockSource, experts: nn.Module) -> tuple[Stack, Stack] | No
 
 
 def _sigmoid(source: BlockSource, module: nn.Module, router: Any) -> dict[str, Any]:
-    """Return the fields of experts that a router by sigmoids has: in DeepSeek V3's form, with groups and wide scores,
-    or in LFM2's, without them.
+    """Return fields of `Experts` for a router that scores experts by sigmoids. DeepSeek V3's form has groups of experts
+    and scores in float32, LFM2's has neither.
     """
     owners = [(owner, name) for owner in (router, module) for name in CORRECTIONS if name in owner._buffers]
     correction = "".join(f"{source.path(owner)}.{name}" for owner, name in owners[:1])

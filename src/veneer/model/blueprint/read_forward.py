@@ -67,7 +67,9 @@ def _odd(kind: Hashable) -> str | None:
 
 @functools.cache
 def _n_returned(kind: Hashable) -> int | None:
-    """Return the length of the tuple that a forward returns last, directly or by a name."""
+    """Return the length of the tuple in the last return statement of a class's forward, also if the statement names a
+    variable. Return None if no tuple is found.
+    """
     nodes = _nodes(kind)
     returned = max((n for n in nodes if isinstance(n, ast.Return)), key=lambda n: n.lineno, default=None)
     value = None if returned is None else returned.value

@@ -57,7 +57,9 @@ def _counted(values: Iterable[int]) -> str:
 
 
 def _in_layers(values: Iterable[Hashable | None], unit: str = "") -> str:
-    """Return values as words. A value that does not hold in all layers is followed by the number of its layers."""
+    """Return the different values as text, given one value for each layer. A value that not all layers have is followed
+    by its number of layers; None is left out.
+    """
     counts = Counter(values)
     total = sum(counts.values())
     held = {f"{value} {unit}".strip(): n for value, n in counts.items() if value is not None}

@@ -143,8 +143,8 @@ class BlockActivations:
             return checkpoint(self._recomputed(function), *args, use_reentrant=False, **kwargs)
 
     def _recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a function for recomputation under the block's present choice, even if a later pass changes the
-        choice.
+        """Wrap a function that checkpointing will recompute. While it runs, the block counts as recomputed, even if a
+        later forward pass has decided otherwise by then.
         """
 
         @functools.wraps(function)

@@ -126,10 +126,10 @@ def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tenso
 
 
 def _each_apart(block: FusedBlock, kwargs: dict[str, Any], x: Tensor, bounds: list[int]) -> Tensor:
-    """Run the own code of a part that keeps a state separately on each sequence of packed rows, and return what
-    `own_attention` returns.
+    """Run `own_attention` on each sequence of packed rows by itself, and return the joined outputs in the shape of x.
 
-    transformers' own code would carry the state over from one sequence to the next.
+    This is for a part that keeps a state, because transformers' code would carry the state from one sequence to the
+    next.
     """
     flat, alone = x.flatten(0, 1), {**kwargs, "attention_mask": None}
     parts = [own_attention(block, alone, flat[None, start:end]) for start, end in itertools.pairwise(bounds)]
@@ -162,8 +162,8 @@ def _without(block: FusedBlock, path: str, kwargs: dict[str, Any], x: Tensor) ->
 
 
 class _Silent(nn.Module):
-    """Module that temporarily replaces a part of a block and adds nothing: it returns zeros, and None for further
-    values.
+    """Module that temporarily replaces a part of a block, so that the part adds nothing. It returns zeros, followed by
+    a None for each further value that the part returns.
     """
 
     def __init__(self, n_values: int | None) -> None:
@@ -278,10 +278,10 @@ def _weighed(block: FusedBlock, change: Tensor) -> Tensor:
 
 
 def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask, program: BlockProgram) -> PackedPositions:
-    """Return the kernels' tables of cosine and sine, with each angle once. They are None for a layer without rotary
-    embedding.
+    """Return positions for the kernels, with tables of cosine and sine that hold each angle once. The tables are None
+    for a layer without rotary embedding.
 
-    transformers' tables repeat each angle; GPT-J's do not.
+    Most of transformers' tables hold each angle twice; GPT-J's do not.
     """
     if tables is None or program.rotary is None:
         return PackedPositions(None, None, mask.cu_seqlens, mask.forks)

@@ -237,10 +237,10 @@ def _fuse(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def _few_threads(model: nn.Module) -> Iterator[None]:
-    """Enter a context in which small models compute on one thread.
+    """Enter a context in which a small model computes on one thread.
 
-    Products of so few tokens take microseconds, less than the synchronization of threads. On busy cores a whole check
-    took 50 s with several threads, and 8 s with one.
+    With a proof's few tokens, a product takes microseconds, less than the synchronization of threads. On busy cores the
+    whole proof took 50 s with several threads, and 8 s with one.
     """
     before = torch.get_num_threads()
     if sum(parameter.numel() for parameter in model.parameters()) <= FEW_PARAMETERS:
@@ -297,8 +297,8 @@ def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str 
 
 
 def _takes_masks_by_type(holder: nn.Module) -> bool:
-    """Return True if a decoder's forward accepts masks by layer type and, for a type without one, uses
-    padding alone.
+    """Return True if a decoder's forward accepts a dict of masks by layer type. For a layer type that is not in the
+    dict, such a forward makes a mask from padding alone.
     """
     return {"create_recurrent_attention_mask", "isinstance", "dict"} <= globals_named(holder)
 

@@ -219,7 +219,9 @@ def _same(func: Any, logits: DeferredLogits) -> DeferredLogits:
 
 
 def _at(func: Any, logits: DeferredLogits, key: Any) -> Any:
-    """Select positions and keep all classes, by applying the key to the hidden states."""
+    """Return deferred logits of the positions that a key selects, by applying the key to the hidden states. Return
+    NotImplemented if the key also selects among classes.
+    """
     keys = key if isinstance(key, tuple) else (key,)
     own = [each for each in keys if each is not None and each is not ...]
     n_axes = sum(each.ndim if isinstance(each, Tensor) and each.dtype == torch.bool else 1 for each in own)

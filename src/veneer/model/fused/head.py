@@ -21,7 +21,9 @@ from veneer.quant.dense import DenseWeight
 
 
 class _Deferring(InPlace, nn.Module):
-    """Mixin before the head's class, for one forward pass. It returns deferred logits."""
+    """Mixin for a head's class during one forward pass. Its forward computes no logits: it returns the hidden states
+    with all that is needed to compute them later.
+    """
 
     frozen_head: FrozenHead
 
@@ -35,7 +37,7 @@ class _Deferring(InPlace, nn.Module):
 
 
 def _project(module: nn.Module, cls: Any, autocast: torch.autocast, hidden: Tensor) -> Tensor:
-    """Compute the head's own product, under the autocast of the pass that deferred it."""
+    """Compute logits by the head's own class, under the autocast settings of the forward pass that deferred them."""
     with autocast:
         return cast(Tensor, cls.forward(module, hidden))
 

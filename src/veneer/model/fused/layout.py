@@ -123,8 +123,8 @@ def _layout(cu_seqlens: Tensor, size: tuple[int, int], given: Mapping[str, Any])
 
 
 def _starts(size: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
-    """Return a mask (b, t) of the first tokens of sequences, in host memory, or None if the arguments do
-    not show them.
+    """Return a mask (b, t) that is True at the first token of each sequence and of padding, in host memory. Return None
+    if the arguments do not determine these tokens.
     """
     if attention_mask is not None:
         if attention_mask.ndim != 2 or tuple(attention_mask.shape) != size:

@@ -70,9 +70,9 @@ def prove(model: PreTrainedModel, blocks: list[FusedBlock]) -> tuple[str | None,
 
 
 def _problems(block: FusedBlock, call: BlockCall, most: float, config: Any) -> list[str]:
-    """Fuse as many halves of a block as compute the model's own result.
+    """Fuse both halves of a block, or only one, or none: the first choice whose relative error is at most ``most``.
 
-    Return a reason for each choice of halves that was tried before and failed.
+    Return a reason for each choice that was tried before and failed.
     """
     found, program = [], block.fused_program
     for attention, mlp in HALVES:
@@ -101,8 +101,8 @@ def _problem(block: FusedBlock, call: BlockCall, most: float, config: Any) -> st
 def _error(block: FusedBlock, call: BlockCall, config: Any) -> float:
     """Return the relative error of the change that a fused block makes to the residual stream.
 
-    In 16 bits two experts may have nearly equal scores, and a row that takes another one says nothing: of a mixture,
-    it is the median of the rows' errors.
+    For a mixture of experts in 16 bits, this is the median of the rows' errors. There rounding may choose the other of
+    two experts with nearly equal scores, and such a row's error does not show that the block is wrong.
     """
     mask = layout_mask(SIZE, None, None, config)
     own = stream_of(block(call.x, **{**_fresh(call.kwargs), "attention_mask": mask})).double()
@@ -124,10 +124,10 @@ def _minds_positions(block: FusedBlock, call: BlockCall) -> bool:
 
 
 def _with_tables(program: BlockProgram, tables: tuple[Tensor, Tensor] | None) -> BlockProgram:
-    """Return the program with the layout of the model's cosine and sine tables.
+    """Return the program with the form of the model's cosine and sine tables, found from their values.
 
-    The first row belongs to position 0, whose sine is 0. A table may hold each angle twice: twice in a row if
-    neighbours rotate together, or else the row twice.
+    The first row is that of position 0, whose sine is 0, so it shows which table is the sine. A table may hold each
+    angle twice: side by side if neighbours rotate together, or else in a second copy of the row.
     """
     rotary = program.rotary
     if rotary is None or tables is None:
@@ -182,8 +182,8 @@ def calls_of(model: PreTrainedModel, blocks: list[FusedBlock], ids: Tensor) -> l
 
 
 def _positions(holder: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """Return position ids at the start and the end of the context. Return none if the model does not take them, or if
-    its context has no limit.
+    """Return the argument ``position_ids``: one row at the start of the context, and one at its end. Return an empty
+    dict if the model does not accept position ids, or if its context has no limit.
     """
     end = getattr(holder.config, "max_position_embeddings", None)
     if end is None or "position_ids" not in inspect.signature(holder.forward).parameters:

@@ -92,9 +92,9 @@ def group_rooms(membership: Path, root: Path) -> Iterator[int]:
 
 
 def _room(folder: Path, names: _Names) -> Iterator[int]:
-    """Yield the memory left in each control group.
+    """Yield the memory left in a control group if it has a limit. Yield nothing otherwise.
 
-    A container does not see those above its own; the root has no limit.
+    A container does not see the groups above its own, and the root group has no limit.
     """
     try:
         limit, used = ((folder / name).read_text(encoding="utf-8").strip() for name in names[:2])

@@ -44,9 +44,10 @@ def give_back(model: nn.Module) -> None:
 
 
 def _pages_of(name: str, listed: str) -> dict[str, int]:
-    """Return the kilobytes of a memory map in ``SMAPS`` by kind, or an empty dict if the map is gone.
+    """Return the sizes ``Rss``, ``Anonymous`` and ``Swap``, in kilobytes, of the memory map ``name`` in the text of
+    ``SMAPS``. Return an empty dict if the map is gone.
 
-    Only this map's lines are parsed: parsing all of them takes ten times as long.
+    Only this map's lines are parsed, because parsing all lines takes ten times as long.
     """
     start = listed.find(f"{name} ")
     part = listed[start : listed.find("VmFlags:", start)] if start >= 0 else ""
@@ -56,7 +57,8 @@ def _pages_of(name: str, listed: str) -> dict[str, int]:
 def _file_maps(addresses: Collection[int]) -> dict[str, tuple[int, int]]:
     """Return the start and end of each mapped file that holds one of the addresses, by the map's name in ``SMAPS``.
 
-    Pages are not counted here, which takes a tenth of a second; most small models are mapped from no file.
+    They are read from ``MAPS``, which does not count pages: reading ``SMAPS`` takes a tenth of a second, and most small
+    models are mapped from no file.
     """
     found, order = dict[str, tuple[int, int]](), sorted(addresses)
     for line in MAPS.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -117,7 +117,7 @@ def _set(parameters: Mapping[int, int]) -> None:
 class _MallocInfo(ctypes.Structure):
     """Struct ``mallinfo2`` of malloc.h.
 
-    Only ``uordblks`` (bytes in use in the heap) and ``hblkhd`` (in maps) are read.
+    Only ``uordblks`` (bytes in use in the heap) and ``hblkhd`` (bytes of blocks that glibc maps by ``mmap``) are read.
     """
 
     _fields_ = [

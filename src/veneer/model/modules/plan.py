@@ -175,7 +175,9 @@ def _default_targets(snapshot: Snapshot, config: LinearMethod) -> Names:
 def _require_accepted(
     snapshot: Snapshot, config: LinearMethod, plan: AttachPlan, sites: list[LinearSite], fresh: bool
 ) -> None:
-    """Raise TargetError with every reason why the method or the model refuses this plan. Log probable mistakes."""
+    """Raise TargetError with every reason why the method or the model refuses this plan. For a new adapter (``fresh``),
+    also check that every setting has an effect, and log advice.
+    """
     tied = snapshot.sites(snapshot.tied) if plan.followers else []
     wrong = [*config.checks.layers(sites), *config.checks.tied(tied), *_problems_of_invocation(snapshot, config, plan)]
     if fresh:

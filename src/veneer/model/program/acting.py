@@ -121,9 +121,10 @@ class Acting:
         return replace(plain, records=records, runs=runs)
 
     def _router(self, module: AdaptedParameters) -> LinearLayer | None:
-        """Return the layer of a router with the record of its matrix.
+        """Return a router as a linear layer: its matrix, with the record of the adapters that change it.
 
-        None if the matrix is trained or has copies, or if rows have adapters of their own.
+        Return None if the matrix is trained, has copies or another dtype, or if the rows of a batch name their
+        adapters.
         """
         matrix = module._parameters["weight"]
         if matrix is None or matrix.requires_grad or matrix.dtype != self.dtype:

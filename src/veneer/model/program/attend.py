@@ -95,7 +95,9 @@ class Attend(Trained):
         return _normed(weights.q_norm, q), _normed(weights.k_norm, k), v
 
     def _warmed(self, q: Tensor, rows: PassRows) -> Tensor:
-        """Return queries times the temperature of their positions."""
+        """Return queries (n, heads, d), each times the temperature that depends on its row's position. Without
+        temperatures, return them unchanged.
+        """
         part = self.attention.temperature
         if part is None:
             return q
@@ -184,9 +186,10 @@ class Attend(Trained):
     def _turned(
         self, weights: AttendTraining, run: ActingStretch, ys: list[Tensor]
     ) -> tuple[Heads, tuple[Tensor, ...]]:
-        """Return rotated queries and keys, values, and tensors for the norms' backward passes.
+        """Split the layers' outputs ``ys`` into queries, keys and values, then norm and rotate queries and keys. Return
+        these heads, and the tensors that the norms' backward passes need.
 
-        Without norms, ``ys`` is overwritten.
+        If queries or keys have no norm, they are rotated in place, which overwrites ``ys``.
         """
         q, k, v = self.attention.heads.split(ys)
         turned, kept = list[Tensor](), list[Tensor]()
@@ -220,12 +223,14 @@ def _rows(heads: Tensor, norm: ActingNorm) -> Tensor:
 
 
 def _unnormed(norm: ActingNorm | None, grad: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-    """Return the gradient in front of a norm of heads."""
+    """Return the gradient with respect to the input of a norm of heads, given that of its output. Without a norm, both
+    are the same.
+    """
     return grad if norm is None else norm.backward(_rows(grad, norm), *kept).view(grad.shape)
 
 
 def _grows(attention: Attention) -> bool:
-    """Return True if queries are scaled up within the model's context, depending on their position."""
+    """Return True if some positions within the model's context multiply queries by a temperature other than 1."""
     rotary, temperature = attention.rotary, attention.temperature
     return temperature is not None and (rotary is None or rotary.max_positions > temperature.original_max_positions)
 
@@ -245,10 +250,11 @@ def _by_head(heads: Tensor) -> Tensor:
 
 
 def _places(layout: HeadLayout, first: int) -> list[list[int]]:
-    """Return the positions of the heads of queries, keys and values, as `HeadLayout.split` splits them.
+    """Return where the heads of queries, keys and values lie in the layers' outputs, with the order that
+    `HeadLayout.split` expects.
 
-    For each of the three: the tensor's index (counted from ``first``), the index of its first value, the stride between
-    heads of one key head, and that between the first heads of two key heads.
+    Each of the three lists holds four numbers. They are the output's index (counted from ``first``), the index of its
+    first value, the stride between heads of one key head, and that between the first heads of two key heads.
     """
     d, group = layout.head_dim, layout.group
     if layout.order == "apart":

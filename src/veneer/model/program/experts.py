@@ -193,7 +193,9 @@ def _bias(module: Callable[[str], nn.Module], part: Experts) -> Tensor | None:
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    """Return True if experts train none of their own matrices, and all rows take the same adapters."""
+    """Return True if experts train no matrix or copy of their own, no other library has changed their class, and the
+    rows of a batch do not name their adapters.
+    """
     if isinstance(module, AdaptedParameters) and (module.copies or module.adapter_state.routed() is not None):
         return False
     cls, mixins = type(module), set[type]()

@@ -134,9 +134,10 @@ def _within(part: Any, before: int) -> Any:
 
 
 def _training(block: Block, width: int) -> tuple[tuple[Operation, ...], tuple[Operation, ...]]:
-    """Return the operations of both halves, each with its own norm, so that each is one autograd node.
+    """Return the operations of attention and of the feed-forward part. Each begins with its own norm, even if both read
+    the same one, so that each can be one autograd node.
 
-    A half that the description cannot express is empty.
+    A half that the description cannot express has no operations.
     """
     stream, norms = Register(STREAM, (width,)), block.norms
     before = Register("before", stream.widths) if block.parallel else stream
@@ -151,7 +152,9 @@ def _training(block: Block, width: int) -> tuple[tuple[Operation, ...], tuple[Op
 def _together(
     norm: Norm | None, source: Register, half: Callable[[Register], Iterator[Operation]]
 ) -> tuple[Operation, ...]:
-    """Return the operations of a half and of the norm before it, with combined operations split into their parts."""
+    """Return the operations of a norm, if there is one, and of the half that reads it. An operation that combines
+    several (`alone`) is replaced by these.
+    """
     before = () if norm is None else (Normalize(norm=norm, source=source, target=Register("x", source.widths)),)
     found = half(before[0].target if before else source)
     return (*before, *(alone for each in found for alone in each.alone))
@@ -235,7 +238,9 @@ def _normed(norm: Norm | None, source: Register, name: str) -> Generator[Operati
 
 @dataclass(frozen=True, slots=True)
 class _Half:
-    """The end of a block's half, which adds the half's output to ``beside`` and writes the residual stream."""
+    """Last operations of a block's half: they add ``beside`` to the half's output, and write the sum to the residual
+    stream's register ``stream``.
+    """
 
     site: str
     beside: Register

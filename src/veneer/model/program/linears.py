@@ -155,7 +155,9 @@ class Linears:
     def _sums(
         self, x: Tensor, owns: Sequence[OwnChanges | None], runs: AdapterRuns, group: PackedGroup
     ) -> list[Tensor]:
-        """Return the outputs of the layers, with the versions' low-rank parts added."""
+        """Return the outputs of the layers for rows whose adapter versions have only low-rank parts: the products with
+        the weights, plus these parts.
+        """
         ys = self._products(x, group)
         add_pairs(x, self._segments(owns, runs), ys)
         return ys
@@ -171,8 +173,8 @@ class Linears:
     def _by_records(
         self, x: Tensor, owns: Sequence[OwnChanges | None], runs: AdapterRuns, group: PackedGroup
     ) -> list[Tensor]:
-        """Compute layers whose records have more than low-rank parts: scales, biases, terms, or weights of
-        their own.
+        """Return the outputs of layers whose adapter versions have more than low-rank parts: scales, biases, other
+        changes, or weights of their own.
         """
         layers = [self._layer(i, owns, runs) for i in range(len(self.paths))]
         inputs = [mapped_input(x, layer) for layer in layers]
@@ -229,7 +231,9 @@ class Linears:
                     ys[i][start:stop] = functional.linear(own_x, weight, bias)
 
     def _packed(self, own: OwnChanges, packing: VersionPacking) -> OwnChanges:
-        """Pack the low-rank parts of the changes."""
+        """Return the changes of one adapter version with low-rank parts, whole weights and supported terms packed for
+        the kernels.
+        """
         pairs = [_pair(record) for record in own.records]
         whole = {i: self._packed_weight(cast(Tensor, w)) for i, w in own.whole.items()}
         left = self._with_terms(replace(own, records=tuple(map(_without_pair, own.records)), whole=whole))
@@ -247,8 +251,8 @@ class Linears:
         return replace(left, pairs=packed)
 
     def _scaling(self, left: OwnChanges, packed: PackedPairs) -> PackedPairs | None:
-        """Return pairs that also apply the records' scales of outputs, on a GPU. Return None on a CPU, or if a record
-        has other effects.
+        """Return ``packed`` pairs that also multiply the outputs by the records' scales. Return None on a CPU, or if
+        the layers have a bias, or if a record has other effects than such a scale.
         """
         scaled = all(
             record is NOTHING or (record.only_scales and record.input is None and record.bias is None)
@@ -259,7 +263,9 @@ class Linears:
         return packed.scaling([record.output_scale for record in left.records])
 
     def _with_terms(self, own: OwnChanges) -> OwnChanges:
-        """Pack those terms of the records that the CPU's kernels support."""
+        """Return the changes with those parts of the records packed that the CPU's kernels support, such as rotations
+        and scales of the input. On a GPU, return them unchanged.
+        """
         if self.device.type != "cpu":
             return own
         parts = cast(PackedGroup, self.group).parts
@@ -329,7 +335,9 @@ def _pair(record: LinearDelta) -> FactorPair | None:
 
 
 def _place(x: Tensor) -> tuple[object, ...]:
-    """Return a key that identifies a tensor's memory."""
+    """Return a key that is equal for tensors that read the same memory in the same way: address, shape, strides and
+    dtype.
+    """
     return x.data_ptr(), x.shape, x.stride(), x.dtype
 
 
@@ -339,8 +347,8 @@ def _without_pair(record: LinearDelta) -> LinearDelta:
 
 
 def _terms(owns: Sequence[OwnChanges | None], runs: AdapterRuns) -> Iterator[tuple[int, slice, LayerTerms]]:
-    """Yield, for each layer and each of its packed terms: the layer's index, the rows that use the terms, and the
-    terms.
+    """Yield the packed terms of each run of rows with one adapter version, once for each layer that has some: the
+    layer's index, the rows and the terms.
     """
     for place, start, stop in runs.runs:
         own = owns[place]

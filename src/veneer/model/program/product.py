@@ -105,14 +105,16 @@ class Product(Trained):
         return found.records
 
     def _kept(self, weights: tuple[LinearLayer, ...], kept: Kept) -> tuple[op.SavedForBackward, Kept]:
-        """Split the kept tensors into those that the layers' backward pass needs and the layers' outputs."""
+        """Split the tensors kept for the backward pass in two: those that the layers' own backward pass needs, and the
+        layers' outputs.
+        """
         n = len(weights)
         return op.SavedForBackward.of(kept[:-n], weights), kept[-n:]
 
 
 def _in(dtype: torch.dtype, xs: list[Tensor]) -> Tensor:
-    """Return the only tensor of a list in a dtype. A comparison first avoids the cost of a conversion that changes
-    nothing.
+    """Return the first tensor of a list in ``dtype``. If it has this dtype already, return the tensor itself, because
+    even a conversion that changes nothing takes time.
     """
     return xs[0] if xs[0].dtype == dtype else xs[0].to(dtype)
 
@@ -170,7 +172,9 @@ def _changes(own: OwnChanges, dtype: torch.dtype) -> Iterator[LayerChange | None
 
 
 def _is_known(record: LinearDelta) -> bool:
-    """Return True if a record has, besides its packed pair, only scales and a bias that float32 can hold."""
+    """Return True if a record has, besides its packed low-rank pair, only scales and a bias, in dtypes of at most 32
+    bits.
+    """
     return record.is_elementary and all(tensor.dtype.itemsize <= 4 for tensor in record.tensors)
 
 

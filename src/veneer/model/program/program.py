@@ -108,7 +108,9 @@ def compile_program(decoder: Decoder, n_positions: int) -> Program:
 
 
 def _block_operations(decoder: Decoder, stream: Register) -> Iterator[Operation]:
-    """Yield the operations of all blocks. States are numbered by kind."""
+    """Yield the operations of all blocks. Blocks of one kind of attention or state are numbered from 0, each kind by
+    itself.
+    """
     n_of = dict[type, int]()
     for block in decoder.blocks:
         kind = type(block.attention)
@@ -117,7 +119,9 @@ def _block_operations(decoder: Decoder, stream: Register) -> Iterator[Operation]
 
 
 def _unsaid(decoder: Decoder, n_positions: int) -> Iterator[str]:
-    """Yield the names of the parts for which there is no operation."""
+    """Yield, for each part of the decoder that a program cannot express, its path and the reason. Some reasons hold
+    only for sequences of ``n_positions`` tokens.
+    """
     yield from (f"{part.path}: {part.reason}" for part in decoder.strange)
     positions = decoder.embedding.positions
     if positions is not None and n_positions + positions.offset > positions.rows:

@@ -174,7 +174,9 @@ class TrainedStretch:
         return made is not None and self.operations[made].cheap and name in self.done[place]
 
     def _first_products(self) -> frozenset[int | None]:
-        """Return the first operations that are not cheap: those that read only the source, or outputs of cheap ones."""
+        """Return the indices of the first operations that are not cheap to recompute. These read only the stretch's
+        source or outputs of cheap operations.
+        """
         cheap: set[int | None] = {None}
         found = set[int | None]()
         for place, (made, op) in enumerate(zip(self.makers, self.operations, strict=True)):
@@ -356,7 +358,9 @@ class Tape:
         return self._given[register.name] if made is None else self._output(made)
 
     def _output(self, place: int) -> list[Tensor]:
-        """Return an operation's output, kept or recomputed. Operations that are not cheap are recomputed only once."""
+        """Return the output of the operation at index ``place``: kept in the forward pass, or recomputed. An operation
+        that is not cheap is recomputed only once.
+        """
         op, own = self._steps[place]
         found = self._made.get(place) or op.kept_output(own, self._kept[place])
         if found is None:

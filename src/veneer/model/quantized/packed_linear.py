@@ -47,7 +47,7 @@ class _Packed(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def original(self) -> nn.Module:
-        """Return the replaced layer, with its values."""
+        """Return the layer that this one replaced, with its weight unpacked if that had been freed."""
         raise NotImplementedError
 
 
@@ -218,9 +218,11 @@ def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -
 
 
 def _in_one_memory(modules: Sequence[nn.Module]) -> Tensor | None:
-    """Move the dense weights (o, i) of layers into one tensor, of which they become views, and return it.
+    """Copy the weights (o, i) of several linear layers into one tensor, make each layer's weight a view of its rows,
+    and return the tensor. One product can then compute all layers.
 
-    One product then computes all layers. Return None for a single layer, and for other classes or dtypes.
+    Return None, and change nothing, for a single layer, for a layer of another class than `nn.Linear`, or for different
+    dtypes.
     """
     weights = [cast(nn.Parameter, module._parameters["weight"]) for module in modules if type(module) is nn.Linear]
     if len(weights) < max(2, len(modules)) or len({weight.dtype for weight in weights}) > 1:

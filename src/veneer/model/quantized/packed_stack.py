@@ -44,7 +44,9 @@ class PackedCodedStack(PackedExpertStack):
         experts._modules[name] = coded
 
     def _codes(self, coded: CodedStack, number: int) -> list[Tensor | None]:
-        """Return the codes of one expert's matrices in their own layout."""
+        """Return the codes of one expert's matrices, unpacked into the format's layout. An item is None if the format
+        keeps codes and scales in one tensor.
+        """
         pieces = list(_pieces(coded.coded().expert(number)))
         heights = [piece.shape[0] for piece in coded.stack_spec.pieces]
         packed = parts_of(self.packed_stack.expert(number), heights)

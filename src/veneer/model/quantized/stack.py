@@ -82,7 +82,9 @@ class CodedStack(CodedModule):
         destination |= {front + key: tensor for key, tensor in disk.items()}
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Load nothing: the experts, under whose path the keys are, call `take`."""
+        """Load nothing here: the stack's keys lie under the path of the module of experts, so that module loads them
+        and calls `take`.
+        """
 
 
 class PackedExpertStack(nn.Module):

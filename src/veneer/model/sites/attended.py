@@ -113,7 +113,9 @@ class AttendedPrompts(Holder):
         return change
 
     def _turned_queries(self) -> Tensor:
-        """Return this pass's queries, (b, t, heads, k), after rotary embedding, and release the stored copy."""
+        """Return the queries (b, t, heads, k) that the base computed in this pass, after rotary embedding. The stored
+        copy is released.
+        """
         joined, angles = cast(Tensor, self._queries), self._angles
         self._queries, self._angles = None, None
         width = joined.shape[-1] // 3 if self.family.joined else joined.shape[-1]

@@ -61,8 +61,8 @@ def put_on_layers(snapshot: Snapshot, name: str, state: AdapterState, plan: Atta
 def _share(
     layers: Mapping[str, AdaptedSite], name: str, keys: Mapping[str, Mapping[str, str]], config: MethodConfig
 ) -> None:
-    """Let layers share parameters: those of one group, or with one key on disk, use the parameters of
-    the first layer.
+    """Let layers share the adapter's parameters that its method shares. All layers of one group, or with the same key
+    on disk, use the tensor of the first of these layers.
     """
     shared = config.shared
     if shared is None or not shared.is_held:

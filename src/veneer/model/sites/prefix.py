@@ -126,7 +126,7 @@ class _Recomputed:
         return args, {**kwargs, self.argument: cache}
 
     def record(self, name: str) -> PrefixDelta:
-        """Return an adapter's keys and values for this layer, computed for this layer alone."""
+        """Return an adapter's keys and values for this attention layer, without computing those of the other layers."""
         method, place = cast(PrefixMethod, self.holder.method(name)), self.holder.layers.index(self.index)
         return method.lower_one(self.holder.site, self.holder.parameters_of(name), place)
 
@@ -226,7 +226,9 @@ def put_prefix(cache: Cache, layer: int, rows: tuple[Tensor, Tensor], dtype: tor
 
 
 def _require_room(cache: Cache) -> None:
-    """Raise ConfigError for a cache in which text after a prefix would be cut off or masked wrongly."""
+    """Raise ConfigError for a cache that does not work with a prefix: a static cache of an encoder-decoder, which has
+    no room for it, or a cache in fp8, whose scale would fit only the prefix.
+    """
     if isinstance(cache, EncoderDecoderCache) and cache.self_attention_cache.is_compileable:
         raise ConfigError(
             "a static cache has no room for the prefix of an encoder-decoder's decoder, since its size does not count "
@@ -240,5 +242,5 @@ def _require_room(cache: Cache) -> None:
 
 
 def _compute_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that attention computes in."""
+    """Return the dtype in which attention computes: autocast's if autocast is on for the device, or else ``dtype``."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype

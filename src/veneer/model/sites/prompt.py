@@ -127,8 +127,8 @@ class PromptAdapters(VirtualTokens):
         return any(cast(PromptMethod, self.method(name)).keep_virtual_logits for name in front.names)
 
     def _put_targets(self, labels: Tensor, front: Front) -> None:
-        """Write targets for the virtual tokens into labels (rows, n + length). Keep the labels for the loss if any
-        target has a weight other than 1.
+        """Write the methods' targets for the virtual tokens into labels (rows, n + length), in place. If a target has a
+        weight other than 1, also store the labels, from which the loss is then computed.
         """
         each = self._methods(front)
         if any(method.targets for method in each):
@@ -137,7 +137,9 @@ class PromptAdapters(VirtualTokens):
         self.labels = labels if any(weight != 1 for method in each for weight in method.target_weights) else None
 
     def _weighed_loss(self, logits: Tensor, labels: Tensor, front: Front) -> Tensor:
-        """Return a loss in which the virtual tokens' targets have weights."""
+        """Return the loss of the labels, with each virtual token's loss times the weight that its adapter's method
+        gives it.
+        """
         weights = torch.ones(labels.shape, device=logits.device)
         each = [method.target_weights or (1.0,) * method.num_virtual_tokens for method in self._methods(front)]
         weights[:, : front.width] = _in_front(front, each, 1.0, weights)
@@ -304,12 +306,14 @@ def _in_front(front: Front, values: Sequence[Sequence[float]], otherwise: float,
 
 
 def _filler(model: PreTrainedModel) -> int:
-    """Return a token id other than padding, since some models search the ids for padding."""
+    """Return a token id for the virtual positions: 0, or 1 if 0 is padding. Some models search the ids for padding."""
     return 1 if getattr(model.config, "pad_token_id", None) == 0 else 0
 
 
 def _behind(kept: Tensor | int, n: int, length: int) -> Tensor | int:
-    """Return ``logits_to_keep`` of ``length`` tokens for rows in which n virtual tokens precede them."""
+    """Return ``logits_to_keep`` for rows that begin with n virtual tokens, so that the same tokens of the text are
+    kept. Indices from the start move by n; a count is at most ``length``.
+    """
     if isinstance(kept, Tensor):
         return torch.where(kept < 0, kept, kept + n)
     return min(kept, length)

@@ -41,7 +41,8 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """Where a tensor comes from. ``makers`` are the modules that returned it, innermost first.
+    """Modules and tensors from which a tensor was computed. ``makers`` are the modules that returned it, innermost
+    first.
 
     ``sources`` are the modules that read the residual stream to compute it.
     """
@@ -165,8 +166,8 @@ class _Watch(TorchFunctionMode):
                 self._set(result, _Origin(makers=makers, sources=sources))
 
     def additions(self) -> list[Addition]:
-        """Return the additions by the paths of their modules. A module of several sub-layers (mostly a dropout) is left
-        out.
+        """Return each sub-layer whose output is added to the residual stream, with the paths of its modules. A module
+        that several sub-layers share (mostly a dropout) does not count as a sub-layer's output.
         """
         served: dict[str, set[str]] = {}
         uses = Counter(call.path for event in self.events for call in event.operand.makers)
@@ -178,10 +179,10 @@ class _Watch(TorchFunctionMode):
         return list(dict.fromkeys(addition for addition in found if addition is not None))
 
     def _addition(self, event: _Event, own: set[str]) -> Addition | None:
-        """Return the sub-layer behind one addition.
+        """Return the sub-layer whose output one addition adds to the residual stream, or None if no module computes it.
 
         Its output is that of the outermost module that returned the summand. Its input is that of the first module in
-        the block that read the residual stream for it.
+        the block that read the residual stream for this summand.
         """
         inside = set(event.stack)
         block_order = next((call.order for call in event.stack if call.module in self.elements), 0)
