@@ -25,7 +25,7 @@ _BEHIND = 64  # outputs that wait for a reader, each on its own
 class _News:
     """Outputs that a reader has not taken yet.
 
-    If the reader falls behind, later ones are merged into those that wait.
+    If the reader falls behind and outputs are deltas, a new output is added to the last waiting one of its request.
     """
 
     def __init__(self, asked: Sequence[CheckedRequest]) -> None:

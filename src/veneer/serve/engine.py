@@ -285,7 +285,7 @@ class Engine:
         )
 
     def _take_all(self) -> None:
-        """Handle all messages. If a step is interrupted, the next one handles the rest."""
+        """Handle all messages of other threads. If this is interrupted, the next step handles the rest."""
         self._failures.clear()
         while (message := self._inbox.take()) is not None:
             self._take_in(message)
@@ -345,7 +345,9 @@ class Engine:
             pass
 
     def _end_barred(self) -> None:
-        """End requests that wait for slots held by pinned adapters, which no finished request will free."""
+        """End requests for adapters that can never be loaded, because pinned adapters hold all slots or too much
+        memory.
+        """
         self._preloads.give_up(barred=True)
         while (first := self.scheduler.waiting.absent()) is not None and first.version is not None:
             if not self.pool.is_barred(first.version):

@@ -294,9 +294,10 @@ def _runner(
 def _store(
     given: object, model: PreTrainedModel, options: EngineOptions, interpreter: Interpreter | None
 ) -> BlockStore | None:
-    """Return the folder of packed adapters, or None.
+    """Return the folder of packed adapters. Return None if the option ``adapter_cache_dir`` is not set.
 
-    It needs an option, a program that packs adapters, and a model whose files are known.
+    Also return None, with a warning, if no program packs adapters, or if the base was not loaded from safetensors
+    files.
     """
     if options.adapter_cache_dir is None:
         return None

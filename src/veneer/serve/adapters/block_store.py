@@ -105,7 +105,10 @@ class BlockStore:
         return self._folder / f"{self._key(version).hex()}{_SUFFIX}"
 
     def _read(self, file: FileIO, key: bytes) -> VersionBlock:
-        """Return the block of an open file. Raises ValueError if the file has another key or is truncated."""
+        """Read a packed adapter from an open file.
+
+        Raises ValueError if the file was written for a key other than ``key``, or if it is truncated or damaged.
+        """
         n_bytes = os.fstat(file.fileno()).st_size
         head = file.read(_HEAD.size)
         if len(head) < _HEAD.size:
@@ -127,7 +130,7 @@ class BlockStore:
         return block
 
     def _says_all(self, layout: BlockLayout) -> bool:
-        """Return True if the layout describes all of an adapter and can be restored from its text."""
+        """Return True if the whole layout can be restored from its text."""
         if not layout.text or not layout.n_bytes:
             return False
         parses = self._parses.get(layout.key)
@@ -165,7 +168,7 @@ class BlockStore:
         self._n_bytes += n_bytes
 
     def _warn(self, path: Path, error: Exception, advice: str) -> None:
-        """Warn once about a path."""
+        """Log a warning that a packed adapter's file is not used. Only the first call logs one."""
         if not self._has_warned:
             self._has_warned = True
             _LOG.warning("the packed adapter %s is not used: %s. %s", path, error, advice)

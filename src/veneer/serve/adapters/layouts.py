@@ -84,10 +84,10 @@ def _opened(folder: Path) -> Iterator[tuple[Head, FileIO]]:
 
 
 def _config_of(read: Any) -> str:
-    """Return the fields of a config that decide its layout, as text.
+    """Return, as JSON text, the fields of a config on which the layout of its file depends.
 
-    Sets are sorted, since PEFT writes them in any order. Patterns keep their order: the first that matches counts.
-    Raises ValueError if the text is not a config.
+    Lists are sorted, because PEFT writes sets in any order. Mappings keep their order, because the first pattern that
+    matches a module is used. Raises ValueError if ``read`` is not a dict.
     """
     if not isinstance(read, dict):
         raise ValueError("no mapping")
@@ -97,7 +97,10 @@ def _config_of(read: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Consecutive tensors of a file: memory for their values, and the part of it that each low-rank factor takes."""
+    """Consecutive tensors of a file: memory into which their values are read, and the low-rank factors in that memory.
+
+    Each factor has the slice of the packed block into which it is packed.
+    """
 
     values: Tensor
     factors: list[tuple[Factor, slice]]
@@ -113,7 +116,9 @@ class _Layout:
     dtype: torch.dtype
 
     def read(self, file: FileIO) -> VersionBlock | None:
-        """Read and pack the file's values; None if their number is wrong or one is not finite."""
+        """Read the file's values and pack them. Return None if the file has too few or too many, or if one is not
+        finite.
+        """
         block = VersionBlock(self.block, self.block.room())
         room = block.memory.view(self.dtype)
         for stretch in self.stretches:
@@ -125,8 +130,8 @@ class _Layout:
 
 
 def _layout_of(block: VersionBlock, factors: Sequence[Factor], memory: dict[torch.dtype, Tensor]) -> _Layout | None:
-    """Return the layout of a file with these factors. Return None if it holds more, or if a change is more than
-    low-rank pairs.
+    """Return the layout of a file with these factors. Return None if the file holds other values too, if the factors
+    have several dtypes, or if a change is more than low-rank pairs.
 
     Values are read into ``memory``, which grows if it is too small.
     """
@@ -162,7 +167,9 @@ def _fill_one_memory(tensors: Sequence[Tensor]) -> bool:
 
 
 def _parts(ordered: Sequence[Factor]) -> Iterator[list[Factor]]:
-    """Yield consecutive factors that are read together."""
+    """Divide factors into groups of consecutive ones. Each group is read at once, and has at most `_AT_ONCE` bytes
+    unless it is a single factor.
+    """
     part, n_bytes = list[Factor](), 0
     for factor in ordered:
         if part and n_bytes + factor.rows.nbytes > _AT_ONCE:
@@ -174,7 +181,9 @@ def _parts(ordered: Sequence[Factor]) -> Iterator[list[Factor]]:
 
 
 def _stretch(factors: Sequence[Factor], memory: Tensor, block: int) -> _Stretch:
-    """Return the memory for consecutive factors of a file, which are packed into the block at the address ``block``."""
+    """Return the `_Stretch` of consecutive factors: they are read into ``memory``, and packed into the block at the
+    address ``block``.
+    """
     found, at = list[tuple[Factor, slice]](), 0
     for factor in factors:
         n, panels = factor.rows.numel(), factor.panels

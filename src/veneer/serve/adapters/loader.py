@@ -130,8 +130,8 @@ def _result(read: Callable[[], Read]) -> Read | BaseException:
 def _be_alone() -> None:
     """Make torch compute on this thread only, and lower its priority.
 
-    Each thread has its own number of threads, but one that has not computed yet gets the number set last. So another
-    thread sets the old number again.
+    Each thread has its own number of threads. But a thread that has not computed yet uses the number that any thread
+    set last. Another thread therefore sets the old number again.
     """
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -168,8 +168,11 @@ def version_of(config: MethodConfig, told: str, n_bytes: int, id: str = "") -> A
 
 
 def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
-    """Return the version of a weighted sum. Its name depends on files and weights but not on order; equal files are
-    joined.
+    """Return the version of a weighted sum of adapters. Its id depends on their files and weights, but not on their
+    order.
+
+    The weights of adapters with equal files are added. Raises CompositionError for an adapter that has invocation
+    tokens or a head of classes.
     """
     versions, weights = dict[str, AdapterVersion](), dict[str, float]()
     for version, weight in parts:

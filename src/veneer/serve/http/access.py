@@ -86,7 +86,11 @@ class Access:
         return found
 
     def _key_of_place(self, scope: Scope) -> Key:
-        """Return the key for a client that sends none, by its address."""
+        """Return the rights of a client that sends no key. Clients on this machine have all rights, others may only
+        infer.
+
+        Raises ForbiddenError for a client that is not on this machine, unless the server is open to all.
+        """
         reason = _why_far(scope)
         if not reason:
             return ANYBODY
@@ -138,7 +142,7 @@ def _why_far(scope: Scope) -> str:
 
 
 def _is_near(client: tuple[str, int] | None) -> bool:
-    """Return True if a client's address is on this machine. One that uses a socket file has no address."""
+    """Return True if a client's address is on this machine, or is None because the client uses a socket file."""
     try:
         return client is None or ipaddress.ip_address(client[0]).is_loopback
     except ValueError:
@@ -150,7 +154,11 @@ def _is_of_proxy(header: str) -> bool:
 
 
 def _is_local(host: str) -> bool:
-    """Return True for a host name of this machine. Another site's page may let any other name point here."""
+    """Return True if a host is localhost, a loopback address or an unspecified address.
+
+    No other name is accepted, even if it resolves to this machine, because another site can make its own name do so
+    (DNS rebinding).
+    """
     try:
         name = urlsplit(f"//{host}").hostname or "localhost"
         if name == "localhost":

@@ -144,7 +144,9 @@ class EventStream(StreamingResponse):
 
 
 async def _choices(engine: AsyncEngine, answering: AnswerCall, lane: Lane) -> str:
-    """Return the JSON of all choices. With log-probabilities it is long, and is encoded on the lane."""
+    """Return the JSON of all choices. With log-probabilities the JSON is long, so a thread of ``lane`` encodes it, not
+    the event loop.
+    """
     found = list[RequestOutput]()
     async with aclosing(engine.outputs(answering.asked)) as outputs:
         async for output in outputs:
@@ -251,7 +253,7 @@ def _emptied(answer: CompletionOutput) -> CompletionOutput:
 
 
 def _plain(scores: Sequence[Any]) -> list[Any]:
-    """Return a prompt's log-probabilities by id, as JSON has them."""
+    """Return a prompt's log-probabilities as JSON values: for each token a dict with ids as text keys, or None."""
     return [
         each
         and {

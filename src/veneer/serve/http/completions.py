@@ -64,7 +64,7 @@ def _logprobs(answer: CompletionOutput, offset: int) -> tuple[_Lists | None, int
 
 
 def _of_prompt(asked: CheckedRequest, text: str, scores: Sequence[TokenLogprobs | None]) -> _Lists:
-    """Return the lists of a prompt's tokens. The first token has no log-probability."""
+    """Return the offsets, texts and log-probabilities of a prompt's tokens. The first token has no log-probability."""
     found = _lists()
     offsets = _offsets(asked, text)
     for offset, token, each in zip(offsets, asked.prompt_ids, scores, strict=True):

@@ -217,8 +217,8 @@ async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
 def _by_field(problems: Sequence[dict[str, Any]], body: Any) -> dict[str, list[dict[str, Any]]]:
     """Group the problems by field.
 
-    If a value may have one of several types, its problems may name the value and also fields within it. Then those of
-    the whole value are left out, unless they alone say what is wrong.
+    If a value may have one of several types, some problems may name the whole value and others a field within it. Then
+    the problems of the whole value are left out, unless their type is in `_WHOLE`.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for problem in problems:
@@ -253,7 +253,9 @@ def _said(place: str, problems: Sequence[dict[str, Any]]) -> str:
 
 
 def _given(value: object) -> str:
-    """Return the given value if it is short."""
+    """Return the words "; given ..." for the end of a message, with the value itself. For a list or an object they name
+    only that type; for a long value they are empty.
+    """
     if isinstance(value, dict | list):
         return "; given an object" if isinstance(value, dict) else "; given a list"
     shown = json.dumps(value, default=str) if not isinstance(value, str) or len(value) <= _SHOWN else ""
@@ -261,8 +263,9 @@ def _given(value: object) -> str:
 
 
 def _place(problem: dict[str, Any], body: Any = None) -> str:
-    """Return the field of a problem; empty for the body as a whole. Given the body, names of a union's parts are left
-    out.
+    """Return the path of the field that a problem names, such as "messages.0.role"; empty for the body as a whole.
+
+    If ``body`` is given, the path leaves out the names that pydantic inserts for the types of a union.
     """
     parts = () if problem["type"] == _NO_JSON else problem["loc"][1:]
     if body is not None and problem["loc"][0] == "body" and problem["type"] not in _WHOLE:

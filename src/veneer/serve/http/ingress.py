@@ -108,7 +108,11 @@ class Forward:
         self._replicas, self._base = replicas, frozenset(base)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. Raises ReplicaLostError as long as the response has not begun."""
+        """Answer one request.
+
+        Raises ReplicaLostError if the replica is lost or none accepts the request. If a stream of events has begun, it
+        sends an error event instead.
+        """
         _require_of_all(scope["method"], scope["path"])
         call = await self._call(scope, receive)
         held, is_stream = list[Message](), False

@@ -105,8 +105,9 @@ class MessageWriter:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """Parse a call's arguments. If the text was cut off, return those that are complete or begun; if it is not an
-    object, none.
+    """Parse a call's arguments from JSON text, which may be cut off: arguments that are complete or begun are kept.
+
+    Return an empty dict if the text is not a JSON object.
     """
     try:
         found = from_json(text, allow_partial="trailing-strings")

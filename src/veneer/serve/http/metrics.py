@@ -120,7 +120,10 @@ def text_of(metrics: Sequence[Iterable[Family]], key: Key) -> bytes:
 
 
 def _visible(samples: Iterable[Sample], key: Key) -> list[Sample]:
-    """Return the samples of visible adapters. Names of hidden ones are removed from the rest."""
+    """Return the samples of adapters that the key may see, and the samples of no single adapter.
+
+    Labels that list adapter names keep only the names that the key may see.
+    """
     seen = [each for each in samples if each.labels.get("adapter", OTHER) == OTHER or key.sees(each.labels["adapter"])]
     return [each._replace(labels=_named(each.labels, key)) for each in seen]
 

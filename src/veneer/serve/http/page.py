@@ -40,7 +40,7 @@ def headers_of(page: str) -> dict[str, str]:
 
 
 def _digests(page: str, element: str) -> str:
-    """Return the policy's sources that allow exactly these elements' contents."""
+    """Return sources for the page's content security policy: the SHA-256 digest of the text of each such element."""
     texts = re.findall(rf"<{element}>(.*?)</{element}>", page, flags=re.DOTALL)
     digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
     return " ".join(f"'sha256-{digest}'" for digest in digests)

@@ -142,7 +142,7 @@ def few(given: Any) -> Any:
 
 
 def _id(given: Any) -> Any:
-    """Convert a mapping's token id: keys are text in JSON."""
+    """Convert a token id from text to int, because keys of JSON objects are text. Return any other value unchanged."""
     return int(given) if isinstance(given, str) and _ID.fullmatch(given) else given
 
 

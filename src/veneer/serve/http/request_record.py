@@ -186,7 +186,7 @@ def log_requests() -> None:
 
 
 def _record_of(given: str | None) -> RequestRecord:
-    """Return a record with the client's own id if it is short and plain."""
+    """Return a record with the client's request id if the id is short and plain. Otherwise the record has a new id."""
     return RequestRecord(given) if given and _ID.fullmatch(given) else RequestRecord()
 
 

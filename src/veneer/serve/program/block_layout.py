@@ -162,7 +162,9 @@ def _place(x: Tensor) -> tuple[object, ...]:
 
 
 def _maker(kind: Any) -> Callable[..., object]:
-    """Return a function that creates objects of a class from field values. It raises ValueError for wrong types."""
+    """Return a function that creates objects of a class from field values. The function raises ValueError if a value
+    has the wrong type.
+    """
     hints = get_type_hints(kind)
     names = [each.name for each in fields(kind)] if is_dataclass(kind) else list(kind._fields)
 
@@ -177,7 +179,7 @@ def _maker(kind: Any) -> Callable[..., object]:
 
 
 def _record(*values: Any) -> LinearDelta:
-    """Return a record with these fields. If they change nothing, it is always the same object."""
+    """Return a LinearDelta with these field values. If they change nothing, return the constant `NOTHING`."""
     record = cast(LinearDelta, _maker(LinearDelta)(*values))
     return NOTHING if record.changes_nothing else record
 

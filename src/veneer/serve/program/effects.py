@@ -144,9 +144,9 @@ def _put(found: Effects, program: Program, path: str, record: object) -> None:
 
 
 def _with_own_vectors(record: LinearDelta) -> LinearDelta:
-    """Copy the tensors of a record, except those of its low-rank pair, which is packed elsewhere.
+    """Return a record with copies of its tensors, because the file that holds them will be closed.
 
-    The file will be closed.
+    Its low-rank pair is not copied, because the pair is packed elsewhere.
     """
     left = record.without_pair()
     if left.changes_nothing:
@@ -168,7 +168,7 @@ def _put_others(
 ) -> None:
     """Store an adapter's own copies of whole parameters and of single rows in ``found``.
 
-    Raises UnsaidError if the program cannot express one, or if a tensor of the file is none of these.
+    Raises UnsaidError if the program cannot express a copy, or if the file holds any other tensor.
     """
     plan, tensors, left = others.plan, others.tensors, set(stored.others)
     if others.config.extras.keeps_tie:

@@ -35,10 +35,11 @@ _KEPT = 512  # layouts of blocks
 
 
 class Interpreter:
-    """Runs the program of a decoder on a model's weights, with adapters by version.
+    """Runs a decoder's program on a model's weights, and on the adapters added by `take`, each under the name of its
+    version.
 
-    Weights in ``packed``, and experts in ``stacks``, take the place of the model's. ``native`` is the step in C++,
-    which gives the same bits; it is None if there are no kernels for the dtype or the device.
+    Weights in ``packed``, and experts in ``stacks``, are used instead of the model's. ``native`` runs the same program
+    in C++, with the same bits. It is None if there are no kernels for the dtype or the device.
     """
 
     def __init__(
@@ -156,9 +157,9 @@ class Interpreter:
 
 
 def _fits(linears: Linears | ExpertStacks, bare: GroupChange, block: VersionBlock) -> bool:
-    """Return True if changes fit layers.
+    """Return True if an adapter's packed changes fit the number and sizes of the layers.
 
-    The indices of sparse terms are checked too, since a damaged file may hold wrong ones.
+    The indices of sparse changes are checked too, because a damaged file may hold wrong indices.
     """
     if not bare.own.terms and not any(_step_terms(bare)):
         return linears.fits(bare.own)

@@ -66,8 +66,9 @@ def numbers_per_position(program: Program, block: int, dtype: torch.dtype, devic
 
 
 def _heads_in_pages(program: Program, block: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int] | None:
-    """Return the key heads of a layer and the values of a head, if the kernels' pages support the program's;
-    else None.
+    """Return the number of key heads in a layer and the number of values in a head.
+
+    Return None if the paged kernels do not support the block size, dtype or device, or if layers differ in heads.
     """
     heads = set(program.states)
     computed = device.type == "cpu" or "triton" in backends("paged_attention.attend")
@@ -203,7 +204,9 @@ class SlotCache:
 
 
 def _biases(bias: Tensor, queries: Tensor, n_keys: int) -> Tensor:
-    """Return the biases (g, heads, c, n_keys) of scores of queries at positions (g, c)."""
+    """Return the biases (g, heads, c, n_keys) to add to attention scores, for ``queries`` (g, c), the queries'
+    positions.
+    """
     keys = torch.arange(n_keys, device=bias.device).clamp(max=bias.shape[1] - 1)
     return bias[:, keys][:, None] - bias[:, queries].transpose(0, 1)[..., None]
 

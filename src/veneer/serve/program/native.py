@@ -210,8 +210,10 @@ class NativeStretch:
         native.program.run(self.place, registers, pages, StepRows(rows.positions, ids, rows.picked, rows.tokens), runs)
 
     def _registers(self, frame: Frame, n: int, read: dict[Register, list[Tensor]]) -> list[int]:
-        """Return the addresses and strides of all registers, with n rows each. Allocate memory for those that will be
-        written without being ``read``.
+        """Return the addresses and strides of all registers, with n rows each, and store the written registers in
+        ``frame``.
+
+        Registers in ``read`` use the tensors given there. Memory is allocated for the others.
         """
         if self._laid != (n, self.native.n_moves):
             self._lay(n)
@@ -237,7 +239,7 @@ class NativeStretch:
     def _given(self, frame: Frame, register: Register, n: int) -> list[Tensor]:
         """Return a register's tensors, with n rows and a contiguous last axis, before C++ reads their memory.
 
-        Raises ShapeError if an earlier operation left other rows.
+        Raises ShapeError if an earlier operation stored a tensor of another shape or dtype in the register.
         """
         rows, dtype = register.read(frame), self.native.program.dtype
         for x, width in zip(rows, register.widths, strict=True):

@@ -84,7 +84,10 @@ def step_on_host(pieces: Sequence[Piece], cache: KVCache, first_position: int = 
 
 
 def _runs(named: Sequence[str | None], counts: Sequence[int], versions: tuple[str, ...]) -> AdapterRuns:
-    """Return the runs of rows, given their numbers and versions. Neighbours of one version are joined."""
+    """Return the runs of consecutive rows with the same adapter version; rows of the base are in no run.
+
+    ``named`` and ``counts`` are the version and the number of rows of each piece.
+    """
     n_rows = sum(counts)
     if not versions or not n_rows:
         return AdapterRuns((), n_rows)

@@ -86,7 +86,9 @@ class Admission:
             return self._places.seconds(_size(asked)[0], n_waiting, lambda ahead: self.rate.seconds(over + ahead))
 
     def _n_over(self, asked: Sequence[CheckedRequest]) -> int:
-        """Return how many answers must end before these have room, if each has the mean number of tokens."""
+        """Return how many answers must end before there is room for ``asked``, if each answer has the mean number of
+        tokens.
+        """
         n, n_tokens = _size(asked)
         n_there, n_tokens_there = self._n + len(self._waiting), self._n_tokens + self._waiting.n_tokens
         over = n_there + n - self._limits.max_waiting

@@ -18,7 +18,7 @@ from veneer.serve.tool_calls.read import with_tokens
 
 
 class _ToolCalls(StructuredOutputsParams):
-    """Constraint on an answer that may or must call one of ``tools``; an answer without a call may have a schema."""
+    """Constraint on an answer that may or must call one of ``tools``. If it calls none, it may have to fit a schema."""
 
     sent_as = "tools (or a schema beside them)"
 

@@ -71,7 +71,7 @@ class Detokenizer:
         return now[len(before) :]
 
     def _go_on(self) -> None:
-        """Forget all ids but the ones read last, after which the next ones are decoded."""
+        """Forget all ids except those that were decoded last, the context in which the next ids are decoded."""
         self._ids = self._ids[self._read :]
         self._read = len(self._ids)
 
@@ -80,7 +80,10 @@ class Detokenizer:
 
 
 def _streams(tokenizer: Any) -> bool:
-    """Return True if a tokenizer decodes exactly as its backend does."""
+    """Return True if the tokenizer decodes by the unchanged methods of transformers' fast tokenizers.
+
+    Its text is then exactly that of its backend from the library tokenizers.
+    """
     kind = type(tokenizer)
     return (
         isinstance(tokenizer, PreTrainedTokenizerFast)

@@ -102,7 +102,11 @@ class PromptReader:
         return found[0]
 
     def _template(self, given: str | None) -> str | None:
-        """Return the request's chat template; None for the tokenizer's."""
+        """Return the chat template of the request or of its adapter. Return None to use the tokenizer's own.
+
+        Raises FormatError if the adapter supports no chats, and ConfigError if the adapters of a mix have different
+        templates.
+        """
         if given is None and self.no_chat:
             raise FormatError(self.no_chat)
         if given is not None or not self.templates:

@@ -225,7 +225,10 @@ def _of_schema(asked: StructuredOutputsParams) -> str:
 
 
 def _of_text(asked: StructuredOutputsParams) -> str:
-    """Return the grammar of choices, of a regular expression or of a grammar. Raises ValueError and RecursionError."""
+    """Return llguidance's form of a list of choices, a regular expression or a grammar.
+
+    Raises ValueError or RecursionError if llguidance cannot read the expression or the grammar.
+    """
     if asked.choice is not None:
         return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(each) for each in asked.choice)))
     if asked.regex is not None:
@@ -242,7 +245,7 @@ def _lark(grammar: str) -> str:
 
 
 def _shown(reason: str) -> str:
-    """Return llguidance's reason without its state. A quoted grammar is shortened: each long line, and the whole."""
+    """Return llguidance's error message without its parser state. Each long line and a long message are shortened."""
     said = reason.partition("\n<state>")[0]
     return _ends("\n".join(_ends(line, _SHOWN // 4) for line in said.splitlines()), _SHOWN)
 

@@ -187,17 +187,18 @@ class GeneralRunner(OwnCodeRunner):
         return Computed([torch.cat([logits[s.request_id] for s in plan.sequences])], {}, hidden)
 
     def _passes(self, sequences: Sequence[PlannedSequence]) -> list[list[PlannedSequence]]:
-        """Group the sequences into passes. Those of one version are adjacent."""
+        """Group the sequences into passes: one pass for each version in ``alone``, and one for all other sequences."""
         passes: dict[str | None, list[PlannedSequence]] = {}
         for sequence in sequences:
             passes.setdefault(sequence.version if sequence.version in self.alone else None, []).append(sequence)
         return list(passes.values())
 
     def _outputs(self, sequences: Sequence[PlannedSequence]) -> tuple[Tensor, Tensor]:
-        """Return logits and hidden states: rows for the wanted tokens in the order of the sequences, then for pooled
-        tokens.
+        """Run one pass. Return its logits and hidden states, with one row for each wanted token and then for each
+        pooled token.
 
-        If there are no such tokens, both have one row, which is not used.
+        Both are in the order of the sequences. If there are no such tokens, both results have one row, which is not
+        used.
         """
         device = self.base.device
         for sequence in sequences:
@@ -213,9 +214,10 @@ class GeneralRunner(OwnCodeRunner):
         return logits, states[0][:, 0]
 
     def _route(self, version: str | None) -> str:
-        """Return the adapter name for a version's rows.
+        """Return the adapter name that the model uses for a version's rows.
 
-        It is the base's if the version only has virtual tokens, which are in pages.
+        A version with only virtual tokens uses the base's name, because the keys and values of these tokens are in
+        pages.
         """
         return BASE if version is None or version in self.fronts else version
 
@@ -232,9 +234,10 @@ class GeneralRunner(OwnCodeRunner):
 
     @contextmanager
     def _head_for(self, rows: Tensor, names: Sequence[str]) -> Iterator[list[Tensor]]:
-        """Enter a context in which the head sees only these rows, or the first row if there are none.
+        """Enter a context in which the head sees only these rows of hidden states, or the first row if ``rows`` is
+        empty.
 
-        The list that is yielded gets their hidden states.
+        The forward pass appends those hidden states to the list that is yielded.
         """
         rows, states = rows if len(rows) else rows.new_zeros(1), list[Tensor]()
         state, inner = self.model.adapter_state, inner_model(self.base)
@@ -260,7 +263,10 @@ class GeneralRunner(OwnCodeRunner):
 
     @torch.no_grad()
     def _front(self, version: str) -> Front:
-        """Return the keys and values of an adapter's virtual tokens: a prefix's own, or the base's for a prompt."""
+        """Return the keys and values of an adapter's virtual tokens; an empty dict if it has none.
+
+        A prefix stores its keys and values. For the embeddings of a prompt, the base computes them.
+        """
         config = self.model.peft_config[version]
         if not config.virtual_tokens:
             return {}
@@ -283,7 +289,9 @@ class GeneralRunner(OwnCodeRunner):
 
 
 def _rows_of(sequences: Sequence[PlannedSequence], tokens: Callable[[PlannedSequence], list[int]]) -> list[int]:
-    """Return the rows of each sequence's ``tokens``."""
+    """Return the rows of certain tokens in a pass over all sequences. ``tokens`` returns their positions in one
+    sequence.
+    """
     found: list[int] = []
     first = 0
     for sequence in sequences:

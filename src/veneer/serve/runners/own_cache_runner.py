@@ -102,7 +102,9 @@ class OwnCacheRunner(OwnCodeRunner):
         return _Progress(Held(n_prompt=self._n_prompts.get(request_id, 0)))
 
     def _again(self, before: _Progress, n_tokens: int) -> _Progress:
-        """Recompute the first tokens of a sequence."""
+        """Compute the first ``n_tokens`` tokens of a sequence into a new cache, with the same adapter version on each
+        token.
+        """
         made = _Progress(Held(n_prompt=before.held.n_prompt))
         for version, tokens in before.stretches:
             kept = tokens[: n_tokens - len(made.held.tokens)]

@@ -312,7 +312,7 @@ def _piece(sequence: PlannedSequence, greedy: Collection[str]) -> Piece:
 
 
 def _page_of(n: int) -> int:
-    """Return the smallest page size that holds n tokens."""
+    """Return the smallest page size, in tokens, that is at least n and a multiple of `UNIT`."""
     return -(-n // UNIT) * UNIT
 
 
@@ -328,7 +328,7 @@ def _require_pages(model: PreTrainedModel) -> None:
 
 
 def _require_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Raise TargetError for an adapter that trains whole weights of which the model keeps only packed copies."""
+    """Raise TargetError if an adapter trains a whole weight of which the model keeps only a packed copy."""
     copied = plan_of(look_at(model), read_config(folder), fresh=False).copied
     gone = [path for path, names in copied.items() if "weight" in names and is_packed(model.get_submodule(path))]
     if gone:
@@ -420,19 +420,20 @@ def _stacks(model: PreTrainedModel, program: Program, *, give_up: bool) -> dict[
 
 
 def _rows_together(interpreter: Interpreter, n: int) -> int:
-    """Return of how many rows the median is compared with the tolerance.
+    """Return the number of consecutive rows whose median error is compared with the tolerance.
 
-    In 16 bits two experts may have nearly equal scores. A row that takes another one, and those that attend to it,
-    say nothing: of a mixture, most of all rows must agree.
+    It is all ``n`` rows for a mixture of experts in 16 bits. There rounding may choose the other of two experts with
+    nearly equal scores. Errors of such a row, and of rows that attend to it, do not show that the program is wrong.
     """
     return n if interpreter.program.stacks and interpreter.dtype.itemsize == 2 else 5
 
 
 def _difference(found: Tensor, own: Tensor, together: int) -> float:
-    """Return the relative distance between rows of logits: the largest of the medians of some rows together.
+    """Return the largest median error of a group of rows; a group is ``together`` consecutive rows of logits.
 
-    A single row says little in 16 bits. The first token's, which all tokens attend to, is off by a fifth from float32
-    in the model's own pass.
+    A row's error is the norm of its difference from ``own``, relative to the norm of ``own``. Medians are used because
+    a single row says little in 16 bits. For example, all tokens attend to the first token, and its row is off by a
+    fifth from float32 in the model's own pass.
     """
     each = (found - own).norm(dim=1) / own.norm(dim=1).clamp_min(1e-30)
     return max(float(rows.median()) for rows in each.split(together))

@@ -208,7 +208,7 @@ class Sampler:
 
 
 class _State:
-    """The answer so far, as its penalties need it: the ids that occurred, and how often each was drawn."""
+    """Answer so far, with what the drawing of its next token depends on: its ids, and how often each was drawn."""
 
     def __init__(self, rule: DrawRule) -> None:
         self.rule, self.output = rule, list[int]()
@@ -272,7 +272,10 @@ class _State:
         return self._allowed
 
     def _banned(self, vocabulary: int) -> Ints | None:
-        """Return the ids, among those with logits, that bad words exclude here, and end ids before ``min_tokens``."""
+        """Return the ids that must not come next: ids that would complete bad words, and end ids before ``min_tokens``.
+
+        Ids without logits are left out. Return None if there are no such ids.
+        """
         words, output = self.rule.bad_words, self.output
         banned = [word[-1] for word in words if len(word) == 1 or output[1 - len(word) :] == list(word[:-1])]
         if len(output) < self.rule.params.min_tokens:

@@ -175,8 +175,9 @@ def write(target: IO[bytes], message: Mapping[str, Any]) -> None:
 
 
 def _stack() -> int:
-    """Return the bytes of stack for sandboxed programs: less than this process's threads have, so that theirs overflows
-    first.
+    """Return the stack size in bytes for sandboxed processes.
+
+    It is half of what this process's threads have, so that a deep recursion overflows in the sandbox first.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
     return (_THREAD_STACK if soft == resource.RLIM_INFINITY else soft) // 2

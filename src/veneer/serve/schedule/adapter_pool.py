@@ -417,8 +417,9 @@ class AdapterPool:
     ) -> None:
         """Evict at least ``n`` idle versions, then the least valuable entries until ``is_enough()``.
 
-        After the first ``n``, cached pages are evicted too, and idle versions only if ``bytes_help()``. Versions that
-        requests wait for are evicted last, those in ``kept`` never. The caller has checked that enough can be evicted.
+        After the first ``n``, cached pages are evicted too. Idle versions are then evicted only while ``bytes_help()``
+        returns True. Versions that requests wait for are evicted last, and versions in ``kept`` never. The caller has
+        checked that enough can be evicted.
         """
         spared = list[PoolEntry]()
         while n > 0 or not is_enough():

@@ -288,13 +288,15 @@ class Pages:
         self._told.pop(holder, None)
 
     def _enter(self, page: int) -> None:
-        """Count one more table that uses a published page."""
+        """Count one more page table that uses a published page."""
         self._n_tables[page] = self._n_tables.get(page, 0) + 1
         if self._n_tables[page] == 1:
             self._cache.hold(page)
 
     def _leave(self, page: int) -> None:
-        """Count one less table that uses a page."""
+        """Count one page table less that uses a page. After the last, a cached page may be evicted, and any other page
+        is free.
+        """
         self._n_tables[page] -= 1
         if self._n_tables[page]:
             return

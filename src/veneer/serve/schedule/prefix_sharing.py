@@ -124,7 +124,7 @@ class PrefixSharing:
         return Owner(request.version, first)
 
     def _tail(self, request: Request, first: int, last: int) -> Tail:
-        """Return a request's positions from ``first``, where a page begins, to ``last``."""
+        """Return the part of a request from position ``first``, where a page begins, to position ``last``."""
         n_front, n_full = request.n_front, first // self.pages.block
         parent = request.keys(n_full, self.pages.block)[-1] if n_full else request.root or b""
         n_virtual, end = max(0, min(n_front, last) - first), max(0, last - n_front)

@@ -187,8 +187,8 @@ class Scheduler:
     def _share(self, to_read: int) -> int:
         """Return the most rows that one prompt may take of a step's ``to_read`` prompt rows.
 
-        If these are fewer than a step's limit, the prompts in progress and the next one share them equally, so that a
-        long prompt does not delay a short one.
+        If ``to_read`` is less than the limit of a step, the prompts in progress and the next one share it equally, so
+        that a long prompt does not delay a short one.
         """
         if to_read == self.limits.max_batched_tokens:
             return to_read
@@ -199,7 +199,8 @@ class Scheduler:
         """Return draft tokens for planned requests. Only free pages are used: no request is preempted and nothing
         evicted for them.
 
-        A correct token saves one of n sequences a step; a wrong one costs a row.
+        A correct token saves one step for one of the n planned requests, which is 1/n of a step's work. A wrong token
+        costs one row, which is 1/16 of a step (`_CHEAP_ROWS`).
         """
         room = min(_CHEAP_ROWS, self.limits.max_batched_tokens) - sum(planned.values())
         if room < 1 or any(request.n_left > 1 for request in planned):
@@ -245,9 +246,10 @@ class Scheduler:
         return touched
 
     def _reserve(self, request: Request, n: int, planned: dict[Request, int]) -> bool:
-        """Reserve pages for n tokens, preempting other requests if needed. Return False if this one must stop or wait.
+        """Reserve pages for n tokens, preempting other requests if needed. Return False if there are too few pages, or
+        if this request itself was preempted.
 
-        The oldest request is never preempted: if it finds no pages, adapters that are loading hold the bytes.
+        The oldest request is never preempted. If it finds too few pages, adapters that are being loaded hold the bytes.
         """
         n_positions = request.n_front + request.n_computed + n
         while not self._grow(request, n_positions):

@@ -119,7 +119,9 @@ class FieldArguments:
         return self._first in ("{", "[", '"') and not self._is_whole and self._scan.is_in_string
 
     def _tell_more(self) -> None:
-        """Emit the part of a string that is certain."""
+        """Append the new characters of a string argument to the JSON, except those that may begin the text after the
+        string.
+        """
         if self._kinds != {"string"}:
             return
         if not self._begun:
@@ -160,7 +162,9 @@ def _listed(given: Any) -> list[Any]:
 
 
 def _json_of(text: str, kinds: set[str]) -> str:
-    """Return the JSON of a value: the value itself if its schema allows it, else a string."""
+    """Return the JSON of a field's text: the value that the text expresses if its type is in ``kinds``, else a JSON
+    string.
+    """
     written = text.strip()
     if kinds == {"string"}:
         return _quoted(text)

@@ -116,7 +116,9 @@ class _Grammar:
         return " ".join([*made, *self._literal(text)])
 
     def _literal(self, text: str) -> list[str]:
-        """Return the grammar of a text; special tokens of the tokenizer stand for themselves."""
+        """Return the grammar of a text, in pieces. A special token in the text is matched as a token, not by its
+        characters.
+        """
         pieces = [text] if self._tokens is None else self._tokens.split(text)
         added = self._format.added
         return [f"<[{added[each]}]>" if each in added else json.dumps(each) for each in pieces if each]
@@ -133,13 +135,14 @@ class _Grammar:
         self.rules.append(f"{rule}: %json {json.dumps(schema | self._style())}")
 
     def _style(self) -> dict[str, Any]:
-        """Return the white space that the template writes in JSON."""
+        """Return llguidance's options for JSON with the template's separators and no other white space."""
         item, key = self._format.separators or (", ", ": ")
         return {"x-guidance": {"whitespace_flexible": False, "item_separator": item, "key_separator": key}}
 
     def _add_fields(self, rule: str, fields: Fields, schema: Mapping[str, Any], name: str) -> None:
-        """Add the rules of fields in the schema's order. A field has one rule for the first place, and one for later
-        ones.
+        """Add the rules of the fields of a call's arguments, in the order of the schema.
+
+        Each field has a rule for being the first that is written, and a rule for following another field.
         """
         properties, required = schema.get("properties", {}), set(schema.get("required", ()))
         _require_held(name, [key for key in _NOT_IN_FIELDS if key in schema])
@@ -164,7 +167,9 @@ class _Grammar:
         return {**kept, **(each if isinstance(each, Mapping) else {})}
 
     def _value(self, rule: str, fields: Fields, schema: dict[str, Any], where: str) -> str:
-        """Return the grammar of a value and of the text after it."""
+        """Add the rule of a field's value, if it needs one. Return the grammar of the value and of the text that ends
+        it.
+        """
         end = self.line(fields.last)
         if kinds_of(schema) != {"string"}:
             self.rules.append(f"{rule}: %json {json.dumps(schema | self._style())}")

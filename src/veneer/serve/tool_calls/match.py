@@ -156,5 +156,5 @@ def _slot(slot: Slot, behind: str, text: str, at: int, names: Collection[str], f
 
 
 def _bare(parts: Sequence[Part]) -> str:
-    """Return the next literal without surrounding white space."""
+    """Return the next literal that is not white space, stripped. If there is none, return a newline."""
     return next((part.strip() for part in parts if isinstance(part, str) and part.strip()), "\n")

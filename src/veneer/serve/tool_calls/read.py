@@ -110,7 +110,9 @@ def _is_written_otherwise(turn: str) -> bool:
 
 
 def _parts(turn: str, n: int) -> CallFormat | None:
-    """Return the format of a turn with ``n`` known calls."""
+    """Return the call format of a turn that was rendered with the first ``n`` known calls. Return None if it is
+    unclear.
+    """
     if any(turn.count(name) != 1 for name in _NAMES[:n]):
         return None
     slots: list[_Mark] = [(m.start(), m.end(), Slot.NAME) for name in _NAMES[:n] for m in re.finditer(name, turn)]
