@@ -65,7 +65,9 @@ def _is_command(line: str) -> bool:
 
 
 def _ask(console: Console) -> str | None:
-    """Read the next line that is not empty; None at the end. A line that starts with a space is never a command."""
+    """Read the next line that is not empty; return None at the end of input or at the command that ends the chat. A
+    line that starts with a space is never a command.
+    """
     while True:
         try:
             line = console.input("[bold cyan]>[/] ").rstrip()

@@ -34,7 +34,7 @@ def combine(args: CombineArguments) -> None:
 
 
 def _combined(args: CombineArguments, weights: list[float], plan: Combination, on_progress: Tell) -> Report:
-    """Combine by files alone if they suffice and no base is given, otherwise on the base."""
+    """Combine the adapters from their files alone if no base is given and none is needed, otherwise on the base."""
     base = args.base
     if base is None:
         try:

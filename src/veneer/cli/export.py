@@ -125,7 +125,9 @@ def _by_name(given: list[str]) -> list[tuple[str, str]]:
 
 
 def _bytes(given: str | None) -> int | None:
-    """Return the bytes of ``4G`` or ``500M``. Raises ConfigError for anything else."""
+    """Return the number of bytes that ``4G`` or ``500M`` means (10^9, 10^6), or None for None. Raises ConfigError for
+    any other text.
+    """
     if given is None:
         return None
     number, unit = given[:-1], given[-1:].upper()

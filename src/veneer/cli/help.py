@@ -97,7 +97,7 @@ def _columns(rows: Sequence[tuple[str, str]]) -> Table:
 
 
 def _argument(param: Any) -> str:
-    """Return ``MODEL``, or ``ADAPTER...`` if several may be given."""
+    """Return an argument's name for the help page: ``MODEL``, or ``ADAPTER...`` if several may be given."""
     name = str(param.metavar or param.name.upper())
     return name if param.nargs == 1 or name.endswith("...") else f"{name}..."
 

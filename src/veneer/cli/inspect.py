@@ -101,7 +101,9 @@ def _spectra(updates: Mapping[Path, Mapping[str, LinearDelta | Update]]) -> dict
 def _facts(
     told: Mapping[Path, list[LayerReport]], args: InspectArguments, pairs: list[PairReport]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the figures of each layer: of the first adapter, of the second, and of both together."""
+    """Return each layer's figures for JSON: of the first adapter (``layers``), of the second (``other_layers``), and of
+    both together (``pairs``).
+    """
     of = {"layers": told[args.adapter], "other_layers": [] if args.other is None else told[args.other]}
     return {**{name: [asdict(x) for x in lines] for name, lines in of.items()}, "pairs": [asdict(x) for x in pairs]}
 

@@ -156,10 +156,10 @@ class Measured:
 
 
 def _show_classes(confusion: Confusion, name: str) -> None:
-    """Print counts, recall and precision of each class, then how often classes were taken for one another.
+    """Print counts, recall and precision of each class, then how often rows of one class were predicted as another.
 
-    If there are many classes, only those with the most wrong rows are shown. If there are several columns (with a
-    ``name``), only the most frequent confusions are.
+    If there are many classes, only those with the most wrong rows are shown. With a ``name``, this is one of several
+    result columns, and only its most frequent confusions are shown.
     """
     console = Console()
     if name:

@@ -29,7 +29,7 @@ class Once(logging.Filter):
 
 
 class _Named(logging.Formatter):
-    """A message that starts with its level: ``warning: …``."""
+    """Formatter that puts the level before a message: ``warning: …``."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"{record.levelname.lower()}: {super().format(record)}"

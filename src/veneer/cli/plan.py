@@ -128,7 +128,9 @@ def plan(
 
 
 def _tell_beside(missing: Iterable[str], note: str | None) -> None:
-    """Print the files whose rows are not counted, and a note on the machine, to stderr."""
+    """Print to stderr the reasons why rows are missing from the plan's count, and a note on the machine if there is
+    one.
+    """
     for problem in missing:
         typer.echo(f"rows that are not counted: {problem}", err=True)
     if note is not None:

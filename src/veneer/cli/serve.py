@@ -99,11 +99,11 @@ def _tell(faults: Sequence[str], kind: str) -> None:
 
 
 def _faults(args: ServeArguments) -> tuple[dict[str, str], list[str], int]:
-    """Return reasons why adapters cannot be served, by name; warnings about other bases; the number of adapters not
-    read.
+    """Return the reasons why adapters cannot be served, by folder name; warnings about other bases; and how many
+    adapters were not read.
 
-    Configs and headers are read, as ``/v1/adapters`` does, for at most `_SECONDS`. Every folder is checked for missing
-    files, and for an adapter that was merged into the base.
+    Configs and headers are read for at most `_SECONDS` in all. Every folder is checked for missing files, and for an
+    adapter that is already merged into the base.
     """
     place = resolve(args.model)
     names = [str(place), *filter(None, [args.served_model_name])]

@@ -133,7 +133,9 @@ def train(
 
 
 def _require_rollouts(n: int, values: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the recipe's task draws no rollouts to show."""
+    """Raise ConfigError if ``n`` is less than 1, or if the recipe's task generates no answers, so that there are none
+    to show.
+    """
     if n < 1:
         raise ConfigError(f"--show-rollouts {n} must be at least 1")
     task = values.get("task", "sft")

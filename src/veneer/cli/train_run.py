@@ -129,7 +129,9 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
 
 
 def _show_rollouts(recipe: Recipe, n: int, console: Console) -> None:
-    """Draw, reward and print answers. Nothing is trained, and no file is left."""
+    """Generate ``n`` answers to the recipe's prompts, compute their rewards and print both. Nothing is trained, and no
+    file is left.
+    """
     require_data_files(recipe.data)
     with tempfile.TemporaryDirectory() as place:
         trainer: Any = make_trainer(recipe.model_copy(update={"output": place}))

@@ -106,7 +106,7 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
     def parse(self, parser: Parser) -> list[Node]:
-        """Return the nodes between the marks."""
+        """Return the template's nodes between the two marks, so that the marks themselves have no effect."""
         next(parser.stream)
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
@@ -151,8 +151,8 @@ def _by_position(
 def _why_not_by_position(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any] | None
 ) -> str:
-    """Return why an answer's turns cannot be found by position: because of the template's text, or the tokens at its
-    ends.
+    """Return the reason why the tokens of assistant turns cannot be found by rendering a conversation's beginnings: the
+    template renders earlier turns differently, or a token spans two turns.
     """
 
     def text(n: int, **more: Any) -> str:

@@ -65,7 +65,9 @@ def _key(rows: Dataset, encoder: Encoder) -> str | None:
 
 
 def _drop_oldest(newest: Path) -> None:
-    """Delete all but the most recently used sets. A set that another process has mapped stays readable there."""
+    """Mark the tokenized rows at ``newest`` as just used, and delete all but the most recently used cached sets of
+    rows. A process that has mapped a deleted set can still read it.
+    """
     with suppress(OSError):
         newest.touch()
         others = [each for each in newest.parent.iterdir() if each.is_dir() and not each.name.startswith(".")]

@@ -150,9 +150,10 @@ def _conversation(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]
 
 
 def _own_keys(value: Any) -> Any:
-    """Drop keys whose value is None, at any depth.
+    """Return a value without the keys whose value is None, at any depth.
 
-    A table gives every message and every call's arguments the keys of all rows; templates must not see the empty ones.
+    A table of rows adds such keys: it gives every message, and every tool call's arguments, all keys that occur in any
+    row. Templates must not see them.
     """
     if isinstance(value, Mapping):
         return {key: _own_keys(held) for key, held in value.items() if held is not None}

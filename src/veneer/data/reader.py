@@ -126,7 +126,7 @@ class RowReader:
 
 
 def _templates_over(columns: list[str]) -> str:
-    """Return the keys of a recipe that read rows with these columns, with an example of two of them."""
+    """Return the advice to set ``data.prompt`` and ``data.completion``, with an example over two of the columns."""
     answer = next((name for name in _ANSWERS if name in columns), columns[-1])
     asked = [name for name in columns if name != answer]
     question = next((name for name in _QUESTIONS if name in asked), asked[0] if asked else None)
@@ -226,8 +226,8 @@ def _turn(turn: Any) -> Row:
 
 
 def _template_options(row: Mapping[str, Any]) -> Row:
-    """Return a row's chat-template options as JSON text: in a table of objects, every row would get the keys of all
-    rows.
+    """Return a row's chat-template options as JSON text. As objects in a table, each row's options would get the keys
+    of all rows.
     """
     return {
         key: given if isinstance(given, str) else json.dumps(given) for key in _OF_TEMPLATES if (given := row.get(key))

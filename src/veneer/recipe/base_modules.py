@@ -64,7 +64,9 @@ def _found(target: str, names: tuple[str, ...]) -> bool:
 
 
 def _reads_targets(values: Mapping[str, Any]) -> bool:
-    """Return False for a method without ``target_modules``; giving that key is a problem of its own."""
+    """Return True if the recipe's method has the setting ``target_modules``, or is unknown. Return False for full
+    fine-tuning.
+    """
     method = method_of(section(values, "adapter"))
     known = declared_methods()
     return method != FULL and (method not in known or "target_modules" in known[method].keys.types)

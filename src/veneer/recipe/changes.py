@@ -161,8 +161,8 @@ def _chooses(values: Mapping[str, Any]) -> bool:
 
 
 def _any_length(config: MethodConfig | None, values: Mapping[str, Any]) -> bool:
-    """Return True if the length of a run does not affect its steps: a longer run begins with exactly those of a shorter
-    one.
+    """Return True if a run's first steps do not depend on how many steps follow, so that a finished run can be made
+    longer.
     """
     minds_length = config is not None and config.training is not None and bool(config.training.fields_for(1))
     return not minds_length and values["training.lr_scheduler_type"] == "constant"

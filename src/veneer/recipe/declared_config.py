@@ -62,7 +62,8 @@ def declared_config(folder: Path) -> DeclaredConfig | None:
 
 
 def _config(module: str, name: str, peft_type: str, given: Mapping[str, Any]) -> DeclaredConfig | None:
-    """Return a config by its class without importing the class, or None if a value needs the class's own checks.
+    """Return an adapter's config, read by its class's declarations in source. Return None if only the imported class
+    could check a value.
 
     Raises UnreadableError if the class defines its own way to show settings.
     """
@@ -111,7 +112,9 @@ def modules_named(config: DeclaredConfig, keys: Iterable[str]) -> tuple[str, ...
 
 
 def _paths(parts: list[str]) -> Iterable[str]:
-    """Return the paths below which a key may lie, the longest first."""
+    """Return every proper prefix of a dotted path, given as its parts, the longest first: ``a.b`` and ``a`` for
+    ``a.b.c``.
+    """
     return (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
 
 

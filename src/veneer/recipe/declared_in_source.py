@@ -147,7 +147,9 @@ def _class_of(module: str, name: str) -> tuple[str, ast.ClassDef]:
 
 @functools.cache
 def _names(module: str) -> Mapping[str, tuple[str, str]]:
-    """Map each imported name to its module and the name there, including imports for type checkers only."""
+    """Map each name that a module imports to the imported module and the name there. Imports for type checkers only are
+    included.
+    """
     found: dict[str, tuple[str, str]] = {}
     statements = list(_statements(_tree(module).body))
     for node in statements:
@@ -166,7 +168,8 @@ def _names(module: str) -> Mapping[str, tuple[str, str]]:
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
     """Yield the statements that run when a module is imported, including those under conditions.
 
-    Bodies of functions and classes are left out, and so are expressions, which are ten times as many.
+    Bodies of functions and classes are not entered. Expressions are not either, because they would be ten times as many
+    nodes.
     """
     for node in body:
         yield node

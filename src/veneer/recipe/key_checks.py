@@ -61,7 +61,9 @@ def typed(
 
 
 def _misfits(key: str, value: Any, error: ValidationError) -> list[str]:
-    """Return a problem for each wrong place inside a value; if there is none, one for the value itself."""
+    """Return a problem for each invalid entry inside a value, with the entry's path. If the value itself is invalid,
+    return one problem.
+    """
     return [
         f"{'.'.join(map(str, (key, *place)))}: {unfit(of[0]['input'], of)}"
         for place, of in by_place(value, error.errors()).items()
@@ -80,7 +82,9 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 def _choices(hint: Any) -> list[Any]:
-    """Return the words that a type allows, those of all parts if it is a union."""
+    """Return the values that a Literal or an Enum allows; for a union, those of all its members. The list is empty for
+    other types.
+    """
     if typing.get_origin(hint) is Literal:
         return list(typing.get_args(hint))
     if isinstance(hint, type) and issubclass(hint, Enum):

@@ -109,7 +109,7 @@ class OpenEnv:
         return self._reward
 
     def _act(self, action: dict[str, Any]) -> Any:
-        """Return the observation after an action, or None if the episode is over."""
+        """Take a step with an action, and return the observation. Return None if no episode is open."""
         if self._client is None or self._is_over:
             return None
         return self._seen(self._client.step(action))
@@ -150,7 +150,11 @@ def _method(
     action: Callable[[dict[str, Any]], dict[str, Any]],
     told: Callable[[Any], str],
 ) -> Callable[..., str]:
-    """Return a method with a signature and a docstring from a JSON schema, which transformers reads as a tool."""
+    """Return a method that sends one tool's action to the environment and returns the observation as text.
+
+    Its signature and docstring come from the tool's JSON schema, because transformers derives a tool's description from
+    them.
+    """
 
     def method(self: OpenEnv, **given: Any) -> str:
         observation = self._act(action(given))
@@ -176,7 +180,9 @@ def _method(
 
 
 def _type(schema: Mapping[str, Any]) -> type:
-    """Return the Python type of a JSON schema: of the first alternative that is not null, or str."""
+    """Return the Python type of a JSON schema. For ``anyOf``, it is that of the first alternative with a known type;
+    without any, it is str.
+    """
     names = [schema.get("type"), *(each.get("type") for each in schema.get("anyOf", ()))]
     return next((_TYPES[name] for name in names if name in _TYPES), str)
 
@@ -190,7 +196,9 @@ def _is_public(name: str) -> bool:
 
 
 def _text(observation: Any) -> str:
-    """Return an observation as text: a text itself, the only text among its fields, or JSON."""
+    """Return an observation as text. A string is unchanged; a mapping whose only non-empty field is a string gives that
+    string; anything else becomes JSON.
+    """
     if isinstance(observation, str):
         return observation
     if isinstance(observation, Mapping):

@@ -54,7 +54,7 @@ def problems_of(values: Mapping[str, Any], known: KnownKeys) -> list[str]:
 
 
 def _shape_problems(values: Mapping[str, Any]) -> list[str]:
-    """Return the problems of all parts except ``adapter`` and ``training``."""
+    """Return the problems of keys and values in all parts of a recipe except ``adapter`` and ``training``."""
     found = []
     try:
         Written.model_validate(values)

@@ -128,7 +128,9 @@ def _module(place: str, folder: Path, name: str) -> Any:
 
 
 def _run_file(path: Path, name: str) -> Any:
-    """Import a file as a module whose name is unique to its folder. If the import fails, the module is removed."""
+    """Import a Python file as a module whose name includes a hash of its path. If the import fails, the name is removed
+    from ``sys.modules``.
+    """
     own = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
     spec = importlib.util.spec_from_file_location(f"veneer_rewards_{path.stem}_{own}", path)
     if spec is None or spec.loader is None:

@@ -92,7 +92,7 @@ class _Waiting:
         self._blocks = list(blocks_of(model)[1])
 
     def hand_on(self) -> None:
-        """Pass the first blocks whose weights are complete to ``take``: tensors arrive block by block."""
+        """Pass each block to ``take``, in order, until the first block whose weights are not yet complete."""
         while self._blocks and _is_loaded(self._blocks[0]):
             block = self._blocks.pop(0)
             self._take(self._model, block)
@@ -103,7 +103,7 @@ class _Waiting:
 class _InTurn:
     """Tensor of a checkpoint that, when it is read, first passes on all blocks that are loaded.
 
-    This is done on reading, since the loader hides errors of its later steps.
+    Blocks are passed on from a read because the loader would hide errors that they raise in its later steps.
     """
 
     def __init__(self, tensor: Any, waiting: _Waiting) -> None:

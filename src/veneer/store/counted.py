@@ -80,7 +80,9 @@ def _config(folder: Path) -> dict[str, Any] | None:
 
 
 def _described(config: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return the description of a config without special features; None for any other."""
+    """Return the facts that a plain decoder's config states, as texts by label ("layers", "head width"). Return None
+    for a config with windows, scaled rotary embeddings or another special feature.
+    """
     numbers = [config.get(name) for name in _TOLD]
     if config.get("model_type") not in list(_PLAIN) or any(config.get(name) is not None for name in _CHANGES):
         return None

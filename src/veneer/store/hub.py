@@ -76,7 +76,9 @@ class _RedirectsAreAnswers(urllib.request.HTTPRedirectHandler):
 
 
 def _asked(address: str) -> Message | None:
-    """Return the headers of the hub's answer, whatever its status, or None if it does not answer or is not asked."""
+    """Return the headers of the hub's response to a HEAD request, whatever its status. Return None in offline mode, or
+    if the hub does not respond.
+    """
     if is_offline_mode():
         return None
     request = urllib.request.Request(address, method="HEAD", headers=_authorization())
@@ -92,7 +94,7 @@ def _asked(address: str) -> Message | None:
 
 
 def _silence() -> str:
-    """Return the reason why the hub does not answer."""
+    """Return the reason why the hub did not respond, as part of a message: offline mode, or no connection."""
     return f"HF_HUB_OFFLINE keeps {ENDPOINT} from being asked" if is_offline_mode() else f"{ENDPOINT} cannot be reached"
 
 

@@ -174,7 +174,9 @@ def _stays(module: nn.Module, parameter: GgufParameter | None) -> bool:
 
 
 def _coded(module: nn.Module, parameter: GgufParameter, source: MappedFile | None) -> CodedModule:
-    """Return the module that replaces a layer or a table. Its weight is not mapped yet."""
+    """Return the quantized module that replaces a linear layer or an embedding. Its weight is not yet mapped from the
+    file.
+    """
     assert parameter.kind is not None
     o, i = parameter.tensors[0].shape
     dtype = cast(Tensor, module.weight).dtype
@@ -189,7 +191,7 @@ def _stack_spec(
 ) -> StackSpec | None:
     """Return the format of a stack of experts whose quantized blocks can stay in the GGUF file, else None.
 
-    The file stores the gate and up matrices of experts as separate tensors.
+    The format has one entry for each tensor in the file, because files store gate and up matrices separately.
     """
     if parameter is None or not parameter.is_coded_stack:
         return None

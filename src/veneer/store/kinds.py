@@ -47,7 +47,9 @@ def auto_class(source: str | os.PathLike[str], facts: Mapping[str, Any], *, enco
 
 
 def _other_kind(model_type: str, named: str, *, is_decoder: bool) -> str | None:
-    """Return the kind of a model that predicts no next token; None for one that does, and for an unknown one."""
+    """Return in words the kind of a model that does not predict the next token ("an encoder"). Return None for a model
+    that does, or whose type is unknown.
+    """
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if named.endswith(_HEADS):
         return "a model with a head of classes"

@@ -45,12 +45,16 @@ def model_config(folder: Path) -> Any:
 
 
 def _is_no_refusal(record: logging.LogRecord) -> bool:
-    """Return False for the dump of the config that transformers logs before it refuses a value."""
+    """Return False for the record in which transformers logs the whole config, just before it raises an error about a
+    value.
+    """
     return not str(record.msg).startswith("Can't set ")
 
 
 def _wrong_sizes(values: Mapping[str, Any], place: str = "") -> Iterator[str]:
-    """Yield the sizes of a model, or of its text half, that no decoder can have. A list has one size for each layer."""
+    """Yield a problem for each size in a config, or in its ``text_config``, that no decoder can have. If a size is a
+    list with one number for each layer, every number is checked.
+    """
     for name, (least, most) in _SIZES.items():
         size = values.get(name)
         numbers = size if isinstance(size, list) else [] if size is None else [size]

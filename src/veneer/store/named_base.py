@@ -70,15 +70,17 @@ def _is_name(name: str) -> bool:
 
 
 def _model(name: str) -> str:
-    """Return the model that a name means, without its owner and the suffix for its weights' format."""
+    """Return the last part of a model's name in lower case, without the suffix for its weights' format. Two names with
+    equal results mean the same model.
+    """
     hashed = _HASHED.fullmatch(name)
     last = re.split(r"[/\\]", (hashed[1] if hashed else name).rstrip("/\\"))[-1].lower()
     return _FORM.sub("", last) or last
 
 
 def _is_copy(one: Path, other: Path) -> bool:
-    """Return True for one folder under two paths, or models of equal configs and sizes. Unreadable files count as
-    equal.
+    """Return True if two paths lead to one folder, or to models with equal configs and sizes. Return True also if files
+    cannot be read.
     """
     try:
         return one.resolve() == other.resolve() or _stamp(one) == _stamp(other)

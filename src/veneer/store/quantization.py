@@ -166,6 +166,8 @@ class BitsAndBytesConfig(QuantizationConfig):
 
 
 def _dtype(value: object) -> object:
-    """Return the dtype of a name, as config files have it."""
+    """Return the torch dtype that a string names, as in config files ("bfloat16", "torch.bfloat16"). Any other value is
+    returned unchanged.
+    """
     found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
     return found if isinstance(found, torch.dtype) else value

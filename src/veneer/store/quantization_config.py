@@ -92,9 +92,10 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def _read(name: str, spec: _Spec, parts: Mapping[str, Stored]) -> tuple[_Spec, dict[str, Tensor]]:
-    """Read a weight's tensors from the files. Return its storage format, as they determine it, and the tensors.
+    """Read a weight's tensors from the files. Return its storage format, with details that only the tensors show, and
+    the tensors by name.
 
-    Errors name file and weight.
+    Errors name the file and the weight.
     """
     try:
         found = cast(Any, spec).from_disk({part: tensor.read() for part, tensor in parts.items()})

@@ -202,8 +202,8 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
             _put_stack(model, name, CodedStack(spec))
 
     def _code_stacks(self) -> None:
-        """Replace the modules' stacks of experts that are stored quantized, or will be quantized, by empty ones. `fill`
-        sets their values.
+        """Replace stacks of experts that are stored quantized, or are to be quantized, by quantized modules without
+        values. `fill` loads the values later.
         """
         model = self._model
         assert model is not None  # it was made before its files are opened
@@ -215,7 +215,9 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
             _put_stack(model, name, CodedStack(stack.spec))
 
     def _decoded_layers(self, in_stacks: Collection[str]) -> dict[str, Decoded]:
-        """Return the checkpoint's coded weights that the model stores decoded."""
+        """Return the checkpoint's quantized weights that are decoded on loading, because the model has no quantized
+        layer for them. Stacks of experts ``in_stacks`` are left out.
+        """
         model = self._model
         assert model is not None  # it was made before its files are opened
         to_own, is_stacked, prefix = renamer(model), converter(model), f"{model.base_model_prefix}."

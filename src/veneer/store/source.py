@@ -137,9 +137,8 @@ def _require_whole(source: str | os.PathLike[str], model: PreTrainedModel, missi
 
 
 def _auto_class(source: str | os.PathLike[str], place: Path | str, *, encodes: bool) -> Any:
-    """Return the class that loads a model. That of a hub id is unknown until its files are on this machine.
-
-    transformers reports a config that cannot be read.
+    """Return the transformers class that loads a model, by its config. It is AutoModelForCausalLM for a hub id whose
+    files are not on this machine, and for a config that cannot be read, which that class then reports.
     """
     if isinstance(place, str):
         return AutoModelForCausalLM
@@ -159,7 +158,7 @@ def _straight_to(device: str | torch.device | None) -> dict[str, Any]:
 
 
 def _told_memory(source: str | os.PathLike[str], place: Path | str, error: Exception) -> str:
-    """Return in words the size of the weights that did not fit into memory, and the limit."""
+    """Return a message for weights that did not fit into memory: their size on disk, the limit, and a remedy."""
     weights = f" ({size(Checkpoint.open(place).nbytes)} on disk)" if isinstance(place, Path) else ""
     on_gpu = isinstance(error, torch.OutOfMemoryError)
     limit = None if on_gpu else address_limit()

@@ -91,7 +91,7 @@ def new_stacks(model: PreTrainedModel, config: QuantizationConfig, skip: Sequenc
 
 
 class _Every(dict[str, str]):
-    """Mapping that contains every name and maps it to itself: names in the files are those of transformers."""
+    """Mapping that contains every name and maps it to itself, used if the files have the names of transformers."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -110,10 +110,10 @@ def _stacked_specs(
 def _listed(
     model: PreTrainedModel, places: Mapping[str, Place], weights: Mapping[str, str]
 ) -> dict[str, ListedExperts]:
-    """Return the stacks of experts that the files store as one tensor for each expert, by name.
+    """Return the stacks of experts that the files store as one tensor for each expert, keyed by the stack's name.
 
-    The names are those of another library's files, or those under which veneer saves a stack. A library's experts have
-    the orientation of the model's, so transposed modules are left out.
+    The tensors are named as in another library's checkpoints, or as veneer saves a stack. For another library's names,
+    transposed modules are left out, because its experts are not transposed.
     """
     turned = {path for path, module in model.named_modules() if getattr(module, "is_transposed", False)}
     shapes = {name: shape for name, (shape, _) in places.items() if name.rpartition(".")[0] not in turned}
@@ -166,7 +166,7 @@ def _gathered(name: str, listed: ListedExperts, layers: Layers, spec: StackSpec)
 
 
 def _below(name: str, own: str) -> str:
-    """Return the tensor name ``own`` without the path of the experts' module, to which parameter ``name`` belongs."""
+    """Return the tensor name ``own`` relative to the module of experts that holds the parameter ``name``."""
     return own.removeprefix(name.rpartition(".")[0] + ".")
 
 

@@ -102,7 +102,9 @@ class SFTConfig(RunSettings, trl.SFTConfig):  # type: ignore[misc]
 
 
 def _range_problems(args: TrainingArguments) -> list[str]:
-    """Return the problems of numbers out of range, which would train nothing, or something else."""
+    """Return a problem for each number outside its allowed range, with which a run would train nothing or do other than
+    meant.
+    """
     outside = out_of_range({name: getattr(args, name) for name in RANGES})
     return [f"{name}={getattr(args, name)!r} must be {allowed}" for name, allowed in outside.items()]
 

@@ -83,7 +83,7 @@ class Curve:
 
 
 class _Whole(nn.Module):
-    """Training of all weights: each one is a parameter."""
+    """Parameters for training all weights directly, without a projection: a copy of each weight is a parameter."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()

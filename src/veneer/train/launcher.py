@@ -69,8 +69,8 @@ def require_devices(n: int) -> None:
 
 
 def _environments(n: int) -> dict[int, dict[str, str]]:
-    """Return torchrun's environment variables for each rank. Unless OMP_NUM_THREADS is set, the processes share the
-    cores.
+    """Return torchrun's environment variables for each rank. Unless OMP_NUM_THREADS is set, it is the number of cores
+    divided by ``n``, at least 1.
     """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

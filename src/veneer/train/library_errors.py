@@ -34,7 +34,7 @@ def refusals_told() -> Iterator[None]:
 
 
 def _last_place(traceback: TracebackType | None) -> Path:
-    """Return the file of the innermost frame."""
+    """Return the source file of a traceback's innermost frame, or an empty path without a traceback."""
     place = Path()
     while traceback is not None:
         place, traceback = Path(traceback.tb_frame.f_code.co_filename), traceback.tb_next

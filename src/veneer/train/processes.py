@@ -63,7 +63,9 @@ def together() -> Iterator[None]:
 
 
 def _says_another_is_gone(error: BaseException) -> bool:
-    """Return True if an error means that another process has ended. gloo has no exception class for that."""
+    """Return True if an error means that another process has ended. gloo has no exception class for such errors, so its
+    source paths in the message are looked for.
+    """
     lost = isinstance(error, distributed.DistError) or "/gloo/" in str(error)
     return isinstance(error, RuntimeError) and lost and not isinstance(error, VeneerError)
 

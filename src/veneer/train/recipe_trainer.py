@@ -97,7 +97,9 @@ def _make_task_trainer(
     model: PreTrainedModel | None,
     kind: type[RunTrainer] | None,
 ) -> RunTrainer:
-    """Return the trainer of a recipe for preferences, rewards or drawn answers."""
+    """Return the trainer of a recipe whose task is preference tuning, a reward model, or learning from generated
+    answers.
+    """
     rows = read_data(recipe.data, recipe.seed, preference_reader(recipe.data, recipe.task))
     args = recipe.training_config()
     rewards = {"reward_funcs": recipe.reward_functions()[0]} if recipe.rewards else {}
@@ -124,7 +126,8 @@ def _make_task_trainer(
 def _encoding_told(rows: Rows, *, draws: bool = False) -> AbstractContextManager[None]:
     """Enter a context that prints lines while rows are tokenized; in a terminal, datasets shows bars instead.
 
-    ``draws``: an engine draws answers, so that building it is mentioned too.
+    ``draws``: the trainer generates its answers and tokenizes no row in advance. The lines then name the building of
+    the trainer and its engine.
     """
     if draws:
         return waits_told("building the trainer, its rewards and its engine")  # no row is tokenized before a step
@@ -136,9 +139,10 @@ def _encoding_told(rows: Rows, *, draws: bool = False) -> AbstractContextManager
 
 
 def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
-    """Attach the recipe's saved adapter, or a fresh one if the base is sharded.
+    """Return the model for a trainer, and the config of the adapter that the trainer must still attach, if any.
 
-    In all other cases return the base with the config of a fresh adapter, which the trainer attaches.
+    A saved adapter, and every adapter of a sharded base, is attached here. A fresh adapter of a base that is not
+    sharded is left to the trainer.
     """
     saved = FROM in recipe.adapter
     model = with_saved_adapter(recipe.adapter, recipe.task, base) if saved else base

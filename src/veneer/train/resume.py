@@ -137,7 +137,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         """Evaluate as Trainer does. In a resumed run, skip the evaluation before the first step (``skip_scheduler``).
 
-        If the first step changes nothing, that evaluation comes after the step instead, so that the step need not wait.
+        If a new run's first step cannot change the model, postpone that evaluation until after the step. Its values are
+        the same, and training starts sooner.
         """
         begins = skip_scheduler and self.state.global_step == 0
         self._owes_evaluation = begins and changes_nothing(self.optimizer, self.model)
@@ -157,9 +158,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         super()._maybe_log_save_evaluate(*args, **options)
 
     def _run_epoch(self, **options: Any) -> None:
-        """Run the epoch. If the checkpoint within it is of the run's last step, run no step, where Trainer would run
-        one more.
-        """
+        """Run the epoch. If the run resumes from its last step's checkpoint, run no step; Trainer would run one more."""
         if self.order is not None:  # accelerate does not reach it within an epoch that several processes go on with
             self.order.set_epoch(options["epoch"])
         if options["epoch"] != self.epoch[0]:
@@ -173,8 +172,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             super()._run_epoch(**options)
 
     def _misses_evaluation(self, options: Mapping[str, Any]) -> bool:
-        """Return True if the checkpoint is from an epoch's last step, written before the evaluation at the
-        epoch's end.
+        """Return True if the run resumes from an epoch's last step, and the checkpoint was written before the
+        evaluation that is due at the epoch's end.
         """
         step, begins = self.state.global_step, options["epoch"] == options["epochs_trained"]
         at_end = options["steps_trained_in_current_epoch"] == 0 and not self.args.ignore_data_skip
@@ -242,14 +241,18 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             return file.name, file.read_bytes()
 
     def _save_trained(self, folder: Path) -> None:
-        """Write state of the trained adapter that the next step needs and the adapter's own files do not hold."""
+        """Save the adapter's parameters and schedules that the next step needs, as far as the adapter's own files do
+        not hold them.
+        """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.args.should_save and isinstance(model, PeftModel):
             save_trained(model, folder)
             save_schedules(model, folder)
 
     def _save_state(self, folder: Path) -> None:
-        """Save everything except the weights."""
+        """Save what a resumed run needs besides weights: the optimizer and scheduler (unless ``save_only_model``),
+        counters, and callbacks' states.
+        """
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))

@@ -196,8 +196,8 @@ def _trained(trainer: RunTrainer, saved: Path, adapter: Mapping[str, Any], resum
 
 
 def _explained(error: BaseException, recipe: Recipe, step: int) -> BaseException:
-    """Return the error that the run ends with. A GPU's failure is explained; an interrupt names the files that are
-    left.
+    """Return the error to raise for a run that failed. The message of a GPU's failure adds the last checkpoint; that of
+    an interrupt names the files that are left.
     """
     failure = gpu_failure(error)
     if failure is not None:

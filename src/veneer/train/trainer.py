@@ -238,7 +238,9 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *args: Any, **options: Any
     ) -> Any:
-        """Return Trainer's loader. Rows are padded to equal numbers for all processes: accelerate would repeat rows."""
+        """Return Trainer's loader. With several processes, rows are added up to whole batches for all of them, because
+        accelerate would repeat real rows instead.
+        """
         total = batch_size * n_processes()
         if n_processes() > 1 and isinstance(dataset, Dataset) and "labels" in dataset.column_names:
             own, sampler_of = dataset, sampler_fn

@@ -39,8 +39,8 @@ class InfoArguments:
 
 
 def _no_folder(what: str) -> ConfigError | None:
-    """Return an error if a missing path is within an existing folder: then it means a run or an adapter, not an id on
-    the hub.
+    """Return an error if a path does not exist but its parent folder does, otherwise None. Such a path cannot be a hub
+    id.
     """
     path = Path(what).expanduser()
     if "/" not in what or not path.parent.is_dir() or path.exists():
@@ -51,7 +51,9 @@ def _no_folder(what: str) -> ConfigError | None:
 
 
 def _place(args: InfoArguments) -> str:
-    """Return the name of the module that describes the given path. The module for runs imports no torch."""
+    """Return the name of the module that describes the given path. Runs have their own module, which does not import
+    torch.
+    """
     is_run = (Path(args.what).expanduser() / "run.json").is_file()
     return "veneer.cli.info_run" if is_run else "veneer.cli.info"
 

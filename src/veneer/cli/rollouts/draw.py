@@ -59,9 +59,9 @@ def draw(args: DrawArguments) -> None:
 def _rewarded(
     kept: Path, asked: Sequence[PromptRow], groups: Sequence[Sequence[Line]], rewards: RowRewards
 ) -> list[list[Line]]:
-    """Return answers with their rewards. The file ``kept`` holds the answers until then.
+    """Return the answers with their rewards. The file ``kept`` holds the answers until the rewards are computed.
 
-    Raises RewardError that names it; the message of Ctrl-C names it too.
+    If that fails, the message of RewardError or of Ctrl-C names the file.
     """
     _write(kept, [line for lines in groups for line in lines])
     try:

@@ -51,9 +51,9 @@ def unusable(tensors: Mapping[str, Tensor], whole: Collection[str] = ()) -> dict
 
 
 def _is_finite_together(tensors: Mapping[str, Tensor]) -> bool:
-    """Return True if a single check shows that all tensors are finite.
+    """Return True if a single check of the tensors' shared memory shows that all values are finite.
 
-    It can only if they have one dtype and lie in the same memory; otherwise return False.
+    Return False without a check unless all tensors have one dtype and lie in the same CPU memory.
     """
     first = next(iter(tensors.values()), None)
     if first is None or not all(type(x) is Tensor and x.is_cpu and x.dtype == first.dtype for x in tensors.values()):

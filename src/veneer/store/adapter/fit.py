@@ -91,8 +91,8 @@ def _expected(config: MethodConfig, places: Mapping[str, Placed], given: Mapping
 
 
 def _homeless(model: nn.Module, config: MethodConfig, keys: Sequence[str]) -> list[str]:
-    """Return the keys whose module the model lacks. A key of a part that an adapter adds to a block needs only the
-    block.
+    """Return the keys whose module the model lacks. If an adapter adds the module to a block, it is enough that the
+    model has the block.
     """
     modules = {path for path, _ in model.named_modules()}
     shared = () if config.shared is None else config.shared.names
@@ -140,7 +140,9 @@ def require_one_base(adapters: Sequence[Path]) -> list[str]:
 
 
 def _sizes(adapter: Path) -> dict[tuple[str, str], int]:
-    """Return the widths, by path and unit, that an adapter's file shows."""
+    """Infer the widths of a base's modules from the shapes in an adapter's file. Keys are (module path, name of the
+    width).
+    """
     file = adapter / WEIGHTS_FILE
     shapes = {key: tuple(tensor.shape) for key, tensor in read_headers(adapter).items()}
     places = read_config(adapter).places_in(shapes, str(file)) or {}

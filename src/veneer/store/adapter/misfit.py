@@ -45,7 +45,7 @@ def misfit(
 
 
 def _shortened(problems: Sequence[str], shown: int) -> list[str]:
-    """Return the first few problems of each kind, and the number of the others."""
+    """Return the first ``shown`` problems of each kind. If a kind has more, its last line says how many."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         kinds.setdefault(problem.split(maxsplit=1)[0], []).append(problem)

@@ -191,7 +191,10 @@ def _require_shapes(
     *,
     in_base: bool,
 ) -> None:
-    """Raise FormatError if shapes differ from those that the config implies on the base's layers, or the file's own."""
+    """Raise FormatError if an adapter's tensors do not have the shapes that its config implies.
+
+    ``in_base`` is True if ``places`` are the layers of the base, and False if they were inferred from the file itself.
+    """
     says = "its config on this base needs" if in_base else "the config says"
     wrong = [
         f"{placed.keys[name]} is {tuple(params[path][name].shape)} where {says} {shape}"

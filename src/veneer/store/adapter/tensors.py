@@ -240,8 +240,8 @@ def assign(
 def _expected(model: nn.Module, state: AdapterState, name: str, given: Mapping[str, Tensor] | None) -> _Expected:
     """Return the adapter's expected tensors.
 
-    Shared ones are left out if the ``given`` tensors have other shapes than the parameters: a damaged config may ask
-    for a rank that is too large to draw them.
+    Tensors that the config alone determines are left out if the ``given`` tensors do not have the parameters' shapes.
+    The config may then be damaged, and ask for a rank too large to generate them.
     """
     config, held = state.configs[name], live_parameters if has_network(state, name) else packed_tensors
     parameters, ends = held(model, state, name), _embeddings(model, config, name)
@@ -304,7 +304,9 @@ def _torn(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> list[st
 
 
 def _is_drawn(value: Tensor, drawn: Tensor) -> bool:
-    """Return True if values equal the drawn ones, also after PEFT has rounded them to a 16-bit base's dtype."""
+    """Return True if ``value`` equals the random values ``drawn`` up to a tolerance, directly or after rounding to
+    bfloat16 or float16, because PEFT saves in a 16-bit base's dtype.
+    """
     return any(_is_near(value, drawn.to(dtype).float()) for dtype in (drawn.dtype, torch.bfloat16, torch.float16))
 
 
@@ -336,7 +338,7 @@ def _embeddings(model: nn.Module, config: MethodConfig, name: str) -> dict[str, 
 
 
 def _repeated(model: nn.Module, name: str) -> set[str]:
-    """Return the keys under which PEFT repeats rows of the embeddings for modules tied to them."""
+    """Return the keys of trained embedding rows that PEFT saves again for each module tied to the embedding."""
     return {rows_key(path) for path, module in adapted_modules(model).items() if module.token_rows((name,))}
 
 
@@ -344,7 +346,8 @@ def _saves_embedding(model: nn.Module, config: MethodConfig, key: str, wanted: S
     """Return True if the embedding of ``key`` is saved with the adapter. ``wanted`` is True, False or PEFT's rule
     "auto".
 
-    "auto" saves an embedding that is targeted under a known name, and all of them if the vocabulary was resized.
+    "auto" saves an embedding that the adapter changes, if it has one of the usual names of embeddings and heads. If the
+    vocabulary was resized, it saves every embedding.
     """
     if wanted != "auto":
         return wanted
@@ -353,7 +356,9 @@ def _saves_embedding(model: nn.Module, config: MethodConfig, key: str, wanted: S
 
 
 def _was_resized(model: nn.Module, config: MethodConfig) -> bool:
-    """Return True if the vocabulary differs from the base's, as far as the base's config is on this machine."""
+    """Return True if the model's vocabulary size differs from the base's. Return False if the base's config is not on
+    this machine.
+    """
     mine: Any = cast(PreTrainedModel, model).config
     path = config_of_base(config.base_model_name_or_path, getattr(mine, "_commit_hash", None) or config.revision)
     if path is None:

@@ -83,8 +83,8 @@ def _raise(contents: GgufContents, problems: list[str]) -> None:
 
 
 def _unknown_scaling(contents: GgufContents) -> Iterator[str]:
-    """Yield the rotary scaling settings of a file whose architecture has no table here, so that a model built from it
-    would ignore them.
+    """Yield a text for each rotary scaling setting of a file whose architecture has no table in ``families``. A model
+    built from the file would ignore these settings.
     """
     kind = contents.pairs.get(SCALING + "type", "none")
     if kind != "none" or contents.pairs.get(SCALING + "factor", 1.0) != 1.0:
@@ -107,7 +107,7 @@ def _problems(family: GgufFamily, contents: GgufContents) -> Iterator[str]:
 
 
 def _is_told(key: str, family: GgufFamily) -> bool:
-    """Return True if the config covers the key, or if nothing depends on the key."""
+    """Return True if the family's table translates the GGUF key into the config, or lists it as a key without effect."""
     told = SILENT | family.silent | {entry.key for entry in family.fields}
     if family.rotary is not None:
         told |= gguf_rope.KEYS
@@ -131,9 +131,9 @@ def _head_dim(pairs: Mapping[str, Any], family: GgufFamily) -> int:
 
 
 def _fill_left_out(values: dict[str, Any], family: GgufFamily, pairs: Mapping[str, Any]) -> None:
-    """Set the numbers that llama.cpp assumes if a file omits them.
+    """Set the number of key-value heads and the head width to llama.cpp's defaults, used if a file omits them.
 
-    The config's class would derive other ones from its default sizes.
+    Without this, the config's class would derive both numbers from its own default sizes.
     """
     taken = {"num_key_value_heads": pairs["attention.head_count"], "head_dim": _head_dim(pairs, family)}
     own = {entry.path for entry in family.fields}
@@ -175,15 +175,16 @@ def _fill_rotary(values: dict[str, Any], family: GgufFamily, contents: GgufConte
 
 
 def _share(width: int, head: int) -> float:
-    """Return a fraction of the head's width that transformers rounds down to exactly ``width``."""
+    """Return a fraction f of the head width for which transformers' ``int(head * f)`` is exactly ``width``."""
     share = width / head
     return share if int(head * share) == width else math.nextafter(share, 2)
 
 
 def _layer_types(pattern: int | list[bool], n_layers: int) -> list[str]:
-    """Return each layer's type.
+    """Return each layer's attention type, "sliding_attention" or "full_attention".
 
-    The last of every ``pattern`` layers, or the False ones of a list, have full attention.
+    If ``pattern`` is a number n, every n-th layer has full attention. If it is a list, a layer has full attention where
+    its entry is False.
     """
     slides = pattern if isinstance(pattern, list) else [(layer + 1) % pattern != 0 for layer in range(n_layers)]
     return ["sliding_attention" if slide else "full_attention" for slide in slides]
@@ -203,5 +204,5 @@ def _set(values: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _leaf(name: str) -> str:
-    """Return the end of a tensor's name, after the layer's."""
+    """Return what follows the layer number in a tensor's name: ``attn_q.weight`` of ``blk.0.attn_q.weight``."""
     return name.split(".", 2)[-1]

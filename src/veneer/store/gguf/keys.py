@@ -94,7 +94,9 @@ def _rotary_pairs(family: GgufFamily, config: Any, scaling: Scaling) -> Iterator
 
 
 def _window_pairs(family: GgufFamily, config: Any) -> Iterator[KeyValue]:
-    """Yield the keys for layers with windows, if the runtime would assume others."""
+    """Yield the key that lists the layers with sliding windows, unless llama.cpp assumes the same layers without the
+    key.
+    """
     if family.window_step is None:
         return
     slides = [kind == "sliding_attention" for kind in config.layer_types]
@@ -104,7 +106,9 @@ def _window_pairs(family: GgufFamily, config: Any) -> Iterator[KeyValue]:
 
 
 def _window_of_all(family: GgufFamily, config: Any) -> int | None:
-    """Return the window of all layers if the runtime would assume none and texts can be longer than the window."""
+    """Return the sliding window of all layers, in tokens, if llama.cpp would ignore it and texts can be longer than it.
+    Otherwise return None.
+    """
     window: int | None = getattr(config, "sliding_window", None) if family.cut_to_window else None
     return window if window and window < config.max_position_embeddings else None
 

@@ -238,7 +238,8 @@ def _require_placed(model: Any, path: Path, facts: GgufFacts) -> None:
 def _is_rebuilt(facts: GgufFacts) -> bool:
     """Return True for files that transformers cannot read, or reads wrongly.
 
-    It leaves q and k of a Llama in ggml's order if the file does not name the number of key heads.
+    For example, transformers leaves a Llama's q and k in ggml's row order if the file lacks the number of key-value
+    heads.
     """
     architecture, pairs = facts.contents.architecture, facts.contents.pairs
     if rebuilt_family(architecture, pairs) is not None:

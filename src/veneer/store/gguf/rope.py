@@ -55,9 +55,7 @@ def rotary_scaling(
 
 
 def _yarn(pairs: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    """Return the parameters of YaRN (Peng et al. 2023, arXiv 2309.00071). The attention factor is the same in files and
-    configs.
-    """
+    """Return the parameters of YaRN (Peng et al. 2023, arXiv 2309.00071). The attention factor needs no conversion."""
     if ORIGINAL_LENGTH not in pairs:
         raise FormatError(f"{ORIGINAL_LENGTH} is missing beside {SCALING}type 'yarn'")
     if pairs.get(SCALING + "yarn_ext_factor", 1.0) not in (1.0, -1.0):  # -1: the runtime's default, which is 1
@@ -77,7 +75,8 @@ def _yarn(pairs: Mapping[str, Any], factor: float) -> dict[str, Any]:
 def _longrope(pairs: Mapping[str, Any], factors: Mapping[str, Tensor], max_positions: int) -> dict[str, Any]:
     """Return the parameters of LongRoPE (Ding et al. 2024, arXiv 2402.13753).
 
-    The attention factor is left out if it follows from the lengths.
+    The attention factor is left out if it equals the one that transformers computes from the model's and the original
+    length.
     """
     if missing := [name for name in (SHORT_FACTORS, LONG_FACTORS) if name not in factors]:
         raise FormatError(f"the tensors {' and '.join(missing)} are missing, which LongRoPE divides frequencies by")
@@ -97,7 +96,11 @@ def _longrope(pairs: Mapping[str, Any], factors: Mapping[str, Tensor], max_posit
 
 
 def _by_frequency(factors: Tensor, frequencies: Tensor, max_positions: int) -> dict[str, Any]:
-    """Return Llama 3's scaling if it explains the factors, or else LongRoPE with these factors for all lengths."""
+    """Return rotary parameters that divide each frequency by its factor, or an empty dict if all factors are 1.
+
+    They are those of Llama 3's scaling if it gives these factors. Otherwise they are LongRoPE's, with these factors for
+    short and long texts.
+    """
     if len(factors) != len(frequencies):
         raise FormatError(
             f"{FREQUENCY_FACTORS} holds {len(factors)} factors for {len(frequencies)} frequencies of a head"
@@ -124,11 +127,11 @@ def llama3_factors(frequencies: Tensor, factor: float, high: float, length: floa
 
 
 def _llama3(factors: Tensor, frequencies: Tensor) -> dict[str, Any] | None:
-    """Return Llama 3's parameters if they give these factors, or None.
+    """Return the parameters of Llama 3's scaling that give these factors, or None if there are none.
 
-    Slow frequencies are divided by ``factor``, and fast ones stay. Between them, the share s of the frequency that
-    stays is linear in its turns: s = (f L / 2 pi - low) / (high - low). Only the ratios of L, low and high matter, so
-    low is 1, as it is in every Llama.
+    The scaling divides slow frequencies by ``factor`` and keeps fast ones. A frequency f between them is interpolated:
+    the share s = (f L / 2 pi - low) / (high - low) of it is kept, and the rest is divided. Only the ratios of L, low
+    and high matter, so low is set to 1, as in every Llama.
     """
     factor = factors.max().item()
     between = (factors > 1) & (factors < factor)

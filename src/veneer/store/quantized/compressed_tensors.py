@@ -219,7 +219,9 @@ def _names_problems(settings: Settings, key: str) -> list[str]:
 
 
 def _matches(target: str, path: str) -> bool:
-    """Return True if a path matches a target: a name, a pattern after ``re:``, or the class of all layers."""
+    """Return True if a target of the config includes the layer at ``path``. A target is a path, a regular expression
+    after ``re:``, or ``Linear``, which includes every layer.
+    """
     if target.startswith(_PATTERN):
         return re.match(target.removeprefix(_PATTERN), path) is not None
     return target in ("Linear", path)

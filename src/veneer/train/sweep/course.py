@@ -169,10 +169,9 @@ def _told(loss: float) -> float | None:
 
 
 def _as_it_was(member: Member, resume: Resume, allow_changes: bool) -> tuple[dict[str, Any] | None, GoingOn | None]:
-    """Return how a member stood before: a finished member's record and None, or None and the state from which it
-    resumes.
+    """Return what an earlier run left of a member: its record if it has finished, or the state from which it resumes.
 
-    Both are None if the member starts anew.
+    The other entry is None. Both are None if the member starts anew.
     """
     recipe, output = member.recipe, Path(member.recipe.output)
     require_fresh(output, resume)

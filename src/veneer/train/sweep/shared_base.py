@@ -118,7 +118,9 @@ def joined(parts: Mapping[str, Part]) -> tuple[Batch, dict[str, Share]]:
 
 
 def _positioned(batch: Batch) -> Batch:
-    """Add positions to a batch. Its padding counts as a sequence of its own, as in packed rows of the collator."""
+    """Return a batch with position ids in place of its attention mask. Positions restart at 0 where a row's padding
+    begins, so padding counts as a separate sequence, as in packed rows.
+    """
     if "position_ids" in batch:
         return batch
     ids, mask = batch["input_ids"], batch.get("attention_mask")

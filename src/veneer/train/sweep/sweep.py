@@ -111,7 +111,9 @@ def in_this_process(train: Train) -> Engine:
 
 
 class _ThisProcess:
-    """The only worker of a sweep within this process. It has memory for all members."""
+    """Worker of a sweep that trains within this process, and is the sweep's only worker. It trains all members given to
+    it together.
+    """
 
     n_workers = 1
 

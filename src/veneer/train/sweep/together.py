@@ -134,7 +134,7 @@ class Together:
             run.close()
 
     def _in_step(self, shared: SharedBase) -> None:
-        """Compute one micro-batch of every member after another, until all members have ended."""
+        """Train all members step by step: compute one micro-batch of each in one pass, and repeat until all have ended."""
         asked = self._resume(shared, dict.fromkeys(self.runs))
         while asked:
             totals, answers = self._losses(shared, asked)
@@ -148,9 +148,10 @@ class Together:
     def _losses(
         self, shared: SharedBase, asked: Mapping[str, LossRequest]
     ) -> tuple[dict[str, Tensor], dict[str, TokenLoss]]:
-        """Return the members' losses, detached for the members and attached for the backward pass.
+        """Return the total losses of the members by name, and the losses to pass to the members, which are detached.
 
-        A member's own backward pass fills the gradient of its detached loss.
+        A member's own backward pass ends at its detached loss and sets that loss's gradient. The backward pass through
+        the base starts from the total losses, with these gradients.
         """
         parts = {}
         for name, question in asked.items():
@@ -164,7 +165,9 @@ class Together:
         return {name: loss.total for name, loss in found.items()}, leaves
 
     def _resume(self, shared: SharedBase, answers: Mapping[str, Any]) -> dict[str, Any]:
-        """Give each member its answer and return the members' next requests. Remove members that have ended."""
+        """Resume each member's coroutine with its entry of ``answers``, and return what each one requests next. Members
+        that have ended are removed.
+        """
         asked = {}
         for name, answer in answers.items():
             question = self.runs[name].resume(answer)

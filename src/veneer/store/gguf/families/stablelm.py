@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def _head_norms(name: str) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Yield the norms of a layer's heads, which are stored in one tensor."""
+    """Yield the GGUF name for the norm of one head of q or k, and the conversion of its weight. All heads of a layer
+    share this name, because the file stores their norms in one tensor.
+    """
     if found := re.search(r"self_attn\.([qk])_layernorm\.norms\.\d+\.weight$", name):
         yield f"attn_{found[1]}_norm.weight", lambda tensor: tensor
 
