@@ -158,7 +158,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         super()._maybe_log_save_evaluate(*args, **options)
 
     def _run_epoch(self, **options: Any) -> None:
-        """Run the epoch. If the run resumes from its last step's checkpoint, run no step; Trainer would run one more."""
+        """Run the epoch. If the run resumes from its last step's checkpoint, run no step; Trainer would run one."""
         if self.order is not None:  # accelerate does not reach it within an epoch that several processes go on with
             self.order.set_epoch(options["epoch"])
         if options["epoch"] != self.epoch[0]:

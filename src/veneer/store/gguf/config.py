@@ -107,7 +107,7 @@ def _problems(family: GgufFamily, contents: GgufContents) -> Iterator[str]:
 
 
 def _is_told(key: str, family: GgufFamily) -> bool:
-    """Return True if the family's table translates the GGUF key into the config, or lists it as a key without effect."""
+    """Return True if the family's table translates a GGUF key into the config, or lists it as a key without effect."""
     told = SILENT | family.silent | {entry.key for entry in family.fields}
     if family.rotary is not None:
         told |= gguf_rope.KEYS

@@ -134,7 +134,7 @@ class Together:
             run.close()
 
     def _in_step(self, shared: SharedBase) -> None:
-        """Train all members step by step: compute one micro-batch of each in one pass, and repeat until all have ended."""
+        """Train all members together: compute one micro-batch of each in one pass, and repeat until all have ended."""
         asked = self._resume(shared, dict.fromkeys(self.runs))
         while asked:
             totals, answers = self._losses(shared, asked)
