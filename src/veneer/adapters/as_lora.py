@@ -150,7 +150,12 @@ def _say_nothing(done: int, total: int) -> None:
 
 
 def _plain(path: str, update: Update, rank: Rank) -> Plain:
-    """Return the factors of an update: its own, or the nearest ones of the given rank."""
+    """Return the factors of an update as plain LoRA.
+
+    If ``rank`` is None, the update's own factors are returned. An int is the rank of the nearest factors. A float is
+    the share of the squared norm that they must keep. Raises CompositionError for a change of a bias or of stacked
+    experts, and for an update of full rank without a rank.
+    """
     record = update.record
     if record.bias is not None:
         raise CompositionError(f"the adapter changes the bias of {path}, which plain LoRA does not: merge it instead")

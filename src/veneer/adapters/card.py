@@ -73,7 +73,9 @@ def _text(config: MethodConfig) -> str:
 
 
 def _loading(name: str | None, base: str | None) -> list[str]:
-    """Return the lines of code that load the adapter. If veneer knows the base by a name, they do not name its id."""
+    """Return the lines of code that load the adapter. If the base has a name known to veneer, the code needs no id of
+    the base.
+    """
     if name is not None and is_portable(name):
         return [
             "from veneer import AutoPeftModelForCausalLM\n",

@@ -162,7 +162,9 @@ def _require_little_lost(
 
 
 def _bias_offset(layer: AdaptedSite, updates: Sequence[Update], weights: Sequence[float]) -> Tensor | None:
-    """Return ``Σ w_i (bias_i - own)`` over the updates that change the bias, or None if none does."""
+    """Return ``Σ w_i (bias_i - own)`` over the updates that change the bias; ``own`` is the layer's bias, or 0. Return
+    None if no update changes the bias.
+    """
     own = layer.site(()).bias
     changes = [
         w * (u.record.bias - (0 if own is None else own))

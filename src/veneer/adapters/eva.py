@@ -128,7 +128,7 @@ class _Passes:
         self.device = device_of(self.model)
 
     def groups(self, layers: Mapping[str, AdaptedSite]) -> list[_Group]:
-        """Group the layers: those to which the first batch brings equal rows form one group."""
+        """Group the layers by their inputs: layers whose inputs in the first batch are equal form one group."""
         first = next(iter(self.loader), None)
         if first is None:
             raise DataError(
@@ -145,7 +145,11 @@ class _Passes:
         return [_Group(paths, layers[paths[0]]) for paths in same.values()]
 
     def settle(self, groups: list[_Group], budget: int) -> dict[str, int]:
-        """Read batches until those directions that get a rank have converged. Return the rank of each layer by path."""
+        """Read batches until all directions that are kept have converged. Return the rank of each layer by path.
+
+        The ranks of all layers share ``budget``. Raises ConfigError if the directions have not converged after
+        `MAX_PASSES`.
+        """
         ranks = {path: group.n_directions for group in groups for path in group.paths}
         for batch in self._batches(groups):
             waiting = {group.paths[0]: group for group in groups if not self._has_settled(group, ranks)}

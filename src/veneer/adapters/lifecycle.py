@@ -221,7 +221,7 @@ def require_unmerged(state: AdapterState, what: str) -> None:
 
 
 def _require_composable(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Raise CompositionError if adapters cannot act together, before a forward pass would."""
+    """Raise CompositionError if these adapters cannot be active together. The check needs no forward pass."""
     for path, module in adapted_modules(model).items():
         require_rows_agree(path, module, names)
         owned = [key for name in names if name in module.copies for key, _ in own_tensors(module.copies[name])]

@@ -127,7 +127,9 @@ class _Sum:
 
 
 def _require_fit(problems: Sequence[str]) -> None:
-    """Raise ConfigError with every reason why layers cannot have their ranks, if there are any."""
+    """Raise ConfigError with all ``problems``, the reasons why layers cannot have their ranks. Do nothing if there are
+    none.
+    """
     if problems:
         raise ConfigError(_told(problems, "; "))
 

@@ -140,7 +140,9 @@ def _new_codes(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[dict
 
 
 def _merged_codes(path: str, layer: AdaptedSite, names: tuple[str, ...]) -> tuple[dict[str, Tensor], Survival]:
-    """Quantize the sum of weight and update directly, without rounding it to 16 bits first."""
+    """Quantize the sum of a layer's weight and update from float32. Return the new tensors, and the share of the update
+    that survives.
+    """
     coded = cast(QuantLinear, layer)
     wanted, _ = layer.folded_weight(names, torch.float32)
     parts = coded.spec.quantize(wanted)

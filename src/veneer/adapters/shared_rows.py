@@ -100,7 +100,9 @@ class _Building:
     places: list[int] = field(default_factory=list)
 
     def add(self, members: Sequence[tuple[int, _Row]]) -> None:
-        """Add the rows of one prompt. The first row follows the prompt; the others branch off after it."""
+        """Add the rows of one prompt. The prompt is added once, then the rest of each row; only the first of these is a
+        plain continuation, and the others fork from the prompt.
+        """
         start, n = len(self.ids), members[0][1].first
         self._extend(members[0][1].ids[:n], 0)
         forked = start

@@ -21,7 +21,7 @@ Mixed = bool | Literal["irregular"]
 
 @dataclass(frozen=True)
 class TunerLayerStatus:
-    """Status of one adapted module, in PEFT's fields."""
+    """Status of one adapted module. The fields are those of PEFT's class of this name."""
 
     name: str
     module_type: str
@@ -35,7 +35,7 @@ class TunerLayerStatus:
 
 @dataclass(frozen=True)
 class TunerModelStatus:
-    """Status of the whole model, in PEFT's fields."""
+    """Status of the whole model. The fields are those of PEFT's class of this name."""
 
     base_model_type: str
     peft_types: dict[str, str]

@@ -11,7 +11,7 @@ from veneer.contract.virtual_tokens import PromptMethod, StartText
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedPrompt(PromptMethod):
-    """Prompt that may start from embeddings, in PEFT's fields.
+    """Settings of prompts that may start from embeddings, with the names that PEFT gives them.
 
     ``prompt_tuning_init`` names the start. "TEXT" takes the embeddings of ``prompt_tuning_init_text``, cut or repeated
     to n. ``tokenizer_name_or_path`` is the tokenizer of this text, loaded with the options ``tokenizer_kwargs``.

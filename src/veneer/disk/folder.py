@@ -214,7 +214,9 @@ def _put_in_place(scratch: Path, target: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Sync all files, and give them the folder's permissions: safetensors makes its files private."""
+    """Sync all files to disk. First give them the permissions of the folder, because safetensors makes its files
+    private.
+    """
     mode = folder.stat().st_mode & 0o666
     for path in [*folder.rglob("*"), folder]:
         if path.is_file():

@@ -43,7 +43,9 @@ def _why_no_download(requirement: str, stderr: str) -> str:
 
 @contextmanager
 def _watched(folder: Path, total: int, on_progress: Progress) -> Iterator[None]:
-    """Report how a folder grows while the body runs."""
+    """Enter a context that reports the bytes of a folder, out of ``total``, to ``on_progress`` while a download fills
+    the folder.
+    """
     stop = threading.Event()
 
     def watch() -> None:

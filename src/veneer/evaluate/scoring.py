@@ -223,8 +223,11 @@ def context_length(model: Any, adapters: Sequence[str] = ()) -> int | None:
 
 
 def _batches(lengths: Sequence[int], batching: Batching, limit: int | None) -> Iterator[list[int]]:
-    """Group answers into batches. An answer that may reach the context's end has a batch of its own, since the batch
-    ends there.
+    """Yield batches of answers, each as a list of indices. ``lengths`` are the most tokens of each prompt with its
+    answer.
+
+    An entry above ``limit``, the context length, has a batch of its own, because a batch ends when one of its answers
+    reaches the context's end.
     """
     for batch in batching.split(lengths):
         cut = [i for i in batch if limit is not None and lengths[i] > limit]

@@ -268,7 +268,7 @@ def _tied(model: PreTrainedModel) -> list[list[str]]:
 
 
 def _half_of(folder: Path) -> torch.dtype:
-    """Return the 16-bit dtype of a dequantized base: its config's if it has one."""
+    """Return the 16-bit dtype of a dequantized base: the dtype in its config if that has 16 bits, else bfloat16."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     return cast(torch.dtype, dtype) if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16

@@ -252,9 +252,9 @@ def _plan(weights: BaseWeights, changed: Mapping[str, Adapted], dtype: torch.dty
 
 
 def _stay_one(changed: list[Adapted], n_names: int) -> bool:
-    """Return True if the modules that share a tensor still share one after folding.
+    """Return True if the ``n_names`` modules that share a tensor can still share one tensor after folding.
 
-    ``changed`` are those that the adapter changes.
+    ``changed`` are those of them that the adapter changes: none, or all of them alike.
     """
     alike = (len(changed) == n_names) and all(module.changes_as(changed[0], (NAME,)) for module in changed)
     return not changed or alike

@@ -34,7 +34,7 @@ def find(name: bool | str) -> Start | None:
 
 @dataclass(frozen=True)
 class EvaConfig(Settings):
-    """Settings of EVA, in PEFT's fields.
+    """Settings of EVA, with the names that PEFT gives them.
 
     ``rho``: no layer gets more than ``rho · r`` ranks; with 1 all layers keep rank r. ``tau``: a direction has
     converged if its cosine with itself before the last batch is at least this. ``use_label_mask``: tokens whose label

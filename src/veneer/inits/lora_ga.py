@@ -34,7 +34,7 @@ def find(name: bool | str) -> Start | None:
 
 @dataclass(frozen=True)
 class LoraGAConfig(Settings):
-    """Settings of LoRA-GA, in PEFT's fields.
+    """Settings of LoRA-GA, with the names that PEFT gives them.
 
     ``direction``: how A and B share the gradient's 2 r leading triplets. "ArB2r" gives A the first r and B the others,
     "A2rBr" the reverse, "ArBr" every second one each, "random" the same r random ones to both. ``scale``: "stable"

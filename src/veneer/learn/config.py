@@ -15,15 +15,15 @@ from veneer.train.processes import n_processes
 
 @dataclass
 class _Drawing(RunSettings):
-    """Settings and checks of trainers that draw the answers they learn from.
+    """Settings and checks of trainers that learn from answers which the model in training generates.
 
-    ``rollout_engine``: "engine" draws by veneer's engine, "generate" by transformers. "auto" chooses the engine if it
-    supports the run; if not, it chooses transformers and logs the reason. ``disable_dropout`` is True, so that answers
-    come from the policy that is scored. If ``rollout_journal``, the engine's answers are also written to ``rollouts/``
-    of the output folder, and a resumed run reads them. ``rollout_memory``: "one" packs the base's weights for the
-    engine, and the training pass reads the packed weights. "beside" packs a second copy. "auto" is "one" if training on
-    packed weights is no slower for this kind of base. On packed weights an adapter can be saved, but not merged.
-    ``reward_…`` are the fields of `learn.rewards.RewardLimits`.
+    ``rollout_engine``: "engine" generates answers by veneer's engine, "generate" by transformers. "auto" chooses the
+    engine if it supports the run; if not, it chooses transformers and logs the reason. ``disable_dropout`` is True, so
+    that answers come from the policy that is scored. If ``rollout_journal``, the engine's answers are also written to
+    ``rollouts/`` of the output folder, and a resumed run reads them. ``rollout_memory``: "one" packs the base's weights
+    for the engine, and the training pass reads the packed weights. "beside" packs a second copy. "auto" is "one" if
+    training on packed weights is no slower for this kind of base. On packed weights an adapter can be saved, but not
+    merged. ``reward_…`` are the fields of `learn.rewards.RewardLimits`.
     """
 
     disable_dropout: bool = True

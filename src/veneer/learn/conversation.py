@@ -233,7 +233,11 @@ class Conversation:
         return [{"role": "tool", "name": n, "content": _content(told, self.limits.response)} for n, told in found]
 
     def _result(self, name: str, told: Future[Any]) -> Generator[Wait, Any, Any]:
-        """Return the result of a call, or the message about its error for the model."""
+        """Wait for a tool's result and return it, or a message to the model if the tool fails or is too slow.
+
+        ``name`` is the tool's name, and ``told`` the future of its result. Raises OutOfTimeError if the conversation's
+        time ends first, and TrainingError if the tool raises an exception that ends a program.
+        """
         until = time.monotonic() + self.limits.tool_seconds
         yield Wait(told, until if self._end is None else min(until, self._end))
         if not told.done():

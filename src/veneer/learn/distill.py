@@ -61,7 +61,11 @@ class DistillTrainer(SFTTrainer):
             self._rollouts.hand_over(self._adapter)
 
     def _require_room(self, rows: Any) -> None:
-        """Raise ConfigError if a row is longer than the student's context, or than the teacher's with its prompt."""
+        """Raise ConfigError if a row does not fit into the student's context, or a row with the teacher's prompt into
+        the teacher's.
+
+        Room for a new answer is included if the student generates answers. Rows of a stream are not checked.
+        """
         if not isinstance(rows, Dataset):
             return
         drawn = self.args.max_completion_length if self.args.lmbda > 0 else 0
@@ -96,7 +100,10 @@ class DistillTrainer(SFTTrainer):
         return drawn, self._get_num_items_in_batch(drawn, device)
 
     def _drawn(self, rollouts: Rollouts, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Return micro-batches with the same prompts and new answers, all drawn at once."""
+        """Return the micro-batches ``batches`` with the student's new answers in place of their answers.
+
+        The engine generates the answers to all micro-batches in one call.
+        """
         prompts = [prompts_in(each["input_ids"], each["labels"]) for each in batches]
         asked = [ids for each in prompts for ids in each]
         params = SamplingParams(temperature=self.args.temperature, max_tokens=self.args.max_completion_length)
@@ -131,7 +138,10 @@ class DistillTrainer(SFTTrainer):
         return taught_loss(model, own, taught, self.args, self._teacher)
 
     def _require_context(self, inputs: dict[str, Any]) -> None:
-        """Raise DataError if a row is longer than its reader's context: rows of a stream are seen here first."""
+        """Raise DataError if a row of a batch is longer than the context of the student or the teacher.
+
+        Rows of a stream are first checked here, because their lengths are not known before.
+        """
         for reader, (prefix, prompt, advice) in _READERS.items():
             longest, context = int(inputs[f"{prefix}attention_mask"].sum(dim=1).max()), self._contexts[reader]
             if context is not None and longest > context:

@@ -65,8 +65,10 @@ def summed_divergence(
 
 
 class _Deferred(torch.autograd.Function):
-    """Autograd function of a chunk's sums if the head is frozen. It computes the gradient in the forward pass, so that
-    no logits are kept.
+    """Autograd function that returns the summed divergence and the number of hits of a chunk of tokens, if the head is
+    frozen.
+
+    It computes the gradient in the forward pass, so that no logits are kept.
     """
 
     @staticmethod

@@ -124,7 +124,7 @@ def kept_rows(groups: Sequence[Sequence[Line]], *, best: bool, above: float | No
 
 
 def _returned(found: Any) -> Any:
-    """Return the value that a reward function returned. Run a coroutine to its end for it."""
+    """Return ``found``, the result of a reward function. If it is a coroutine, run it and return its result."""
     return asyncio.run(found) if inspect.iscoroutine(found) else found
 
 

@@ -88,10 +88,10 @@ class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
             self.vllm_generation, self._last_loaded_step = Generation(self), -1
 
     def _observed(self, reset: Callable[[], Any]) -> Any:
-        """Return an environment's first observation. Take it from the journal if the current draw is there, else call
-        ``reset``.
+        """Return an environment's first observation: from the journal if it holds the current batch of answers, else
+        from ``reset``.
 
-        If ``reset`` fails twice, return None and leave the group of answers out.
+        If ``reset`` fails twice, return None; the group of answers that needs this environment is then not trained on.
         """
         place = len(self.observations)
         found = self._begun(reset, place) if self._recalled is None else self._recalled[place]["observation"]
@@ -112,7 +112,7 @@ class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
         return None
 
     def _environments(self) -> set[str]:
-        """Return the names of the environments' classes, by which TRL selects their rewards."""
+        """Return the class names of the environments. TRL selects the rewards of an environment by its class name."""
         pools = getattr(self, "_environment_pool", {})
         return {type(each).__name__ for pool in pools.values() for each in pool}
 

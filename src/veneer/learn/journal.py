@@ -84,7 +84,9 @@ class Journal:
         self._places[number] = start, len(lines)
 
     def _index(self) -> None:
-        """Find the offset of each draw in the file. If a crash cut a line short, drop that line and all after it."""
+        """Find the offset of each draw (the answers of one step) in the file. If a crash cut a line short, remove that
+        line and all after it from the file.
+        """
         place = 0
         with self.path.open("rb") as file:
             for line in file:

@@ -141,8 +141,8 @@ class _Table:
         return block
 
     def _panels_in(self, block: VersionBlock) -> list[Factor]:
-        """Pair each factor with the part of ``block`` that holds it. The parts are looked up once for each block's
-        memory.
+        """Return each factor with the part of ``block`` that its values are copied into. The parts are looked up once
+        for each block's memory.
         """
         start = block.memory.data_ptr()
         if start not in self._into:

@@ -238,7 +238,7 @@ def _needs_own_copy(base: PreTrainedModel, args: Any, config: MethodConfig | Non
 
 def _is_as_fast_packed(base: PreTrainedModel, args: Any) -> bool:
     """Return True if a training step on packed weights was measured to take at most 1.05 times as long as on the
-    base's own.
+    unpacked weights.
 
     That is so for dense weights in their own dtype and for quantized weights in float32. Quantized weights in bfloat16
     take longer (1.4 times for NF4). The result is also False for a GGUF file, because its blocks would stay in memory
@@ -256,8 +256,9 @@ def _rollouts(model: PreTrainedModel, tokenizer: Any, args: Any, **how: Any) -> 
 
 
 def _is_for_transformers(tokenizer: Any, args: Any) -> str | None:
-    """Return why only transformers can draw, judged before the model has an adapter, or None if the engine may be able
-    to.
+    """Return why only transformers can generate the answers, or None if the engine may be able to.
+
+    The reason comes from the tokenizer and the settings alone, so it is known before the model has an adapter.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return "the engine reads only text"
@@ -267,8 +268,8 @@ def _is_for_transformers(tokenizer: Any, args: Any) -> str | None:
 
 
 def _adapter(trainer: Any) -> str:
-    """Return the name of the adapter in training. Raises ConfigError, with the reason, if the engine cannot draw with
-    it.
+    """Return the name of the adapter in training. Raises ConfigError, with the reason, if the engine cannot generate
+    answers with this adapter.
     """
     model, args = trainer.model, trainer.args
     if not isinstance(model, PeftModel):

@@ -91,7 +91,10 @@ def choose(lines: Iterator[Line], n: int) -> AnswersToRead:
 
 
 def _keep(heap: list[tuple[float, int, Line]], new: tuple[float, int, Line], n: int) -> None:
-    """Push an answer and drop the lowest of more than ``n``. An earlier draw of it with the same key is replaced."""
+    """Push an answer to a heap, and remove the lowest answer if the heap then has more than ``n``.
+
+    If the heap holds the same answer to the same prompt with an equal key, the new entry replaces it.
+    """
 
     def is_same(other: tuple[float, int, Line]) -> bool:
         return other[0] == new[0] and all(other[2][key] == new[2][key] for key in ("prompt", "completion"))

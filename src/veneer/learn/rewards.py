@@ -251,7 +251,7 @@ class _Judge:
 def _chosen(row: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
     """Return a reward function's keyword arguments for the answers with indices ``places`` alone.
 
-    Lists with one entry for each answer are cut to these; other values are passed on.
+    A list with one entry for each answer keeps only the entries at ``places``; other values are passed on unchanged.
     """
     n = len(row["completions"])
     if len(places) == n:

@@ -131,7 +131,7 @@ class Rollouts:
         return request
 
     def _named(self, adapter: str) -> tuple[str, int]:
-        """Return the engine's name and number of an adapter."""
+        """Return the name and the number (from 1) under which the engine knows an adapter."""
         return adapter, 1 + list(self._live).index(adapter)
 
     def draw(
@@ -305,8 +305,9 @@ def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
 def _places(modules: Sequence[nn.Module], children: Sequence[tuple[nn.Module, str]]) -> list[int]:
     """Return numbers that change if a tensor of the base moves or a module is replaced.
 
-    They are the addresses of the tensors in ``modules``, then the ids of modules, each given in ``children`` by its
-    parent and name. Modules of an adapter, which may be added later, are not among them.
+    The first are the addresses of the tensors in ``modules``. Then follow the ids of the modules in ``children``, which
+    gives each as its parent and its name in the parent. Modules of an adapter, which may be added later, are not
+    included.
     """
     found = []
     for module in modules:

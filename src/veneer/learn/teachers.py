@@ -54,7 +54,9 @@ def teacher_of(source: str, student: PreTrainedModel, tokenizer: Any) -> Teacher
 
 
 def _require_same_vocabulary(source: str, student: PreTrainedModel, tokenizer: Any) -> None:
-    """Raise ConfigError if a model of another vocabulary is to teach. Its weights are not read."""
+    """Raise ConfigError if the teacher ``source`` has another vocabulary than the student. Only its config and
+    tokenizer are read.
+    """
     place = resolve(source)
     config = model_config(place) if isinstance(place, Path) else AutoConfig.from_pretrained(place)
     configs = (config, student.config)

@@ -265,7 +265,7 @@ class DrawingTrainer(PreferenceTrainer):
     def _without_lost_groups(self, rewards: Tensor) -> Tensor:
         """Return the rewards (answers, functions), with NaN for each group in which an environment failed to start.
 
-        Raises TrainingError if that is every group.
+        Raises TrainingError if an environment failed to start in every group.
         """
         if getattr(self, "environments", None) is None:
             return rewards
@@ -285,13 +285,16 @@ class DrawingTrainer(PreferenceTrainer):
         return int(self._step // self._steps_of_a_draw())
 
     def _in_journal(self, n: int) -> list[Line] | None:
-        """Return the journal's ``n`` lines of the current draw; None if they are missing or a user's function draws."""
+        """Return the journal's ``n`` lines of the current draw (the answers of this step).
+
+        Return None if the journal does not have them all, in evaluation, or if a user's function generates the answers.
+        """
         if self.journal is None or self.policy is None or not self.model.training or self.draws_by_function:
             return None
         return self.journal.draw(self._draw_number(), self.policy.version().id, n)
 
     def _lines(self, advantages: Tensor) -> list[Line]:
-        """Return the answers of the last draw as lines of a journal."""
+        """Return the last generated answers as lines of a journal."""
         first = self.args.process_index * len(self.rollouts)
         rewards = (self._rewards if self._rewards is not None else torch.empty(0)).tolist()
         weights, lines = self.reward_weights.tolist(), []
@@ -370,7 +373,7 @@ class DrawingTrainer(PreferenceTrainer):
         return loss
 
     def _steps_of_a_draw(self) -> int:
-        """Return the number of micro-batches that are trained on the answers of one draw."""
+        """Return the number of micro-batches that are trained on one set of generated answers."""
         return int(self.args.steps_per_generation * self.num_iterations)
 
     def _get_per_token_logps_and_entropies(
@@ -460,7 +463,7 @@ class DrawingTrainer(PreferenceTrainer):
 
 
 def _drawn(batch: dict[str, Any]) -> Tensor:
-    """Return a mask (b, t) of the tokens that the model drew."""
+    """Return a mask (b, t) of the tokens that the model generated."""
     mask: Tensor = batch["completion_mask"]
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
 

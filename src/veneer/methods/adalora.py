@@ -32,7 +32,7 @@ RANK_OFFSET = 1e-5  # PEFT divides by the rank plus this
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoraConfig(LinearMethod):
-    """AdaLoRA in PEFT's fields.
+    """Settings of AdaLoRA, with the names that PEFT gives them.
 
     ``init_r`` is the rank of every layer at the start. ``target_r`` is the mean rank of the layers at the end.
     ``tinit`` is the number of steps at the start for which the budget of ranks stays at its full size. ``deltaT`` is

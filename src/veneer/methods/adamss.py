@@ -40,7 +40,7 @@ _LEAST_ALIKE = 0.25  # another weight has about 1 / i, this one with codes of 4 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamssConfig(LinearMethod):
-    """AdaMSS in PEFT's fields.
+    """Settings of AdaMSS, with the names that PEFT gives them.
 
     ``r`` singular vectors are taken, their rows fall into ``num_subspaces`` clusters, and each cluster has a pair of
     rank ``subspace_rank`` at most. ``use_dynamic_rank``: a cluster's rank is the number of its singular values whose
@@ -221,9 +221,8 @@ class AdamssConfig(LinearMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class _Vectors(Packing):
-    """Packing that compares V in the file with V of the base's weight.
-
-    Clusters of another weight may have the same shapes by chance.
+    """Packing that compares V in the file with V of the base's weight, because clusters of another weight may have the
+    same shapes by chance.
     """
 
     config: AdamssConfig
@@ -284,8 +283,10 @@ def _start(u: Float[Tensor, "n r"], rank: int) -> Float[Tensor, "rank r"]:
 
 @contextmanager
 def _drawing(generator: torch.Generator | None) -> Iterator[None]:
-    """Enter a context in which torch's global generator is seeded from this one, as the randomized
-    decomposition needs.
+    """Enter a context in which torch's global generator is seeded from ``generator``, because the randomized
+    decomposition reads the global one.
+
+    If ``generator`` is None, nothing changes.
     """
     if generator is None:
         yield

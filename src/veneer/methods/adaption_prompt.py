@@ -23,7 +23,7 @@ PROMPT, GATE = "adaption_prompt", "adaption_gate"
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptionPromptConfig(AttentionMethod):
-    """LLaMA-Adapter in PEFT's fields.
+    """Settings of LLaMA-Adapter, with the names that PEFT gives them.
 
     ``adapter_len`` is n, the number of embeddings, and ``adapter_layers`` the number of layers from the top.
     ``target_modules``: the last name of the attention modules; None is the family's own ("self_attn", GPT-2's "attn").

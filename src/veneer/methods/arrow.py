@@ -55,7 +55,7 @@ class TokenMixture(Mixture):
 
 @dataclass(frozen=True, kw_only=True)
 class ArrowConfig(LinearMethod):
-    """Arrow in PEFT's fields.
+    """Settings of Arrow, with the names that PEFT gives them.
 
     ``top_k`` pairs act on a token, weighted by a softmax of temperature ``router_temperature``. `create_arrow_model`
     fills in ``n_experts``, the number of pairs, and their rank ``r``; without it ``n_experts`` is ``top_k``.

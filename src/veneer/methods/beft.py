@@ -16,7 +16,7 @@ from veneer.records.sites import LinearSite
 
 @dataclass(frozen=True, kw_only=True)
 class BeftConfig(LinearMethod):
-    """BEFT in PEFT's fields. By default it adapts the value projections.
+    """Settings of BEFT, with the names that PEFT gives them. By default it adapts the value projections.
 
     ``init_weights``: True starts the bias at zero, False draws it from a normal distribution. Merging adds a bias to
     layers that have none; PEFT refuses to merge there.

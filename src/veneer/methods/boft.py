@@ -62,7 +62,7 @@ class Butterfly(Rotation):
 
 @dataclass(frozen=True, kw_only=True)
 class BOFTConfig(LinearMethod):
-    """BOFT in PEFT's fields.
+    """Settings of BOFT, with the names that PEFT gives them.
 
     ``boft_block_size`` is the size of the blocks and ``boft_block_num`` their number: one of them is 0 and follows from
     the other. ``boft_n_butterfly_factor`` is the number m of factors. ``boft_dropout``: in a training pass, one random

@@ -93,7 +93,7 @@ class _Blocks(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True)
 class C3AConfig(LinearMethod):
-    """C3A in PEFT's fields.
+    """Settings of C3A, with the names that PEFT gives them.
 
     ``block_size`` must divide the inputs and the outputs of each layer. ``init_weights``: True starts at zero, without
     a change of the model. "xavier_uniform" (or False), "kaiming_uniform" and "gaussian" start with a change.

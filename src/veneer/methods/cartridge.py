@@ -27,7 +27,7 @@ _NAMES = {_FROZEN: "prompt_encoder.frozen_embedding", _TRAINED: "prompt_encoder.
 
 @dataclass(frozen=True, kw_only=True)
 class CartridgeConfig(PrefixMethod):
-    """Cartridge in PEFT's fields.
+    """Settings of a cartridge, with the names that PEFT gives them.
 
     The first ``num_frozen_tokens`` of the ``num_virtual_tokens`` are not trained. A new adapter is random:
     `initialize_kv_prefix_from_text` starts it from a text.

@@ -35,7 +35,7 @@ _WIDTH = 2048  # of the model that the radii are for
 
 @dataclass(frozen=True, kw_only=True)
 class CPTConfig(PromptMethod):
-    """Context-aware prompt tuning in PEFT's fields.
+    """Settings of context-aware prompt tuning, with the names that PEFT gives them.
 
     ``cpt_token_ids`` are the tokens of the context, and ``cpt_tokens_type_mask`` their types, by default all 1.
     ``opt_projection_epsilon`` is the radius for tokens of inputs, and ``opt_projection_format_epsilon`` for those of

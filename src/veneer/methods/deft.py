@@ -24,7 +24,7 @@ from veneer.records.sites import LinearSite
 
 @dataclass(frozen=True, kw_only=True)
 class DeftConfig(LinearMethod):
-    """DEFT in PEFT's fields.
+    """Settings of DEFT, with the names that PEFT gives them.
 
     ``decomposition_method``: with "relu", Q is the trained matrix and P its positive part; with "qr", both are its
     orthogonal factor. ``para`` only subtracts the subspace (PaRa), so that a new adapter changes outputs. ``alpha``:

@@ -30,7 +30,7 @@ _LEAST_NORM = 1e-4  # PEFT's, of a column or row that is divided by its norm
 
 @dataclass(frozen=True, kw_only=True)
 class DeloraConfig(LinearMethod):
-    """DeLoRA in PEFT's fields.
+    """Settings of DeLoRA, with the names that PEFT gives them.
 
     ``delora_lambda`` is the value at which λ starts. ``init_weights`` starts with B zero; False makes both factors
     random. The norms w are kept in the file and never trained. ``module_dropout``: probability in training of zeroing

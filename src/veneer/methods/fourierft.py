@@ -63,7 +63,7 @@ class FourierChange(Change):
 
 @dataclass(frozen=True, kw_only=True)
 class FourierFTConfig(LinearMethod):
-    """FourierFT in PEFT's fields.
+    """Settings of FourierFT, with the names that PEFT gives them.
 
     ``n_frequency`` numbers are trained in each layer, at places drawn from ``random_loc_seed``. ``init_weights`` starts
     them at zero. False draws them from a normal distribution, so that the start changes the model.

@@ -68,7 +68,7 @@ class InBasis(Change):
 
 @dataclass(frozen=True, kw_only=True)
 class FrodConfig(LinearMethod):
-    """FRoD in PEFT's fields.
+    """Settings of FRoD, with the names that PEFT gives them.
 
     ``sparse_rate`` is the share of the entries of S that are trained, at places drawn from ``projection_prng_key``.
     ``regularization_alpha`` stabilizes the decomposition. The file holds V and the places: ``save_projection=False`` is
@@ -177,7 +177,9 @@ class FrodConfig(LinearMethod):
         return max(min(int(n * n * self.sparse_rate), most), 1 if self.sparse_rate > 0 and most else 0)
 
     def _drawn(self, n: int, generator: torch.Generator) -> Int[Tensor, "2 n_places"]:
-        """Draw the places of S's trained entries as PEFT does: from all off the diagonal, row by row."""
+        """Draw the places of S's trained entries as PEFT does: n_places of the entries off the diagonal, which are
+        numbered row by row.
+        """
         count = self._places(n)
         if count == 0:
             return torch.empty(2, 0, dtype=torch.long)

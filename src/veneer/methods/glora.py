@@ -35,7 +35,7 @@ _OF_BIAS = ("glora_C_X", "glora_D_X", "glora_E_X")
 
 @dataclass(frozen=True, kw_only=True)
 class GloraConfig(LinearMethod):
-    """GLoRA in PEFT's fields.
+    """Settings of GLoRA, with the names that PEFT gives them.
 
     ``config_A_B``, ``config_C`` and ``config_D_E`` choose the form of A and B, of C, and of D and E. "lora" is a
     product of rank r, "vector" a number for each output (for C, each input), "constant" one number, and "none" leaves
@@ -105,7 +105,9 @@ class GloraConfig(LinearMethod):
         return LinearDelta(adds=self._adds(site, params), bias=self._bias(site, params))
 
     def _kinds(self, site: LinearSite) -> dict[str, str]:
-        """Return the kind of each part, A to E. C, D and E act on the bias: they are "none" in a layer without one."""
+        """Return the kind of each part, A to E, by its letter. C, D and E act on the bias, so they are "none" in a
+        layer without a bias.
+        """
         of_bias = (self.config_C, self.config_D_E, self.config_D_E) if site.has_bias else ("none",) * 3
         return dict(zip("ABCDE", (self.config_A_B, self.config_A_B, *of_bias), strict=True))
 
@@ -130,7 +132,9 @@ class GloraConfig(LinearMethod):
     def _factors(
         self, path: str, site: LinearSite, params: Params
     ) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:
-        """Return the factors of a part. One column, repeated over all inputs, is a matrix of rank 1."""
+        """Return the two factors of part A or B. If the part is one column or one number, it is repeated over all
+        inputs as a matrix of rank 1.
+        """
         if self.config_A_B == "lora":
             b, a = params[f"glora_{path}_Xd"], params[f"glora_{path}_Xu"]
             return b.view_as(b), a.view_as(a)  # no parameters, whose record would be kept with this weight

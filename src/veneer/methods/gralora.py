@@ -27,7 +27,9 @@ from veneer.records.sites import LinearSite
 
 @dataclass(frozen=True, kw_only=True)
 class GraloraConfig(LinearMethod):
-    """GraLoRA in PEFT's fields. ``gralora_k`` divides ``r`` and the widths of each layer.
+    """Settings of GraLoRA, with the names that PEFT gives them.
+
+    ``gralora_k`` divides ``r`` and the widths of each layer.
 
     ``hybrid_r`` is the rank of a plain LoRA that is added. ``alpha``: the scale s is ``alpha / (r + hybrid_r)``.
     ``init_weights`` starts with B zero; False makes all factors random.

@@ -30,7 +30,7 @@ from veneer.records.terms.hadamard import Hadamard
 
 @dataclass(frozen=True, kw_only=True)
 class HiraConfig(LinearMethod):
-    """HiRA in PEFT's fields.
+    """Settings of HiRA, with the names that PEFT gives them.
 
     ``init_weights``: True starts B at zero (in embeddings, A). "gaussian" draws A from a normal distribution. False
     draws both, so that the start changes the model. ``hira_dropout``: probability in training of zeroing an input of

@@ -25,7 +25,7 @@ from veneer.records.sites import LinearSite
 
 @dataclass(frozen=True, kw_only=True)
 class HRAConfig(LinearMethod):
-    """HRA in PEFT's fields. ``r`` is the number of reflections.
+    """Settings of HRA, with the names that PEFT gives them. ``r`` is the number of reflections.
 
     ``apply_GS`` makes the vectors orthogonal, one after the other (Gram-Schmidt). With ``init_weights`` and an even
     ``r`` they start as equal pairs, whose reflections cancel.

@@ -30,7 +30,9 @@ from veneer.records.terms.scale import Scale
 
 @dataclass(frozen=True, kw_only=True)
 class IA3Config(LinearMethod):
-    """IA3 in PEFT's fields. ``feedforward_modules``, whose input is scaled, must be among ``target_modules``.
+    """Settings of IA3, with the names that PEFT gives them.
+
+    ``feedforward_modules``, whose input is scaled, must be among ``target_modules``.
 
     If ``feedforward_modules`` is left out, it is found when the adapter is attached: the target layers that project
     back from the feed-forward width.

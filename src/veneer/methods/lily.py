@@ -64,7 +64,7 @@ class SequenceMixture(LowRankMixture):
 
 @dataclass(frozen=True, kw_only=True)
 class LilyConfig(LinearMethod):
-    """Lily in PEFT's fields.
+    """Settings of Lily, with the names that PEFT gives them.
 
     ``stride_A`` layers of one kind, one after another, share an A. All layers of a kind share the ``num_B`` experts.
     Layers are of one kind if the same name in ``target_modules`` matches them and their weights have one shape.
@@ -135,8 +135,8 @@ class LilyConfig(LinearMethod):
         return of_a if parameter == _A else of_b
 
     def _name(self, site: LinearSite) -> str:
-        """Return the entry of ``target_modules`` that matches a layer, the longest if there are several. A regex is one
-        entry.
+        """Return the entry of ``target_modules`` that matches a layer, the longest if several match. If
+        ``target_modules`` is one regex, return the regex.
         """
         targets = self.target_modules or ()
         if isinstance(targets, str):

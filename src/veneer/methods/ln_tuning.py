@@ -21,7 +21,9 @@ def _named(*names: str) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class LNTuningConfig(WholeMethod):
-    """LN tuning in PEFT's fields. ``target_modules`` are trained completely; by default they are the norms.
+    """Settings of LN tuning, with the names that PEFT gives them.
+
+    ``target_modules`` are trained completely; by default they are the norms.
 
     Difference from PEFT: beside a 16-bit base the trained copies are float32. With autocast_adapter_dtype=False they
     have the base's dtype, as in PEFT.

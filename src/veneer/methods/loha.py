@@ -23,7 +23,9 @@ from veneer.records.terms.pair import Pair
 
 @dataclass(frozen=True, kw_only=True)
 class LoHaConfig(LycorisMethod):
-    """LoHa in PEFT's fields. ``init_weights`` starts with one factor zero; False makes all random.
+    """Settings of LoHa, with the names that PEFT gives them.
+
+    ``init_weights`` starts with one factor zero; False makes all random.
 
     ``rank_dropout`` is the probability that a row of the update is dropped; kept rows are divided by their share.
     """

@@ -63,10 +63,10 @@ class Kronecker(Change):
 
 
 class _Made(torch.autograd.Function):
-    """Autograd function for the Kronecker product ``W₁ ⊗ W₂``, which multiplies both matrices after broadcasting them
-    to full rows.
+    """Autograd function for the Kronecker product ``W₁ ⊗ W₂``. The forward pass expands both matrices to full rows and
+    multiplies them entrywise.
 
-    Its gradients are matrix-vector products, unlike those of torch.kron.
+    The gradients are matrix-vector products, unlike those of torch.kron.
     """
 
     @staticmethod
@@ -105,7 +105,7 @@ class ShiftedKronecker(Change):
 
 @dataclass(frozen=True, kw_only=True)
 class LoKrConfig(LycorisMethod):
-    """LoKr in PEFT's fields.
+    """Settings of LoKr, with the names that PEFT gives them.
 
     ``decompose_factor`` is the wanted number of rows and of columns of W₁; -1 looks for widths near the square root.
     ``decompose_both``: W₁ may be a product of factors too. ``init_weights``: True starts with W₁ zero, "lycoris" with

@@ -45,7 +45,7 @@ _STARTS = ("lora_A_start", "lora_B_start")
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(LinearMethod):
-    """LoRA and its variants, in PEFT's fields.
+    """Settings of LoRA and its variants, with the names that PEFT gives them.
 
     ``rank_pattern`` and ``alpha_pattern`` override r and alpha if a key (a regex) matches the end of the module path.
     ``bias``: the biases of the base that are trained too: "none", "all", or "lora_only" (those of adapted layers).
@@ -347,7 +347,9 @@ class LoraConfig(LinearMethod):
         }
 
     def _read(self, site: LinearSite) -> LinearSite:
-        """Return a description of the layer as A sees it, with the inputs that A reads."""
+        """Return the layer's description with the number of inputs that A reads. With QA-LoRA these are fewer than the
+        layer's inputs.
+        """
         for variant in variants_of(self):
             site = variant.read_site(self, site)
         return site

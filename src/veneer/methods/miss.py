@@ -51,7 +51,7 @@ class BlockProduct(Change):
 
 @dataclass(frozen=True, kw_only=True)
 class MissConfig(LinearMethod):
-    """MiSS in PEFT's fields.
+    """Settings of MiSS, with the names that PEFT gives them.
 
     ``init_weights``: True starts M at zero; False draws M at random. "mini" trains ``mini_r`` columns of M, which are
     repeated over the outputs. "bat" starts M at zero and adds `BlockProduct`. ``miss_dropout``: probability in training

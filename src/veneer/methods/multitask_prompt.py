@@ -33,7 +33,7 @@ _DEVIATION = 0.02  # of the start of C and R, as PEFT has it
 
 @dataclass(frozen=True, kw_only=True)
 class MultitaskPromptTuningConfig(EmbeddedPrompt):
-    """Multitask prompt tuning in PEFT's fields.
+    """Settings of multitask prompt tuning, with the names that PEFT gives them.
 
     ``num_tasks``: the number of tasks, each with a prompt of its own. ``num_ranks``: the rank of the matrices that
     distinguish them. ``prompt_tuning_init``: the start of the shared prompt. "RANDOM", "SAMPLE_VOCAB" and "TEXT" are as

@@ -34,7 +34,7 @@ _MOST_TERMS = 100  # of a Neumann series; a handful are enough
 
 @dataclass(frozen=True, kw_only=True)
 class OFTConfig(LinearMethod):
-    """OFT in PEFT's fields.
+    """Settings of OFT, with the names that PEFT gives them.
 
     ``r`` is the number of blocks, ``oft_block_size`` their size: one of them is 0 and follows from the other. If the
     other does not divide a layer's inputs, it becomes the nearest divisor. ``block_share``: all blocks of a layer are

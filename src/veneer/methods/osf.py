@@ -60,7 +60,8 @@ class Triplets(Change):
         return (dy @ b) @ a
 
     def _factors(self, dtype: torch.dtype) -> tuple[Float[Tensor, "m i"], Float[Tensor, "o m"]]:
-        """Return factors of the change. In 16 bits they keep small differences from rounding.
+        """Return the two factors of the change. In 16 bits they have another form, so that small differences are not
+        lost to rounding.
 
         The 16-bit form is ``(U - U₀) diag(s) V + U₀ (diag(s) V - diag(s₀) V₀)``.
         """
@@ -76,7 +77,7 @@ class Triplets(Change):
 
 @dataclass(frozen=True, kw_only=True)
 class OSFConfig(LinearMethod):
-    """OSF in PEFT's fields.
+    """Settings of OSF, with the names that PEFT gives them.
 
     ``effective_rank``: how many singular triplets of each weight stay fixed, as a number or a share of the smaller
     width; None is half of it. All others are trained. ``rank_pattern`` overrides it for layers whose path contains the

@@ -34,7 +34,7 @@ _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PeanutConfig(LinearMethod):
-    """PEANuT in PEFT's fields.
+    """Settings of PEANuT, with the names that PEFT gives them.
 
     ``depth``: f has this many layers (r, r) that encode, and as many that decode. ``act_fn`` is the activation after
     each of them. The output of an encoding layer is added after the matching decoding layer. ``scaling`` is the scale

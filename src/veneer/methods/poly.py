@@ -35,7 +35,7 @@ _LEAST = 1e-12  # PEFT adds it to the sum of a split's weights
 
 @dataclass(frozen=True, kw_only=True)
 class PolyConfig(LinearMethod):
-    """Poly in PEFT's fields.
+    """Settings of Poly, with the names that PEFT gives them.
 
     Each of ``n_tasks`` tasks weights ``n_skills`` pairs of rank ``r``, separately in each of ``n_splits`` equal parts
     of the inputs and of the outputs. ``poly_type`` can only be "poly". ``init_weights`` starts B at zero; False draws

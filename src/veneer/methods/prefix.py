@@ -33,7 +33,7 @@ NETWORK = {
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuningConfig(PrefixMethod):
-    """Prefix tuning in PEFT's fields.
+    """Settings of prefix tuning, with the names that PEFT gives them.
 
     ``num_virtual_tokens`` is n, the number of pairs. ``prefix_projection``: in training, an MLP with
     ``encoder_hidden_size`` inner units (None: as many as one layer's keys are wide) makes the prefix. ``init_weights``:
@@ -104,10 +104,11 @@ class PrefixTuningConfig(PrefixMethod):
 
 
 def _stored_layer(sites: Sequence[AttentionSite], index: int) -> int:
-    """Return the index of the stored layer that layer i reads: i itself, or 2 i mod L beside cross-attention, as in
-    PEFT.
+    """Return the index of the stored layer that layer i reads. It is i, or 2 i mod L if the layer has cross-attention,
+    as in PEFT.
 
     PEFT repeats the stored matrices, takes four of them for each layer, and drops the two for cross-attention. If the
-    number L of layers is even, every other stored layer is unused, and PEFT's files rely on it.
+    number L of layers is even, this leaves every other stored layer unused. It is kept, because PEFT's files are
+    trained so.
     """
     return 2 * index % len(sites) if sites[index].cross else index

@@ -23,7 +23,7 @@ STORED = "prompt_embeddings"
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuningConfig(EmbeddedPrompt):
-    """Prompt tuning in PEFT's fields.
+    """Settings of prompt tuning, with the names that PEFT gives them.
 
     ``prompt_tuning_init``: "RANDOM", "SAMPLE_VOCAB" (embeddings of random tokens) or "TEXT". "TEXT" takes the
     embeddings of ``prompt_tuning_init_text``, cut or repeated to n. ``tokenizer_name_or_path`` is the tokenizer of this

@@ -30,7 +30,7 @@ from veneer.records.sites import LinearSite
 
 @dataclass(frozen=True, kw_only=True)
 class PsoftConfig(LinearMethod):
-    """PSOFT in PEFT's fields.
+    """Settings of PSOFT, with the names that PEFT gives them.
 
     A and B follow from the weight of the base and are not in the file. On another device or in another library their
     singular vectors may have other signs, which changes the update: ``save_as_lora`` stores the factors instead.

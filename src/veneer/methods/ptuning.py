@@ -25,7 +25,7 @@ ENCODER = "prompt_encoder."
 
 @dataclass(frozen=True, kw_only=True)
 class PromptEncoderConfig(PromptMethod):
-    """P-tuning in PEFT's fields.
+    """Settings of P-tuning, with the names that PEFT gives them.
 
     ``encoder_reparameterization_type``: "MLP" (three layers) or "LSTM" (``encoder_num_layers``, then two layers).
     ``encoder_hidden_size`` is the inner width. None takes that of the embeddings. ``encoder_dropout`` must be 0: the
@@ -105,7 +105,7 @@ class PromptEncoderConfig(PromptMethod):
         return site.features if self.encoder_hidden_size is None else self.encoder_hidden_size
 
     def _network(self, width: int) -> Mapping[str, nn.Module]:
-        """Build the layers without values, under PEFT's names. They are called with given parameters."""
+        """Return the network's layers by PEFT's names, on the meta device. Each call is given the parameters."""
         h = width if self.encoder_hidden_size is None else self.encoder_hidden_size
         with torch.device("meta"):
             if self.encoder_reparameterization_type == "MLP":

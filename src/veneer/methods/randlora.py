@@ -141,7 +141,7 @@ class RandomBases(Change):
 
 @dataclass(frozen=True, kw_only=True)
 class RandLoraConfig(LinearMethod):
-    """RandLoRA in PEFT's fields.
+    """Settings of RandLoRA, with the names that PEFT gives them.
 
     ``r`` is the rank of one term. ``save_projection`` writes A and B too. If a file holds them, they are checked
     against ``projection_prng_key``. ``sparse`` and ``very_sparse`` draw A and B of -1, 0 and 1.

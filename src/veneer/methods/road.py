@@ -60,7 +60,7 @@ class PairRotation(Rotation):
 
 @dataclass(frozen=True, kw_only=True)
 class RoadConfig(LinearMethod):
-    """RoAd in PEFT's fields.
+    """Settings of RoAd, with the names that PEFT gives them.
 
     Outputs k and k + group_size / 2 of each group are a pair. ``variant``: "road_1" has an angle and a scale for each
     pair, "road_2" for each output, "road_4" for each of the four entries of a pair's matrix.

@@ -26,7 +26,7 @@ from veneer.records.terms.sparse import Sparse, place_problems
 
 @dataclass(frozen=True, kw_only=True)
 class ShiraConfig(LinearMethod):
-    """SHiRA in PEFT's fields.
+    """Settings of SHiRA, with the names that PEFT gives them.
 
     ``r``: as many numbers are trained as LoRA has at that rank. Their places are drawn, from ``random_seed`` if it is
     given, and stored in the file. ``init_weights`` starts the numbers at zero; False draws them from a normal

@@ -36,7 +36,7 @@ _VALUES, _PLACES, _A, _B = (f"supertuning_{name}" for name in ("values", "indice
 
 @dataclass(frozen=True, kw_only=True)
 class SupertuningConfig(LinearMethod):
-    """Super-Tuning in PEFT's fields.
+    """Settings of Super-Tuning, with the names that PEFT gives them.
 
     ``sparsity`` is the share of the weights that are not trained. ``select_top`` trains the weights with the largest
     magnitudes; False trains the smallest. ``r`` adds a low-rank pair, whose ``lora_alpha`` is 2 r if left out.

@@ -32,7 +32,7 @@ from veneer.records.sites import LinearSite
 
 @dataclass(frozen=True, kw_only=True)
 class TinyLoraConfig(LinearMethod):
-    """TinyLoRA in PEFT's fields.
+    """Settings of TinyLoRA, with the names that PEFT gives them.
 
     ``r`` is the rank of the fixed factors A and B, and ``u`` the count of the trained numbers v of a layer.
     ``weight_tying`` is the share of layers that reuse another layer's v: with 0 every layer has its own, with 1 all

@@ -14,7 +14,7 @@ from veneer.contract.whole import WholeMethod
 
 @dataclass(frozen=True, kw_only=True)
 class TrainableTokensConfig(WholeMethod):
-    """Trainable tokens in PEFT's fields.
+    """Settings of trainable tokens, with the names that PEFT gives them.
 
     ``token_indices`` are the rows of the tables that ``target_modules`` names; by default that is the input embeddings.
     A tied head shares the rows. ``init_weights=False`` starts from random rows, so that the start changes the model.

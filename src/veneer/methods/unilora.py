@@ -66,7 +66,7 @@ def balanced(seed: int, length: int, count: int) -> Int[Tensor, " count"]:
 
 @dataclass(frozen=True, kw_only=True)
 class UniLoraConfig(LinearMethod):
-    """Uni-LoRA in PEFT's fields.
+    """Settings of Uni-LoRA, with the names that PEFT gives them.
 
     ``theta_d_length`` is the count of numbers in θ. ``proj_seed`` and the order of layers in the model decide which of
     them an entry is; ``save_indices`` writes that to the file. ``init_weights`` draws θ uniformly in

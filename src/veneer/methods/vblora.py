@@ -30,7 +30,7 @@ _BANK = "vblora_vector_bank"
 
 @dataclass(frozen=True, kw_only=True)
 class VBLoRAConfig(LinearMethod):
-    """VB-LoRA in PEFT's fields.
+    """Settings of VB-LoRA, with the names that PEFT gives them.
 
     ``num_vectors`` is the count of vectors in the bank. ``vector_length`` is their length, which divides the widths of
     each layer. ``topk`` of them are mixed. ``init_vector_bank_bound``: the bank starts uniform in ± this bound.

@@ -24,7 +24,7 @@ from veneer.records.sites import LinearSite
 
 @dataclass(frozen=True, kw_only=True)
 class VeraConfig(ProjectedMethod):
-    """VeRA in PEFT's fields.
+    """Settings of VeRA, with the names that PEFT gives them.
 
     ``save_projection`` writes A and B too. If a file holds them, they are checked against ``projection_prng_key``.
     ``projection_size`` (largest output, largest input of the adapted layers) is filled in when the adapter is attached.

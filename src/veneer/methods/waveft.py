@@ -82,7 +82,9 @@ def padded(n: int, wavelet: str | None) -> int:
 
 
 def _back(x: Float[Tensor, "*batch p"], n: int, wavelet: str) -> Float[Tensor, "*batch n"]:
-    """Return the inverse transform's n numbers, without those by which the filters overlap its start."""
+    """Return the first n numbers of the inverse transform. The numbers before its start, which the filters add by their
+    overlap, are left out.
+    """
     bands = x.reshape(-1, 2, x.shape[-1] // 2)
     bank = _bank(wavelet, x)
     made = functional.conv_transpose1d(bands, bank, stride=2, padding=bank.shape[-1] - 2)
@@ -90,7 +92,7 @@ def _back(x: Float[Tensor, "*batch p"], n: int, wavelet: str) -> Float[Tensor, "
 
 
 def _forth(x: Float[Tensor, "*batch n"], wavelet: str) -> Float[Tensor, "*batch p"]:
-    """Apply the transpose of `_back`."""
+    """Apply the transpose of the linear map `_back`."""
     bank, n = _bank(wavelet, x), x.shape[-1]
     p, overlap = padded(n, wavelet), bank.shape[-1] - 2
     wide = functional.pad(x.reshape(-1, 1, n), (overlap, p - n))
@@ -103,7 +105,7 @@ def _bank(wavelet: str, like: Tensor) -> Float[Tensor, "2 1 k"]:
 
 @dataclass(frozen=True, kw_only=True)
 class WaveFTConfig(LinearMethod):
-    """WaveFT in PEFT's fields.
+    """Settings of WaveFT, with the names that PEFT gives them.
 
     ``n_frequency`` numbers are trained in each layer, at places drawn from ``random_loc_seed``. With
     ``proportional_parameters``, ``n_frequency`` is the mean over layers, and each layer has numbers in proportion to

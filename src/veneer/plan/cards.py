@@ -71,6 +71,8 @@ def card_of(name: str) -> Card:
 
 
 def _written(words: list[str]) -> set[str]:
-    """Join each run of neighbouring words to one word. No run begins with a size, since a size alone names no card."""
+    """Return the words, and each run of neighbouring words joined to one word. Runs that begin with a size are left
+    out, because a size alone names no card.
+    """
     starts = [i for i, word in enumerate(words) if not word.endswith("gb")]
     return {"".join(words[i:j]) for i in starts for j in range(i + 1, len(words) + 1)}

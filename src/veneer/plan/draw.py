@@ -117,7 +117,9 @@ class TracedDraw:
         self._kept: tuple[Tensor, ...] | None = None
 
     def _blocks_of(self, model: PreTrainedModel) -> int:
-        """Return the bytes of the adapter that an engine draws by, and of the one that it is handed next."""
+        """Return the bytes of the engine's two copies of the adapter: the one in use, and the next, which replaces it.
+        Return 0 if transformers generates.
+        """
         n = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         width: int = model.dtype.itemsize
         return 2 * n * width if self.draw.by_engine else 0
@@ -154,7 +156,9 @@ class TracedDraw:
 
 
 def _packed(base: PreTrainedModel, program: Program, is_one: bool) -> list[Tensor]:
-    """Pack the weights of a base that a program reads, and return the packed tensors."""
+    """Pack the weights of ``base`` that ``program`` reads, and return the packed tensors. If ``is_one``, the base gives
+    up its unpacked weights.
+    """
     groups = [[linear.path for linear in group] for group in program.groups]
     packed: list[Any] = [pack_group(base, paths, give_up=is_one) for paths in groups]
     stacks = [tuple(stack.path for stack in each) for each in program.stacks]

@@ -94,7 +94,8 @@ def distilled(model: PreTrainedModel, inputs: dict[str, Tensor], args: Any, n_ta
 
 
 def _referred(reference: Reference | None, inputs: dict[str, Tensor]) -> Tensor | float:
-    """Return the reference model's log-probabilities, summed by row. Return 0 without a reference, if these were
-    precomputed.
+    """Return the reference model's log-probabilities, summed over the tokens of each row.
+
+    ``reference`` is None if the log-probabilities were precomputed. Then return 0, because the step computes none.
     """
     return 0.0 if reference is None else reference(**inputs, fused_lm_head=True).log_probs.sum(dim=1)

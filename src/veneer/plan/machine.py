@@ -227,7 +227,10 @@ def free_here() -> int:
 
 
 def _side(n: int, most: int) -> int:
-    """Return the side at which a matrix product is measured in place of side ``n``."""
+    """Return the size at which a matrix product is measured in place of a product with a dimension of size ``n``.
+
+    Small sizes are kept. Others become the nearest of a few sizes, at most about ``most``.
+    """
     if n <= EXACT_SIDE:
         return n
     power = 1 << (min(n, most).bit_length() - 1)
@@ -239,9 +242,10 @@ def _path(general: bool) -> str:
 
 
 def _timed(run: Callable[[], Any]) -> float:
-    """Return the seconds of a run: the lower quartile of many short stretches.
+    """Return the seconds of one call of ``run``: the lower quartile over many short series of calls.
 
-    On busy cores a thread may wait milliseconds for its turn, and most short stretches lie between two waits.
+    On busy cores a thread may wait milliseconds for its turn. Most series are so short that they fall between two
+    waits.
     """
     run()
     found: list[float] = []
@@ -266,7 +270,7 @@ def _product_seconds(m: int, k: int, n: int, dtype: str) -> float:
 def _in_turns(x: Tensor, n_bytes: int) -> Iterator[Tensor]:
     """Cycle through copies of x without end.
 
-    Together they take more than ``n_bytes``, unless that needs over `MOST_COPIES`.
+    Together the copies have more than ``n_bytes``, unless this needs more than ``MOST_COPIES + 1`` copies.
     """
     return itertools.cycle([x.clone() for _ in range(1 + min(MOST_COPIES, n_bytes // x.nbytes))])
 
@@ -331,8 +335,9 @@ def _scaled_tile(
     group: int,
     rounding: int,
 ) -> Callable[[], Tensor]:
-    """Return a run that decodes a tile of scaled codes. E4M3 scales are NVFP4's, which have one number for the whole
-    weight.
+    """Return a function that decodes a tile of scaled codes. The numbers are those of the kernel's binding.
+
+    E4M3 scales mean NVFP4, whose weights have one more scale for the whole weight.
     """
     stored, rounded = ({number: dtype for dtype, number in kinds.items()} for kinds in (STORED, DTYPES))
     codes = torch.arange(o * n_bytes(i, bits), dtype=torch.int32).to(torch.uint8).view(o, -1)

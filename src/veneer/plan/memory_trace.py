@@ -297,6 +297,6 @@ def n_parameters(model: nn.Module) -> int:
 
 
 def _coded(model: nn.Module) -> Iterator[int]:
-    """Yield the number of values of each coded matrix. A head and a table with the same codes count once."""
+    """Yield the number of values of each coded matrix. If head and embeddings share their codes, they count once."""
     coded = {id(m.weight): m.spec.shape for m in model.modules() if isinstance(m, CodedModule)}
     return map(math.prod, coded.values())

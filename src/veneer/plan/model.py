@@ -149,7 +149,7 @@ def _quantize(model: PreTrainedModel, config: QuantizationConfig) -> None:
 
 
 def _put_in_blocks(model: PreTrainedModel, source: str) -> None:
-    """Keep the weights in a GGUF file's blocks as the loader does. A tied head shares the table's tensors."""
+    """Keep the weights in a GGUF file's blocks, as the loader does. A tied head shares the embeddings' tensors."""
     path = file_of(source)
     if path is not None and why_not_in_blocks(path) is None:
         coded = put_in_blocks(model, parameters_of(model, path, model.dtype), None)

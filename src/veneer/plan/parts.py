@@ -46,7 +46,9 @@ def _tell_path(counted: CountWork, k: int) -> Callable[..., None]:
 
 
 def _within(owner: Any, name: str, counted: CountWork, flag: str) -> None:
-    """Set a flag of ``counted`` while the owner's function ``name`` runs."""
+    """Replace the owner's function ``name`` by one that sets the attribute ``flag`` of ``counted`` to True while it
+    runs.
+    """
     function = getattr(owner, name)
 
     @functools.wraps(function)

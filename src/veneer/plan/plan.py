@@ -138,7 +138,11 @@ def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
 
 
 def _answers(args: Any, prompt: int) -> Batch:
-    """Return a micro-batch of drawn answers. Answers to a prompt are together if a draw is one optimizer step."""
+    """Return the size of a micro-batch of generated answers.
+
+    If all micro-batches of a draw belong to one optimizer step, answers to the same prompt are in the same micro-batch.
+    Otherwise a micro-batch may hold answers to more prompts.
+    """
     n, group, longest = args.per_device_train_batch_size, args.num_generations, args.max_completion_length
     is_one_step = args.steps_per_generation == 1 or args.gradient_accumulation_steps % args.steps_per_generation == 0
     n_prompts = -(-n // group) if is_one_step else min(n, n * args.steps_per_generation // group)
@@ -238,7 +242,9 @@ def _shared(plan: Plan) -> dict[str, int]:
 
 
 def _draw_told(plan: Plan, draw: DrawSize) -> dict[str, Any]:
-    """Return the draw of a plan as plain numbers, with the peak bytes of drawing, rewards, scoring and training."""
+    """Return the settings of a plan's draw (the generation of answers) as plain numbers, with the peak bytes of
+    generating, rewards, scoring and training.
+    """
     train = max(plan.phases[phase].n_bytes for phase in ("forward", "loss", "backward", "optimizer"))
     n_bytes = {
         "draw": plan.phases["draw"].n_bytes,

@@ -66,9 +66,10 @@ def _lost(plan: Plan, peak: Peak) -> int:
 
 
 def _bytes_of_rows(part: DataPart) -> Iterator[float]:
-    """Yield the bytes of each local file that is read whole, times how often its rows are taken.
+    """Yield the bytes of each local file that is read whole, times the weight with which its rows are mixed in.
 
-    Files of which a fixed number of rows is taken (``limit``, ``count``) are left out, and so are sets of the hub.
+    Files of which only a fixed number of rows is read (``limit``, ``count``) are left out, and so are data sets on the
+    hub.
     """
     if part.eval_limit is None:
         yield _file_bytes(part.eval)
@@ -84,10 +85,10 @@ def _file_bytes(source: str | None) -> int:
 
 
 def _share_between(plan: Plan) -> float:
-    """Return the share of memory lost to gaps between gradients and optimizer state.
+    """Return the bytes that are lost to gaps, as a share of the bytes of gradients and optimizer state.
 
-    It is zero if blocks keep only their inputs, and half if gradients are allocated only in the first of several
-    micro-batches.
+    The share is zero if blocks keep only their inputs. It is half as large with accumulation, because gradients are
+    then allocated only in the first micro-batch of a step.
     """
     args = plan.recipe.training_config()
     if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("selective"):

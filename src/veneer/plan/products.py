@@ -46,9 +46,10 @@ def kernel_products(name: str, arguments: tuple[Any, ...]) -> list[MatrixProduct
 
 
 def _of_form(form: Sequence[int], n: int) -> Iterator[MatrixProduct]:
-    """Yield the products of a form for n rows in float32, by the numbers of ``form_at`` in csrc/terms/bindings.cpp.
+    """Yield the float32 matrix products for n rows of one term of an update.
 
-    A sparse matrix counts as a dense product of as many multiplications, at the same rate.
+    ``form`` holds the numbers of the term's kind and sizes, in the order of ``form_at`` in csrc/terms/bindings.cpp. A
+    sparse matrix counts as a dense product of as many multiplications, at the same rate.
     """
     kind, sizes, n_places = TERM_KINDS[form[0]], form[1:5], form[-1]
     if kind == "blocks":
@@ -63,9 +64,11 @@ def _of_form(form: Sequence[int], n: int) -> Iterator[MatrixProduct]:
 
 
 def _of_pairs(arguments: tuple[Any, ...], *, backward: bool) -> Iterator[MatrixProduct]:
-    """Yield the products of low-rank pairs, given the arguments of ``Given`` in csrc/grouped_low_rank/bindings.cpp.
+    """Yield the matrix products of low-rank pairs. ``arguments`` are those of ``Given`` in
+    csrc/grouped_low_rank/bindings.cpp.
 
-    The backward pass counts the gradient in x. A traced call does not show if that gradient is needed.
+    If ``backward``, the products of the gradient with respect to x are always counted, because a traced call does not
+    show whether they are needed.
     """
     dtypes, i, outs, pairs, _, _, runs = arguments[:7]
     dtype = next(str(kind).removeprefix("torch.") for kind, number in DTYPES.items() if number == dtypes[0])

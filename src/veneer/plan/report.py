@@ -163,7 +163,9 @@ class Machine:
         return found
 
     def _draw_seconds(self, plan: Plan) -> dict[str, Any]:
-        """Return the draw of a plan as plain numbers, with seconds by measured rates."""
+        """Return a plan's draw (the generation of answers) as plain numbers, with seconds by measured rates. Return an
+        empty dict if the plan has none.
+        """
         if plan.draw is None:
             return {}
         draw = as_json(plan)["draw"]
@@ -285,7 +287,7 @@ def _draw_told(draw: DrawSize, copies: int) -> str:
 
 
 def _parts(parts: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return the parts of a draw with their peak, and their seconds if they are known."""
+    """Return a table of the parts of a draw, with the peak memory of each, and its seconds if they are known."""
     table = Table("part", "peak", "seconds", box=None, padding=(0, 2))
     for name, part in parts.items():
         told = "of your functions" if name == "rewards" else f"{part['seconds']:.3g}" if "seconds" in part else ""

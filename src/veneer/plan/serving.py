@@ -129,7 +129,9 @@ def kept_in_serving(model: PreTrainedModel, block: int) -> KeptBytes:
 
 @contextmanager
 def _each_expert_taken() -> Iterator[None]:
-    """Enter a context for tracing without values: every expert finds tokens, and indices that code reads are 0."""
+    """Enter a context for tracing tensors without values: every expert gets tokens, and every index that the model's
+    code reads is 0.
+    """
     with cast(Any, fx_config).patch(meta_nonzero_assume_all_nonzero=True), _FirstIndex():  # type: ignore[no-untyped-call]
         yield
 

@@ -76,7 +76,9 @@ def known_start() -> int | None:
 
 
 def _file() -> Path:
-    """Return this installation's file, since a library's counted share depends on how the system maps it."""
+    """Return the path of the cache file for this installation. Each installation has its own, because the measured
+    bytes depend on how the system maps its libraries.
+    """
     return cache_dir() / "plan" / f"start-{hashlib.sha256(_installation().encode()).hexdigest()[:12]}.json"
 
 

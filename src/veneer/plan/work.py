@@ -214,7 +214,9 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
             self._now.products.update(kernel_products(name, arguments))
 
     def _repeat(self, times: int) -> None:
-        """Begin a repeated part (``times`` 0), or end it and count it ``times`` times."""
+        """If ``times`` is 0, begin a part that is repeated. Otherwise end this part, and count its work ``times``
+        times.
+        """
         if not times:
             self._before_repeated.append(self._now.plus(Work(), 0))
             return

@@ -52,7 +52,9 @@ def on_ray(place: RayCluster) -> Callable[[Sweep, Tell, Stop], AbstractContextMa
 
 
 class _RayWorkers:
-    """Packs (groups of runs) that train on Ray. ``_under_way`` maps the reference to each one's result to its runs."""
+    """Packs (groups of runs) that train on Ray. ``_under_way`` holds the runs of each pack, keyed by Ray's reference to
+    the pack's result.
+    """
 
     def __init__(self, n: int, places: int, found: Devices, tell: Tell, stop: Stop) -> None:
         self.n_workers, self.n_places, self._tell, self._stop = n, places, tell, stop

@@ -133,9 +133,10 @@ def train_on(place: RayCluster, loop: Loop, recipe: Recipe) -> dict[str, Any]:
 
 
 def _in_worker(config: Mapping[str, Any]) -> None:
-    """Train in a worker.
+    """Train in a worker of Ray.
 
-    If a restart would not mend an error, it is written to a file, and the worker ends normally.
+    If an error would come again after a restart, write it to a file and return, so that Ray does not restart the
+    worker.
     """
     loop = loop_of({key: value for key, value in config.items() if key != _REFUSAL})
     if Path(config[_REFUSAL]).exists():

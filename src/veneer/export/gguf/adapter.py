@@ -145,7 +145,9 @@ def _factors(name: str, record: LinearDelta, family: GgufFamily, config: Any) ->
 
 
 def _invocation(method: MethodConfig) -> list[KeyValue]:
-    """Return the key that holds aLoRA's invocation tokens, from which on llama.cpp applies the adapter."""
+    """Return the metadata of aLoRA's invocation tokens, or an empty list if there are none. llama.cpp applies the
+    adapter from these tokens on.
+    """
     tokens, number = list(method.invocation_tokens), GGUFValueType.UINT32
     return [KeyValue("adapter.alora.invocation_tokens", tokens, GGUFValueType.ARRAY, number)] if tokens else []
 

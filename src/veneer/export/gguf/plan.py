@@ -166,7 +166,9 @@ def laid_out(family: GgufFamily, config: Any, name: str, tensor: Tensor) -> Tens
 
 
 def _valued(family: GgufFamily, leaf: str, tensor: Tensor) -> Tensor:
-    """Convert a tensor to the file's values. Some families store norm weights with 1 added."""
+    """Return the tensor with the values that the GGUF file stores: some families store norm weights with 1 added.
+    ``leaf`` is the end of its name.
+    """
     if family.plus_one and leaf.endswith("norm.weight"):
         return (tensor if tensor.dtype == torch.float16 else tensor.float()) + 1
     return tensor
@@ -246,7 +248,8 @@ def assembled_blocks(
 def _gathered(blocks: Iterator[Tensor], shape: tuple[int, ...], places: Tensor | None) -> Tensor:
     """Assemble a matrix of this shape from blocks of rows.
 
-    Row k becomes row ``places[k]``. If ``places`` is None, it becomes column k.
+    Row k of the blocks becomes row ``places[k]``. If ``places`` is None, the matrix is transposed: row k becomes column
+    k.
     """
     start = next(blocks)
     out = torch.empty(shape, dtype=start.dtype)
@@ -264,7 +267,12 @@ def _gathered(blocks: Iterator[Tensor], shape: tuple[int, ...], places: Tensor |
 def _complete_head(
     family: GgufFamily, sources: dict[str, list[TensorSource]], shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """Give tied embeddings and head the names that the runtime wants."""
+    """Complete the embeddings and the head in ``sources`` and ``shapes``, if they are tied and the checkpoint stores
+    one of them.
+
+    A single tensor gets the embeddings' name. The head gets an entry too if llama.cpp requires one for this family.
+    Raises CompositionError if the checkpoint has neither.
+    """
     if _EMBEDDINGS not in sources and _HEAD in sources:  # a file may hold the head's name alone
         sources[_EMBEDDINGS], shapes[_EMBEDDINGS] = sources.pop(_HEAD), shapes.pop(_HEAD)
     if _EMBEDDINGS not in sources:

@@ -22,7 +22,7 @@ from veneer.records.sites import LinearSite
 
 @dataclass(frozen=True)
 class BdLoraConfig(Settings, Variant):
-    """Settings of BD-LoRA, in PEFT's fields.
+    """Settings of BD-LoRA, with the names that PEFT gives them.
 
     ``target_modules_bd_a`` and ``target_modules_bd_b`` name the layers whose A, or B, consists of ``nblocks`` blocks. A
     name matches a layer if the last part of the layer's path contains it. ``match_strict`` refuses adapted layers that

@@ -29,7 +29,7 @@ DIAGONAL = "lora_diag"
 
 @dataclass(frozen=True)
 class KasaConfig(Settings, Variant):
-    """Settings of KaSA, in PEFT's fields: the weights of the two penalties in training.
+    """Settings of KaSA, with the names that PEFT gives them: the weights of the two penalties in training.
 
     ``beta`` weighs the squares of d, ``gamma`` the distance of A and B from orthogonal factors.
     """

@@ -39,7 +39,7 @@ _LEAST_VARIANCE, _LEAST = 1e-3, 1e-6  # PEFT's
 
 @dataclass(frozen=True)
 class MontecloraConfig(Settings, Variant):
-    """Settings of MonteCLoRA, in PEFT's fields.
+    """Settings of MonteCLoRA, with the names that PEFT gives them.
 
     ``num_samples`` is n, ``sample_scaler`` the scale s of the noise. ``kl_loss_weight`` weighs the divergences from the
     priors, of which ``dirichlet_prior`` is one. ``use_entropy`` adds the squares of w. ``buffer_size`` is kept for PEFT

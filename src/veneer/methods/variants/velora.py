@@ -31,7 +31,7 @@ IN_TRAINING = "velora_in_training"
 
 @dataclass(frozen=True)
 class VeloraConfig(Settings, Variant):
-    """Settings of VeLoRA, in PEFT's fields.
+    """Settings of VeLoRA, with the names that PEFT gives them.
 
     ``num_groups`` groups of features are compressed, and ``scale`` is s. ``init_type`` names e: the mean of each pass
     ("batch_average") or a random vector ("random"). "batch_average_once" is read from files. Training with it is
