@@ -89,7 +89,9 @@ def rank_problems(site: LinearSite, r: int) -> list[str]:
 
 
 def _places(r: int, direction: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Return the indices of the singular triplets for A and for B, counted from 0."""
+    """Return the indices (from 0) of the r singular triplets from which A starts, and of those from which B starts, by
+    ``direction``.
+    """
     first, last = torch.arange(r), torch.arange(r, 2 * r)
     if direction == "random":
         drawn = torch.randperm(2 * r, generator=generator)[:r]

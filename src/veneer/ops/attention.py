@@ -108,7 +108,9 @@ def attention_backward(
 def _biased(
     qkv: tuple[Tensor, Tensor, Tensor], cu_seqlens: Tensor, options: AttentionOptions, forks: Sequence[Fork]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values, widened by features whose products are the bias of ``slopes``."""
+    """Return queries, keys and values. If ALiBi's ``slopes`` are given, each head gets further features whose products
+    are the bias of the scores (`_with_slopes`).
+    """
     if options.slopes is None:
         return qkv
     return _with_slopes(qkv, options.slopes, _numbers(qkv[0], options)[0], cu_seqlens.tolist(), forks)
@@ -121,12 +123,13 @@ def _with_slopes(
     bounds: Sequence[int],
     forks: Sequence[Fork],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values with more features, whose scaled products are the bias; those of v are zero.
+    """Return queries, keys and values with further features. In queries and keys, their scaled products are ALiBi's
+    bias; in values they are zero.
 
-    The bias of query i on key j is -slope · (i - j). Softmax is unchanged if slope · i is added to all scores of query
-    i, so that slope · j remains. It is a product of slopes, held by the queries, and positions, held by the keys. 16
-    bits hold neither exactly: positions are split into digits, slopes into summands. ``bounds`` are those of the
-    sequences; positions begin at 0, or after the sequence's stem.
+    The bias of query i on key j is -slope · (i - j). Softmax does not change if slope · i is added to all scores of
+    query i, so that slope · j remains. Queries hold the slopes and keys hold the positions. 16 bits hold neither
+    exactly: positions are split into digits, slopes into summands. ``bounds`` are those of the sequences; positions
+    begin at 0, or, in a branch of a fork, after its stem.
     """
     q, k, v = qkv
     tilts, places = _parts(slopes, scale, q), _digits(_positions(bounds, forks), k)

@@ -52,7 +52,7 @@ def _words_packed(groups: Int64[Tensor, "rows words n"], bits: int, word: int) -
 
 
 def _word(bits: int) -> tuple[int, int]:
-    """Return the number of bytes after which codes are aligned to a byte again, and the codes in them."""
+    """Return a number of bytes that holds a whole number of codes, and that number of codes."""
     word = 1 if 8 % bits == 0 else bits
     return word, 8 * word // bits
 

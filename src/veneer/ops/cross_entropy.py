@@ -163,7 +163,11 @@ def linear_token_scores(
 
 
 class _Details:
-    """Collector of further details of each chunk of logits, beside its losses. ``labels`` say which rows count."""
+    """Collector of each counted row's entropy, mean logit and, if ``collision``, sum of squared probabilities, from
+    chunks of logits.
+
+    Rows count unless their label in ``labels`` is the ignored index.
+    """
 
     def __init__(self, labels: Tensor, device: torch.device, collision: bool) -> None:
         self._rows = (labels != HeadOptions().ignore_index).nonzero()[:, 0]
@@ -171,7 +175,7 @@ class _Details:
         self.log_sum_sq_probs = torch.zeros(len(labels), device=device) if collision else None
 
     def __call__(self, rows: slice, logits: Tensor) -> None:
-        """Add the logits (k, v) of the counted rows in ``rows``."""
+        """Compute the details of a chunk of logits (k, v). It belongs to the counted rows with the indices ``rows``."""
         step = _GPU_DETAIL_ROWS if logits.is_cuda else _DETAIL_ROWS  # float32 copies of few rows stay in cache
         for start in range(0, len(logits), step):
             wide = logits[start : start + step].float()
@@ -319,7 +323,9 @@ class _Entropy(torch.autograd.Function):
 
 
 def _entropy_gradient(raw: Tensor, entropy: Tensor, options: HeadOptions) -> Tensor:
-    """Return the gradient of each row's entropy in the head's outputs: -p (log p + H), then through cap and scale."""
+    """Return the gradient of each row's entropy with respect to the head's outputs: -p (log p + H), times the scale and
+    the soft cap's slope.
+    """
     logits = raw.to(torch.promote_types(raw.dtype, torch.float32)) * options.scale
     cap = options.softcap
     logits = logits if cap is None else _capped(logits, cap)
@@ -329,7 +335,9 @@ def _entropy_gradient(raw: Tensor, entropy: Tensor, options: HeadOptions) -> Ten
 
 
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the product, rounded once. If 1/n were rounded to bfloat16 first, every gradient would be off by 0.4%."""
+    """Return ``gradient * factor`` in ``dtype``, rounded once. A factor 1/n that is rounded to bfloat16 first would put
+    every gradient off by 0.4%.
+    """
     wide = torch.promote_types(gradient.dtype, torch.float32)
     return (gradient.to(wide) * factor).to(dtype)
 
@@ -387,12 +395,16 @@ def chunk_rows(row_bytes: int, device: torch.device, options: HeadOptions = Head
 
 
 def _buffer(hidden: Tensor, weight: Tensor | FrozenWeight, rows: int) -> Tensor:
-    """Allocate memory for a chunk of logits; None for a coded weight, whose product allocates its own."""
+    """Allocate memory (rows, v) for a chunk of logits. For a coded weight it has no rows, because the weight's product
+    allocates its own output.
+    """
     return hidden.new_empty(rows if isinstance(weight, Tensor) else 0, weight.shape[0])
 
 
 def _logits(hidden: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    """Return one chunk of logits, in the buffer if the weight is a tensor: fresh pages for each chunk cost more."""
+    """Return the logits (n, v) of a chunk of hidden states. If the weight is a tensor, the buffer holds them, because
+    new memory pages for each chunk cost time.
+    """
     if isinstance(weight, Tensor):
         logits, read = buffer[: hidden.shape[0]], operand(hidden)
         for part in _parts(weight):
@@ -415,7 +427,9 @@ def _project_back(dlogits: Tensor, weight: Tensor | FrozenWeight, out: Tensor) -
 
 
 def _parts(weight: Float[Tensor, "v d"]) -> list[slice]:
-    """Return the classes of a head that are multiplied together: all, or parts if the CPU widens the weight."""
+    """Return the slices of classes that are multiplied one at a time: one slice of all classes, or several if the CPU
+    widens the weight to float32.
+    """
     n_classes, width = weight.shape
     size = max(1, _WIDENED_BYTES // (4 * width)) if widens(weight, weight.dtype) else n_classes
     return [slice(start, min(n_classes, start + size)) for start in range(0, n_classes, size)]

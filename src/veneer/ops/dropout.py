@@ -95,7 +95,9 @@ class _Dropout(torch.autograd.Function):
 
 
 def _threshold(p: float) -> int:
-    """Return the threshold, of 65536, below which a draw drops its value."""
+    """Return p as a threshold from 0 to 65536: a 16-bit random number below it drops its value. Raises ConfigError if p
+    is outside [0, 1].
+    """
     if not 0 <= p <= 1:
         raise ConfigError(f"the probability of dropout is between 0 and 1; given {p}")
     return round(p * _DRAWS)

@@ -90,9 +90,10 @@ def add_stem_gradients(
 
 
 class _Stem:
-    """Keys and values of a fork's stem as wide matrices (kv_heads, n_seen, d), and its branches' scores on them.
+    """Keys and values of a fork's stem in at least float32, (kv_heads, n_seen, d), and the scores of the branches'
+    queries on these keys.
 
-    ``seen`` are the stem's tokens that a query's window may reach.
+    ``seen`` is the slice of the stem's tokens that a query's window may reach.
     """
 
     def __init__(self, qkv: Heads, fork: Fork, bounds: Sequence[int], scoring: ScoreForm) -> None:
@@ -103,7 +104,7 @@ class _Stem:
         self.k, self.v = (_wide(x[self.seen].transpose(0, 1)).contiguous() for x in (k, v))
 
     def chunks(self) -> Iterator[slice]:
-        """Yield the branches' rows in chunks whose scores stay small."""
+        """Yield slices of the branches' rows, each with at most `SCORES` scores, or a single row."""
         start, stop = self.fork.branches.start, self.fork.branches.stop
         step = max(1, SCORES // max(1, self._q.shape[1] * self.k.shape[1]))
         for first in range(start, stop, step):

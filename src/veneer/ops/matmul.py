@@ -81,7 +81,7 @@ def converted(
 
 
 def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Convert both factors to one dtype: that of `operand`, or b's if b was widened before."""
+    """Return both factors in one dtype: the wider of b's dtype and the dtype of ``operand(a)``."""
     a = operand(a)
     dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype), b.to(dtype)

@@ -75,7 +75,9 @@ def _runs(numbers: Iterable[int]) -> Iterator[range]:
 
 
 def _told(x: Tensor, device: str) -> str:
-    """Describe a tensor that has no address, and how to get one that has it."""
+    """Return the words of an error about a tensor that has no address on the device: its kind, and the call that gives
+    one with an address.
+    """
     if x.layout != torch.strided:
         return f"a tensor laid out as {x.layout}; call to_dense() on it"
     if x.device.type != device:

@@ -317,12 +317,14 @@ def _one_of(dtypes: Sequence[torch.dtype], x: Tensor, other: torch.dtype) -> Ten
 
 
 def _place(x: Tensor) -> tuple[object, ...]:
-    """Return a key of a tensor's memory."""
+    """Return a key that is equal for two tensors if they have the same address, shape, strides and dtype."""
     return x.data_ptr(), x.shape, x.stride(), x.dtype
 
 
 def _middle(pairs: Sequence[FactorPair | None], out_features: Sequence[int], dtype: torch.dtype) -> Middle | None:
-    """Return the vectors that act between and after the products of all layers; None if there are none."""
+    """Return the vectors of all layers' pairs that act between and after the two products, joined; None if no pair has
+    such vectors or an activation.
+    """
     present = [pair for pair in pairs if pair is not None]
     if all(pair.is_plain for pair in present):
         return None

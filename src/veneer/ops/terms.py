@@ -146,7 +146,7 @@ def _map_of(term: object) -> PackedTerm | None:
 
 
 def _padded(x: Tensor) -> Tensor:
-    """Return float32 values with zeros appended on the last axis."""
+    """Return x in float32, with zeros appended to the last axis up to a multiple of `PADDING`."""
     x = x.detach().to(torch.float32)
     return functional.pad(x, (0, -x.shape[-1] % PADDING))
 
@@ -194,7 +194,9 @@ _PACKED: dict[str, Callable[[Form], tuple[Tensor, Tensor | None]]] = {
 
 
 def _is_within(index: Tensor, n_values: int, o: int, i: int) -> bool:
-    """Return True if the o row starts rise from 0 to the number of values, and all columns are below i."""
+    """Return True if the ``index`` of a sparse matrix (o, i) is valid: o + 1 row starts that rise from 0 to
+    ``n_values``, then ``n_values`` columns below i.
+    """
     if len(index) != o + 1 + n_values:
         return False
     starts, columns = index[: o + 1], index[o + 1 :]

@@ -115,10 +115,11 @@ def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _found(mask: Tensor) -> Tensor:
-    """Return the indices of a mask's nonzero elements, for a mask without values that code for experts searches.
+    """Return indices in place of those of a mask's nonzero elements, for a mask without values by which a mixture finds
+    an expert's tokens.
 
-    Of n experts, each is counted as chosen by 1/n of the tokens. If the code reads the numbers of the chosen experts,
-    all are 0, a number that every mixture has.
+    Each of n experts is taken to be chosen by 1/n of the tokens. If the mask says which experts are chosen at all,
+    every index is 0, because every mixture has an expert 0.
     """
     whole = mask.untyped_storage().nbytes() // mask.element_size()
     if mask.ndim == 1 and len(mask) == whole:
@@ -202,8 +203,10 @@ class Tracing(SilentMode):  # type: ignore[no-untyped-call]
 
 
 def _is_factor(func: Any, shape: Sequence[int]) -> bool:
-    """Return True for a scalar, and for a vector of ones: code multiplies it by a number on which control flow depends
-    (XMOD's languages of rows).
+    """Return True for a new scalar or a new vector of ones, which keep their values in a traced step.
+
+    Model code multiplies such a tensor by a number and then branches on the product (in XMOD, the language of each
+    row).
     """
     return not shape or (func is _aten.ones.default and len(shape) == 1)
 
@@ -280,7 +283,9 @@ def silent_kernels(module: Any) -> Any | None:
 
 
 class _Silent:
-    """Module whose functions compute nothing, except those that return sizes."""
+    """Stand-in for the kernels' module: a function reports its call and returns True, without computing. Functions that
+    return sizes are the module's own.
+    """
 
     def __init__(self, module: Any, tell: Called) -> None:
         self._module, self._tell = module, tell

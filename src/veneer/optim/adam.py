@@ -56,7 +56,9 @@ class LeanAdamW(Optimizer):
         return torch.zeros(shape, dtype=dtype, device=param.device)
 
     def _adopt(self, param: Tensor, value: Any) -> Any:
-        """Copy a loaded state tensor to the memory where this optimizer keeps state."""
+        """Return a copy of a loaded state tensor in the memory where this optimizer keeps state. Other values are
+        returned unchanged.
+        """
         return self._allocate(param, tuple(value.shape), value.dtype).copy_(value) if torch.is_tensor(value) else value
 
 

@@ -38,8 +38,8 @@ class LayerwiseGaLoreAdamW(GaLoreAdamW):
             self._watched().pop().remove()
 
     def _watched(self) -> list[RemovableHandle]:
-        """Return the list of hooks, and create it at the first call: torch's ``__init__`` adds groups before an
-        attribute can be set.
+        """Return the list of handles of the hooks on parameters, created at the first call. torch's ``__init__`` adds
+        parameter groups before this class can set an attribute.
         """
         return cast("list[RemovableHandle]", self.__dict__.setdefault("_hooks", []))
 

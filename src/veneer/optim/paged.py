@@ -84,7 +84,9 @@ class PagedAdamW8bit(AdamW8bit):
         return tensor
 
     def _to_device(self, param: Tensor) -> dict[str, Tensor]:
-        """Replace a CUDA parameter's pinned state by copies on the device, and return the pinned tensors."""
+        """Replace a CUDA parameter's pinned state by copies on the device, and return the pinned tensors; an empty dict
+        if none are pinned.
+        """
         state = self._state_of(param)
         if param.device.type != "cuda" or "state1" not in state or state["state1"].device.type == "cuda":
             return {}

@@ -58,6 +58,8 @@ def _change(factors: Factors, damping: float) -> None:
 
 
 def _inverse(gram: Float[Tensor, "r r"], damping: float) -> Float[Tensor, "r r"]:
-    """Return the pseudo-inverse, since a factor may be rank-deficient and the damping tiny."""
+    """Return the pseudo-inverse of ``gram + damping * I``. An inverse may not exist, because a factor may be
+    rank-deficient and the damping tiny.
+    """
     found: Tensor = torch.linalg.pinv(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
     return found

@@ -113,7 +113,7 @@ def misfits(name: str, value: object, hint: Any) -> list[str]:
 
 
 def _words(hint: Any, many: bool = False) -> str:
-    """Return the allowed values in the words of a message."""
+    """Return the values that a type hint allows, in words for an error message; in the plural if ``many``."""
     *most, last = _alternatives(hint, many)
     return f"{', '.join(most)} or {last}" if most else last
 

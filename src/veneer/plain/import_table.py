@@ -94,7 +94,7 @@ def _text(models: Path, read: Read) -> str:
 def _file(models: Path) -> Path | None:
     """Return the cache file of an installed package, named by a stamp of its files.
 
-    None for a package in development, which changes, and for a user without a home.
+    Return None for a package in development, because its files change, and for a user without a home directory.
     """
     records = list(models.parents[1].glob("transformers-*.dist-info/RECORD"))
     if len(records) != 1:

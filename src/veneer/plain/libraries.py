@@ -18,7 +18,8 @@ _read = importlib.metadata.packages_distributions
 class _WhenAsked(Mapping[str, list[str]]):
     """Mapping from packages to the distributions that provide them.
 
-    The metadata of all packages is read only if a package is asked for that no distribution of its own name provides.
+    The metadata of all packages is read only if needed: at the first look-up of a package whose distribution has
+    another name.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,9 @@ class _WhenAsked(Mapping[str, list[str]]):
 
 
 def _has_own_name(package: str) -> bool:
-    """Return True if a distribution of the package's own name provides it; TRL prefers that one."""
+    """Return True if the distribution of the package's own name provides it. TRL prefers this distribution if there are
+    several.
+    """
     try:
         files = importlib.metadata.distribution(package).read_text("RECORD") or ""
     except importlib.metadata.PackageNotFoundError:

@@ -151,7 +151,7 @@ def _pause() -> None:
 
 @contextmanager
 def _paused_by_steps() -> Iterator[None]:
-    """Enter a context at whose end an outer wait resumes, if the context has paused it."""
+    """Enter a context. If its steps pause the wait that is shown outside of it, resume that wait at the end."""
     outer = _WAIT.get()
     goes_on = outer is not None and not outer.paused
     try:
@@ -183,7 +183,7 @@ class _Spinner:
         self._progress.update(self._task, description=escape(what))
 
     def begin(self, what: str) -> None:
-        """Name the next work; the seconds shown begin again."""
+        """Show the name of the next work, and count its seconds from 0."""
         self.what = what
         self._progress.reset(self._task)
 
@@ -219,7 +219,7 @@ class _Lines:
         self._thread.start()
 
     def begin(self, what: str) -> None:
-        """Name the next work, whose seconds are counted from here."""
+        """Set the name of the next work, and count its seconds from now."""
         self.what, self._began = what, time.monotonic()
 
     def put_off(self, seconds: float) -> None:
@@ -231,7 +231,7 @@ class _Lines:
         self.paused = True
 
     def go_on(self) -> None:
-        """Print again."""
+        """Print lines again after `pause`."""
         self.paused = False
 
     def end(self) -> None:

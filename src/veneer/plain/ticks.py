@@ -31,7 +31,9 @@ def short(value: float) -> str:
 
 
 def _names(places: list[float], low: float, high: float) -> Iterator[str]:
-    """Yield the name of each place, empty if there is no room for it. The last place always has its name."""
+    """Yield the label of each tick of the axis, empty if it has no room beside its neighbours. The last tick always has
+    a label.
+    """
     at = {place: (math.log(place) - low) / (high - low) for place in places}
     half = {place: _DIGIT * len(short(place)) / 2 for place in places}
     free_from, last = -math.inf, places[-1]

@@ -42,7 +42,9 @@ class DenseWeight:
         return self.tensor if dtype is None else self.tensor.to(dtype)
 
     def _product(self, x: Tensor, transposed: bool) -> Tensor:
-        """Compute the product in ``compute_dtype`` or the weight's dtype, or in autocast's."""
+        """Return ``W x``, or ``Wᵀ x`` if ``transposed``. The dtype of the product is autocast's if active, else
+        ``compute_dtype``, else the weight's.
+        """
         asked = autocast_dtype(x.device)
         dtype = asked or self.compute_dtype or self.tensor.dtype
         if widens(x, dtype) and not self.tensor.requires_grad and not torch.compiler.is_compiling():

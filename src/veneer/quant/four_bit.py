@@ -242,8 +242,10 @@ def _read_state(tensors: Parts) -> dict[str, Any]:
 
 
 def _layout_of(state: dict[str, Any], shape: tuple[int, int]) -> tuple[FourBitLayout, bool, list[str]]:
-    """Return the layout that a stored quant_state describes, whether absmax is quantized too, and the
-    state's problems.
+    """Return the layout that a stored quant_state describes, whether absmax is quantized too, and a message for each
+    value that does not fit.
+
+    Raises FormatError if the state names no known dtype or layout.
     """
     problems = []
     dtype = getattr(torch, state["dtype"], None)
@@ -261,7 +263,9 @@ def _layout_of(state: dict[str, Any], shape: tuple[int, int]) -> tuple[FourBitLa
 
 
 def _as_bytes(packed: Tensor | None) -> Tensor | None:
-    """Return the packed codes as uint8, in whatever dtype they are stored (``bnb_4bit_quant_storage``)."""
+    """Return the packed codes as uint8 (n, 1), whatever dtype they are stored in (``bnb_4bit_quant_storage``); None for
+    None.
+    """
     return None if packed is None else packed.reshape(-1).contiguous().view(torch.uint8).view(-1, 1)
 
 

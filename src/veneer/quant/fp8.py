@@ -137,7 +137,9 @@ class Fp8Spec:
         return self._grid() if self.scale_shape is None else self.scale_shape
 
     def _grid(self) -> tuple[int, int]:
-        """Return the shape of the scales if the file does not say it: one scale for each block, or for each row."""
+        """Return the shape of the scales for a file that does not give it: one scale for each block or, if the format
+        has no blocks, for each row.
+        """
         height, width = self.block or (1, self.shape[1])
         return -(-self.shape[0] // height), -(-self.shape[1] // width)
 
@@ -152,9 +154,9 @@ class Fp8Spec:
         return (o, i) if torch.Size(scale_shape).numel() == 1 else (1, i)
 
     def _stored(self, scale: Tensor) -> Tensor:
-        """Convert a scale to its dtype on disk, never zero.
+        """Return a scale in its dtype on disk, never zero.
 
-        Powers of two are rounded up, so that no value overflows.
+        If scales are stored as powers of two (E8M0), they are rounded up, so that no value overflows.
         """
         if self.scale_dtype in FLOATS:
             return scale.clamp(min=torch.finfo(self.scale_dtype).smallest_normal).to(self.scale_dtype)

@@ -79,10 +79,11 @@ class GptqSpec(GroupedSpec):
         return problems + scales_problems(tensors, (groups, o))
 
     def _zeros(self, stored: Tensor) -> tuple[Tensor, list[str]]:
-        """Return the zeros (o, groups), and a list of what is wrong with them.
+        """Return the zeros (o, groups), and messages about what is wrong with them.
 
-        A single zero above the largest code counts as 0, as in AutoGPTQ's kernels. If most zeros are above it, or if a
-        symmetric weight's zeros are one beside the middle, the file follows another convention.
+        A zero that is stored as one more than the largest code means 0, as in AutoGPTQ's kernels. The file follows
+        another convention if most zeros are such, or if all zeros of a symmetric weight are off by one from the middle
+        code.
         """
         zeros = unpack(stored.contiguous().view(torch.uint8), self.bits, self.shape[0])
         middle, named = 1 << self.bits - 1, "gptq" if self.less_one else "gptq_v2"

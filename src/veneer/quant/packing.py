@@ -73,7 +73,7 @@ def _parts(groups_of: Callable[[slice], CodeGroups], o: int, i: int) -> Iterator
 
 
 def _groups_of(weight: BlockWeight) -> Callable[[slice], CodeGroups] | None:
-    """Return a function that gives the codes and scales of a slice of rows.
+    """Return a function that returns the `CodeGroups` of a slice of the weight's rows.
 
     Return None if the format cannot be expressed as `CodeGroups`.
     """
@@ -135,7 +135,9 @@ def _by_row(x: Tensor, w: ScaledCodes) -> Tensor:
 
 
 def _by_unit(x: Tensor, w: ScaledCodes) -> Tensor | None:
-    """Return scales or zeros, one for each group of a multiple of 16 inputs, or None if groups cannot be divided so."""
+    """Return scales or zeros for equal groups, each a multiple of 16 inputs or a whole row; None if no such groups
+    divide a row.
+    """
     if x.dtype == torch.float8_e8m0fnu:
         x = x.view(torch.uint8)
     if x.dtype == torch.float8_e4m3fn or w.overall is not None:

@@ -56,7 +56,11 @@ def _apply(
     weight: FrozenWeight,
     bias: Tensor | None,
 ) -> Tensor:
-    """Add the terms of ``parts`` to the base product, then apply the maps and the bias of ``whole``. Round once."""
+    """Return the layer's output: the base product plus the terms of each record in ``parts``, then the output map and
+    bias of ``whole``. Round once.
+
+    The tensor beside a record, if given, is the input after dropout, which the record's terms with dropout read.
+    """
     base_input = entered(whole, x)
     y = base = weight.matmul(base_input)
     for part, own_input in parts:
@@ -89,7 +93,7 @@ def entered(delta: LinearDelta, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "
 
 
 def _finished(whole: LinearDelta, y: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply the output map, then add the bias."""
+    """Return y after the output map of ``whole``, plus its bias or, if it has none, the layer's ``bias``."""
     if whole.output is not None:
         with without_autocast(y.device):
             y = whole.output.apply(y)
@@ -176,7 +180,9 @@ def row_blocks(weight: Float[Tensor, "n *rest"]) -> list[slice]:
 
 
 def _fold(delta: LinearDelta, weight: Tensor, made: Sequence[Tensor] = ()) -> Tensor:
-    """Fold a record into a weight. ``made`` are further changes as matrices."""
+    """Return the weight with a record folded into it, in at least float32. ``made`` are further changes, as matrices to
+    add.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
     folded = weight.to(wide)
     for term in delta.adds:
@@ -189,7 +195,9 @@ def _fold(delta: LinearDelta, weight: Tensor, made: Sequence[Tensor] = ()) -> Te
 
 
 def _of_rows(delta: LinearDelta, rows: slice) -> LinearDelta:
-    """Return a record's pair and scales for some rows of the weight, or for some of its experts."""
+    """Return a record's pair, input map and output scale, reduced to some rows of the weight or, for a stack, to some
+    experts.
+    """
     pair, output = delta.low_rank, delta.output
     return LinearDelta(
         adds=() if pair is None else (pair.of_rows(rows),),
@@ -225,9 +233,9 @@ def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | No
 
 
 def _mapped_bias(deltas: Sequence[LinearDelta], bias: Tensor | None) -> Tensor | None:
-    """Apply the output maps of records that have a bias to the layer's bias.
+    """Return the layer's bias after the output maps of the records that have both such a map and a bias.
 
-    None if there is no bias or no such map.
+    Return None if the layer has no bias, or no record has both.
     """
     maps = [d.output for d in deltas if d.bias is not None and d.output is not None]
     if bias is None or not maps:
@@ -238,7 +246,7 @@ def _mapped_bias(deltas: Sequence[LinearDelta], bias: Tensor | None) -> Tensor |
 
 
 def _sum_of_biases(deltas: Sequence[LinearDelta], bias: Tensor | None) -> Tensor | None:
-    """Return the layer's bias plus every record's change to it."""
+    """Return the layer's bias plus each record's change to it; None if no record has a bias."""
     if all(d.bias is None for d in deltas):
         return None
     own = torch.zeros(()) if bias is None else bias

@@ -106,10 +106,10 @@ def code_lines(signed: bool) -> Float32[Tensor, "112"]:
 
 
 def _decades(code: Tensor, zero: int, narrow: int) -> list[tuple[int, int, float]]:
-    """Return (first code, last code, slope) for the code of zero, for each decade of magnitudes, and for the code of
-    one.
+    """Return (first code, last code, slope) of each range in which the codes are equally spaced: zero, each decade of
+    magnitudes, and one.
 
-    The slope is the number of codes per unit of magnitude.
+    The slope is the number of codes per unit of magnitude, 0 for a range of a single code.
     """
     lines, first = [(zero, zero, 0.0)], zero + 1
     while first < len(code) - 1:

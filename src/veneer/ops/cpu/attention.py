@@ -61,7 +61,7 @@ def _with_features_together(*tensors: Tensor) -> list[Tensor]:
 
 
 def _place(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Return the tensor, so that its address stays valid, with its address and strides."""
+    """Return the tensor, which the caller must keep alive, and its address, token stride and head stride."""
     return x, (address(x), x.stride(0), x.stride(1))
 
 

@@ -74,7 +74,7 @@ def _rows(given: GatedInput) -> list[Tensor | None]:
 def _sizes(given: GatedInput, kernel: ConvKernel, previous: Tensor | None) -> tuple[list[int], list[Tensor | None]]:
     """Return the kernels' first arguments (sizes, dtype, activation, addresses), and the tensors at these addresses.
 
-    The caller must keep these tensors, and those of `_rows`, alive until the kernel has run.
+    The caller must keep these tensors and the tensors that `_rows` returns alive until the kernel has run.
     """
     weight, bias = kernel.values()
     previous = None if previous is None else previous.to(torch.int32).contiguous()

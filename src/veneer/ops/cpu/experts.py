@@ -70,14 +70,18 @@ def mix(
 
 
 def _segment(segment: ExpertSegment) -> Iterator[int]:
-    """Yield a segment's rows, and of both its pairs the address of the factors and the rank, 0 for none."""
+    """Yield the numbers of a segment for the kernel: its first row, the row after its last, and two numbers for each of
+    its two pairs.
+
+    These are the address of the pair's factors and its rank, or 0 and 0 for None.
+    """
     yield from (segment.start, segment.stop)
     for pairs in segment.pairs:
         yield from (0, 0) if pairs is None else (address(pairs.factors), *pairs.ranks)
 
 
 def _rows(x: Tensor | None) -> tuple[int, int]:
-    """Return the address of rows, whose last axis is contiguous, and their stride; 0 if there are none."""
+    """Return the address of x, whose last axis must be contiguous, and the stride of its rows; 0 and 0 for None."""
     return (0, 0) if x is None else (address(x), x.stride(0))
 
 

@@ -69,8 +69,9 @@ def matmul_t_4bit(
 
 
 def _has_product(x: Tensor, layout: FourBitLayout, transposed: bool) -> bool:
-    """Return True if a kernel multiplies x, by its dtype and number of rows; else torch multiplies the decoded
-    weight."""
+    """Return True if a kernel multiplies x, which depends on x's dtype and number of rows. If not, torch multiplies x
+    by the decoded weight.
+    """
     if x.dtype != torch.bfloat16:
         return False
     return bool(kernels().four_bit_has_product(len(x), layout.shape[1], layout.block_size, transposed))

@@ -66,12 +66,12 @@ def _reach_all(groups: Sequence[LowRankGroup], rows: AdapterRuns) -> bool:
 
 
 def _one_dtype(factors: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return one factor of each dtype."""
+    """Return one of the factors for each dtype that occurs among them."""
     return list({f.dtype: f for f in factors if f is not None}.values())
 
 
 def _in_rows(ys: Sequence[Tensor]) -> bool:
-    """Return True if the outputs can be written as rows of one dtype."""
+    """Return True if the kernel can write the outputs: all have the same dtype and a contiguous last axis."""
     return all(y.stride(1) == 1 and y.dtype == ys[0].dtype for y in ys)
 
 

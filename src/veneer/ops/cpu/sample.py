@@ -51,7 +51,7 @@ def draw(logits: Tensor, rules: Sequence[RowRule]) -> Draws:
 
 
 def _numbers(rule: RowRule) -> tuple[int, ...]:
-    """Return a rule's whole numbers, in the order of csrc/sample/bindings.cpp."""
+    """Return the integers and addresses of a sampling rule in the order in which csrc/sample/bindings.cpp reads them."""
     first, second = (*map(address, rule.allowed), 0, 0)[:2]
     biased, biases = rule.biased or (None, None)
     counted, counts = rule.counted or (None, None)
@@ -71,5 +71,5 @@ def _list(values: Ints | Floats | None) -> tuple[int, int]:
 
 
 def _signed(number: int) -> int:
-    """Return the last 64 bits of a number, signed, as C reads them."""
+    """Return the lowest 64 bits of an integer as a signed number, as C reads them."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -271,7 +271,9 @@ def _change(change: LayerChange) -> list[int]:
 
 
 def _terms(terms: LayerTerms | None) -> list[int]:
-    """Return the number of terms, then each term's numbers: role, kind, four sizes, addresses."""
+    """Return the number of terms, then each term's numbers: role, kind, four sizes, addresses. For None, return the
+    number 0 alone.
+    """
     if terms is None:
         return [0]
     maps = [(role, term) for role, term in enumerate((terms.input, terms.output)) if term is not None]

@@ -87,7 +87,9 @@ def entry_gradients(form: Form, weight: Tensor, gradient: Tensor) -> tuple[Tenso
 
 
 def _numbers(form: Form) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return values, second factor and indices as the kernels read them."""
+    """Return a form's values and second factor in float32, and its indices in int64; None for each that it does not
+    have.
+    """
     second = None if form.second is None else _floats(form.second)
     return _floats(form.values), second, None if form.places is None else form.places.long().contiguous()
 
@@ -97,7 +99,11 @@ def _floats(x: Tensor) -> Tensor:
 
 
 def _form_at(form: Form, held: tuple[Tensor, Tensor | None, Tensor | None]) -> list[int]:
-    """Return the numbers that ``form_at`` in csrc/terms/bindings.cpp reads."""
+    """Return the integers that ``form_at`` in csrc/terms/bindings.cpp reads: kind, four sizes, the addresses of the
+    tensors ``held`` and the number of indices.
+
+    ``held`` is the result of `_numbers`.
+    """
     sizes = (*form.sizes, 0, 0)[:4]
     n_places = 0 if held[2] is None else len(held[2])
     return [TERM_KINDS.index(form.kind), *sizes, *(0 if t is None else address(t) for t in held), n_places]

@@ -133,9 +133,10 @@ def _map(z: Tensor, term: Around | None, bias: Tensor | None, out: Tensor, layer
 def _map_backward(
     dy: Tensor, z: Tensor | None, term: Around, dz: Tensor, layer: LinearLayer, *, with_bias: bool = False
 ) -> tuple[Gradients, Tensor | None]:
-    """Return the gradients of `_map` in the term's tensors (None without z) and in the bias.
+    """Return the gradients of `_map` with respect to the term's tensors (None without z), and to the bias (None unless
+    ``with_bias``).
 
-    The gradient in z is written to ``dz``.
+    The gradient with respect to z is written to ``dz``.
     """
     if not isinstance(term, Rotation):
         dscale, dbias = scale_columns_backward(dy, z, term.vector, dz, with_bias=with_bias)

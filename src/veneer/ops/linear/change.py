@@ -102,7 +102,7 @@ def _spans(layer: LinearLayer, n_rows: int) -> Iterator[tuple[int, slice, int]]:
 
 
 def _mask_of(change: Change, layer: LinearLayer, k: int) -> Mask | None:
-    """Return the dropout mask of record k; None if the change takes no dropout."""
+    """Return the dropout mask of record k; None if this kind of change does not apply dropout to its input."""
     return layer.mask_of(k) if change.takes_dropout else None
 
 
@@ -112,21 +112,25 @@ def _dropped(x: Tensor, mask: Mask | None, rows: slice) -> Tensor:
 
 
 def _kept(change: Change, mask: Mask | None) -> Change:
-    """Multiply the change by the scale of kept inputs: scaling x in 16 bits would round it."""
+    """Return the change, multiplied by the mask's scale of kept inputs. The change is scaled and not x, because x in 16
+    bits would be rounded.
+    """
     return change if mask is None else Weighed(of=change, weight=mask.scale)
 
 
 def _only_change(layer: LinearLayer) -> Change | None:
-    """Return the change of all rows; None if there are none or several."""
+    """Return the layer's change of the weight if there is exactly one and it acts on all rows; None otherwise."""
     changes = layer.record.changes if layer.runs is None else ()
     return changes[0] if len(changes) == 1 else None
 
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """Matrix of a change, computed from ``leaves``.
+    """Dense matrix of a change, computed from ``leaves``: the change's tensors as leaves of an autograd graph of its
+    own.
 
-    It keeps its autograd graph, or the ``form`` for kernels that compute the gradients.
+    If ``form`` is None, autograd computes the gradients from the matrix's graph. Otherwise kernels compute them from
+    the form.
     """
 
     leaves: list[Tensor]
@@ -140,7 +144,9 @@ class _Made:
             return cls(leaves, *_matrix(change.with_tensors(leaves), dtype))
 
     def gradients(self, dz: Tensor, x: Tensor) -> Gradients:
-        """Return the gradients of the product with x. The gradient in the matrix is ``dzᵀ x``."""
+        """Return the gradients of the product ``M x`` with respect to ``leaves``, given its gradient dz. The gradient
+        of M is ``dzᵀ x``.
+        """
         if not any(leaf.requires_grad for leaf in self.leaves):
             return (None,) * len(self.leaves)
         gradient = matmul(dz.T, x, x.dtype)
@@ -150,7 +156,9 @@ class _Made:
 
 
 def _matrix(change: Change, dtype: torch.dtype) -> tuple[Tensor, Form | None]:
-    """Compute a change's matrix: from its form by a kernel, or in torch. The form is returned too."""
+    """Return the matrix of a change in ``dtype``, and the form from which a kernel computed it; None if torch computed
+    it.
+    """
     form = change.form()
     if form is not None and has_entries(form, dtype):
         return entries(form, dtype), form
@@ -158,8 +166,8 @@ def _matrix(change: Change, dtype: torch.dtype) -> tuple[Tensor, Form | None]:
 
 
 def _made_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
-    """Return the gradients in a change's tensors, computed through its matrix. Add the gradient in x to ``dx`` if that
-    is given.
+    """Return the gradients with respect to a change's tensors, computed through its dense matrix. If ``dx`` is given,
+    add the gradient with respect to x to it.
     """
     made = _Made.of(change, x.dtype)
     if dx is not None:
@@ -168,7 +176,9 @@ def _made_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> 
 
 
 def _form_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
-    """Return the gradients in a change's tensors by the kernels of its form; add the gradient in x to ``dx``."""
+    """Return the gradients with respect to a change's tensors, computed by the kernels of its form. If ``dx`` is given,
+    add the gradient with respect to x to it.
+    """
     leaves, form = with_leaves(change)
     if dx is not None:
         map_rows(form, dz, dx, add=True, transposed=True)
@@ -176,7 +186,11 @@ def _form_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> 
 
 
 def _mixture_backward(change: LowRankMixture, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
-    """Return the gradients in a mixture's tensors; add that in x to ``dx``. Only values behind A are recomputed."""
+    """Return the gradients with respect to a mixture's tensors. If ``dx`` is given, add the gradient with respect to x
+    to it.
+
+    ``A x`` is computed again without autograd, which runs only over the operations after this product.
+    """
     a, leaves = change.a.detach().to(x.dtype), leaves_of(change)
     inner = matmul(x, a.T, x.dtype).requires_grad_()
     with torch.enable_grad():
@@ -193,7 +207,9 @@ def _mixture_backward(change: LowRankMixture, dz: Tensor, x: Tensor, dx: Tensor 
 
 
 def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None, layer: LinearLayer) -> Gradients:
-    """Return the gradients in a change's tensors by differentiating its product; add the gradient in x to ``dx``."""
+    """Return the gradients with respect to a change's tensors, by autograd through its product with x. If ``dx`` is
+    given, add the gradient with respect to x to it.
+    """
     leaves, x = leaves_of(change), x.detach().requires_grad_(dx is not None)
     with torch.enable_grad():
         y = _rounded(change.with_tensors(leaves), x, layer).apply(x)
@@ -204,7 +220,9 @@ def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None, 
 
 
 def _is_made(change: Change, x: Tensor, layer: LinearLayer) -> bool:
-    """Return True if the change must be a dense matrix for rows like x: no kernel applies it in factored form."""
+    """Return True if a product with rows like x uses the change's dense matrix: there are enough rows, and no kernel
+    applies the change in factored form.
+    """
     dtype = torch.float32 if x.device.type != "cuda" and float32_is_faster() else x.dtype  # of the matrix product
     by_matrix = layer.is_batch(len(x)) and change.is_made_for(len(x), dtype)
     return by_matrix and form_of(change, x, layer) is None

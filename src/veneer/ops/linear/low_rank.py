@@ -109,8 +109,8 @@ def factor_gradients(
 def _b_gradient(
     u: Float[Tensor, "n r"], read: Float[Tensor, "n o"], dtype: torch.dtype, scale: float
 ) -> Float[Tensor, "o r"]:
-    """Return the gradient in B: on a GPU times the pair's scale, and in B's own strides, so that autograd makes no
-    copy.
+    """Return the gradient (o, r) with respect to B. On a GPU it includes the pair's ``scale`` and has B's strides, so
+    that autograd makes no copy.
     """
     return matmul(read.T, u, dtype, scale=scale) if read.is_cuda else matmul(u.T, read, dtype).T
 
@@ -140,7 +140,9 @@ def _trains_b(pair: Pair) -> bool:
 
 
 def _parted(gradient: Float[Tensor, "o r"], pair: Pair) -> FactorGradients:
-    """Split the gradient in ``diag(b_scale) B diag(core)`` into those in core, b and b_scale."""
+    """Return the gradients with respect to core, b and b_scale, given the gradient of ``diag(b_scale) B diag(core)``.
+    Factors that are not trained are left out.
+    """
     if pair.is_plain:
         return {"b": gradient}
     found: FactorGradients = {}
@@ -167,8 +169,10 @@ def _group(layer: LinearLayer) -> LowRankGroup:
 
 
 def _rounded(layers: Sequence[LinearLayer], dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[float]]:
-    """Return the A of all layers below one another, each layer's B, and the factor by which each layer's product must
-    still be multiplied.
+    """Return three things in ``dtype``: the A of all layers, stacked; each layer's B; and each layer's factor for its
+    product.
+
+    The factor is the pair's scale on a GPU. On a CPU it is 1, because the scale is already in B.
     """
     factors, scales = [_pair_of(layer).a for layer in layers], [_scale_of(layer, 0) for layer in layers]
     joined = factors[0].new_empty(sum(map(len, factors)), factors[0].shape[1], dtype=dtype)
@@ -186,6 +190,8 @@ def _spans(layers: Sequence[LinearLayer]) -> list[slice]:
 
 
 def _scale_of(layer: LinearLayer, k: int) -> float:
-    """Return the scale of a record's pair, times the scale of the inputs that its dropout mask keeps."""
+    """Return the scale of record k's pair, times the scale of the inputs that its dropout mask keeps; a missing pair or
+    mask counts as 1.
+    """
     mask, pair = layer.mask_of(k), layer.records[k].low_rank
     return (1.0 if pair is None else pair.scale) * (1.0 if mask is None else mask.scale)

@@ -215,7 +215,9 @@ def backward_before_input(
 
 @dataclass(slots=True)
 class _OfRecord:
-    """Gradients in the tensors of one record, by term."""
+    """Gradients with respect to the tensors of one record: its pair, its changes of the weight, its maps of input and
+    output, its bias.
+    """
 
     record: LinearDelta
     pair: FactorGradients = field(default_factory=dict)
@@ -225,7 +227,7 @@ class _OfRecord:
     bias: Tensor | None = None
 
     def listed(self) -> Iterator[Tensor | None]:
-        """Yield the gradients in the order of the record's tensors; None where there is none."""
+        """Yield the gradients in the order of the record's tensors; None for a tensor without a gradient."""
         pair, record = self.record.low_rank, self.record
         if pair is not None:
             yield from (self.pair.get(name) for name in field_names(Pair) if isinstance(getattr(pair, name), Tensor))
@@ -252,7 +254,9 @@ class _Found:
                 setattr(values, term, gradient)
 
     def finish(self, place: int, dy: Tensor, z: Tensor | None, overwrite: bool) -> Tensor:
-        """Return the gradient in a layer's product. Add the gradients in its output maps and biases."""
+        """Return the gradient with respect to a layer's product, and keep the gradients of its records' output maps and
+        biases.
+        """
         dz, maps, biases = finished_backward(dy, z, self.layers[place], overwrite=overwrite)
         self.add(place, output=maps, bias=biases)
         return dz
@@ -263,7 +267,9 @@ class _Found:
             self.add(place, pair=gradients)
 
     def listed(self) -> tuple[Tensor | None, ...]:
-        """Return the gradients in the order in which `tensors_of` lists the tensors; None where there is none."""
+        """Return the gradients in the order in which `tensors_of` lists the tensors; None for a tensor without a
+        gradient.
+        """
         return tuple(gradient for layer in self.values for values in layer for gradient in values.listed())
 
 
@@ -285,7 +291,10 @@ class _Linears(torch.autograd.Function):
 
 
 def _together(layers: Sequence[LinearLayer]) -> list[list[int]]:
-    """Group the layers whose low-rank parts are computed in one call. A layer whose pairs read a mapped x is alone."""
+    """Return the layers' indices in groups, each of which has its low-rank parts computed in one call.
+
+    A layer whose pairs read a scaled or rotated input is a group of its own.
+    """
     adapted = [i for i, layer in enumerate(layers) if layer.is_lowrank]
     sharing = [i for i in adapted if not layers[i].adds_to_mapped]
     groups = [[i for i in sharing if layers[i].goes_by_rows == by_rows] for by_rows in (False, True)]
@@ -293,7 +302,9 @@ def _together(layers: Sequence[LinearLayer]) -> list[list[int]]:
 
 
 def _summed(total: Tensor | None, part: Tensor) -> Tensor:
-    """Add ``part`` to ``total``, a gradient that nothing else may read; return ``part`` if there is no total."""
+    """Add ``part`` to ``total`` in place, and return it; return ``part`` if there is no total. No other code may read
+    ``total`` later.
+    """
     return part if total is None else total.add_(part)
 
 

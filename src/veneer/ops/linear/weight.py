@@ -36,9 +36,11 @@ def add_transposed(
 
 
 def _decoded(weight: Weight, rows: Float[Tensor, "n _"]) -> Weight:
-    """Return the weight for a product with rows: on a GPU a stored one is decoded whole for more than a few of them.
+    """Return the weight for a product with rows. On a GPU, a stored weight is decoded whole if there are more than
+    `FEW_ROWS` rows.
 
-    One whose products have a dtype of their own multiplies them itself.
+    It stays as it is if it sets a ``compute_dtype`` other than the rows' dtype, because its own product then converts
+    the rows.
     """
     if isinstance(weight, Tensor) or not rows.is_cuda or len(rows) <= FEW_ROWS:
         return weight

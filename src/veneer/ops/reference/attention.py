@@ -47,7 +47,9 @@ def attention_backward(
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor | float]:
-    """Return the masked scores (heads, t, t), and the slope of the cap at them."""
+    """Return the scores (heads, t, t) after the soft cap and the mask, and the cap's derivative at each score (1.0
+    without a cap).
+    """
     scores = q @ k.mT * scale
     slope: Tensor | float = 1.0
     if softcap:

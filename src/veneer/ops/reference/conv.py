@@ -56,10 +56,9 @@ def conv_backward(
 
 
 def _given_back(own: Tensor | None, new: Tensor | None, owns: bool) -> Tensor | None:
-    """Return ``new`` in the dtype of ``own``, the tensor that it updates. If ``owns``, write it into ``own`` and return
-    that.
+    """Return the result ``new`` in the dtype of ``own``, the argument whose memory it may overwrite.
 
-    Return None if either is None.
+    If ``owns``, copy it into ``own`` and return ``own``. Return None if either tensor is None.
     """
     if own is None or new is None:
         return None
@@ -67,7 +66,11 @@ def _given_back(own: Tensor | None, new: Tensor | None, owns: bool) -> Tensor | 
 
 
 def _seen(kernel: ConvKernel, previous: Tensor, device: torch.device) -> list[Tensor]:
-    """Return the rows that each row sees, itself first; -1 in front of its sequence."""
+    """Return, for each column of the kernel, the row that every row reads: first itself, then the row before it in its
+    sequence, and so on.
+
+    The number is -1 if it would lie before the sequence's first row.
+    """
     previous = torch.cat([previous.long(), previous.new_full((1,), -1).long()]).to(device)  # that of -1 is -1
     seen = [torch.arange(len(previous) - 1, device=device)]
     for _ in range(kernel.weight.shape[1] - 1):
@@ -76,7 +79,9 @@ def _seen(kernel: ConvKernel, previous: Tensor, device: torch.device) -> list[Te
 
 
 def _sums(given: GatedInput, kernel: ConvKernel, seen: list[Tensor]) -> Tensor:
-    """Return the bias and the products of each row with the rows that it sees, the farthest first."""
+    """Return the sums of the convolution in at least float32: the bias, plus the products of each row's inputs with the
+    weights, the farthest row first.
+    """
     x, z = given.x, _input(given)
     wide = torch.promote_types(z.dtype, torch.float32)
     z = z.to(wide)
@@ -88,7 +93,9 @@ def _sums(given: GatedInput, kernel: ConvKernel, seen: list[Tensor]) -> Tensor:
 
 
 def _input(given: GatedInput) -> Tensor:
-    """Return what the convolution reads, rounded as it is kept."""
+    """Return the input of the convolution in x's dtype: x, or ``before * x`` (rounded once) if there is a gate
+    ``before``.
+    """
     wide = torch.promote_types(given.x.dtype, torch.float32)
     return given.x if given.before is None else (given.x.to(wide) * given.before.to(wide)).to(given.x.dtype)
 

@@ -55,7 +55,11 @@ def mix(
 
 
 def _add_pairs(y: Tensor, x: Tensor, row: Tensor, number: int, layer: int, segments: Sequence[ExpertSegment]) -> None:
-    """Add the pairs of one expert at one layer to its outputs ``y``, whose rows are those in ``row``, ascending."""
+    """Add the products of the adapters' low-rank pairs for one expert at one layer (0: gate and up, 1: down) to the
+    expert's outputs ``y``.
+
+    Row i of x and y is row ``row[i]`` of the batch; ``row`` is ascending.
+    """
     for segment in segments:
         pairs, (start, stop) = segment.pairs[layer], torch.searchsorted(row, torch.tensor(segment[1:])).tolist()
         if pairs is not None and start < stop:

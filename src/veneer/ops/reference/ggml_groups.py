@@ -24,7 +24,9 @@ def _q4_1(packed: Packed) -> CodeGroups:
 
 
 def _fifth(packed: Packed, head: int) -> Tensor:
-    """Decode levels of five bits."""
+    """Decode levels of five bits. Four bytes after the first ``head`` ones hold the fifth bits; the bytes behind hold
+    the lower four.
+    """
     fifth = unpack_bits(packed[:, head : head + 4], 1, 1)
     return unpack_bits(packed[:, head + 4 :], 16, 4) | fifth << 4
 

@@ -87,7 +87,11 @@ def q6_k(x: Blocks, qw: Blocks | None) -> Packed:
 
 
 def _q4_or_q5(x: Blocks, qw: Blocks | None, grid: Grid) -> tuple[Packed, Int32[Tensor, "blocks 256"]]:
-    """Return the bytes in front of the levels (two halves and twelve bytes of scales), and the levels."""
+    """Return the first bytes of Q4_K or Q5_K blocks, and the levels.
+
+    The bytes are two float16 scales (for scales and minima), then twelve bytes with the scales and minima of the
+    groups.
+    """
     groups = x.view(len(x), 8, 32)
     if qw is None:
         mean = ordered_sum((groups * groups).view(-1, 32)).view(len(x), 8, 1) / 32
@@ -144,7 +148,10 @@ def _by_signed_largest(scales: PerGroup, n_max: int) -> tuple[PerBlock, Int32[Te
 def _affine_anew(
     groups: Grouped, levels: Tensor, scale: tuple[Tensor, Tensor], minimum: tuple[Tensor, Tensor], n_max: int
 ) -> Int32[Tensor, "blocks 256"]:
-    """Quantize again by the scales that the block stores. If such a scale is 0, keep the levels of the search."""
+    """Return the levels of the values, quantized again with the scales and minima as the block stores them.
+
+    A group whose stored scale is 0 keeps its ``levels`` from the search.
+    """
     step, low = (rounded_half(d)[:, None] * kept for d, kept in (scale, minimum))
     new = nint((groups + low[:, :, None]) / step[:, :, None]).clamp(0, n_max)
     return torch.where((step != 0)[:, :, None], new, levels).view(len(groups), -1)

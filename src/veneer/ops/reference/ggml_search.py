@@ -155,9 +155,10 @@ def positive(x: Values, w: Values, n_max: int) -> tuple[PerGroup, Levels]:
 
 
 def _descend(x: Values, w: Values, levels: Levels, bounds: tuple[int | None, int]) -> tuple[PerGroup, Levels]:
-    """Move levels one at a time, in up to five passes. Return the least-squares scale and the levels.
+    """Improve the levels by coordinate descent, one level at a time, in up to five passes.
 
-    Without a lower bound, levels are bytes.
+    Return the least-squares scale of each group, and its levels. If the lower of ``bounds`` is None, each level is
+    reduced to a byte.
     """
     wx = w * x
     sum_lx, sum_l2 = _sums(wx, w, levels)

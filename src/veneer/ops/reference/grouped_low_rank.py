@@ -39,7 +39,9 @@ def backward(
 
 
 def _dropped(part: Tensor, own: slice, mask: Mask | None) -> Tensor:
-    """Return the rows ``own`` of a batch, with zeros where the mask (which covers all rows) drops values."""
+    """Return ``part``, the rows ``own`` of a batch, with zeros where the batch's mask drops values; unchanged without a
+    mask.
+    """
     return part if mask is None else mask.drop(part, own, backend="reference")
 
 

@@ -81,7 +81,11 @@ def _stored(units: Tensor, bits: int) -> Tensor:
 
 
 def _nibbles_in_words(units: Tensor) -> Tensor:
-    """Pack the even and the odd codes of each sixteen, the first in the lowest bits, into one number of eight bytes."""
+    """Pack every 16 four-bit codes into a word of eight bytes: the even codes into the first four bytes, the odd codes
+    into the last four.
+
+    Of two codes in one byte, the earlier is in the lower bits.
+    """
     o, n, _ = units.shape
     quads = units.reshape(o, n, -1, 4, 4)
     words = torch.stack([quads[..., 0] | quads[..., 2] << 4, quads[..., 1] | quads[..., 3] << 4], dim=3)
@@ -94,7 +98,10 @@ def _bytes_in_pairs(units: Tensor) -> Tensor:
 
 
 def _planes(units: Tensor, bits: int) -> Tensor:
-    """Pack the lower two bits of sixteen codes into a word of each output, then the third bits of all outputs."""
+    """Pack codes of 2 or 3 bits, 16 at a time. A 32-bit word for each output holds the lower two bits of its 16 codes.
+
+    For codes of 3 bits, further words hold the third bits of all outputs.
+    """
     o, n, width = units.shape
     pairs = units.to(torch.int64).view(o, n, width // UNIT, 8, 2)  # (.., inputs 2 m and 2 m + 1)
     low = ((pairs & 3) << _places(2, 16)).sum(dim=(3, 4)).permute(1, 2, 0)  # (n, groups, o)
@@ -107,12 +114,14 @@ def _planes(units: Tensor, bits: int) -> Tensor:
 
 
 def _places(apart: int, odd: int) -> Tensor:
-    """Return the bits at which the codes of inputs 2 m and 2 m + 1 begin in a word, (8, 2)."""
+    """Return the first bits in a word, (8, 2), of the codes of inputs 2 m and 2 m + 1: ``apart * m`` and
+    ``apart * m + odd``.
+    """
     return apart * torch.arange(8)[:, None] + odd * torch.arange(2)
 
 
 def _words(x: Tensor) -> Tensor:
-    """Return whole numbers below 2 ** 32 as words with the same bits."""
+    """Return integers below 2 ** 32 as int32 with the same bits."""
     return torch.where(x < 1 << 31, x, x - (1 << 32)).to(torch.int32)
 
 

@@ -25,10 +25,11 @@ def scan(given: ScanInput, cu_seqlens: Tensor, delta: bool) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Chunks:
-    """Chunks of c tokens of all sequences: all first ones, then all second ones; long sequences come first.
+    """Chunks of c tokens: the first chunk of every sequence, then all second chunks, and so on, longer sequences first.
 
-    ``rows`` (chunks, c) are those of the tokens, n where a chunk has no more. ``places`` (n,) are the tokens' places in
-    the flattened chunks. ``counts`` are the numbers of first chunks, of second ones, and so on.
+    ``rows`` (chunks, c) are the row numbers of a chunk's tokens; a chunk with fewer tokens ends with n, the number of
+    all tokens. ``places`` (n,) are the tokens' indices in the flattened chunks. ``counts`` are the numbers of first
+    chunks, of second chunks, and so on.
     """
 
     rows: Tensor
@@ -55,11 +56,11 @@ class _Chunks:
         return padded[self.rows].transpose(1, 2)
 
     def joined(self, x: Tensor) -> Tensor:
-        """Return the inverse of `split`."""
+        """Return values (chunks, h, c, …) as (n, h, …) in the order of the tokens: the inverse of `split`."""
         return x.transpose(1, 2).flatten(0, 1)[self.places]
 
     def steps(self) -> Iterator[slice]:
-        """Yield the first chunks, the second ones, and so on."""
+        """Yield the slice of all sequences' first chunks, then the slice of all second chunks, and so on."""
         start = 0
         for count in self.counts:
             yield slice(start, start + count)
@@ -101,5 +102,7 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, Tensor], chun
 
 
 def _shared(x: Tensor, group: int) -> Tensor:
-    """Return heads (chunks, h_k, …) repeated for the consecutive ones that share them."""
+    """Return each head of x (chunks, h_k, …) repeated ``group`` times, one copy for each of the consecutive heads that
+    share it.
+    """
     return x if group == 1 else x.repeat_interleave(group, dim=1)

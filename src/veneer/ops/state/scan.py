@@ -68,7 +68,11 @@ def scan(
 
 
 def _unfolded(cu_seqlens: Tensor, forks: Sequence[Fork]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the rows of sequences that have their stems in front, their bounds, and the place of each row's own."""
+    """Return index tensors for sequences that have their stems' rows in front.
+
+    These are the row number of each token of the longer sequences, the bounds of these sequences, and the place in them
+    of each original row.
+    """
     rows, bounds, own = list[int](), [0], list[int]()
     for start, end in pairwise(cu_seqlens.tolist()):
         stems = [fork.stem for fork in forks if fork.branches.start <= start < fork.branches.stop]

@@ -160,7 +160,7 @@ def scored(product, ahead, scale, window, softcap, WINDOW: tl.constexpr, SOFTCAP
 
 @triton.jit
 def _first_key(first, window, KEYS: tl.constexpr, WINDOW: tl.constexpr):
-    """Return the first key of the first tile that the first query sees."""
+    """Return the start of the first tile of keys that the query ``first`` may see; 0 without a window."""
     low = 0
     if WINDOW:
         low = tl.maximum(first - window + 1, 0) // KEYS * KEYS

@@ -100,9 +100,10 @@ def matmul_t_4bit(
 
 
 def _is_few(x: Tensor, layout: FourBitLayout) -> bool:
-    """Return True if x has few enough rows for the kernel that reads codes.
+    """Return True if the kernel that reads codes multiplies x: x has 1 to `_FEW_ROWS` rows, and each row of the weight
+    begins with a whole byte.
 
-    Each row of the weight must begin with a whole byte.
+    It is False on GPUs for which Triton's products are refused (`slow_products`).
     """
     return 0 < len(x) <= _FEW_ROWS and layout.shape[1] % 2 == 0 and not slow_products()
 
@@ -186,7 +187,9 @@ def _dequantize_nested_kernel(
     BYTES: tl.constexpr,
     NESTED: tl.constexpr,
 ):
-    """As `_dequantize_kernel`, of absmax in codes of their own."""
+    """Dequantize as `_dequantize_kernel` does, from an absmax that is itself quantized to 8-bit ``codes`` (double
+    quantization).
+    """
     start = tl.program_id(0).to(tl.int64) * BYTES
     byte = start + tl.arange(0, BYTES)
     inside = 2 * byte < n

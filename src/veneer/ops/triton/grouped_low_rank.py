@@ -107,7 +107,7 @@ def _alone_backward(
 
 
 def _of_alone(groups: Sequence[LowRankGroup], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the only adapter's a and b on each layer."""
+    """Return the factors a and b of the only adapter on each layer, in ``dtype``."""
     factors = [cast(Tensor, side[0]) for side in (*(group.a for group in groups), *(group.b for group in groups))]
     found = converted(factors, [dtype] * len(factors))
     return found[: len(groups)], found[len(groups) :]
@@ -120,12 +120,16 @@ def _read_alone(x: Tensor, group: LowRankGroup) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _owner(rows: AdapterRuns, device: torch.device) -> Tensor:
-    """Return the adapter of each row, sent once for all layers of a step."""
+    """Return the index of each row's adapter, -1 for none. The tensor is copied to the GPU once for all layers of a
+    step.
+    """
     return rows.row_to_adapter(device)
 
 
 def _dropped(x: Tensor, group: LowRankGroup, rows: AdapterRuns) -> Tensor:
-    """Return the part of x that a layer's a reads, after dropout."""
+    """Return x with the dropout of each run's adapter on this layer, as the factor a reads it; x itself if the layer
+    has no masks.
+    """
     if not group.masks:
         return x
     own = x.clone()
@@ -137,8 +141,10 @@ def _dropped(x: Tensor, group: LowRankGroup, rows: AdapterRuns) -> Tensor:
 
 
 def _add_dropped(dx: Tensor, part: Tensor, group: LowRankGroup, rows: AdapterRuns) -> None:
-    """Add the gradient of the dropped-out input of a layer's a to ``dx``, the gradient in x. Do nothing if both are one
-    tensor.
+    """Add ``part``, the gradient of the result of `_dropped`, to ``dx`` where the masks keep values. Do nothing if both
+    are one tensor.
+
+    ``dx`` is the gradient with respect to x.
     """
     if part is dx:
         return
@@ -157,7 +163,7 @@ def _serves(x: Tensor, groups: Sequence[LowRankGroup]) -> bool:
 
 
 def _is_empty(group: LowRankGroup) -> bool:
-    """Return True if no adapter has a pair on a layer."""
+    """Return True if no adapter has a low-rank pair on the group's layer."""
     return all(a is None for a in group.a)
 
 

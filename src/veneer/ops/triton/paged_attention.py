@@ -72,7 +72,9 @@ def attend(
 
 
 def _place(store: PagedStore, layer: int) -> tuple[int, int, int]:
-    """Return offsets in values: of a page, of a layer within it, and of a head's keys."""
+    """Return three numbers of values: the size of a page, the layer's offset within a page, and the size of one head's
+    keys in it.
+    """
     values = store.block * padded(store.head_dim)
     return store.data.stride(0), layer * store.kv_heads * 2 * values, values
 
@@ -105,7 +107,10 @@ def _tile(q: Tensor, group: int, rows: PagedRows) -> tuple[int, int, int]:
 
 @triton.jit
 def _last_not_above(bounds, n, value, HEIGHT: tl.constexpr):
-    """Find the last sequence whose first tile is not above ``value``. Bound s begins tile ``bound // HEIGHT + s``."""
+    """Return the last sequence whose first tile has a number of at most ``value``.
+
+    The tiles of sequence s begin at number ``bounds[s] // HEIGHT + s``.
+    """
     low, high = value * 0, value * 0 + n
     while high - low > 1:
         middle = (low + high) // 2
@@ -197,7 +202,9 @@ def _put_value(own, slot, features, x, is_last, PADDED: tl.constexpr, PAIR: tl.c
 
 @triton.jit
 def _put_turned(own, slot, key, first, second, c, s, inside, BLOCK: tl.constexpr, PAIR: tl.constexpr):
-    """Write the features of a key that turn."""
+    """Rotate the feature pairs (``first``, ``second``) of a key by the cosines c and sines s, and write them into the
+    key's page.
+    """
     x1 = tl.load(key + first, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(key + second, mask=inside, other=0.0).to(tl.float32)
     dtype = own.dtype.element_ty

@@ -66,8 +66,8 @@ def add(x: Tensor, segments: Segments, ys: Sequence[Tensor]) -> None:
 
 
 def _joined(ys: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Group the layers whose outputs are neighbouring columns of one tensor; return each group's first layer and its
-    end.
+    """Group the layers whose outputs are neighbouring columns of one tensor. Return the first layer of each group, and
+    the layer after its last.
     """
     starts = [0]
     for layer, (y, z) in enumerate(itertools.pairwise(ys), start=1):
@@ -198,10 +198,10 @@ def _behind(y, segment, places, inside):
 
 @triton.jit
 def _layer_of(tile, OUTS: tl.constexpr, FIRST: tl.constexpr, END: tl.constexpr, WIDTH: tl.constexpr):
-    """Find the layer of a tile among the layers FIRST to END. Return, in order:
+    """Find the layer of a tile among the layers FIRST to END (exclusive). Return five numbers.
 
-    the layer, the tile's number in it, the layer's number of outputs, the number of outputs of the layers from FIRST up
-    to it, and that of all layers before it.
+    They are the layer; the tile's number within it; the layer's number of outputs; the number of outputs of the layers
+    from FIRST up to it; and that of all layers before it.
     """
     layer, o, in_front, behind = FIRST + tile * 0, OUTS[FIRST] + tile * 0, tile * 0, tile * 0
     own = tile

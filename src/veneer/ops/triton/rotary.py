@@ -31,7 +31,7 @@ def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: boo
 
 
 def _run(x: Tensor, out: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, **forms: Any) -> None:
-    """Rotate x into ``out``, and keys in place if there are any."""
+    """Write the rotated x into ``out``. If ``k`` is given, rotate it in place too."""
     batch, n_heads, t, d = x.shape
     half, heads = cos.shape[2], block(n_heads, most=MOST_HEADS)
     rest = 0 if out is x or d == 2 * half else block(d - 2 * half)

@@ -90,8 +90,10 @@ class _Numbers:
             raise IndexError(f"ids {least} to {most} are not all among the {self.vocabulary} of the logits")
 
     def list_of(self, kind: int, ids: Ints | None, values: array[int] | array[float] | None = None) -> tuple[int, ...]:
-        """Append a list of ids with their values. Return the offsets of both and the length of the list; 0 if there is
-        none.
+        """Append a list of ids, and their values if given. Return the offset of the ids, the offset of the values, and
+        the number of ids.
+
+        A missing list or missing values count as 0. Raises IndexError if an id lies beyond the vocabulary.
         """
         if not ids:
             return 0, 0, 0
@@ -131,12 +133,14 @@ def _numbers(rule: RowRule, numbers: _Numbers) -> np.ndarray:
 
 
 def _signed(number: int) -> int:
-    """Return the last 64 bits of a number, signed."""
+    """Return the lowest 64 bits of an integer as a signed number."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _draws(found: Tensor, rows: Tensor, rules: Sequence[RowRule]) -> Draws:
-    """Read the results back, with the likeliest ids and logits of the rows that ask for them."""
+    """Copy the kernels' results to the host, with the likeliest ids and log-probabilities of the rows whose rules
+    request them.
+    """
     n, d = rows.shape
     parts, counts = [found], [min(rule.n_likeliest or 0, d) for rule in rules]
     for row, count in zip(rows, counts, strict=True):
@@ -168,7 +172,9 @@ def _real(numbers, at: tl.constexpr):
 
 @triton.jit
 def _key(x):
-    """Map floats to whole numbers in the same order. Both zeros become one."""
+    """Return an integer for each float, so that the integers have the floats' order. -0.0 and 0.0 have the same
+    integer.
+    """
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -198,7 +204,9 @@ def _share(x, top, inverse):
 
 @triton.jit
 def _from(row, d, top, inverse, least, key, BLOCK: tl.constexpr):
-    """Count the logits at or above a key, and sum their shares. Those with shares below ``least`` are left out."""
+    """Return the number of logits whose `_key` is at least ``key``, and the sum of their shares. Logits with a share
+    below ``least`` are left out.
+    """
     count, mass = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
     for first in range(0, d, BLOCK):
         ids = first + tl.arange(0, BLOCK)
@@ -241,8 +249,8 @@ def _kth(row, d, top, inverse, least, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def _nucleus(row, d, top, inverse, least, key, limit, BLOCK: tl.constexpr):
-    """Find the lowest key above which the mass is below a limit, and how many logits at the key are needed to
-    reach it.
+    """Return the lowest key above which the sum of shares is below ``limit``, and the number of logits with this key
+    that are needed to reach ``limit``.
     """
     low, high = key - 1, _key(top).to(tl.int64)
     while high - low > 1:
@@ -260,9 +268,9 @@ def _nucleus(row, d, top, inverse, least, key, limit, BLOCK: tl.constexpr):
 
 @triton.jit
 def _first_beyond(row, d, top, inverse, least, key, n_equal, share, bits, BLOCK: tl.constexpr):
-    """Find the first id at which the running sum of shares exceeds the random part of the total.
+    """Return the first id at which the running sum of shares exceeds a random part of their total.
 
-    Ids above a key are summed, and ``n_equal`` of those at the key.
+    The sum covers the ids whose logit is above ``key``, and the first ``n_equal`` ids whose logit is at ``key``.
     """
     count, mass = _from(row, d, top, inverse, least, key, BLOCK)
     fewer, above = _from(row, d, top, inverse, least, key + 1, BLOCK)
@@ -343,7 +351,11 @@ def _copy_kernel(logits, stride, table, lists, work, d, BLOCK: tl.constexpr):
 
 @triton.jit
 def _change_kernel(table, lists, work, d, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Change logits by a rule's lists of one kind. Each id is in a list once."""
+    """Change the logits of the ids in one list of each row's rule. ``KIND`` says whether they are banned, biased or
+    penalized.
+
+    An id must be in a list only once.
+    """
     row = tl.program_id(0).to(tl.int64)
     numbers = table + row * _N_NUMBERS
     own = numbers + _LISTS + KIND * _LIST
@@ -381,9 +393,10 @@ def _draw_kernel(table, work, found, d, BLOCK: tl.constexpr):
 
 @triton.jit
 def _score_kernel(logits, stride, table, found, n, d, BLOCK: tl.constexpr):
-    """Store rank, sum of shares, own and largest logit of each row that asks for them.
+    """Store the scores of each row whose rule requests them: the token's rank, the sum of all shares, the token's
+    logit, and the largest logit.
 
-    Mark a row that is not finite.
+    If a logit is NaN or the largest is infinite, store `_NOT_FINITE` as the row's token.
     """
     row = tl.program_id(0).to(tl.int64)
     own = logits + row * stride
