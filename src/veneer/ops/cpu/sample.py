@@ -51,7 +51,7 @@ def draw(logits: Tensor, rules: Sequence[RowRule]) -> Draws:
 
 
 def _numbers(rule: RowRule) -> tuple[int, ...]:
-    """Return the integers and addresses of a sampling rule in the order in which csrc/sample/bindings.cpp reads them."""
+    """Return the integers and addresses of a sampling rule, ordered as csrc/sample/bindings.cpp reads them."""
     first, second = (*map(address, rule.allowed), 0, 0)[:2]
     biased, biases = rule.biased or (None, None)
     counted, counts = rule.counted or (None, None)
