@@ -29,8 +29,8 @@ class Allocation:
     ) -> nn.ParameterDict:
         """Return a method's new parameters for one adapted module (``site``) on a device.
 
-        ``dtype`` is the base's. The parameters have it too, unless ``widen`` makes 16-bit ones float32. ``start``:
-        their initial values, if those of several modules were computed together.
+        ``dtype`` is the base's dtype. The parameters have it too, unless ``widen`` makes 16-bit ones float32. If
+        ``start`` is given, it holds the initial values, which were computed together with those of other modules.
         """
         values = start
         if values is None:

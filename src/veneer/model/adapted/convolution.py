@@ -31,10 +31,10 @@ _CONVOLUTIONS = {nn.Conv1d: nn.functional.conv1d, nn.Conv2d: nn.functional.conv2
 
 
 class AdaptedConvolution(AdaptedSite):
-    """Mixin in front of a convolution's class.
+    """Mixin in front of a convolution's class, for low-rank updates B A and others.
 
-    A is a convolution like the layer itself, with r output channels. It reads all channels, even if the layer's are in
-    groups. B acts on channels alone.
+    A is a convolution with the layer's window and stride and r output channels. It reads all channels, even if the
+    layer divides its channels into groups. B is a matrix (o, r) applied at each position.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,9 +137,9 @@ class AdaptedConvolution(AdaptedSite):
 
 @dataclass(frozen=True, slots=True)
 class BlockDiagonalWeight:
-    """Kernel of a grouped convolution as the matrix (o, channels · window), mostly zeros.
+    """Kernel of a convolution in groups as the matrix (o, channels · window), which is mostly zeros.
 
-    It is computed only when it is read.
+    The full matrix is computed only when it is read.
     """
 
     blocks: Float[Tensor, "o k"]
@@ -164,9 +164,10 @@ class BlockDiagonalWeight:
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Return True if a module is a torch convolution that computes with its kernel unchanged.
+    """Return True if a module is a torch convolution whose class has torch's own forward.
 
-    A class that overrides forward (to standardize the kernel, say) computes another map.
+    A class that overrides forward (to standardize the kernel, say) is excluded, because its output is no product with
+    the stored kernel.
     """
     own = base_of(type(module)) if isinstance(module, InPlace) else type(module)
     plain = any(issubclass(own, cls) and own.forward is cls.forward for cls in _CONVOLUTIONS)
@@ -174,7 +175,7 @@ def is_convolution(module: nn.Module) -> bool:
 
 
 def shape_of_convolution(path: str, module: nn.Module) -> LinearSite:
-    """Describe a convolution as a linear layer, by its shape alone."""
+    """Describe a convolution as a linear layer: its name, shape, window and groups, without its weight."""
     conv = cast(nn.Conv2d, module)
     return LinearSite(
         name=path,

@@ -68,7 +68,9 @@ def add_copies(model: nn.Module, name: str, wanted: Mapping[str, list[str]], wid
 
 
 def own_parameters(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    """Return the parameters that a module itself holds. For an adapted module, these are its base's."""
+    """Return the parameters that a module itself holds, without those of its children. For an adapted module, these are
+    the base's parameters, not the adapters'.
+    """
     packed = [("weight", module.like)] if isinstance(module, PackedLinear) else []
     return [*packed, *module._parameters.items()]
 

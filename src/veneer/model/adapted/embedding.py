@@ -16,7 +16,9 @@ from veneer.records.token_rows import look_up_rows
 
 
 class AdaptedEmbedding(AdaptedSite):
-    """Mixin before an embedding's class. The base's forward still runs, with its output and its side effects."""
+    """Mixin before an embedding's class. The class's own forward runs first, and the adapters' updates are added to its
+    output.
+    """
 
     def forward(self, token_ids: Tensor) -> Tensor:
         routing = self.adapter_state.routed()
@@ -53,7 +55,7 @@ class AdaptedEmbedding(AdaptedSite):
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """Return the model's input embeddings, or None if it has none, as models of images and sound."""
+    """Return the model's input embeddings, or None if the model has none (as many models of images or sound)."""
     try:
         return cast("nn.Module | None", cast(Any, model).get_input_embeddings())
     except NotImplementedError:  # transformers' answer for a model without a table

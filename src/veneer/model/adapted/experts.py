@@ -78,7 +78,9 @@ class CodedExperts(InPlace):
 
 
 def runs_by_convention(module: nn.Module) -> bool:
-    """Return True if these are experts whose forward transformers itself replaces by a general one."""
+    """Return True if a module is a mixture's experts in transformers' common form, whose forward transformers can
+    replace by its own implementations.
+    """
     described = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
     return all(hasattr(module, name) for name in described) and not getattr(module, "_is_expert_parallel", True)
 
@@ -93,7 +95,8 @@ def run_experts(
 ) -> Tensor:
     """Return the experts' output for tokens x (n, d), expert ids ``chosen`` (n, k) and their ``weights`` (n, k).
 
-    ``records`` are the changes of stacks, by name. The experts follow transformers' convention and are run one by one.
+    ``records`` are the adapters' changes of the experts' stacked weights, by parameter name. ``module`` has
+    transformers' common form of experts; they are run one by one.
     """
     experts, changes = cast(Any, module), records or {}
     inner, down = stacks_by_convention(module)
@@ -111,7 +114,9 @@ def run_experts(
 def project(
     module: nn.Module, name: str, x: Tensor, number: int, stack: FrozenStack, change: LinearDelta | None
 ) -> Tensor:
-    """Apply one expert's map of a stack, changed by an adapter's record, to its tokens x (n, i)."""
+    """Apply the linear layer of expert ``number`` to its tokens x (n, i), with the bias and an adapter's change.
+    ``stack`` holds the weights of the parameter ``name`` for all experts.
+    """
     bias = module._parameters.get(f"{name}_bias")
     record = LinearDelta() if change is None else change.of_expert(number)
     return apply_linear(record, x, stack.expert(number), None if bias is None else bias[number])
@@ -153,10 +158,10 @@ def put_dense(experts: nn.Module, name: str, weights: Tensor) -> None:
 
 
 def fit_experts(model: nn.Module) -> None:
-    """Run experts one by one if grouped products do not support their widths; transformers has both ways.
+    """Switch transformers to running experts one by one if torch's grouped products do not support their widths.
 
     torch groups products only if the size of every row is a multiple of 16 bytes, and raises otherwise in the first
-    forward pass. Experts that run one by one are logged.
+    forward pass. The switch is logged.
     """
     config: Any = getattr(model, "config", None)
     if not isinstance(model, PreTrainedModel) or "grouped_mm" not in model.get_experts_implementation().values():

@@ -68,13 +68,15 @@ class Holder(nn.Module):
         return {keys[own]: (f"{path}.adapters.{name}.{own}", value) for own, value in held if own in keys}
 
     def packed(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert the trained tensors ``values`` of an adapter to the form of its file. Both are given
-        by keys on disk.
+        """Convert an adapter's trained tensors to the form in which its file stores them. The keys of ``values`` and of
+        the result are keys on disk.
         """
         return {key: values[key] for key in self.disk_keys(name).values()}
 
     def unpacked(self, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inverse of `packed`, or an empty dict if the file has the trained tensors unchanged."""
+        """Convert the tensors of an adapter's file to the trained tensors, as the inverse of `packed`. Return an empty
+        dict if the file stores the trained tensors unchanged.
+        """
         return {}
 
     def value_problems(self, name: str, written: Mapping[str, Tensor]) -> list[str]:

@@ -50,13 +50,13 @@ class Kind:
 
 
 def shape_of_linear(path: str, module: nn.Module) -> LinearSite:
-    """Describe a linear layer by its shape alone."""
+    """Describe a linear layer by its name, its shape and whether it has a bias, without its weight."""
     o, i = frozen_weight(module).shape
     return LinearSite(name=path, in_features=i, out_features=o, has_bias=module._parameters.get("bias") is not None)
 
 
 def shape_of_embedding(path: str, module: nn.Module) -> LinearSite:
-    """Describe an embedding as a linear layer, by its shape alone."""
+    """Describe an embedding as a linear layer, by its name and shape, without its weight."""
     vocabulary, width = cast(Tensor, module.weight).shape
     return LinearSite(name=path, in_features=vocabulary, out_features=width, kind="embedding")
 
@@ -76,7 +76,9 @@ KINDS = (
 
 
 def loaded_site(kind: Kind, path: str, module: nn.Module) -> LinearSite:
-    """Describe a module as a linear map, with its weight and bias; on the meta device, by its shape alone."""
+    """Describe a module as a linear map, with its weight and bias. For a module on the meta device, leave weight and
+    bias out.
+    """
     site = kind.site(path, module)
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         return site

@@ -76,10 +76,10 @@ class AdaptedSite(Adapted):
             return method.lower(site, {**params, **given} if given else params)
 
     def of_pass(self, name: str, site: LinearSite, shape: Sequence[int] | None) -> Params:
-        """Return the tensors besides parameters that a record depends on in the current forward pass.
+        """Return the tensors that a record needs in the current forward pass, besides the adapter's parameters.
 
-        These are random numbers in training, new ones each time, and the sequences of an input of this shape (…, n). If
-        ``shape`` is None, it is that of the model's input.
+        These are new random numbers for each pass in training, and the index of the sequence of each token. ``shape``
+        (…, n) is that of this layer's input; None means the shape of the model's input.
         """
         method, state = self.method(name), self.adapter_state
         found: dict[str, Tensor] = {}  # torch.compile calls no dict[str, Tensor]
@@ -103,7 +103,9 @@ class AdaptedSite(Adapted):
     def record_now(
         self, name: str, shape: Sequence[int] | None, site: LinearSite | None = None, task: int | None = None
     ) -> LinearDelta:
-        """Return `record` in a forward pass, whose input has this ``shape`` (see `of_pass`)."""
+        """Return `record` for the current forward pass, with the random numbers and sequences of `of_pass`. ``shape``
+        is that of the layer's input.
+        """
         site = site or self.site((name,))
         return self.record(name, site, task=task, given=self.of_pass(name, site, shape))
 
@@ -277,8 +279,8 @@ class AdaptedLinear(AdaptedSite):
         return _computed(x, LinearLayer(weight=weight, bias=bias, records=records, runs=runs, masks=masks))
 
     def acting_records(self, shape: Sequence[int] | None = None) -> tuple[tuple[LinearDelta, ...], AdapterRuns | None]:
-        """Return the records that act now, as arguments of `LinearLayer`: at most one, or a mixed batch's with their
-        runs.
+        """Return the records that act now, and the runs of rows that use each, as `LinearLayer` takes them. Without a
+        mixed batch, there is at most one record, and no runs (None).
 
         A bias that an adapter trains is in its record. ``shape``: see `of_pass`. Raises CompositionError for adapters
         whose changes cannot be added.
@@ -291,7 +293,9 @@ class AdaptedLinear(AdaptedSite):
         return tuple(LinearDelta() if record is None else record for record in records), routing.runs
 
     def kept_record(self, name: str, shape: Sequence[int] | None = None, task: int | None = None) -> LinearDelta:
-        """Return `record` for a forward pass. It is cached as long as it consists only of the adapter's own tensors."""
+        """Return an adapter's record for a forward pass, from a cache if possible. Only a record that consists of the
+        adapter's own tensors is cached.
+        """
         lower = functools.partial(self.record_now, name, shape, task=task)
         return lowered(self.adapters[name], self.method(name), lower)
 
@@ -314,13 +318,17 @@ class AdaptedLinear(AdaptedSite):
         return record if trained is None or record.bias is not None else replace(record, bias=trained)
 
     def needs_shape(self) -> bool:
-        """Return True if a record depends on sequences that only the input's shape shows."""
+        """Return True if a record depends on the sequences of the input and these are not known, so that they must be
+        found from the input's shape.
+        """
         if self.adapter_state.sequences is not None:
             return False
         return any(self.method(name).by_sequence for name in self.acting_on_rows())
 
     def replaces_weight(self) -> bool:
-        """Return True if another weight than the layer's own is used, for all rows or for some."""
+        """Return True if all rows, or some, use another weight than the layer's own: a merged one, or an adapter's
+        trained copy or rows.
+        """
         return self.kept.merged_weight is not None or self._differs(self.adapter_state.acting_on_rows())
 
     def masks(self, x: Tensor) -> tuple[Mask | None, ...]:
@@ -343,8 +351,8 @@ class AdaptedLinear(AdaptedSite):
         return len(names) > 1 and any(self.rate(name) for name in names)
 
     def _differs(self, names: Sequence[str]) -> bool:
-        """Return True if one of the adapters has a trained copy of the whole weight, which its rows use instead of the
-        base's.
+        """Return True if one of the adapters has a trained copy of the weight, or trained rows of it, so that its rows
+        of a batch use another weight than the base's.
         """
         return any(self.has_own(name, "weight") for name in names)
 
@@ -478,7 +486,8 @@ def row_squares(matrix: Tensor) -> Tensor:
 def is_linear(module: nn.Module) -> bool:
     """Return True if a method for linear layers can adapt this module.
 
-    A subclass with its own forward may be another function of its weight: some routers return several tensors.
+    A subclass with its own forward is tested, because its output may be another function of the weight: some routers
+    return several tensors.
     """
     if hasattr(module, "frozen_format"):
         return True

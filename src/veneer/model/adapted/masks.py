@@ -23,10 +23,11 @@ _POSITION_BITS = 32
 def masks_of(
     rates: Sequence[float], size: torch.Size, device: torch.device, routing: Routing | None
 ) -> tuple[Mask | None, ...]:
-    """Return a new dropout mask for each rate above 0, for an input of this size (rows, …, features).
+    """Return a new dropout mask for each rate above 0 and None for each rate of 0, for an input of this size (rows, …,
+    features).
 
-    A rate of 0 has None. If all rates are 0, the result is empty. With a routing, the rates are those of its choices in
-    their order.
+    If all rates are 0, the result is empty. In a mixed batch (``routing``), there is a rate for each of the routing's
+    `choices`, in their order.
     """
     if not any(rates):
         return ()

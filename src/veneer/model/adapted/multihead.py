@@ -101,9 +101,9 @@ class AdaptedAttention(_Folding):
 class AdaptedOutProjection(_Folding, AdaptedLinear):
     """Mixin before the output projection of torch's attention, which reads its weight but never calls it.
 
-    Adapters of the whole attention have the attention's path here, in their settings and on disk. Their update is added
-    twice, because PEFT's forward pass and merging both do so, and its files should have the same effect here. (The
-    gradient is that of adding once.)
+    An adapter that targets the whole attention also changes this layer, under the attention's path in its settings and
+    on disk. Its update here is added twice, because PEFT's forward pass and merging both do so, and PEFT's files should
+    have the same effect here. (The gradient is that of adding once.)
     """
 
     takes_rows = False

@@ -18,10 +18,10 @@ from veneer.ops.packed import ROWS
 def pack_experts(
     model: PreTrainedModel, paths: tuple[str, ...], *, give_up: bool
 ) -> tuple[PackedStack, PackedStack] | None:
-    """Return the packed stacks of experts' weights at two paths, dense or in codes.
+    """Pack the weights of experts at two paths, dense or quantized, for serving, and return the two packed stacks.
 
-    None if they are not on a CPU, in another dtype than the model, or in codes that cannot be packed.
-    If ``give_up``, the packed stacks replace the weights, whose own storage is freed.
+    Return None if the weights are not on a CPU, in another dtype than the model, or in codes that cannot be packed. If
+    ``give_up``, the packed stacks replace the weights, whose own storage is freed.
     """
     places = [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in paths]
     if model.dtype not in ROWS or not all(_fits(*place, model.dtype) for place in places):

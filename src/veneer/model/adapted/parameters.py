@@ -42,7 +42,8 @@ from veneer.records.sites import LinearSite
 class AdaptedParameters(Adapted):
     """Mixin before the class of a module whose own parameters adapters change.
 
-    ``adapters[name][parameter]`` holds the adapter's parameters for one of them.
+    ``adapters[name][parameter]`` holds the tensors with which adapter ``name`` changes the module's parameter
+    ``parameter``.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -138,8 +139,8 @@ class AdaptedParameters(Adapted):
     def add_adapter(self, name: str, allocation: Allocation, keys: Mapping[str, Mapping[str, str]]) -> None:
         """Give a new adapter its parameters.
 
-        ``keys`` has, for each parameter of the module that the adapter changes, the keys in a file by the adapter's own
-        names.
+        ``keys`` has an entry for each of the module's parameters that the adapter changes. The entry maps the names of
+        the adapter's tensors to their keys in a file.
         """
         method, held = self.adapter_state.configs[name], nn.ModuleDict()
         for parameter in keys:
@@ -155,8 +156,8 @@ def acting_record(module: nn.Module, parameter: str) -> LinearDelta | None:
 
 
 def site_of(path: str, module: nn.Module, parameter: str) -> LinearSite:
-    """Return the site of a parameter (o, i), or of experts' (E, o, i), by its shape; transposed if the
-    module stores it so.
+    """Describe a parameter as a linear map (o, i), or as one for each expert (experts, o, i), by its shape. A shape
+    that the module stores transposed is turned first.
     """
     *experts, o, i = map_shape(module, parameter)
     return LinearSite(name=path, in_features=i, out_features=o, experts=experts[0] if experts else 1)
@@ -165,9 +166,10 @@ def site_of(path: str, module: nn.Module, parameter: str) -> LinearSite:
 def parameter_places(
     modules: Mapping[str, nn.Module], config: MethodConfig, taken: Collection[str]
 ) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
-    """Return the parameters that a config adapts by name, by module path, and the linear layers whose weight it names.
+    """Find the parameters that a config's ``target_parameters`` names. Return those of linear layers as the layers'
+    paths (second), and all others as names by module path (first).
 
-    ``taken``: modules that it adapts or trains whole. Raises TargetError with every problem.
+    ``taken``: paths of modules that the config adapts or trains whole. Raises TargetError with every problem.
     """
     wanted = config.extras.parameters
     known = {f"{path}.{key}": (path, key) for path, m in modules.items() for key in parameter_names(m)}

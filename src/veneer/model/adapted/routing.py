@@ -22,10 +22,10 @@ Choice = tuple[str, int | None]  # an adapter, and one of its tasks if it has se
 class Routing:
     """Adapter of each row of a batch.
 
-    ``names`` holds one adapter name, or ``"__base__"``, for each row. ``generators`` holds random generators (on the
-    CPU) for the dropout keys of adapters that have their own. ``is_by_token``: the position from which an adapter acts
-    is known already, since rows are tokens of sequences or their adapters act on a part of each. ``tasks`` holds the
-    task of each row, or None if its adapter has no tasks; it is empty if no row has one.
+    ``names`` holds one adapter name, or ``"__base__"``, for each row. ``generators`` holds, for adapters that have
+    their own, random generators (on the CPU) for dropout keys. ``is_by_token``: rows are single tokens, or their
+    adapters act on a part of each, so that no start of an adapter remains to be found. ``tasks`` holds the task of each
+    row, or None if its adapter has no tasks; it is empty if no row has one.
     """
 
     names: tuple[str, ...]
@@ -61,11 +61,11 @@ class Routing:
         return AdapterRuns(tuple(found), len(self.names))
 
     def rows(self, n_rows: int, what: str) -> tuple[str, ...]:
-        """Return the adapter's name for each of ``n_rows`` rows, which may be the batch's rows, each repeated k times
-        in a row.
+        """Return the adapter's name for each of ``n_rows`` rows: the batch's rows, or each of them repeated equally
+        often, one after the other.
 
-        Beam search and flattened tokens repeat them so. Raises ShapeError if ``n_rows`` is not a multiple of the batch;
-        the message names ``what``, the module that receives the rows.
+        Rows are repeated in a beam search, or if the tokens of a sequence are rows. Raises ShapeError if ``n_rows`` is
+        not a multiple of the batch's rows; the message names ``what``, the module that receives the rows.
         """
         times, left = divmod(n_rows, len(self.names))
         if left or not times:

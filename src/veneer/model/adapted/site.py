@@ -57,13 +57,12 @@ class TiedFactors(nn.Module):
 
 @dataclass
 class Kept:
-    """Values that an adapted module caches; unloading the last adapter drops them together.
+    """Values that an adapted module caches without registering them. Unloading the last adapter drops all of them.
 
     ``row_sq``: squared norms of the weight's rows, (o,). ``found``: values that methods cache for the module.
     ``merged_weight``: the weight with adapters merged in, beside quantized codes that cannot hold it. ``read``: the
-    parameters as one forward pass reads them; None outside a pass. ``attention``: the attention whose output projection
-    the module is. ``on_load``: the hook that derives factors again after another weight has been loaded. The module
-    registers none of them.
+    parameters' values in one forward pass; None outside a pass. ``attention``: the attention whose output projection
+    this module is. ``on_load``: the hook that derives factors again after another weight has been loaded.
     """
 
     row_sq: Tensor | None = None
@@ -225,8 +224,8 @@ class Adapted(InPlace, Holder):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Active adapters of the model, in order. If no method adds tensors to this module: only those that train a
-        copy of it.
+        """Names of the model's active adapters, in order. If no method adds tensors to this module, only the adapters
+        that train a copy of its parameters are listed.
         """
         active = self.adapter_state.active
         return [name for name in active if self.adapters or name in self.copies]

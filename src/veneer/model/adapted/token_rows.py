@@ -93,7 +93,9 @@ def add_rows(model: nn.Module, name: str, places: Sequence[RowPlace], values: bo
 
 
 def require_rows_agree(path: str, module: Adapted, names: Sequence[str]) -> None:
-    """Raise CompositionError if an adapter trains rows of a table and therefore cannot act together with the others."""
+    """Raise CompositionError if two of the adapters train the same row of a table, or if one trains single rows and
+    another adapts the table.
+    """
     rows = module.token_rows(names)
     indices = [index for each in rows for index in each.indices]
     twice = sorted({index for index in indices if indices.count(index) > 1})

@@ -27,9 +27,10 @@ from veneer.model.sites.places import plan_of, put_on
 
 
 def module_index(model: nn.Module, method: LinearMethod | None = None) -> ModuleIndex:
-    """Return the module paths of a model, and those that a method can adapt; without a method, those that any can.
+    """Return all module paths of a model, and the paths of the modules that ``method`` can adapt. Without a method,
+    these are all that some method can adapt.
 
-    These are linear layers, and other kinds that the method supports. ``"all-linear"`` selects linear layers alone,
+    They are linear layers, and other kinds that the method supports. ``"all-linear"`` selects linear layers alone,
     without the output head.
     """
     return look_at(model).index(method)
@@ -38,9 +39,10 @@ def module_index(model: nn.Module, method: LinearMethod | None = None) -> Module
 def attach(
     model: nn.Module, config: MethodConfig, name: str, state: AdapterState, allocation: Allocation | None = None
 ) -> None:
-    """Add one adapter's parameters at all of its config's targets, all or nothing.
+    """Add one adapter's parameters at all of its config's targets. If one fails, the adapter is removed from all.
 
-    They are drawn from torch's global generator. Raises AdapterNameError and TargetError.
+    Initial values are drawn from torch's global random generator. Raises AdapterNameError for a bad name, and
+    TargetError if the config does not fit the model.
     """
     check_name(name, state)
     allocation = allocation or Allocation()
@@ -110,8 +112,8 @@ def named_live_parameters(model: nn.Module, name: str) -> dict[str, tuple[str, T
 def stored_tensors(
     model: nn.Module, state: AdapterState, name: str, values: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return the tensors of a plain save of one adapter, by their keys on disk: its parameters, packed if the method
-    packs.
+    """Return the tensors of one adapter in the form of its file, by their keys on disk. They include the tensors that
+    its layers share, if the method saves them.
 
     ``values`` replace `live_parameters`.
     """
@@ -126,7 +128,7 @@ def stored_tensors(
 def packed_tensors(
     model: nn.Module, state: AdapterState, name: str, values: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return `stored_tensors` without the random ones that all layers share."""
+    """Return `stored_tensors` without the random tensors that all layers share, under the method's own keys."""
     found = live_parameters(model, state, name) if values is None else dict(values)
     for place in adapted_places(model).values():
         if place.owns(name):
@@ -143,8 +145,8 @@ def shared_tensors(config: MethodConfig) -> dict[str, Tensor]:
 
 
 def shared_again(model: nn.Module, config: MethodConfig, name: str) -> dict[str, str]:
-    """Return the keys, by layer, under which PEFT writes shared tensors again, each with the key of the
-    shared tensor.
+    """Return the keys under which PEFT writes each shared tensor a second time, for every layer. Each key is mapped to
+    the key of the shared tensor.
     """
     if config.shared is None or not config.shared.is_repeated:
         return {}
@@ -175,7 +177,9 @@ def value_problems(model: nn.Module, name: str, written: Mapping[str, Tensor]) -
 
 
 def repeated_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that PEFT writes a second time for modules that share an adapter with the embeddings."""
+    """Return the tensors that PEFT writes again for modules tied to the embeddings, by key. They are made from the
+    embeddings' tensors in ``written``.
+    """
     found: dict[str, Tensor] = {}
     for layer in adapted_layers(model).values():
         held = dict(layer.adapters.items()).get(name)

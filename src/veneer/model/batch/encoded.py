@@ -122,9 +122,10 @@ _PARTS = (9, 6)  # tokens of the proof: of a prompt, and of an answer
 
 
 def encoded_bytes(model: PreTrainedModel, way: Way) -> KeptBytes:
-    """Return the bytes that a sequence keeps in memory.
+    """Return the bytes that a sequence keeps in memory, measured on short ones.
 
-    The bytes of a token are those of a prompt's or of an answer's, whichever are more.
+    A token of the prompt and one of the answer keep different numbers of bytes; the larger number counts for every
+    token.
     """
     none, prompt, answer = (_bytes_of(model, way, *each) for each in ((1, 1), (1 + _FEW, 1), (1, 1 + _FEW)))
     position = max(1, -(-max(prompt - none, answer - none) // _FEW))

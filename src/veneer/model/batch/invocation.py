@@ -60,7 +60,9 @@ def from_invocation(model: nn.Module, state: AdapterState, inputs: Inputs) -> It
 
 @contextmanager
 def generating(state: AdapterState, inputs: Inputs) -> Iterator[None]:
-    """Enter a context for a generation. In all its passes adapters act from the invocation tokens of the prompts on."""
+    """Enter a context for a generation: in all its passes, each adapter acts from the first invocation tokens of its
+    row's prompt on.
+    """
     if not any(_tokens(state, name) for name in _acting(state)):
         yield
         return

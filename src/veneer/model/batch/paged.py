@@ -26,7 +26,8 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class SlotStore:
-    """Keys and values by layer and slot, (slots, kv_heads, width) each. Page p has the slots from p · block on.
+    """Keys and values by layer and slot, (slots, kv_heads, width) each. Page p is the ``block`` slots from p ·
+    ``block`` on.
 
     A layer's tensors are allocated when they are first written.
     """
@@ -245,7 +246,8 @@ UNFIT = (AssertionError, AttributeError, LookupError, NotImplementedError, Runti
 
 
 def position_bytes(model: PreTrainedModel, ids: Tensor) -> tuple[int, Tensor]:
-    """Return the bytes of a position in pages, and the logits (n, vocabulary) of n ids that run in two stretches.
+    """Run n ids in two chunks over pages. Return the bytes that a position keeps in pages, and the logits (n,
+    vocabulary).
 
     Raises TargetError for a model that does not compute its attention over pages.
     """

@@ -26,9 +26,9 @@ def by_sequence(state: AdapterState) -> bool:
 def with_sequences(model: nn.Module, state: AdapterState, inputs: Inputs) -> Iterator[None]:
     """Enter a context for one forward pass that tells the layers its sequences, if an active adapter depends on them.
 
-    ``inputs`` are the arguments of the pass. Padding and packed rows are read from them. Checkpointed blocks are
-    computed again with the same sequences. Raises CompositionError beside virtual tokens, and for a mask that is not
-    2-D.
+    ``inputs`` are the arguments of the pass, which show padding and packed rows. Checkpointed blocks are computed again
+    with the same sequences. Raises CompositionError if an adapter with virtual tokens is active too, or if the mask is
+    not 2-D.
     """
     if not by_sequence(state):
         yield

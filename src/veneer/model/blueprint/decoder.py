@@ -116,9 +116,10 @@ class Head:
 class Decoder:
     """Description of a decoder.
 
-    ``listed``: this package's tests have checked the model type by values. The description of any other type follows
-    the convention of names, and callers must check it before they use it to compute. ``head`` is None if the model is
-    for another task. ``other`` holds parts outside the blocks that the description cannot express.
+    ``listed``: this package's tests have compared outputs computed from the description with the model's own, for this
+    model type. The description of any other type follows the convention of names, and callers must check it before they
+    use it to compute. ``head`` is None if the model is for another task. ``other`` holds parts outside the blocks that
+    the description cannot express.
     """
 
     model_type: str

@@ -48,7 +48,9 @@ def describe_config(config: PreTrainedConfig) -> Decoder:
 
 
 def listed(model: PreTrainedModel) -> Decoder | None:
-    """Return the description of a decoder if its model type is tested by values, or None for any other model."""
+    """Return the description of a decoder if tests compare its model type's outputs with the model's own. Return None
+    for any other model.
+    """
     try:
         decoder = describe(model)
     except DescriptionError:

@@ -23,18 +23,18 @@ def _nothing(config: Any) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Model types whose descriptions are tested by values, and the facts that names and config keys do not determine.
+    """Model types whose described outputs tests verify, and the facts that names and config keys do not determine.
 
-    - ``names``: other names of parts than `names.COMMON` has.
-    - ``interleaved``: q and k are rotated in neighbouring pairs. ``rotates``: whether a layer rotates at all.
-    - ``alibi``: whether attention has a bias that decreases with distance. ``rounds_alibi``: it is computed in
-      bfloat16, and scaled with the scores.
-    - ``norm_eps``: the epsilon of norms that hold none themselves.
+    - ``names``: the names of parts, `names.COMMON` if they are the common ones.
+    - ``interleaved``: q and k are rotated in neighbouring pairs. ``rotates``: whether the layer with an index rotates.
+    - ``alibi``: whether attention has a bias that decreases with distance. ``rounds_alibi``: this bias is computed
+      in bfloat16, and scaled with the scores.
+    - ``norm_eps``: the epsilon of norms whose modules do not store one.
     - ``experts``: experts are chosen and weighted by the softmax of the router's scores, or by their sigmoids. None if
-      neither is known. A softmax of the chosen scores alone is one that is normalized.
+      neither is known. A softmax over the chosen scores alone counts as a softmax whose chosen values are normalized.
     - ``scales_queries``: queries grow with position by ``llama_4_scaling_beta``.
-    - ``adds_inside``: halves that add to the stream themselves: their residual adapters sit at their last layer.
-    - ``strange``: the reason if a config of the family cannot be described, None if it can.
+    - ``adds_inside``: halves that add to the residual stream themselves. Bottleneck adapters act at their last layer.
+    - ``strange``: returns the reason if a config of the family cannot be described, or None.
     """
 
     model_types: tuple[str, ...]

@@ -34,9 +34,9 @@ class HeadLayout:
         return self.n_heads // self.n_kv_heads
 
     def split(self, outputs: Sequence[Float[Tensor, "n _"]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q (n, heads, d), k and v (n, kv_heads, d): views of the projections' outputs.
+        """Return q (n, heads, d), k and v (n, kv_heads, d), without gates. They are views of the projections' outputs.
 
-        Several queries in each of several groups are copied. Gates are left out.
+        Only q of the order "by group" is a copy if several groups have several queries each.
         """
         if self.order == "gated":
             q, k, v = (t.view(t.shape[0], -1, self.head_dim) for t in outputs)
@@ -52,7 +52,9 @@ class HeadLayout:
         return q, k, v
 
     def gates(self, outputs: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n heads d"] | None:
-        """Return the gates of the heads' outputs, whose sigmoids act; None without gates."""
+        """Return the gates, before their sigmoid, by which the heads' outputs are multiplied. Return None if the layout
+        has no gates.
+        """
         return outputs[0].view(len(outputs[0]), -1, self.head_dim)[:, 1::2] if self.order == "gated" else None
 
     def join(self, qkv: Sequence[Tensor], gates: Tensor | None = None) -> list[Float[Tensor, "n _"]]:

@@ -18,7 +18,9 @@ from veneer.model.quantized.quant_linear import QuantLinear
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return True if a module is a linear layer, adapted or not: of a known class, or of one that computes the same."""
+    """Return True if a module is a linear layer, adapted or not: its class is known, or derived from `nn.Linear` with a
+    forward that computes the same.
+    """
     kind = _own_class(module)
     known = kind in (nn.Linear, Conv1D, QuantLinear, PackedLinear, PackedQuantLinear)
     return known or (issubclass(kind, nn.Linear) and computes_linear(cast(Hashable, kind)))

@@ -16,7 +16,9 @@ NamedOrder = Literal["joined", "by head", "by group"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormNames:
-    """Norms before the halves and after them. ``feed_forward`` may be ``attention``: one for both."""
+    """Names of the norms before a block's two halves, and after them. ``feed_forward`` may equal ``attention`` if one
+    norm precedes both halves.
+    """
 
     attention: str | None
     feed_forward: str | None
@@ -47,10 +49,12 @@ class InnerNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """Alternatives for every part, as children of the module that holds them; the first that a model has counts.
+    """Possible attribute names of every part, in the module that holds the part. The first name that the module has is
+    used.
 
-    ``joined`` maps the names of joined q, k and v layers to the order of their heads. "by head" is q, k and v of one
-    head after the other if k and v have as many heads as q, and with fewer all of q, then k, then v.
+    ``joined`` maps the names of joined q, k and v layers to the order of their heads. "by head" has two meanings. If k
+    and v have as many heads as q, the layer's output is q, k and v of the first head, then of the next, and so on. If
+    they have fewer, it is all of q, then all of k, then all of v.
     """
 
     positions: tuple[str, ...] = ("wpe", "embed_positions")

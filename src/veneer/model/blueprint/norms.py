@@ -47,7 +47,9 @@ def norm_form(module: nn.Module, eps: float) -> Form | None:
 
 
 def read_norm(source: BlockSource, module: nn.Module | None) -> Norm | None:
-    """Return the description of a norm, or None if there is no module or it is something else."""
+    """Return the description of a norm. Return None if there is no module, or the module is neither an RMSNorm nor a
+    LayerNorm.
+    """
     if module is None:
         return None
     eps = epsilon_of(module)

@@ -16,5 +16,7 @@ _KINDS: tuple[tuple[TensorPart, str], ...] = (
 
 
 def part_by_name(name: str) -> TensorPart:
-    """Return the part that a tensor belongs to, for a model without a description."""
+    """Return the part of a model to which a tensor belongs, by patterns of names ("other" if none matches). It serves
+    models without a description.
+    """
     return next((part for part, pattern in _KINDS if re.search(pattern, name)), "other")

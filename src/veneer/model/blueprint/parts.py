@@ -135,7 +135,7 @@ class ShortConv:
     """Short convolution in attention's place: ``out(c · conv(b · x))``, where ``inner`` computes b, then c, then x.
 
     ``conv`` is the path of a causal convolution over the last ``kernel`` tokens, with a kernel of its own for each
-    channel. ``bias``: whether it has one.
+    channel. ``bias``: whether the convolution has a bias.
     """
 
     path: str

@@ -48,7 +48,9 @@ class _OddError(Exception):
 
 
 def read_attention(source: BlockSource, module: nn.Module, layer: int) -> Attention | Strange:
-    """Return the attention of block number ``layer``."""
+    """Return the description of the attention of block number ``layer``, or a `Strange` part with the reason why it
+    cannot be described.
+    """
     try:
         return _read(source, module, layer)
     except _OddError as odd:

@@ -34,7 +34,9 @@ UNKNOWN = BlockNorms(attention=None, feed_forward=None)
 
 
 def read_block(source: BlockSource, block: nn.Module, layer: int) -> Block:
-    """Return the description of block number ``layer``. Its ``strange`` names the parts that do not fit."""
+    """Return the description of block number ``layer``. Parts that the description cannot express are listed in its
+    ``strange``, with the reasons.
+    """
     path, names = source.path(block), source.names
     single = first(block, names.single)
     mixing, feeding = (all_of(block, each) for each in ((*names.attention, *names.mixers), names.feed_forward))

@@ -23,7 +23,9 @@ SIZES = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
 
 
 def read_delta_net(source: BlockSource, module: Any) -> DeltaNet | None:
-    """Return the description of a gated delta rule; None if a part that mixes tokens is none."""
+    """Return the description of a gated delta rule, or None if ``module``, a part that mixes tokens, is of another
+    kind.
+    """
     names = next((each for each in INNER if has_all(module, each)), None)
     norm_name, out_name = first(module, NORMS), first(module, OUTS)
     if names is None or norm_name is None or out_name is None or not set(DECAYS) <= module._parameters.keys():

@@ -21,7 +21,8 @@ MULTIPLIERS = ("gate_multiplier", "down_multiplier")  # Falcon-H1's, of gate and
 def read_feed_forward(
     source: BlockSource, module: nn.Module, *, in_block: bool = False
 ) -> FeedForward | Experts | Strange:
-    """Return the description of the feed-forward part ``module``.
+    """Return the description of the feed-forward part ``module``, or a `Strange` part with the reason why it cannot be
+    described.
 
     ``in_block``: its layers are children of the block, and ``module`` is the block.
     """

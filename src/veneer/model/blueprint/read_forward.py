@@ -31,9 +31,10 @@ def values_returned(block: nn.Module) -> int | None:
 
 
 def hands_on(holder: nn.Module) -> str | None:
-    """Return the name of a value that one block returns and the next one is given, besides the residual stream.
+    """Return the name of a value, besides the residual stream, that each block returns and the next block receives.
+    Return None if there is none.
 
-    Return None if there is none. The forward of ``holder`` calls the blocks: ``h, kept = layer(h, kept=kept)``.
+    It is found in the forward of ``holder``, which calls the blocks: ``h, kept = layer(h, kept=kept)``.
     """
     return _handed_on(cast(Hashable, plain_class(type(holder))))
 

@@ -47,9 +47,9 @@ TEMPERATURE = "llama_4_scaling_beta"
 
 
 def read_rotary(source: BlockSource, layer_type: str | None, head_dim: int) -> Rotary | str | None:
-    """Return the rotary embedding of a layer of this type, or None if it has none.
+    """Return the rotary embedding of a layer of this type, or None if the layer has none.
 
-    If the kind of rotation is unknown, return it as text.
+    Return the reason (str) if the rotation cannot be described.
     """
     config = source.config
     given = getattr(config, "rope_parameters", None)

@@ -18,7 +18,9 @@ def family_of(model_type: str) -> Family:
 
 @functools.cache
 def families_by_type() -> Mapping[str, Family]:
-    """Return the family of every model type that has one; tests check their descriptions by values."""
+    """Return the family of every model type that some file of `families` lists. Tests compare the outputs of these
+    types with the models' own.
+    """
     names = (module.name for module in pkgutil.iter_modules(families.__path__))
     found = (importlib.import_module(f"{families.__name__}.{name}").FAMILY for name in names)
     return {model_type: family for family in found for model_type in family.model_types}

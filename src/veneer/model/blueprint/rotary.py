@@ -31,8 +31,9 @@ class DynamicScaling:
 class Llama3Scaling:
     """Scaling of Llama 3.1.
 
-    Wavelengths above original / low are divided by ``factor``, those below original / high stay, and those between are
-    interpolated. Original is ``original_max_positions``; low and high are the two frequency factors.
+    Frequencies with wavelengths above original / low are divided by ``factor``, those with wavelengths below original /
+    high stay unchanged, and those between are interpolated. Original is ``original_max_positions``; low and high are
+    the two frequency factors.
     """
 
     factor: float

@@ -42,7 +42,7 @@ class BlockSource:
 
     @property
     def listed(self) -> bool:
-        """Return True if descriptions of this model type are tested by values."""
+        """Return True if tests compare the outputs of described models of this type with the models' own."""
         return self.family is not CONVENTION
 
     def path(self, module: nn.Module) -> str:
@@ -69,8 +69,8 @@ def has_all(module: nn.Module, names: Collection[str]) -> bool:
 def undescribed(
     source: BlockSource, module: nn.Module, known: Collection[nn.Module | None], own: Collection[str] = ()
 ) -> Iterator[Strange]:
-    """Yield a `Strange` part for the parameters of ``module`` that are neither its ``own`` ones by these names, nor
-    within its ``known`` modules.
+    """Yield one `Strange` part, which names the parameters below ``module`` that are neither in a ``known`` module nor
+    named in ``own``. Yield nothing if there are none.
     """
     inside = {path for path, part in module.named_modules() if any(part is each for each in known)}
     rest = sorted(
