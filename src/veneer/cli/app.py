@@ -80,7 +80,9 @@ class VerbGroup(TyperGroup):
             return super().invoke(ctx)
 
     def make_context(self, *args: Any, **options: Any) -> Any:
-        """Parse the options of the program itself. Pages printed by some of them may fail on a full disk."""
+        """Parse the options of the program itself. Errors become messages here too: printing the version or the help
+        may fail on a full disk.
+        """
         with _messages():
             return super().make_context(*args, **options)
 

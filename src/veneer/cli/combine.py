@@ -22,7 +22,7 @@ _MOST_LOST = 0.1  # of a layer's update, where nobody chose a rank
 
 
 def combine(args: CombineArguments) -> None:
-    """Write the combined adapter, and print its error."""
+    """Write the combined adapter, and print how far it is from the exact combination."""
     numbers = weights_of(args.weights, len(args.adapters))
     loading.require_of_one_base(args.adapters, args.base, "their sum")
     plan = Combination(how=args.how, rank=args.rank, density=args.density, seed=args.seed)  # type: ignore[arg-type]

@@ -72,12 +72,14 @@ class Measured:
         return [column.name for column in self.columns]
 
     def differences(self) -> list[Difference]:
-        """Compare each further column with the first, row by row."""
+        """Compare the result of each column after the first with that of the first, row by row."""
         first, *others = self.results
         return [compare(first, each) for each in others]
 
     def facts(self) -> dict[str, Any]:
-        """Return all facts, for JSON; with several columns under ``results``, in their order."""
+        """Return all facts, for JSON. Several columns are a list under ``results``, in their order, with their
+        ``differences``.
+        """
         head = {**self.about, "metric": self.metric}
         told = [numbers_of(result) for result in self.results]
         if len(told) == 1:

@@ -48,7 +48,8 @@ class Subject:
 def subjects_of(args: EvalArguments) -> list[Subject]:
     """Return the subject that the arguments name, or that of each recipe, fully checked, with no weight loaded.
 
-    Raises ConfigError for recipes whose rows have other answers, or that ask for perplexity over other tokens.
+    Raises ConfigError for recipes that cannot be compared: their held-out rows have different answers, or their
+    tokenizers differ and the metric is perplexity.
     """
     if args.with_base and not args.adapters and not args.recipes and not _is_adapter(args.model):
         raise ConfigError("--with-base sets the base beside adapters, and none is given: add --adapter FOLDER")

@@ -24,9 +24,9 @@ _LEFT = "an unfinished output is removed, and existing files are unchanged"
 def verb(arguments: type, place: str | Callable[[Any], str], name: str, *, hears: bool = True) -> Callable[..., None]:
     """Return the verb whose arguments are a dataclass's fields, and whose help is the dataclass's docstring.
 
-    The dataclass checks them on creation. Then the function ``name`` of the module ``place`` is imported and called
-    with it. The module may depend on the arguments. If it ``hears``, SIGTERM and Ctrl-C end it with a message on its
-    output.
+    The verb creates the dataclass, which checks the arguments. It then imports the module ``place``, which may depend
+    on the arguments, and calls its function ``name`` with the dataclass. If ``hears``, SIGTERM and Ctrl-C end the verb
+    with a message that names the files left on disk.
     """
 
     def run(**given: Any) -> None:

@@ -139,7 +139,7 @@ def answers_in(row: Row, field: str) -> tuple[str, ...]:
 
 
 def pattern_of_answers(pattern: str) -> re.Pattern[str]:
-    """Return a compiled pattern. Raises ConfigError for a bad one."""
+    """Return a compiled regular expression. Raises ConfigError if it is invalid."""
     try:
         return re.compile(pattern)
     except re.error as error:

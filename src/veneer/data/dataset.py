@@ -135,7 +135,9 @@ def _all_masked(encoder: Encoder, name: str, columns: list[str], n_rows: int) ->
 
 
 def require_answers(kind: Kind, rows: Dataset, name: str, *, assistant: bool, completion: bool) -> None:
-    """Raise ConfigError if ``assistant_only_loss`` or ``completion_only_loss`` matches nothing in these rows."""
+    """Raise ConfigError if ``assistant_only_loss`` or ``completion_only_loss`` is set, and rows of this kind have no
+    assistant's turns or no completion.
+    """
     columns = columns_of(rows)
     if assistant and (kind == "text" or (kind == "prompt-completion" and isinstance(_first(rows)["prompt"], str))):
         raise ConfigError(

@@ -185,8 +185,8 @@ def read_rows(
 def require_readable(file: Path, reader: RowReader | PreferenceReader, limit: int | None = None) -> str:
     """Return the form of a file's rows.
 
-    Raises DataError for an empty file, and for one whose first row is unusable; ConfigError for a template. If the
-    first row is usable, no further row is read.
+    Raises DataError for an empty file, and for one whose first row is unusable. Raises ConfigError for a template that
+    does not fit the columns. If the first row is usable, no further row is read.
     """
     problems: list[str] = []
     for _, row in numbered_rows(file, problems):

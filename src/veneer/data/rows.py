@@ -83,7 +83,9 @@ def _read_one_by_one(source: str, reader: RowReader) -> Iterator[Row]:
 
 
 def split_off(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Return training rows and held-out rows, drawn by seed. Raises DataError if one of the two would be empty."""
+    """Return training rows and a random ``fraction`` of held-out rows, chosen by ``seed``. Raises DataError if one of
+    the two would be empty.
+    """
     n_held_out = round(fraction * len(rows))
     if not 0 < n_held_out < len(rows):
         raise DataError(

@@ -25,7 +25,8 @@ class Windows:
 
     @classmethod
     def within(cls, limit: int | None, context: int | None = None, stride: int | None = None) -> Windows:
-        """Return windows for a context of ``limit`` tokens; by default the stride is half a window.
+        """Return windows for a model whose context holds ``limit`` tokens. The default window has 1,024 tokens, or
+        ``limit`` if that is less; the default stride is half a window.
 
         Raises ConfigError if the model's context is smaller than a window, which has at least two tokens.
         """

@@ -47,9 +47,10 @@ def adapter_problems(adapter: Mapping[str, Any], methods: Mapping[str, KnownMeth
 
 
 def differs_in_writing(adapter: Mapping[str, Any], saved: Any) -> bool:
-    """Return True if only a model can tell whether a part's target modules are the ``saved`` ones.
+    """Return True if a part's target modules are written otherwise than the ``saved`` ones, so that only a model can
+    show if they are the same modules.
 
-    This is so if one of the two is a pattern, or ``all-linear``, and the other is a different text.
+    This is so if at least one of the two is a pattern, or ``all-linear``.
     """
     given = adapter.get("target_modules")
     names = isinstance(given, list | tuple)

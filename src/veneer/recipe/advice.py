@@ -51,7 +51,9 @@ def meant_quantization(value: object) -> str:
 
 
 def goes_on(key: str) -> bool:
-    """Return True for a key of ``adapter`` that probably means a saved adapter to continue."""
+    """Return True for a key of ``adapter`` that people use for a saved adapter to train further, such as
+    ``checkpoint``.
+    """
     return key in _GOING_ON
 
 

@@ -45,7 +45,8 @@ def target_problems(values: Mapping[str, Any]) -> list[str]:
 def module_names(folder: Path) -> tuple[str, ...]:
     """Return the paths of the modules that hold tensors, as the headers of a model's files name them.
 
-    The result is empty if the files cannot be read, or if the model's own names differ.
+    The result is empty if the files cannot be read, or if transformers renames the tensors of this model type on
+    loading.
     """
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]

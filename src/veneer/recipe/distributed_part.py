@@ -49,7 +49,8 @@ class DistributedPart(BaseModel):
     def copy_size(self, n_processes: int, n_on_machine: int) -> int:
         """Return the number of processes that share one copy of the base.
 
-        Raises ConfigError if only a plan could choose it (strategy auto) and no plan has.
+        Raises ConfigError if several numbers are possible (strategy auto), because then a plan of the run must choose
+        first.
         """
         sizes = self.copy_sizes(n_processes, n_on_machine)
         if len(sizes) > 1:

@@ -25,11 +25,12 @@ from veneer.recipe.values import section
 def refuse_early(
     values: Mapping[str, Any], name: str = "recipe", *, begins: bool = False, n_processes: int | None = None
 ) -> None:
-    """Raise ConfigError with all problems that source, values and headers alone reveal.
+    """Raise ConfigError with all problems of a recipe's values that show without importing torch: from the values, the
+    source of installed packages and the headers of files.
 
     For a sweep, it reports the problems of all members. ``begins``: a run begins, so missing files of rows are problems
-    too. If the output exists, `train.output` reports them together with the problems of the output. ``n_processes``
-    are to train: by default, those that a launcher has started.
+    too. If the output exists, `train.output` reports them together with the problems of the output. ``n_processes`` are
+    to train: by default, those that a launcher has started.
     """
     runs, found = [values], list[str]()
     if PART in values:

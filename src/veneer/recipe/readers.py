@@ -33,8 +33,8 @@ def readers_of(part: DataPart) -> list[RowReader]:
 
 
 def preference_reader(part: DataPart, task: Task) -> PreferenceReader:
-    """Return the reader of rows for tasks whose rows hold no answer, or several: preferences, rewards,
-    drawn answers.
+    """Return the reader of rows for tasks whose rows hold several answers (preferences, reward models) or none
+    (learning from generated answers).
     """
     return PreferenceReader(task=cast(Any, task), prompt=part.prompt, chat=part.chat, system=part.system)
 

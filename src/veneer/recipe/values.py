@@ -127,12 +127,14 @@ def _where_and_why(error: yaml.YAMLError, text: str) -> str:
 
 
 def is_place(key: str, value: Any) -> bool:
-    """Return True if a value of ``key`` may name a file. The teacher "base" does not, even beside a folder "base"."""
+    """Return True if a value of ``key`` may name a file. The value "base" of ``distill.teacher`` never does, even if
+    there is a folder "base".
+    """
     return key in _KEYS_OF_PLACES and (key, value) != ("distill.teacher", "base")
 
 
 def beside(path: Path, value: Any) -> Any:
-    """Return the path, from the working directory, of a file in the recipe's folder; any other value unchanged."""
+    """Return ``value`` as a path in the recipe's folder if such a file exists there; otherwise return it unchanged."""
     return str(path.parent / value) if isinstance(value, str) and (path.parent / value).exists() else value
 
 

@@ -34,9 +34,9 @@ def blocks_handed_on(take: EachBlock | None) -> Iterator[None]:
 
 
 class Unread:
-    """Tensor of a checkpoint, read only when transformers' loader slices it, into its own memory.
+    """Tensor of a checkpoint that is read into its own memory, and only when transformers' loader slices it.
 
-    Pages of a mapped file would count as used memory until the file is closed.
+    It is not a view of a mapped file, because the file's pages would count as used memory until the file is closed.
     """
 
     def __init__(self, stored: Stored) -> None:
@@ -59,9 +59,10 @@ class Unread:
 
 
 def unread(files: Sequence[str] | None) -> dict[str, Unread] | None:
-    """Return the tensors of a dense model's files, unread, if a function takes its blocks (`blocks_handed_on`).
+    """Return the tensors of a model's safetensors files, without reading their values, inside a `blocks_handed_on`
+    context.
 
-    Return None if no function does, and for pickles, which are read as a whole.
+    Return None outside such a context, and for pickles, which can only be read as a whole.
     """
     if _EACH_BLOCK.get() is None or not files or not all(str(file).endswith(".safetensors") for file in files):
         return None
@@ -69,7 +70,9 @@ def unread(files: Sequence[str] | None) -> dict[str, Unread] | None:
 
 
 def load_in_turn(load: Callable[..., Any], model: PreTrainedModel, tensors: Any, *rest: Any) -> Any:
-    """Call transformers' loader. Blocks whose weights are all there are handed on before the next tensor is read."""
+    """Call transformers' loader. Each block is passed to the function of `blocks_handed_on` once all its weights are
+    loaded, and before the next tensor is read.
+    """
     take = _EACH_BLOCK.get()
     if take is None or tensors is None:
         return load(model, tensors, *rest)

@@ -25,10 +25,11 @@ _CHANGES = ("quantization_config", "partial_rotary_factor", "auto_map", "layer_t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """Facts about a model: its config as a mapping, its description, and parameters by part.
+    """Facts about a model: its config as a mapping, its architecture in words by label, and numbers of parameters by
+    part.
 
-    ``nbytes_4bit`` is its size with NF4 linear layers. ``described`` is empty if there is no description.
-    ``quantization`` tells the format of a quantized model.
+    ``nbytes_4bit`` is the model's size with NF4 linear layers. ``described`` is empty if the architecture is not known.
+    ``quantization`` is the format of a quantized model.
     """
 
     config: Mapping[str, Any]

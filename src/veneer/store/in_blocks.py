@@ -41,7 +41,7 @@ METHOD = "veneer_gguf"
 
 
 class GgufBlocks(QuantizationConfig):
-    """Quantization config of a model in the blocks of ``file``."""
+    """Quantization config of a model whose matrices stay in the blocks of ``file``."""
 
     def __init__(self, file: BlockFile) -> None:
         self.quant_method = cast(Any, METHOD)
@@ -49,7 +49,7 @@ class GgufBlocks(QuantizationConfig):
         _register()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry in the config of a model."""
+        """Return the ``quantization_config`` in the config of a loaded model: the method and the file's path."""
         return {"quant_method": METHOD, "file": str(self.file.path)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GgufBlocks:
@@ -123,7 +123,7 @@ def load_in_blocks(
 
     With ``scores`` a new head scores each sequence.
 
-    Raises FormatError if the file does not fit, or was cut meanwhile.
+    Raises FormatError if the file does not fit the model, or has been truncated since it was described.
     """
     config = copy.deepcopy(file.config)
     mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if scores else MODEL_FOR_CAUSAL_LM_MAPPING
@@ -141,9 +141,10 @@ def load_in_blocks(
 def put_in_blocks(
     model: PreTrainedModel, parameters: Mapping[str, GgufParameter], source: MappedFile | None
 ) -> dict[str, GgufParameter]:
-    """Replace the layers, tables and stacks of a model without storage whose weights can stay in the file's blocks.
+    """Replace linear layers, embeddings and stacks of experts by quantized modules, if their weights can stay in the
+    file's blocks. The model has no storage yet.
 
-    Return the parameters of these weights by name. A head and a table that share blocks are no longer tied by
+    Return the parameters of these weights by name. A head and an embedding that share blocks are no longer tied by
     transformers.
     """
     tied, coded = model.all_tied_weights_keys, {}

@@ -33,7 +33,9 @@ class GivenBase:
         self._names = {_model(known_name(name)) for name in (root, *names) if name}
 
     def warning(self, named: str | None) -> str:
-        """Return a warning about an adapter that names a base; "" if it may be this one."""
+        """Return a warning if ``named``, the base that an adapter names, is another model than this base. Return "" if
+        the two may be one model.
+        """
         if not named or len(named) > _LONGEST or not self._root or not self._differs(named):
             return ""
         return (

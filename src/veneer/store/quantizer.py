@@ -56,11 +56,11 @@ class Deferred(Unread):
 
 
 class Decoded:
-    """Quantized weight of the checkpoint, made dense when transformers' loader slices it: for experts in one stack that
-    cannot be kept in codes.
+    """Quantized weight of one expert, in a stack that cannot stay quantized. It is decoded to a dense tensor when
+    transformers' loader slices it.
 
-    A weight that is not ``stacked`` is reported as a problem when it is read: it should have been kept in codes, or
-    stored dense.
+    Any other weight, which is not ``stacked``, is reported as a problem when it is read. It should have stayed
+    quantized, or been stored dense.
     """
 
     def __init__(self, layer: str, stacked: bool, quantizer: VeneerQuantizer) -> None:
@@ -93,9 +93,10 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         missing_keys: set[str],
         **_: Any,  # transformers passes more than a step needs
     ) -> dict[str, Tensor]:
-        """Return the codes by parameter name; the layer already has its other tensors.
+        """Set the weights of quantized layers from ``input_dict``, and return each layer's codes by parameter name.
 
-        A stack is complete, and has no tensor of its parameter's name that the loader could set.
+        Stacks of experts are set here too, but not returned, because the model has no parameter of a stack's name for
+        the loader to set.
         """
         result = {}
         for name, value in input_dict.items():
@@ -175,7 +176,11 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
                     model.set_submodule(path, layer)
 
     def open(self, files: list[str]) -> dict[str, Any]:
-        """Return the tensors of the checkpoint, unread. Parts of a quantized weight are kept for its layer."""
+        """Return the tensors of the checkpoint, without reading their values.
+
+        The tensors that make up a quantized weight are kept in ``stored_parts``. An empty tensor under the weight's
+        name stands for them until `fill` reads them.
+        """
         pickled = [file for file in files if not str(file).endswith(".safetensors")]
         if pickled:
             raise ConfigError(f"{pickled[0]} is a pickle, which can run any code: convert the model to safetensors")
@@ -196,7 +201,9 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         return deferred
 
     def plan_stacks(self, model: PreTrainedModel) -> None:
-        """Replace experts by empty stacks in codes, in a model planned without files. `open` does so with files."""
+        """Replace stacks of experts by quantized modules without values, in a model for which no files are read. `open`
+        does so from files.
+        """
         plan = planned_stacks if self.is_stored else new_stacks
         for name, spec in plan(model, self.quantization_config, self._skip).items():
             _put_stack(model, name, CodedStack(spec))
@@ -238,8 +245,10 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @torch.no_grad()
     def decoded(self, layer: str, parts: Mapping[str, Stored], stacked: bool) -> Tensor:
-        """Return a stored weight as a dense matrix. Errors are collected for `finish`, also for a layer that
-        ``config.json`` leaves out.
+        """Return a weight that the files store quantized as a dense matrix.
+
+        Errors are collected for `finish`, and zeros are returned. It is an error if ``config.json`` says that the layer
+        is not quantized.
         """
         shape, model = self.stored_shape(layer, parts), cast(PreTrainedModel, self._model)
         try:
@@ -379,8 +388,9 @@ def register() -> None:
 
 @functools.cache
 def watch_loading() -> None:
-    """Wrap transformers' loader, once: it takes tensors from the quantizer, and passes on the blocks of a dense
-    model."""
+    """Wrap transformers' loader, once. With a quantizer of veneer, the loader reads the quantizer's tensors instead of
+    the files. For a dense model, it passes on each loaded block (`blocks_handed_on`).
+    """
     load = PreTrainedModel._load_pretrained_model
 
     @functools.wraps(load)

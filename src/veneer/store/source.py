@@ -196,9 +196,10 @@ def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def float32_note(dtype: torch.dtype | None, device: str, setting: str) -> str | None:
-    """Return a note that ``setting`` makes the model faster, by computing in float32; None if it would not.
+    """Return a note that computing in float32, by ``setting``, is faster on this machine; None if it is not.
 
-    A CPU without native 16-bit products computes them in float32 and rounds (`ops.matmul`).
+    It is faster on a CPU without native 16-bit products, because such a CPU computes them in float32 and rounds
+    (`ops.matmul`).
     """
     if dtype not in matmul.NARROW or device != "cpu" or not matmul.float32_is_faster():
         return None

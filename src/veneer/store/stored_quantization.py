@@ -95,9 +95,10 @@ def stored_quantization(folder: Path) -> BitsAndBytesConfig | StoredQuantization
 
 
 def with_stored(source: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of transformers' ``from_pretrained`` with the quantization of a folder that veneer reads itself.
+    """Return options for transformers' ``from_pretrained``, completed by the ``quantization_config`` of a folder whose
+    format veneer reads itself.
 
-    If the options already hold a ``quantization_config``, it is kept.
+    A ``quantization_config`` in ``options`` is kept. Other folders and hub ids leave the options unchanged.
     """
     folder = Path(source)
     found = stored_quantization(folder) if (folder / "config.json").is_file() else None

@@ -42,8 +42,8 @@ class ShortRunLog(TrainerCallback):  # type: ignore[misc]
     """Callback that logs a short run more often than its settings say, so that its loss curve has enough points."""
 
     def on_train_begin(self, args: RunSettings, state: Any, control: Any, **_: Any) -> None:
-        """If the run would log fewer than `LEAST_POINTS` lines, log at least 20; every step of a run of
-        up to 39 steps.
+        """If the run would log fewer than `LEAST_POINTS` lines, log about every twentieth part of the run, but at most
+        once a step.
         """
         if state.max_steps < LEAST_POINTS * state.logging_steps:
             state.logging_steps = max(1, state.max_steps // 20)

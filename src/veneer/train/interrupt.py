@@ -28,8 +28,8 @@ _BEFORE_STEPS = "before the first step: nothing is trained yet, and no checkpoin
 class Stop:
     """Signals that ask a run to stop. The first stops it where it can be resumed later; the second ends it at once.
 
-    ``signal``: the first signal received, if any. Outside `deferred` blocks it raises Interrupted immediately. ``when``
-    says, for the message, where a run within such a block stops.
+    ``signal``: the first signal received, if any. Outside `deferred` blocks a signal raises Interrupted immediately.
+    ``when`` is the end of the message inside such a block: where the run will stop.
     """
 
     def __init__(self) -> None:
@@ -102,18 +102,20 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        """If the run begins with an evaluation, note that a signal stops the run in it."""
+        """Set where a signal would stop the run: within the first evaluation if the run begins with one, otherwise
+        after a step.
+        """
         self._stop.when = _BEFORE_STEPS if evaluates_first(args, state, **context) else _AFTER_STEP
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Note that a signal stops the run after this step."""
+        """Set where a signal would stop the run: after this step."""
         self._stop.when = _AFTER_STEP
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Note that a signal stops the run after this evaluation. If nothing is trained yet, a lone process stops at
-        once.
+        """Set where a signal would stop the run: after this evaluation. If nothing is trained yet, a run of one process
+        stops at once.
         """
         self._stop.when = _AFTER_EVALUATION if state.global_step else _BEFORE_STEPS
         if self._stop.signal and not state.global_step and n_processes() == 1:

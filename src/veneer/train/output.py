@@ -100,7 +100,7 @@ def save_trained(trainer: RunTrainer, folder: Path, adapter: Mapping[str, Any]) 
 
 
 def usable(recipe: Recipe, checkpoint: Path) -> str:
-    """Return a sentence with commands that use a checkpoint, as they use the results of a finished run."""
+    """Return a sentence with commands that use a checkpoint's adapter or model like the results of a finished run."""
     base, kind = recipe.model.source, MODEL if recipe.method == FULL else ADAPTER
     if recipe.task == "reward":
         return f"The {kind} in {checkpoint} loads as that of a finished run does"

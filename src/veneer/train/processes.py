@@ -125,8 +125,8 @@ def by_main(act: Callable[[], T]) -> T:
 
 
 def require_alike(run: Mapping[str, Any]) -> None:
-    """Raise ConfigError in all processes if they are about to train different runs. ``run`` holds facts of one, as
-    JSON.
+    """Raise ConfigError in all processes if they are about to train different runs. ``run`` holds the facts of this
+    process's run, as JSON values.
     """
     found = gathered(dict(run))
 

@@ -26,7 +26,11 @@ _READING = {"prompt", "completion", "chat", "system"}
 
 
 def samples_of(recipe: Recipe) -> tuple[dict[str, Sample], PreTrainedTokenizerBase]:
-    """Return the first training row of every source, or the row's parts, by name, and the tokenizer that reads them."""
+    """Return the first training row of every source, by the source's name, and the tokenizer.
+
+    For tasks whose rows hold several answers or none, return the parts of the first row instead, such as ``chosen`` and
+    ``rejected``.
+    """
     tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
     if recipe.task not in OF_ANSWERS:
         return _by_part(recipe, tokenizer), tokenizer

@@ -51,7 +51,7 @@ class AdapterSchedule(TrainerCallback):  # type: ignore[misc]
                 )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any) -> None:
-        """Write the state of the schedules into the checkpoint, for trainers that do not."""
+        """Write the state of the schedules into the checkpoint, unless the trainer has written it already."""
         model, folder = context["model"], _checkpoint(args, state)
         if isinstance(model, PeftModel) and folder.is_dir() and not (folder / SCHEDULE_FILE).is_file():
             save_schedules(model, folder)

@@ -135,7 +135,7 @@ class ServeArguments:
 
     @property
     def limits(self) -> ServerLimits:
-        """Limits of requests. Raises ConfigError."""
+        """Limits of requests. Raises ConfigError for an invalid ``--max-body-mib``."""
         return ServerLimits(
             body_bytes=bytes_of("--max-body-mib", self.max_body_mib, MIB), choices=self.max_choices,
             in_flight=self.max_in_flight, trust_request_templates=self.trust_request_templates,
@@ -165,8 +165,8 @@ def speculative_of(text: str | None) -> dict[str, object] | None:
 
 
 def cache_bytes_of(gib: float | None, folder: str | None) -> int:
-    """Return the bytes of ``--adapter-cache-gib``. Raises ConfigError for an invalid size, and for a size without a
-    folder.
+    """Return the number of bytes that ``--adapter-cache-gib`` allows, by default 8 GiB. Raises ConfigError for an
+    invalid size, an empty folder name, and a size without a folder.
     """
     if folder == "":
         raise ConfigError("--adapter-cache '' names no folder: give one, or leave the option out")
@@ -176,7 +176,9 @@ def cache_bytes_of(gib: float | None, folder: str | None) -> int:
 
 
 def bytes_of(option: str, given: float, unit: int) -> int:
-    """Return the bytes of an option given in `MIB` or `GIB`. Raises ConfigError for an invalid size."""
+    """Return the number of bytes that an option's value means in ``unit`` (`MIB` or `GIB`). Raises ConfigError for an
+    invalid size.
+    """
     size = given * unit
     if not 1 <= size < math.inf:
         raise ConfigError(

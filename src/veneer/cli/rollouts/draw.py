@@ -27,7 +27,8 @@ from veneer.store.bars import quiet
 
 
 def draw(args: DrawArguments) -> None:
-    """Draw answers to a file of prompts into another file. Raises ConfigError if the engine cannot draw.
+    """Generate several answers to each prompt of a file, and write them into another file. Raises ConfigError if
+    veneer's engine cannot run the model.
 
     If a reward fails, the answers stay, without rewards, in a file beside the output. RewardError names that file.
     """

@@ -21,7 +21,9 @@ _SHOWN = 20
 
 
 def show_samples(args: SamplesArguments) -> None:
-    """Print rollouts of a run. Raises FormatError without a journal, and DataError if none is as asked."""
+    """Print rollouts of a run. Raises FormatError without a journal, and DataError if no rollout matches the options
+    given.
+    """
     chosen = itertools.islice(_chosen(args), args.limit if args.limit or args.as_rows or args.as_json else _SHOWN)
     console, is_any = Console(soft_wrap=True, highlight=False), False
     for line in chosen:

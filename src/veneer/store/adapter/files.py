@@ -37,7 +37,7 @@ def read_headers(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTens
 def unusable(tensors: Mapping[str, Tensor], whole: Collection[str] = ()) -> dict[str, str]:
     """Return the reasons that disqualify tensors as an adapter's values, by key: wrong dtype, NaN or infinity.
 
-    ``whole``: the keys of whole numbers.
+    ``whole``: the keys of tensors that must hold whole numbers.
     """
     found, together = {}, _is_finite_together(tensors)
     for key, value in tensors.items():

@@ -48,10 +48,11 @@ def require_fit(adapter: Path, base: Path, n_tokens: int = 0, called: str | None
 
 
 def require_fit_on(adapter: Path, model: PreTrainedModel) -> None:
-    """Raise FormatError if an adapter's tensors do not fit a model without adapters, TargetError if it lacks a module.
+    """Raise FormatError if an adapter's tensors do not fit a model without adapters. Raise TargetError if the model
+    lacks a module that the adapter changes.
 
-    The model may be on the meta device. If only a forward pass can show which modules
-    the adapter changes, it is then assumed to fit.
+    The model may be on the meta device. If only a forward pass can show which modules the adapter changes, the adapter
+    is then assumed to fit.
     """
     config = read_config(adapter)
     stored = {usual_key(key): tensor for key, tensor in read_headers(adapter).items()}
@@ -163,15 +164,16 @@ def _widths(site: Any) -> dict[str, int]:
 
 
 def base_named_by(adapter: Path) -> str | None:
-    """Return the base that an adapter's config names."""
+    """Return the base that an adapter's config names; None if it names none."""
     return read_config(adapter).base_model_name_or_path or None
 
 
 def base_warnings(adapters: Sequence[Path], base: str, place: Path | str) -> list[str]:
-    """Return a warning for each adapter that names another base, as far as names and files show.
+    """Return a warning for each adapter that seems to belong to another base, by the names of the bases and their
+    files.
 
-    ``base`` is the name that was given, ``place`` its folder or its id on the hub. A model may have many names, so this
-    is no error.
+    ``base`` is the name that was given, ``place`` its folder or its id on the hub. This is no error, because one model
+    may have many names.
     """
     given = GivenBase(base, (str(place),), place if isinstance(place, Path) else None)
     said = [(folder, given.warning(base_named_by(folder))) for folder in adapters]

@@ -30,7 +30,7 @@ from veneer.store.adapter.tensors import once_each
 
 
 class NeedsBaseError(CompositionError):
-    """Adapter whose updates cannot be computed without its base."""
+    """Error for an adapter whose updates cannot be computed without its base."""
 
 
 @dataclass(frozen=True)

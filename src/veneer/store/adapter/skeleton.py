@@ -26,8 +26,8 @@ from veneer.store.named import folder_of
 def without_storage(config: Any, keys: Collection[str]) -> PreTrainedModel:
     """Return a model of the config's class on the meta device, as if it were not quantized.
 
-    A bare model gets a causal language model's head if the ``keys`` of an adapter lead through one. Raises FormatError
-    for an unknown class.
+    If that class has no head, but ``keys`` of an adapter name a module beside the backbone, return the causal language
+    model instead. Raises FormatError for an unknown class.
     """
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -113,9 +113,10 @@ class Leniency:
 def load_weights(
     model: nn.Module, state: AdapterState, name: str, folder: Path, leniency: Leniency | None = None
 ) -> list[str]:
-    """Copy the tensors of an adapter folder into an attached adapter. Return the keys that keep their values.
+    """Copy the tensors of an adapter folder into an attached adapter.
 
-    These are none unless ``leniency`` allows it.
+    Return the keys of tensors that were not copied because their shape differs. There are none unless ``leniency``
+    allows it; otherwise such a tensor is an error.
     """
     leniency = leniency or Leniency()
     file = NETWORK_FILE if has_network(state, name) else WEIGHTS_FILE
@@ -152,8 +153,8 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None
 def once_each(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors by their `usual_key`, without PEFT's duplicates for fully trained modules.
 
-    With ``bias="all"`` PEFT writes their biases again under its wrapper's names: as trained (``modules_to_save``) and
-    as in the base (``original_module``).
+    With ``bias="all"`` PEFT writes the biases of such modules twice more, under its wrapper's names: as trained
+    (``modules_to_save``) and as in the base (``original_module``).
     """
     return {usual_key(key): value for key, value in tensors.items() if not _is_written_again(key, tensors)}
 

@@ -30,8 +30,8 @@ DESCRIPTION = "blocks.json"
 class BlockFile:
     """GGUF file that a folder of the cache describes, unchanged since then.
 
-    ``dtype`` is that of the parameters that are not in blocks. ``places`` has the tensors of all parameters, tied ones
-    too.
+    ``dtype`` is that of the parameters that are not in blocks. ``places`` maps each parameter, tied ones too, to the
+    names of its tensors in the file.
     """
 
     folder: Path
@@ -45,7 +45,9 @@ class BlockFile:
         return model_config(self.folder)
 
     def parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, GgufParameter]:
-        """Return the parameters of these shapes by the model's names. Raises FormatError if the file does not fit."""
+        """Return the file's parameters for a model whose parameters have these ``shapes``, by the model's names. Raises
+        FormatError if the file does not fit.
+        """
         header = read_header(self.path)
         return placed_parameters(
             self.path,
@@ -130,9 +132,11 @@ def describe_into(folder: Path, path: Path, config: Any, dtype: torch.dtype) -> 
 
 
 def parameters_of(model: Any, path: Path, dtype: torch.dtype) -> dict[str, GgufParameter]:
-    """Return the parameters of a model without storage in a file, by the model's names, tied ones under each name.
+    """Return the parameters that a file holds for a model on the meta device, by the model's names. Tied parameters are
+    listed under each of their names.
 
-    The model may have fewer layers than the file. Raises FormatError if the file lacks one, or if one does not fit.
+    The model may have fewer layers than the file. Raises FormatError if the file lacks a parameter, or if one does not
+    fit.
     """
     header, config = read_header(path), model.config
     family, tensors = _family(path, header), {tensor.name: tensor for tensor in header.tensors}

@@ -38,7 +38,9 @@ _HELD = {"adapter": "an adapter ({})", "imatrix": "an importance matrix", "mmpro
 
 
 def gguf_facts(header: GgufHeader) -> dict[str, Any]:
-    """Return all facts of a file, for programs: lists of the vocabulary by length, tensors by type."""
+    """Return all facts of a file, for JSON. The vocabulary's lists are replaced by their lengths, and tensors are
+    counted by type.
+    """
     values = {
         key: _length(value) if key.startswith(_TOKENIZER) and not isinstance(value, (str, int)) else value
         for key, value in header.values.items()

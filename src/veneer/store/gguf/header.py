@@ -55,7 +55,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufHeader:
-    """Header of a file: values by key (`Long` for omitted arrays), tensors, and the bytes of the whole file."""
+    """Header of a file: values by key (`Long` for omitted arrays), tensors, and the size of the whole file in bytes."""
 
     values: Mapping[str, Any]
     tensors: tuple[GgufTensor, ...]
@@ -188,6 +188,6 @@ def _text(view: mmap.mmap, start: int, end: int) -> str:
 
 
 def own_pairs(values: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-    """Return the values of the architecture's own keys, without its name."""
+    """Return the values of the keys that begin with the architecture's name. The result's keys lack this prefix."""
     prefix = f"{architecture}."
     return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}

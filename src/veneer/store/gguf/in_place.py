@@ -10,9 +10,9 @@ from veneer.store.gguf.registry import laid_out_family
 
 
 def why_not_in_blocks(path: Path) -> str | None:
-    """Return the reason for which a file is decoded into a dense copy; None if its blocks can be used in place.
+    """Return the reason why a file must be decoded into a dense copy; None if its blocks can be used in place.
 
-    A file without quantized matrices has no reason: "".
+    The reason is empty ("") for a file without quantized matrices, because such a file is always copied.
     """
     header = read_header(path)
     architecture = str(header.values.get("general.architecture"))

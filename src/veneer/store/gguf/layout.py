@@ -35,7 +35,8 @@ def shared_gate(leaf: str, tensor: Tensor, config: Any) -> Tensor:
 
 
 def experts(name: str) -> Iterator[Part]:
-    """Return the tensors of a layer's stacked experts (n, out, in) for a parameter, with its part of each.
+    """Yield the file's stacked tensors (n, out, in) that hold an expert parameter's values, each with the function that
+    selects its values from the parameter.
 
     Gate and up may be one parameter, and each expert may have parameters of its own.
     """

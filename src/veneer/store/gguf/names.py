@@ -17,7 +17,8 @@ _TOWERS = ("vision_tower", "vision_model", "multi_modal_projector", "audio_tower
 def gguf_name(family: GgufFamily, config: Any, name: str, prefix: str = "model") -> str | None:
     """Return llama.cpp's name for a parameter of a model; None if it has none.
 
-    ``prefix`` is that of the names in the model without its head, which files may omit.
+    ``prefix`` is the backbone's prefix in the model's parameter names, such as ``model``. ``name`` may be with or
+    without it.
     """
     names = _name_map(family.architecture, config.num_hidden_layers)
     for form in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
@@ -35,8 +36,9 @@ def _name_map(architecture: str, n_layers: int) -> gguf.TensorNameMap:
 
 
 def places_of(family: GgufFamily, config: Any, name: str, prefix: str) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Return the names of a parameter's tensors in the file, each with a function that takes its part of the
-    parameter."""
+    """Return the names of the file's tensors that hold a parameter. With each comes the function that selects, from the
+    parameter, the values of that tensor.
+    """
     parts = list(family.parts(name))
     if parts:
         layer = next(piece for piece in name.split(".") if piece.isdigit())
@@ -53,7 +55,7 @@ def text_name(name: str | None) -> str | None:
 
 
 def leaf_of(name: str) -> str:
-    """Return a tensor's name without its layer's prefix."""
+    """Return a tensor's name without its layer's prefix: ``attn_q.weight`` of ``blk.0.attn_q.weight``."""
     return name.split(".", 2)[-1] if name.startswith("blk.") else name
 
 

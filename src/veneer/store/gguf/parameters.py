@@ -119,7 +119,11 @@ def placed_parameters(
     config: Any,
     dtype: torch.dtype,
 ) -> dict[str, GgufParameter]:
-    """Return the parameters of these shapes in a file, by the model's names. Raises FormatError if one does not fit."""
+    """Return the parameters with these ``shapes``, by the model's names. ``places`` gives the names of each one's
+    ``tensors`` in the file.
+
+    Raises FormatError if a parameter and its tensors do not fit.
+    """
     found, problems = {}, []
     for name, shape in shapes.items():
         own = GgufParameter(name, path, dtype, shape, tuple(tensors[each] for each in places[name]), family, config)

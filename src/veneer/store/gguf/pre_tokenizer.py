@@ -87,8 +87,8 @@ TABLE = (
 def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
     """Return llama.cpp's name for the pre-tokenizer of a ``tokenizer.json``.
 
-    Raises FormatError with the patterns seen, if llama.cpp has no name for them or none is known here. Raises
-    FormatError if the name implies another ``ignore_merges``.
+    Raises FormatError, with the tokenizer's patterns, if no name in ``TABLE`` stands for them. Raises FormatError if
+    the name stands for the opposite of the tokenizer's ``ignore_merges``.
     """
     steps = tuple(_steps(content.get("pre_tokenizer") or {}))
     whole = bool((content.get("model") or {}).get("ignore_merges", False))

@@ -15,7 +15,7 @@ from veneer.store.gguf.header import GgufTensor
 
 
 def stored_rows(tensor: GgufTensor, path: Path) -> StoredTensor:
-    """Return the bytes of a tensor in the file, by its rows (n, bytes)."""
+    """Return a tensor in the file as raw bytes: uint8 (rows, bytes of a row), not yet read."""
     n_rows = math.prod(tensor.shape[:-1])
     shape = (n_rows, tensor.n_bytes // max(1, n_rows))
     return StoredTensor(tensor.name, path, torch.uint8, shape, tensor.start, tensor.n_bytes)

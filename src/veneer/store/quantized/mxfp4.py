@@ -22,7 +22,7 @@ _LEFT_OUT = "modules_to_not_convert"
 class Mxfp4Layers(StoredLayers):
     """Storage of a checkpoint whose experts are in MXFP4 and whose linear layers are dense.
 
-    The parts of a stack are named by the last names of its tensors.
+    The key of each part of a stack is the last component of its tensor's name.
     """
 
     parts: ClassVar[frozenset[str]] = frozenset()

@@ -81,8 +81,8 @@ def _require_one_output(model: Any) -> None:
 
 
 def for_scores(config: MethodConfig | None) -> MethodConfig | None:
-    """Return the adapter's config with the new head among the modules that are trained and saved whole. Raises
-    ConfigError.
+    """Return the adapter's config with the task SEQ_CLS, by which the new head is trained and saved whole. Raises
+    ConfigError if the config names another task.
     """
     if not isinstance(config, MethodConfig) or config.task_type == TaskType.SEQ_CLS.value:
         return config

@@ -208,7 +208,9 @@ class PreferenceTrainer(RunTrainer):
 
 @contextmanager
 def without_old_names() -> Iterator[None]:
-    """Enter a context that silences a warning: at each step TRL enables gradient checkpointing by a deprecated name."""
+    """Enter a context that silences transformers' warning about a deprecated name of gradient checkpointing, which TRL
+    uses at each step.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
         yield

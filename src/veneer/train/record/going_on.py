@@ -86,7 +86,9 @@ def _global_batches(before: Mapping[str, Any], now: DistributedPart) -> tuple[in
 
 
 def parent_of(adapter: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return the saved adapter that a run continues to train: its name in the recipe, and a hash of its values."""
+    """Return the saved adapter that a run continues to train: its name in the recipe, and a hash of its values. Return
+    None if the adapter is fresh.
+    """
     if FROM not in adapter:
         return None
     folder = adapter_folder(adapter[FROM])

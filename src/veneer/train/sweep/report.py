@@ -55,7 +55,7 @@ class Outcome:
 
     @property
     def shown(self) -> float:
-        """Loss or reward of a member that has a measure."""
+        """Reward of a member, or its loss if the task has no rewards. It exists only if ``measure`` is not None."""
         return cast(float, self.measure if self.reward is None else self.reward)
 
 

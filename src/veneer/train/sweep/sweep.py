@@ -48,15 +48,16 @@ def run_sweep(
     """Train all members and return the content of each one's ``run.json``, in their order.
 
     Each member writes the files of a single run into a folder of its name. A member ends early with the status
-    ``diverged`` if its loss is not finite; the others train on. So does a sweep that draws if a member ``failed``.
+    ``diverged`` if its loss is not finite; the others train on. If the task generates answers, the others also train on
+    after a member ``failed``.
 
     ``engine`` gives the workers; without one, this process trains all members together. With the scheduler ``asha``,
     members wait at rungs to be compared, and those that may not go on get the status ``stopped``.
 
     With ``resume``, members that have ended stay as they are, and the others continue from their last checkpoints.
     ``"auto"`` also begins a new sweep. Members keep the settings with which they began, unless ``allow_changes``. After
-    SIGTERM or SIGINT each member ends its current step, writes a checkpoint, and Interrupted is raised.
-    Raises ConfigError if several processes were started, DataError if files of rows do not exist.
+    SIGTERM or SIGINT each member ends its current step, writes a checkpoint, and Interrupted is raised. Raises
+    ConfigError if several processes were started, DataError if files of rows do not exist.
     """
     if n_processes() > 1:
         raise ConfigError("the members of a sweep share one process: start it with `veneer train`, without torchrun")
