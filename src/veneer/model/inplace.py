@@ -34,7 +34,9 @@ class InPlace:
 
     @classmethod
     def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Return the own attributes of a class generated in front of ``base``."""
+        """Return attributes, such as ``forward``, for the class that `change_class` generates from this mixin and
+        ``base``. Mixins that need them override this.
+        """
         return {}
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -36,7 +36,9 @@ NOTHING_FITS = "every part of its blocks is hooked, trained, or computes in anot
 
 
 class FusedDecoder(InPlace, nn.Module):
-    """Mixin before the class of the module that holds the blocks. It gives them the layout of the batch's sequences."""
+    """Mixin before the class of the module that holds the blocks. Its forward passes the layout of the batch's
+    sequences to the blocks in place of the attention mask.
+    """
 
     keeps_state: bool  # a block of it does: each type of layer then gets a mask of its own
 
@@ -54,10 +56,11 @@ class FusedDecoder(InPlace, nn.Module):
         return bias
 
     def layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayoutMask | None:
-        """Return the layout of a batch's sequences. Within `forked`, it is that context's layout.
+        """Return the layout of a batch's sequences, from the arguments of a forward pass. Within the context `forked`,
+        return the layout given there.
 
-        Return None if a cache, a custom mask, or a request for attention weights is given. In training, no cache is
-        used unless one is asked for.
+        Return None if the arguments ask for a cache or for attention weights, or if they hold a cache or a custom mask.
+        In training, no cache is used unless one is asked for.
         """
         if "forked" in vars(self):
             return cast(LayoutMask, vars(self)["forked"]())
@@ -104,14 +107,16 @@ def _with_layout(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def counts_positions(decoder: nn.Module) -> bool:
-    """Return True if positions are counted from the mask, so that restarting positions do not separate
-    sequences (OPT).
+    """Return True if the decoder counts positions from the mask (OPT). Position ids that restart then do not separate
+    packed sequences.
     """
     return hasattr(getattr(decoder, "embed_positions", None), "offset")
 
 
 class WithImages(InPlace, nn.Module):
-    """Mixin before the class of a model with images. For rows of text, it gives the mask unchanged to the text part."""
+    """Mixin before the class of a model with images. If a batch has text alone, the mixin gives the caller's mask
+    unchanged to the text decoder, which needs it to find the sequences.
+    """
 
     text_half: list[FusedDecoder]  # in a list, which is no submodule
 
@@ -138,12 +143,12 @@ def _with_given_mask(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fuse(model: PreTrainedModel) -> bool:
-    """Make the blocks of a model run on fused kernels, in place. Return True if any does; a second call changes
-    nothing.
+    """Make the blocks of a model run on fused kernels, in place. Return True if at least one block does; a second call
+    changes nothing.
 
     The model's description determines the parts of a block. Values then verify it: what each block adds to the residual
     stream of a short batch must equal the model's own result, up to rounding. A half that differs runs the model's own
-    code, and the reason is logged. If nothing fits, the model stays unchanged.
+    code, and the reason is logged. If no half can be fused, the model stays unchanged.
     """
     if is_fused(model):
         return True

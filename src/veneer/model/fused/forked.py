@@ -47,8 +47,8 @@ def cannot_fork(model: nn.Module) -> str | None:
     """Return why rows of a model cannot share their common beginning in its current state, or None if they can.
 
     Each token must have the same result as in a separate row. So nothing may depend on a row as a whole, or be random.
-    Adapters that are switched off count too: a reference computes like the model in training. Only a forward pass shows
-    if attention runs fused, which `forked` checks.
+    Adapters that are switched off count too, so that a reference pass without them computes in the same way as the
+    trained model's pass. Only a forward pass shows if attention runs fused, which `forked` checks.
     """
     if not isinstance(model, PreTrainedModel) or not any(isinstance(m, FusedDecoder) for m in model.modules()):
         return "its blocks do not run fused"

@@ -66,7 +66,8 @@ class LayoutMask(Tensor):
         return self.dense[window]
 
     def of_type(self, layer_type: str, hidden: Tensor) -> Tensor | None:
-        """Return the mask that transformers makes for layers of a type; None if it makes none.
+        """Return the mask that transformers makes for layers of a type, or None if transformers makes none for this
+        batch.
 
         Raises CompositionError if sequences continue others.
         """

@@ -96,9 +96,9 @@ class Page:
 
 
 class PageFile:
-    """Unnamed file with tensors one after another. Writing starts at the front again after all of them are released.
+    """Unnamed file with tensors one after another. Once all of them are released, writing starts at the front again.
 
-    Traced tensors are reported and not written.
+    Tensors of a trace have no values: their bytes are counted and not written.
     """
 
     def __init__(self, folder: Path) -> None:

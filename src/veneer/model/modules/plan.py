@@ -33,9 +33,10 @@ log = logging.getLogger(__name__)
 class AttachPlan:
     """Config of an adapter for one model, and the modules that it changes.
 
-    ``targets``: the target layers, by path; ``outward``: the output projections of the attentions among them;
-    ``followers``: the modules that share the factors of the ``embeddings``. ``parameters`` are adapted by name.
-    ``copied`` are trained as a whole, by module path. ``rows``: the tables of which rows are trained.
+    ``targets``: the target layers, by path. ``outward``: the output projections of those targets that are attentions.
+    ``followers``: the modules that use the factors of the ``embeddings``, a path, because they share its weight.
+    ``parameters``: the parameters adapted by name, by module path. ``copied``: the parameters trained as a whole, by
+    module path. ``rows``: the tables of which rows are trained.
     """
 
     config: MethodConfig
@@ -60,7 +61,9 @@ class AttachPlan:
 
 
 def plan_beside(snapshot: Snapshot, config: MethodConfig, fresh: bool) -> AttachPlan:
-    """Return the plan of a method that names no layers: only the parts of the base that it trains."""
+    """Return the plan of a method that adapts no layers. It lists only the base's parameters that the adapter trains
+    whole.
+    """
     config = on_base(snapshot, config)
     copied = copied_parameters(snapshot.modules, snapshot.tied, config, set())
     return AttachPlan(config=config, parameters={}, copied=copied)
@@ -98,7 +101,9 @@ def plan_layers(snapshot: Snapshot, config: LinearMethod, fresh: bool) -> Attach
 
 
 def plan_whole(snapshot: Snapshot, config: WholeMethod, fresh: bool) -> AttachPlan:
-    """Return the plan of a method that trains its targets whole, or rows of them. Raises TargetError."""
+    """Return the plan of a method that trains its targets whole, or rows of them. Raises TargetError if the config
+    names something that the model does not have or that cannot be trained.
+    """
     config, index = on_base(snapshot, config), snapshot.wholes()
     copied = copied_parameters(snapshot.modules, snapshot.tied, config, set())
     if config.rows and config.target_modules is None:
@@ -145,8 +150,8 @@ def _takes_all_linear(config: LinearMethod) -> bool:
 
 
 def left_out(snapshot: Snapshot, config: LinearMethod) -> dict[str, Names]:
-    """Return values for the fields that name modules and are None: the names, in this model, of the roles they stand
-    for.
+    """Return values for those fields of a config that name modules and are None. The value is the method's default,
+    with roles (such as q) replaced by the names of their layers in this model.
     """
     defaults = config.fields_for(snapshot.model_type)
     return {

@@ -112,7 +112,9 @@ def look_at(model: nn.Module) -> Snapshot:
 
 
 def shortest_names(index: ModuleIndex, chosen: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the last parts of the paths if they match exactly these modules, otherwise the paths."""
+    """Return the last parts of the chosen paths if these names match exactly the chosen modules. Otherwise return the
+    paths themselves.
+    """
     endings = tuple(sorted({path.rpartition(".")[2] for path in chosen}))
     meant = {name for name in index.all_names if matches_any(name, endings)}
     return endings if meant == set(chosen) else chosen

@@ -142,9 +142,9 @@ class Acting:
 
 
 def computed_in(x: Tensor) -> torch.dtype | None:
-    """Return the dtype in which linear layers compute: x's, or autocast's for a float32 x.
+    """Return the dtype in which linear layers compute: x's, or autocast's if x is float32.
 
-    Return None if autocast uses another dtype than these.
+    Return None if autocast is on, and x has neither autocast's dtype nor float32.
     """
     if not torch.is_autocast_enabled(x.device.type):
         return x.dtype
@@ -153,9 +153,9 @@ def computed_in(x: Tensor) -> torch.dtype | None:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Return True if a call of the module runs only its class's forward, and a bottleneck's hooks.
+    """Return True if a call of the module runs its class's forward and, besides, at most hooks of bottleneck adapters.
 
-    Those hooks are allowed, since a half calls its `bottlenecks` itself.
+    These hooks are allowed because the fused half that contains the module applies its `bottlenecks` itself.
     """
     hooks = (hook for kind in HOOKS for hook in getattr(module, kind).values())
     return "forward" not in vars(module) and all(isinstance(_owner(hook), ResidualAdapters) for hook in hooks)

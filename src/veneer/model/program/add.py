@@ -21,7 +21,8 @@ class Add(Trained):
     """Addition to the residual stream: ``stream += multiplier · source``.
 
     Bottlenecks at the sub-layer ``site`` first change ``source``. They read ``source``, or the half block's input
-    ``beside``. In training, the block itself adds a half with bottlenecks.
+    ``beside``. In training, this operation is left out of a half with bottlenecks, and the block adds the half's output
+    itself.
     """
 
     trains_on, needed = ("source", "stream"), ()
@@ -84,7 +85,9 @@ def changed(site: str, versions: Versions, rows: PassRows, half: Tensor, beside:
 
 
 def take_bottleneck(site: str, version: Version, place: StepPlace) -> bool:
-    """Add a version's bottleneck after a sub-layer to the C++ step. Return False if the step does not support it."""
+    """Add a version's bottleneck after the sub-layer ``site`` to the program in C++. Return False if the C++ code does
+    not support it.
+    """
     bottleneck = version.bottlenecks.get(site)
     if bottleneck is not None and bottleneck.pairs is not None:
         place.step.take_bottleneck(place.version, place.at, bottleneck.pairs, reads_output=bottleneck.reads_output)

@@ -26,7 +26,9 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class AttendWeights:
-    """Norms of queries and keys, and by position the cosines and sines, and the bias of scores (heads, positions)."""
+    """Norms of queries and keys, cosines and sines of the rotation by position (``turns``), and the bias of scores
+    (heads, positions). Each is None if attention has none.
+    """
 
     q_norm: NormWeights | None
     k_norm: NormWeights | None
@@ -36,7 +38,9 @@ class AttendWeights:
 
 @dataclass(frozen=True, slots=True)
 class AttendTraining:
-    """Norms of queries and keys, and the kernels' settings with the window that the module has now."""
+    """Norms of queries and keys, and options of the attention kernels, with the window that the attention module has
+    now.
+    """
 
     q_norm: ActingNorm | None
     k_norm: ActingNorm | None
@@ -45,11 +49,12 @@ class AttendTraining:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attend(Trained):
-    """Attention of the heads in ``source`` to the pages of their sequences, as ``target`` (n, heads · width).
+    """Attention of the heads in ``source`` to the stored keys of their sequences, written to ``target`` (n, heads ·
+    width).
 
-    ``layer`` is the index of their keys and values in a page. In training the heads attend within their own sequence.
-    The operation keeps its output for the backward pass. It also keeps queries, keys and values, unless its source is
-    recomputed.
+    ``layer`` is the layer's index in the pages that store keys and values. In training the heads attend within their
+    own sequence, without pages. The operation keeps its output for the backward pass. It also keeps queries, keys and
+    values, unless its source is recomputed.
     """
 
     needed = ()

@@ -18,11 +18,12 @@ from veneer.model.program.version import Versions
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Binding:
-    """A model, its ``packed`` weights and ``stacks`` of experts, and by position the cosines and sines of each rotation
-    (``turns``) and each bias of attention (``biases``).
+    """All that operations need of a model to get their weights.
 
-    ``versions`` may change after operations are bound. ``groups`` are the groups of linear layers, and the stacks of
-    experts, bound so far, in order; for ``ready`` see `Linears`.
+    ``packed`` and ``stacks`` are the packed weights of linear layers and of experts. ``turns`` are the cosines and
+    sines of each rotation by position, and ``biases`` the biases of attention by position. ``versions`` are the adapter
+    versions, which may change later. ``groups`` are the groups of linear layers and the stacks of experts bound so far,
+    in order. For ``ready`` see `Linears`.
     """
 
     model: PreTrainedModel
@@ -35,7 +36,9 @@ class Binding:
     stacks: Mapping[tuple[str, ...], Stacks] = field(default_factory=dict)
 
     def linears(self, linears: tuple[Linear, ...]) -> Linears:
-        """Return a group of linear layers that read the same input. Equal layers give the same group."""
+        """Return a group of linear layers that read the same input. A second call with the same layers returns the same
+        group.
+        """
         paths = tuple(linear.path for linear in linears)
         known = next((group for group in self.groups if isinstance(group, Linears) and group.paths == paths), None)
         if known is None:

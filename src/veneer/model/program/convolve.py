@@ -22,8 +22,8 @@ from veneer.ops.state.conv import LONGEST, ConvKernel, GatedInput, conv_backward
 class Convolve(Trained):
     """Convolution: ``target = c · conv(b · x)``, where ``source`` (n, 3 · width) holds b, c and x.
 
-    ``layer`` is the index of its inputs in a page. In training a token sees those of its own sequence alone. The output
-    is computed again in the backward pass.
+    ``layer`` is the index of this convolution in the pages, which store the inputs of earlier tokens. In training a
+    token reads inputs of its own sequence alone. The output is computed again in the backward pass.
     """
 
     cheap = True
@@ -96,5 +96,5 @@ def acting_kernel(at: Acting, path: str, activation: str = "identity") -> ConvKe
 
 
 def previous_of(run: ActingStretch) -> Tensor:
-    """Return the row before each row of a pass in its sequence, as `previous_rows` does."""
+    """Return, for each row of a pass, the index of the row before it in its sequence, as `previous_rows` does."""
     return previous_rows(run.positions.cu_seqlens, run.positions.forks)

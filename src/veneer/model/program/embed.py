@@ -23,7 +23,9 @@ from veneer.records.token_rows import look_up_rows
 
 @dataclass(frozen=True, slots=True)
 class EmbedWeights:
-    """Table, its own multiplier in its dtype, and the table of learned ``positions``."""
+    """Embedding table, the factor that the table's module applies (``own_multiplier``), rounded to the table's dtype,
+    and the table of learned ``positions`` (None without).
+    """
 
     table: Tensor
     own_multiplier: float
@@ -37,7 +39,9 @@ class EmbedWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embed(Operation):
-    """Start of the residual stream: table, multiplier, learned positions."""
+    """Start of the residual stream: ``target`` is the tokens' rows of the table times the multiplier, plus learned
+    positions if there are any.
+    """
 
     read = ()
 

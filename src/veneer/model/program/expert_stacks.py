@@ -27,8 +27,8 @@ Stacks = tuple[PackedStack, PackedStack]
 class ExpertStacks:
     """Layers of all experts of a mixture: gate and up together, and down. Versions add their own low-rank pairs.
 
-    ``versions`` hold each version's changes; those of these experts have the key ``number``. ``packed`` are the base's
-    packed weights; if they are None, the model's own module computes the experts' outputs.
+    ``versions`` hold each version's changes of all groups of layers, by number; ``number`` is that of these experts.
+    ``packed`` are the base's packed weights; if they are None, the model's own module computes the experts' outputs.
     """
 
     def __init__(
@@ -61,11 +61,15 @@ class ExpertStacks:
         return own.pairs is None and all(pairs is None or fits_stack(pairs, stack) for pairs, stack in each)
 
     def takes(self, terms: Sequence[LayerTerms | None]) -> bool:
-        """Return True if there are no packed changes besides low-rank pairs: experts take no others."""
+        """Return True if ``terms``, a version's packed changes other than low-rank pairs, are all None. Experts support
+        no such changes.
+        """
         return not any(terms)
 
     def segments(self, versions: tuple[str, ...], runs: AdapterRuns) -> None:
-        """Return nothing: the rows of the experts are divided in the pass, by expert."""
+        """Return None. Unlike the rows of `Linears`, those of experts cannot be divided before the pass, because the
+        router chooses the experts within it.
+        """
 
     def expert_segments(self, versions: tuple[str, ...], runs: AdapterRuns) -> list[ExpertSegment]:
         """Return the rows of each version that changes the packed experts, with its pairs."""
@@ -79,7 +83,9 @@ class ExpertStacks:
     def by_module(
         self, x: Tensor, ids: Tensor, factors: Tensor, versions: tuple[str, ...], runs: AdapterRuns
     ) -> Tensor:
-        """Return the weighted sums of the experts' outputs by the model's own module, each version's rows apart."""
+        """Return the weighted sums of the experts' outputs, computed by the model's own module. The rows of each
+        version are computed separately.
+        """
         module, y = self._model.get_submodule(self.paths[0].rpartition(".")[0]), x.new_empty(x.shape)
         for place, start, stop in runs.with_gaps():
             own, rows = None if place < 0 else self._own(versions[place]), slice(start, stop)

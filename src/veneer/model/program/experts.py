@@ -121,9 +121,10 @@ class MixExperts(Trained):
         return weights.stacks
 
     def acting(self, at: Acting) -> ActingExperts | None:
-        """Return the experts with the pairs that act on them.
+        """Return the experts' weights with the low-rank pairs of the adapters that act on them.
 
-        None if they are hooked or trained, if rows have adapters of their own there, or if their input is made noisy.
+        Return None if the model's own code must run the experts. That is so if they are hooked or trained, have another
+        dtype or other changes than pairs, or add noise to their input, or if the rows of a batch name their adapters.
         """
         half, path = at.module(self.experts.path), self.experts.gate_up.path.rpartition(".")[0]
         module = at.module(path)

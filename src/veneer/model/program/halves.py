@@ -39,7 +39,9 @@ _PATHS = ("path", "act", "conv", "correction", "input_path", "output_path")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tables:
-    """Layout of a model's cos and sin: ``pairs`` has each angle twice in a row, ``sin_first`` has sin before cos."""
+    """How a model lays out its tables of cosines and sines. ``pairs``: each angle stands twice side by side.
+    ``sin_first``: the table of sines comes before that of cosines.
+    """
 
     pairs: bool = False
     sin_first: bool = False
@@ -70,7 +72,9 @@ class BlockProgram:
 
     @property
     def is_whole(self) -> bool:
-        """Return True if both halves are fused, or neither is."""
+        """Return True if the block's halves can only be fused together: a half adds to the residual stream within its
+        own module, or the block has no feed-forward part.
+        """
         halves = (
             (self.block.attention_sublayer, self.block.attention.path),
             (self.block.feed_forward_sublayer, self.block.feed_forward.path),
@@ -79,7 +83,9 @@ class BlockProgram:
         return adds_inside or not self.block.feed_forward.path
 
     def leaving(self, *, attention: bool, mlp: bool) -> BlockProgram:
-        """Return the program in which only the given halves are fused."""
+        """Return the program with only those halves still fused whose argument is True. If the halves can only be fused
+        together (`is_whole`), and one is left out, neither is fused.
+        """
         alone = not self.is_whole or (attention and mlp)
         return replace(
             self,
@@ -110,7 +116,9 @@ def reasons(block: Block, width: int) -> list[str]:
 
 
 def block_operations(layer: int, block: Block, stream: Register) -> Iterator[Operation]:
-    """Yield the operations of a block that is fully described. Its state is number ``layer`` of its kind."""
+    """Yield the operations of a block that is fully described. ``layer`` is its index among the blocks with the same
+    kind of stored state.
+    """
     norms = block.norms
     seen = yield from _normed(norms.attention, stream, "x")
     fed = seen

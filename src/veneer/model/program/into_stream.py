@@ -24,7 +24,8 @@ from veneer.ops.cpu.step import StepProgram
 class IntoStream(Operation):
     """Linear layer without a bias, added to the residual stream: ``stream += W source``.
 
-    Bottlenecks at the sub-layer ``site`` change the layer's output before that. They read that output, or ``beside``.
+    Bottlenecks at the sub-layer ``site`` change the layer's output before it is added. They read that output, or the
+    register ``beside``, the input of the half block.
     """
 
     read = ("source", "beside", "stream")

@@ -39,9 +39,9 @@ Packed = Mapping[tuple[str, ...], PackedGroup]
 
 @dataclass(frozen=True, slots=True)
 class VersionPacking:
-    """State while one version is packed: groups of layers are added to ``packer`` one by one, and then it runs.
+    """State while one version is packed: groups of layers are added to ``packer`` one by one, and then the packer runs.
 
-    ``shared`` are the factors that several groups share, keyed by their unpacked tensors.
+    ``shared`` are the packed factors that several groups use, keyed by the memory of the unpacked tensors.
     """
 
     packer: PairsPacker = field(default_factory=PairsPacker)
@@ -55,7 +55,8 @@ Ready = Mapping[tuple[int, AdapterRuns], Segments]
 class Linears:
     """Group of linear layers that read one input, with the changes of adapter versions.
 
-    ``versions`` hold each version's changes; those of this group have the key ``number``.
+    ``versions`` hold each version's changes of all groups, by number; ``number`` is that of this group. ``ready`` holds
+    how rows are divided by version, if that was computed before the pass.
     """
 
     def __init__(
@@ -96,8 +97,8 @@ class Linears:
         return not own.terms or self.takes(own.terms)
 
     def takes(self, terms: Sequence[LayerTerms | None]) -> bool:
-        """Return True if a version's packed changes, one for each layer, are valid and fit the number and sizes of the
-        layers.
+        """Return True if ``terms``, a version's packed changes other than low-rank pairs, fit this group: one item (or
+        None) for each layer, of the layer's sizes.
         """
         return len(terms) == len(self.weights) and all(
             each is None or each.fits(*weight.shape) for each, weight in zip(terms, self.weights, strict=True)

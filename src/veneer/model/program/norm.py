@@ -56,8 +56,8 @@ class NormWeights:
         return weight, bias
 
     def for_step(self, own: tuple[Tensor | None, Tensor | None] | None = None) -> StepNorm | None:
-        """Return the norm for the C++ step, or None if the step does not support it. ``own`` replaces the base's weight
-        and bias.
+        """Return the norm for the program in C++, or None if the C++ code does not support it. ``own`` replaces the
+        base's weight and bias.
         """
         norm, (weight, bias) = self.norm, own or self.own
         if len(norm.shape) > 1 or weight is None or weight.dtype not in ROWS:
@@ -68,7 +68,7 @@ class NormWeights:
         return StepNorm(_float(weight) + norm.offset, None, norm.eps, subtracts_mean=False)
 
     def take(self, version: Version, place: StepPlace) -> bool:
-        """Add a version's own norm to the C++ step. Return False if the step does not support it."""
+        """Add a version's own norm to the program in C++. Return False if the C++ code does not support it."""
         own = self.instead(version.effects)
         norm = None if own is None else self.for_step(own)
         if norm is not None:

@@ -66,15 +66,17 @@ class Window(NamedTuple):
 
 
 class PassKind(NamedTuple):
-    """Kind of a pass: whether keys are only in the kernels' pages, and whether the pass begins with token ids."""
+    """Kind of a pass. ``in_pages``: keys are stored only in the pages of the C++ kernels. ``by_ids``: the pass begins
+    with token ids, not with embeddings.
+    """
 
     in_pages: bool
     by_ids: bool
 
 
 class StepPlace(NamedTuple):
-    """Where a version's changes belong in the C++ step: the version's number, and the index of an operation's first
-    instruction.
+    """Where to add a version's changes of an operation in the program in C++ (``step``): the version's number, and the
+    index (``at``) of the operation's first instruction.
     """
 
     step: StepProgram
@@ -142,7 +144,9 @@ class Operation(ABC):
         """Compute the registers that the operation writes, by torch and veneer's ops."""
 
     def emit(self, weights: Any, step: StepProgram) -> bool:
-        """Add the operation to the C++ step. Return False if the step does not support it: then `forward` runs it."""
+        """Add the operation to the program in C++. Return False if the C++ code does not support it: then `forward`
+        runs the operation.
+        """
         return False
 
     def fits(self, kind: PassKind) -> bool:
@@ -154,9 +158,10 @@ class Operation(ABC):
         return None
 
     def take(self, weights: Any, version: Version, place: StepPlace) -> bool:
-        """Add those changes of a version to the C++ step that are not in the version's packed block.
+        """Add a version's changes of this operation to the program in C++, except those in the version's packed block,
+        which are added elsewhere.
 
-        Return False if the step does not support one of them.
+        Return False if the C++ code does not support one of the changes.
         """
         return True
 

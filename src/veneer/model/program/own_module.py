@@ -19,7 +19,9 @@ class OwnModuleWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnModule(Operation):
-    """The model's own module, without the adapters on the model: ``target = module(source)``."""
+    """Call of a module of the model: ``target = module(source)``. Adapters that are attached to the model do not act in
+    it.
+    """
 
     path: str
     source: Register

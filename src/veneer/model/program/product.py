@@ -122,7 +122,8 @@ def _in(dtype: torch.dtype, xs: list[Tensor]) -> Tensor:
 def add_product(
     linears: Linears, step: StepProgram, source: Register, target: Register, beside: Register | None = None
 ) -> bool:
-    """Add the outputs of layers that read ``source`` to the C++ step. Return False if the step does not support it.
+    """Add the layers of a group, which read ``source``, to the program in C++. Return False if the C++ code does not
+    support them.
 
     If ``beside`` is given, the output of the single layer is added to ``target``, after bottlenecks have changed it.
     These read the output itself, or the register ``beside``.
@@ -142,7 +143,7 @@ def add_product(
 def changes_of(own: OwnChanges, dtype: torch.dtype) -> tuple[LayerChange, ...] | None:
     """Return a version's changes of layers, except low-rank pairs; empty if there are none.
 
-    Return None if the C++ step does not support one of them.
+    Return None if the C++ code does not support one of them.
     """
     if own.only_adds:
         return ()

@@ -43,11 +43,11 @@ class PagedCache(Protocol):
 class PassRows:
     """Rows of one pass: ``positions`` (n,) for embeddings and rotations, and ``rows``, the ``cache``'s data for them.
 
-    ``versions`` are the adapters that occur, ``runs`` the rows of each. ``kept`` and ``kept_runs`` are the same for the
-    rows whose logits are wanted. ``picked`` and ``picked_runs`` are those for the likeliest token, which is written to
-    ``tokens`` (-1 if a logit is not finite). ``read`` and ``read_runs`` are those whose hidden states are wanted.
-    ``written``, if it is a list, receives the keys and values of every layer. ``segments`` are the rows' low-rank pairs
-    if they were laid out before the pass, see `Interpreter.segments`.
+    ``versions`` are the adapters that occur, ``runs`` the rows of each. ``kept`` are the rows whose logits are wanted,
+    ``picked`` those whose likeliest token is wanted, ``read`` those whose hidden states are wanted; each has its own
+    ``…_runs``. The likeliest tokens are written to ``tokens`` (-1 if a logit is not finite). ``written``, if it is a
+    list, receives the keys and values of every layer. ``segments`` say how rows are divided by version for low-rank
+    pairs, if that was computed before the pass, see `Interpreter.segments`.
     """
 
     cache: PagedCache

@@ -29,10 +29,10 @@ Kept = tuple[Tensor | None, ...]
 
 
 class Keep(NamedTuple):
-    """What the backward pass needs of an operation. ``output``: a later operation reads its output.
+    """What an operation must keep for the backward pass. ``output``: its output, because a backward pass reads it.
 
-    ``again``: the operation is run again, so that values it can recompute are not kept. ``source``: its source is
-    available. ``owns``: nothing else reads its source, in either pass.
+    ``again``: the backward pass runs the operation again, so values that this recomputes are not kept. ``source``: the
+    backward pass recomputes its source. ``owns``: no other operation reads its source, in either pass.
     """
 
     output: bool = False
@@ -155,8 +155,8 @@ class TrainedStretch:
 
     @cached_property
     def keeps(self) -> tuple[tuple[Keep, ...], tuple[Keep, ...]]:
-        """Return what each operation keeps for the backward pass, twice: as usual, and if the first products are
-        recomputed.
+        """Return what each operation keeps for the backward pass, in two forms: if nothing expensive is recomputed, and
+        if the first products are.
         """
         return self._keeps(frozenset()), self._keeps(self._first_products())
 
@@ -186,7 +186,7 @@ class TrainedStretch:
 
     @cached_property
     def without_sum(self) -> TrainedStretch | None:
-        """The operations before the one that adds to the residual stream, or None if that is not the last."""
+        """The operations before the last one, if only the last one adds to the residual stream. Otherwise None."""
         last = [op for op in self.operations if op.output.name == STREAM]
         return TrainedStretch(self.operations[:-1]) if last == [self.operations[-1]] else None
 
@@ -252,7 +252,9 @@ class ActingStretch:
         return y
 
     def forward(self, frame: Frame) -> list[Kept]:
-        """Run the operations on registers, and return the tensors that each keeps."""
+        """Run the operations on the registers in ``frame``. Return, for each operation, the tensors that it keeps for
+        the backward pass.
+        """
         stretch, kept = self.stretch, []
         each = zip(stretch.operations, self.weights, stretch.keeps[self.again], stretch.done, strict=True)
         for op, own, keep, done in each:
@@ -263,9 +265,11 @@ class ActingStretch:
 
 
 class Tape:
-    """Backward pass of consecutive operations: gradients and values by register, as each operation saw them.
+    """Backward pass of consecutive operations. It holds the gradients of registers, and their values as each operation
+    read them.
 
-    ``kept`` are the tensors of the current operation. ``wants`` marks the operations whose inputs need a gradient.
+    ``kept`` are the tensors that the current operation has kept. ``wants`` marks the operations whose inputs need a
+    gradient.
     """
 
     def __init__(
@@ -314,7 +318,7 @@ class Tape:
         return None if known is None else known[0]
 
     def give(self, register: Register, gradients: Sequence[Tensor]) -> None:
-        """Add to the gradients of a register."""
+        """Add ``gradients`` to the gradients that a register has so far."""
         known = self._gradients.pop(register.name, None)
         if known is not None:
             pairs = zip(gradients, known, strict=True)
@@ -331,13 +335,17 @@ class Tape:
         return None if made is None else self._steps[made][0]
 
     def prepare(self, register: Register) -> None:
-        """Recompute the tensors for the backward pass of a register's maker, before gradients take memory."""
+        """Recompute the sources of the operation that computed a register, which its backward pass reads. This is
+        called before gradients take memory.
+        """
         made = self._makers[self._place][register.name]
         for source in self._steps[made][0].sources:
             self._value(made, source)
 
     def through(self, register: Register, gradient: Tensor) -> Tensor:
-        """Run a register's maker backward, and return the maker's output, which nothing else reads."""
+        """Run the backward pass of the operation that computed a register, given the register's ``gradient``. Return
+        the register's value, which this backward pass recomputes (see `gives_output`).
+        """
         before, made = self._place, self._makers[self._place][register.name]
         self.give(register, [gradient])
         self._records[made] = ()

@@ -40,11 +40,12 @@ class Effects:
 
 @dataclass(frozen=True, slots=True)
 class OwnChanges:
-    """One version's changes of a group of layers: its records, and ``whole`` weights that replace the layers'.
+    """One version's changes of a group of layers: a record for each layer, and ``whole`` weights that replace some
+    layers' weights, by index.
 
-    ``pairs`` are the low-rank parts of all layers packed together. If a layer maps its input, ``apart`` holds those of
-    each layer instead. ``terms`` are each layer's other terms; empty if there are none. Packed parts are removed from
-    the records.
+    ``pairs`` are the low-rank parts of all layers packed together. If a layer maps its input, ``apart`` holds a packed
+    low-rank part for each layer instead. ``terms`` are each layer's other packed changes; empty if there are none.
+    Packed parts are removed from the records.
     """
 
     records: tuple[LinearDelta, ...]
@@ -65,14 +66,16 @@ class OwnChanges:
 
 
 class Owns(Protocol):
-    """One version's changes of all groups of layers."""
+    """Changes that one adapter version makes to the layers of a program, by the number of their group."""
 
     def own(self, group: int) -> OwnChanges | None:
         """Return the changes of the group with this number, or None if there are none."""
 
 
 class Version(Protocol):
-    """Effects of a version, and their packed parts: those at linear layers, and the bottleneck after each sub-layer."""
+    """Adapter version as operations use it: its ``effects``, the packed changes of linear layers, and the packed
+    bottlenecks by the sub-layer that they follow.
+    """
 
     @property
     def effects(self) -> Effects: ...

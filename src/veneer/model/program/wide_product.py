@@ -19,7 +19,9 @@ from veneer.ops.linear.layer import LinearLayer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WideProduct(Product):
-    """Linear layers as `Product` has them, computed in float32 or wider. The output has that dtype."""
+    """`Product` whose layers compute in float32, or in a wider dtype if the stream has one. The output has that dtype
+    too.
+    """
 
     def forward(self, weights: Linears, rows: PassRows, frame: Frame) -> None:
         x = frame[self.source.name]

@@ -54,8 +54,9 @@ class _Packed(nn.Module):
 class PackedLinear(_Packed):
     """Linear layer ``y = W x + bias`` with W packed. It replaces a layer whose weight is freed.
 
-    ``source`` is that layer's class, ``like`` its weight without values. Adapting changes this class in place by a
-    mixin, `AdaptedSite`. So this class must not define the mixin's methods, such as `packed`: they would hide them.
+    ``source`` is that layer's class, ``like`` its weight without values. Adapting puts the mixin `AdaptedSite` in front
+    of this class. So this class must not define methods with the mixin's names, such as `packed`, because the mixin's
+    methods would hide them.
     """
 
     def __init__(self, module: nn.Module, packed: PackedWeight) -> None:
@@ -163,7 +164,9 @@ class PackedGroup:
 
 
 def kind_of(packed: Packed) -> tuple[torch.dtype, int, int]:
-    """Return what packed weights have in common if they can be parts of one: dtype, coding and unit of scales."""
+    """Return the dtype, the coding and the unit of scales of a packed weight. `joined` can join packed weights only if
+    these are equal.
+    """
     coding, unit = (packed.coding_number, packed.unit) if isinstance(packed, PackedCodes) else (0, 0)
     return packed.dtype, coding, unit
 
@@ -186,12 +189,13 @@ def parts_of(whole: Packed, heights: Sequence[int]) -> list[Packed]:
 
 
 def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -> PackedGroup | None:
-    """Pack the weights of some layers, or return None if they differ in kind or dtype, or if the dtype cannot be
-    packed.
+    """Pack the weights of layers that read the same input. Return None if some weight cannot be packed, or if the
+    packed weights differ in dtype.
 
-    On another device than a CPU they keep their layout, and the result is None if it has no kernel for low-rank pairs.
-    If ``give_up``, the layers become `PackedLinear` or `PackedQuantLinear`, and their own storage is freed, except for
-    a weight that is also an embedding table, and for a router. On another device dense weights become views of one.
+    On another device than a CPU they keep their layout, and the result is None if the device has no kernel for low-rank
+    pairs. If ``give_up``, the layers become `PackedLinear` or `PackedQuantLinear`, and their own storage is freed,
+    except for a weight that is also an embedding table, and for a router. On another device dense weights become views
+    of one.
     """
     modules = [model.get_submodule(path) for path in paths]
     if model.device.type != "cpu":

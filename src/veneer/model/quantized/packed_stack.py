@@ -55,9 +55,10 @@ class PackedCodedStack(PackedExpertStack):
 
 
 def packed_coded(coded: CodedStack, dtype: torch.dtype) -> PackedStack | None:
-    """Pack the codes of all experts for rows of ``dtype``; None if a matrix of an expert cannot be packed so.
+    """Pack the codes of all experts for rows of ``dtype``. Return None if an expert's matrix cannot be packed, or if
+    the packed experts differ in kind.
 
-    Gate and up that are quantized apart are joined if each fills whole panels.
+    Gate and up that are quantized separately are joined, which needs a number of rows of each that fills whole panels.
     """
     stack, each = coded.coded(), list[PackedCodes]()
     for number in range(stack.shape[0]):

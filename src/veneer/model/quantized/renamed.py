@@ -12,10 +12,10 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 @dataclass(frozen=True)
 class ListedExperts:
-    """Names of tensors that a file lists for each expert and the model stacks in one parameter.
+    """Names of tensors that a checkpoint stores for each expert, and that the model stacks in one parameter.
 
-    There is a list for each half of an expert (gate and up, or all of it), with a name for each expert. ``stored`` are
-    names in the files, ``own`` those that transformers gives them.
+    Each field has one list of names, by expert, for each half of the parameter (gate and up) or for all of it.
+    ``stored`` are names in the files, ``own`` those that transformers gives the tensors.
     """
 
     stored: list[list[str]]
@@ -35,7 +35,9 @@ def renamer(model: PreTrainedModel) -> Callable[[str], str]:
 
 
 def converter(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Return a function that is True for names of tensors that are joined or split when loaded, such as experts."""
+    """Return a function of a tensor's name in the files. It returns True if transformers joins or splits this tensor
+    when it loads the model, as it does with experts.
+    """
     converters = [each for each in get_model_conversion_mapping(model) if type(each) is WeightConverter]
     return lambda name: any(each.rename_source_key(name)[1] is not None for each in converters)
 
@@ -43,9 +45,11 @@ def converter(model: PreTrainedModel) -> Callable[[str], bool]:
 def listed_experts(
     model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, str]
 ) -> dict[str, ListedExperts]:
-    """Return the experts that files list one by one, by the parameter (experts, …) that stacks them in the model.
+    """Return, for each parameter (experts, …) that stacks experts in the model, the names of the tensors of single
+    experts in the files.
 
-    ``stored`` maps the names that transformers gives tensors to their names in the files. Halves are stacked by rows.
+    ``shapes`` are those of the model's parameters. ``stored`` maps the names that transformers gives tensors to their
+    names in the files. Gate and up are stacked by rows.
     """
     found = {}
     for each in get_model_conversion_mapping(model):

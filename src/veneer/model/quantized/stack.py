@@ -45,7 +45,7 @@ class CodedStack(CodedModule):
         return self.stack_spec.bind(self.parts())
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set the weights from tensors by their names below the path of the experts.
+        """Set the weights from the storage format's tensors. Their names start below the path of the experts.
 
         Raises FormatError, which lists everything that does not fit.
         """
@@ -102,7 +102,9 @@ class PackedExpertStack(nn.Module):
         return PackedExperts(self.packed_stack)
 
     def put_back(self, experts: nn.Module, name: str) -> None:
-        """Replace this child of the experts by the weights from before, with their values."""
+        """Replace this child module of the experts by the weights that were packed, unpacked again with the same
+        values.
+        """
         raise NotImplementedError
 
 
@@ -147,7 +149,9 @@ def stack_of(module: nn.Module, name: str) -> FrozenStack:
 
 
 def as_maps(module: nn.Module, value: Tensor) -> Tensor:
-    """Transpose a parameter to (…, o, i), or back, if the module keeps its stacks as (experts, i, o)."""
+    """Return a parameter of experts as (experts, o, i) if the module stores it as (experts, i, o), by a transposition,
+    which is also the inverse. Return any other parameter unchanged.
+    """
     return value.mT if value.ndim == 3 and getattr(module, "is_transposed", False) else value
 
 

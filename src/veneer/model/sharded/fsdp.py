@@ -12,9 +12,9 @@ from veneer.model.quantized.module import CodedModule
 
 
 def mesh(device: str, n: int, shard: int) -> DeviceMesh:
-    """Return the processes that share one copy of the base with this one.
+    """Return a mesh of the ``shard`` processes, out of n, that share one copy of the base with this process.
 
-    They have neighbouring ranks, and are on one machine if they fit there.
+    Their ranks follow one another. So they are on one machine if its number of processes is a multiple of ``shard``.
     """
     return init_device_mesh(device, (n // shard, shard), mesh_dim_names=("copy", "shard"))["shard"]
 
@@ -28,7 +28,9 @@ def cut_block(block: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) -> N
 
 
 def join(holder: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
-    """Prepare the module that holds the sharded blocks to run them. None of its own weights are sharded."""
+    """Apply FSDP2 to the module that holds the sharded blocks, so that it runs them in order. None of its own weights
+    are sharded.
+    """
     fully_shard(holder, mesh=mesh, ignored_params=whole, reshard_after_forward=True)  # one order to prefetch in
 
 

@@ -52,8 +52,8 @@ _FAMILIES: Mapping[str, _Family] = {
 
 
 class AttendedPrompts(Holder):
-    """Prompts beside one attention layer, by adapter name. It is a child of the attention, so that it moves with the
-    model.
+    """Adaption prompts at one attention layer, by adapter name. The module is a child of the attention, so that it
+    moves with the model.
 
     During a pass it keeps the queries before rotary embedding, and the angles of their positions.
     """
@@ -143,7 +143,7 @@ class AttendedPrompts(Holder):
 
 
 def attended_places(snapshot: Snapshot, plan: AttachPlan) -> dict[str, Placed]:
-    """Return the attention layers that an adapter's prompts act beside, by path."""
+    """Return the attention layers to whose output an adapter's prompts add, by path."""
     config = cast(AttentionMethod, plan.config)
     return {site.name: placed(config, site, site.name) for site in attending_sites(snapshot, config)}
 
@@ -162,7 +162,7 @@ def put_attended_on(
 
 
 def attending_sites(snapshot: Snapshot, config: AttentionMethod) -> list[AttendingSite]:
-    """Return the attentions of the uppermost layers that a config selects.
+    """Return the last ``n_layers`` attention layers of a model, those in which a config's prompts act.
 
     Raises TargetError if their queries cannot be read, or if the model has fewer layers.
     """

@@ -43,7 +43,7 @@ class Front:
 
     @property
     def mark(self) -> object:
-        """Mark for a cache that starts with these virtual tokens."""
+        """Value that identifies these virtual tokens, put on a cache that starts with them."""
         return self.names[0] if self.routing is None else self.routing
 
     @property
@@ -74,8 +74,8 @@ class Front:
         return (torch.arange(self.width, device=device) - first).clamp_min(0)
 
     def rows(self, given: Sequence[Tensor], n_rows: int) -> Tensor:
-        """Return a value for each of the rows' positions, (rows, width, …), given those of each of the ``choices``, (n,
-        …).
+        """Return, for every row, the tensor (n, …) of its choice in ``given``, as (rows, width, …). ``given`` has one
+        tensor for each of the `choices`; shorter ones get zeros in front.
         """
         if self.routing is None:
             return given[0].expand(n_rows, *given[0].shape)

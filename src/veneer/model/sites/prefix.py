@@ -94,9 +94,9 @@ class PrefixAdapters(VirtualTokens):
         return output
 
     def empty_cache(self) -> Cache:
-        """Return a cache with the right kind of layer for each layer.
+        """Return an empty cache, with the kind of cache layer (full or sliding) that each layer of the model needs.
 
-        A sliding window keeps as much as the model's mask expects.
+        A sliding window keeps as many tokens as the model's mask expects.
         """
         own = DynamicCache(config=self.text_config)
         return EncoderDecoderCache(own, DynamicCache(config=self.text_config)) if self.site[0].cross else own

@@ -73,7 +73,8 @@ class ResidualAdapters(Holder):
     def changed(self, hidden: Tensor, x: Tensor | None) -> Tensor:
         """Return a sub-layer's output ``hidden`` (b, t, d) after the active bottlenecks; x is the sub-layer's input.
 
-        They act one after another: a serial one reads the output after those before it.
+        Several bottlenecks act one after another, so one that reads the output reads it with the changes of those
+        before.
         """
         names, routing = self.acting_on_rows(), self.adapter_state.routed()
         if routing is None:

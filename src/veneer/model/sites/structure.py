@@ -47,14 +47,17 @@ class ResidualSublayer:
 def sublayers(model: PreTrainedModel) -> tuple[ResidualSublayer, ...]:
     """Return the attention and feed-forward sub-layers of every block, in the order in which they run.
 
-    Raises TargetError if the model has no blocks of attention and feed-forward parts, or if a block holds others too.
+    Raises TargetError if the model has no blocks of attention and feed-forward parts, or if a block also adds other
+    parts to the residual stream.
     """
     described = described_sublayers(model)
     return watched_sublayers(model) if described is None else described
 
 
 def described_sublayers(model: PreTrainedModel) -> tuple[ResidualSublayer, ...] | None:
-    """Return the sub-layers of a decoder whose description is tested by values, or None for any other model."""
+    """Return the sub-layers of a decoder from its description, if tests verify descriptions of its model type. Return
+    None for any other model.
+    """
     decoder = listed(model)
     if decoder is None or any(block.strange for block in decoder.blocks):
         return None
@@ -70,7 +73,7 @@ def described_sublayers(model: PreTrainedModel) -> tuple[ResidualSublayer, ...] 
 
 
 def watched_sublayers(model: PreTrainedModel) -> tuple[ResidualSublayer, ...]:
-    """Return the sub-layers found by watching one short forward pass. Raises the TargetError of `sublayers`."""
+    """Return the sub-layers found by watching one short forward pass. Raises TargetError as `sublayers` does."""
     with evaluation(model):
         additions = trace_additions(model, example_inputs(model))
     blocks = _blocks(model, additions)
@@ -91,9 +94,9 @@ def watched_sublayers(model: PreTrainedModel) -> tuple[ResidualSublayer, ...]:
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the smallest inputs on which the model runs.
+    """Return the smallest inputs on which the model runs: token ids, or an image of zeros.
 
-    Raises TargetError for a model of other inputs, NoStorageError for a model on the meta device.
+    Raises TargetError for a model with another kind of input, and NoStorageError for a model on the meta device.
     """
     if model.device.type == "meta":
         raise NoStorageError(

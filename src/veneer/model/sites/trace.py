@@ -66,7 +66,9 @@ STREAM = _Origin(stream=True)
 
 @torch.no_grad()
 def trace_additions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Addition]:
-    """Return every addition to the residual stream in one forward pass, in order, once for each pair of modules."""
+    """Run one forward pass, and return the sub-layers whose outputs it adds to the residual stream, in order. A
+    sub-layer that is added several times is listed once.
+    """
     watch = _Watch(model)
     handles = [handle for name, module in model.named_modules() for handle in watch.hooks(name, module)]
     try:

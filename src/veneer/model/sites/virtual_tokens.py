@@ -42,12 +42,13 @@ def inner_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class VirtualTokens(Holder):
-    """Adapters of one kind by name, and the hooks that put their virtual tokens before every sequence.
+    """Adapters of one kind (prefixes or prompts) by name, and the hooks that put their virtual tokens before every
+    sequence.
 
-    ``runs_the_model``: filling a cache with the virtual tokens takes a pass through the model. That pass finds in the
-    cache the tokens of holders that need no pass. This holder is a child of the model, so that it moves and is copied
-    with it. The hook is on the inner model, without the head, so that code that calls the inner model directly (a
-    chunked loss) gets the same result.
+    ``runs_the_model``: filling a cache with the virtual tokens needs a pass through the model. Holders that need no
+    pass fill the cache first, so that this pass finds their tokens there. The holder is a child of the model, so that
+    it moves and is copied with the model. The hook is on the inner model, without the head, so that code that calls the
+    inner model directly (a chunked loss) gets the same result.
     """
 
     runs_the_model: ClassVar[bool]
@@ -76,7 +77,7 @@ class VirtualTokens(Holder):
         delattr(model, path)
 
     def parameters_of(self, name: str) -> dict[str, Tensor]:
-        """Return the parameters of one adapter, with those that stay at their initial values."""
+        """Return the parameters of one adapter by name, and its frozen tensors, which stay at their initial values."""
         return tensors_of(self.adapters[name])
 
     def packed(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,7 +122,9 @@ class VirtualTokens(Holder):
         return (), self.started(model, with_positions(model, given, front), cache, front)
 
     def started(self, model: PreTrainedModel, given: Arguments, cache: Cache | None, front: Front) -> Arguments:
-        """Return the arguments for a sequence that starts in this pass."""
+        """Return the arguments ``given`` of a forward pass with which a sequence starts, changed so that the virtual
+        tokens come first.
+        """
         raise NotImplementedError
 
     def fill(self, model: PreTrainedModel, cache: Cache, front: Front, n_rows: int) -> None:
@@ -202,7 +205,9 @@ def prepare_generation(
 
 
 def with_positions(model: PreTrainedModel, given: Arguments, front: Front) -> Arguments:
-    """Return the arguments with explicit mask and positions if rows have different numbers of virtual tokens."""
+    """Return the arguments of a pass. If rows have different numbers of virtual tokens, a mask and positions of the
+    given tokens are added where they are missing.
+    """
     if front.is_even:
         return given
     n_rows, length = cast(Tensor, given.get("input_ids", given.get("inputs_embeds"))).shape[:2]
@@ -213,8 +218,8 @@ def with_positions(model: PreTrainedModel, given: Arguments, front: Front) -> Ar
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Return True if a model needs position ids, that is, unless it derives them from its mask (OPT) or from
-    distances.
+    """Return True if a model's forward accepts position ids and the model does not derive positions from its mask
+    (OPT).
     """
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
     if any("attention_mask" in inspect.signature(table.forward).parameters for table in tables):
@@ -223,7 +228,9 @@ def takes_positions(model: nn.Module) -> bool:
 
 
 def shifted(given: Arguments, front: Front) -> Arguments:
-    """Return mask and positions as if the virtual tokens came before the given ones."""
+    """Return the given mask and position ids (only those present) for a sequence that the virtual tokens precede: the
+    mask is extended by them, and positions are shifted.
+    """
     changed: Arguments = {}
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     if mask is not None:
