@@ -17,7 +17,9 @@ _WIDEST = 44  # characters of a title
 
 
 def draw_norms(adapters: Mapping[str, Sequence[LayerReport]], path: Path) -> None:
-    """Write a PNG of the norms of each adapter's updates, by its name. All panels share one colour scale."""
+    """Write a PNG with one panel for each adapter name, which shows the norms of the adapter's updates. All panels
+    share one colour scale.
+    """
     norms_figure(adapters).savefig(path, dpi=150)
 
 

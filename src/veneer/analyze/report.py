@@ -41,7 +41,7 @@ class PairReport:
 
 
 def describe(spectra: Mapping[str, Spectrum], top: int) -> list[LayerReport]:
-    """Return one line for each module path, in the order of `split_path` and of a block's layers.
+    """Return one report for each module path, in the order of `split_path` and of a block's layers.
 
     ``top``: the number of directions in ``energy``.
     """
@@ -54,7 +54,7 @@ def describe(spectra: Mapping[str, Spectrum], top: int) -> list[LayerReport]:
 
 
 def compare(first: Mapping[str, Spectrum], second: Mapping[str, Spectrum], top: int) -> list[PairReport]:
-    """Return one line for each module that both change. ``chance`` is the overlap of random directions."""
+    """Return one report for each module that both adapters change. ``chance`` is the overlap of random directions."""
     lines = []
     for path in sorted(first, key=_place):
         if path in second:

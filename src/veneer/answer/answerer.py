@@ -17,7 +17,7 @@ class Drawing:
     """Sampling settings. If ``temperature`` is 0, the likeliest token is chosen.
 
     Otherwise tokens are sampled with ``top_p`` and ``top_k``; a ``top_k`` of 0 is no limit. If ``seed`` is None, a
-    random one is chosen.
+    random seed is chosen.
     """
 
     temperature: float = 0.0

@@ -42,7 +42,8 @@ _KNOWN = {
 
 
 def answerer_of(parts: ModelParts, drawing: Drawing | None = None, n_rows: int = 1) -> tuple[Answerer, str]:
-    """Return the faster `Answerer` with the same answers, and its name.
+    """Return an `Answerer` and its name: the engine's if it gives the same answers as transformers' `generate`, else
+    `generate`'s.
 
     The name contains the reason if the engine is not used. ``n_rows``: the most prompts answered at once. Raises
     FormatError for an adapter that does not fit.
@@ -56,7 +57,7 @@ def answerer_of(parts: ModelParts, drawing: Drawing | None = None, n_rows: int =
 
 
 class EngineAnswerer(Answerer):
-    """`Answerer` that uses an engine, with its loaded adapters by their folders."""
+    """`Answerer` that uses an engine. It knows the engine's loaded adapters by their folders."""
 
     def __init__(self, engine: Engine, params: SamplingParams, adapters: Mapping[Path, LoRARequest]) -> None:
         self.tokenizer = engine.tokenizer
@@ -114,7 +115,8 @@ class EngineAnswerer(Answerer):
         seeds: Sequence[int],
         on_progress: OnProgress = ignore_progress,
     ) -> list[list[CompletionOutput]]:
-        """Return ``n`` answers to each prompt, drawn with its seed, as ids with `SamplingParams.policy_logprobs`.
+        """Return ``n`` sampled answers to each prompt, as token ids with `SamplingParams.policy_logprobs`. ``seeds``
+        has a seed for each prompt.
 
         Raises ConfigError if the context has no room for an answer.
         """

@@ -43,8 +43,8 @@ def read_asked(
 
 
 def adapters_of(rows: Sequence[Row], source: Path, default: Path | None) -> list[Path | None]:
-    """Return the adapter of each row: its field ``adapter``, or the default if it has no such field. An empty field
-    means none.
+    """Return the adapter of each row: its field ``adapter``, or ``default`` if the row has no such field. An empty
+    field means no adapter.
 
     A folder is searched for next to the file, then in the working directory. Raises DataError that names the row.
     """

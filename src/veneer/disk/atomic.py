@@ -23,8 +23,8 @@ def write_atomically(path: Path, content: bytes, mode: int | None = None) -> Non
 def write_together(folder: Path, contents: Mapping[str, bytes], mode: int | None = None) -> None:
     """Write files into a folder, by name. All contents are on disk before the first file is renamed into place.
 
-    ``mode`` are the permissions of the files, by default those that the umask leaves. If one cannot be written, the old
-    files are unchanged, and new folders are removed. Raises DiskError.
+    ``mode`` are the permissions of the files, by default those that the umask leaves. If a content cannot be written,
+    the old files are unchanged, and new folders are removed. Raises DiskError.
     """
     made = make_folder(folder)
     temporary: dict[str, Path] = {}

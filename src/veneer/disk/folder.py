@@ -33,9 +33,9 @@ _SETTLED_SECONDS = 2.0  # a scratch folder that is younger may not be locked yet
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder next to ``target``. Leaving the block without an error moves it to ``target``.
 
-    On any error nothing changes. Leftovers of a killed process for the same target are removed first, and an old
-    ``target`` that it had moved aside is restored. If ``target`` is a link, it stays one, and the folder it leads to is
-    replaced.
+    On any error nothing changes. Leftovers of a killed process for the same target are removed first. If that process
+    had moved an old ``target`` aside, it is restored. If ``target`` is a link, it stays a link, and the folder that it
+    leads to is replaced.
 
     Raises DiskError if the disk is full or read-only or a file is in the way. Other failures raise OSError.
     """

@@ -18,8 +18,9 @@ _OF_HUB = re.compile(r"/models--([^/]+)/snapshots/[^/]+")
 def known_name(name: str) -> str:
     """Return the portable name of a model if ``name`` is a path into a cache, otherwise ``name`` unchanged.
 
-    The cache may be another machine's. A model of ``veneer fetch`` has its fetched name, a hub model its id. A GGUF
-    file has its own name and hash, ``model.gguf@sha256:0f3a…``.
+    The cache may be another machine's. For a model of ``veneer fetch``, the portable name is the name that it was
+    fetched by, and for a hub model its id. For a GGUF file, it is the file's own name with its hash,
+    ``model.gguf@sha256:0f3a…``.
     """
     if os.path.isdir(name):  # False where `Path.is_dir` raises: in another user's folder, say
         folder = Path(name).resolve()

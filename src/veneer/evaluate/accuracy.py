@@ -67,7 +67,7 @@ class ScoredChoice:
     def of(cls, tokenizer: Any, questions: Sequence[Question], labels: Sequence[str] = ()) -> ScoredChoice:
         """Return the choice. ``labels`` default to the answers in the data.
 
-        Raises DataError if a right answer is not among them, ConfigError if nothing precedes a label.
+        Raises DataError if a right answer is not among the labels, and ConfigError if nothing precedes a label.
         """
         words = _label_words(questions, labels)
         items = []
@@ -96,7 +96,7 @@ class ScoredChoice:
 
 
 def exact_match(*, fold: bool = False) -> Judge:
-    """Compare the answer with the right ones, ignoring white space around it.
+    """Return a judge that compares an answer with the right ones, ignoring white space around it.
 
     ``fold``: also ignore case and runs of white space.
     """
@@ -105,9 +105,10 @@ def exact_match(*, fold: bool = False) -> Judge:
 
 
 def regex_match(pattern: str, *, fold: bool = False) -> Judge:
-    """Compare the last match of the pattern (group 1 if there is one) in the answer and in the right one.
+    """Return a judge that compares the last match of ``pattern`` in an answer with the last match in a right answer.
 
-    A right answer without a match is compared whole. Raises ConfigError for a bad pattern.
+    If the pattern has a group 1, only this part of a match is compared. A right answer without a match is compared
+    whole. Raises ConfigError for a bad pattern.
     """
     compiled = pattern_of_answers(pattern)
     same = exact_match(fold=fold)

@@ -58,10 +58,10 @@ def measure_each(
     batching: Batching | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> list[Result]:
-    """Return the result of each of these adapters on the model (``"__base__"``: none).
+    """Return the result of each of these adapters on the model. The name ``"__base__"`` means no adapter.
 
-    Without any, return that of the model itself. Metrics that score given tokens process all adapters in one pass over
-    the base. Raises the errors of `measure`.
+    If ``adapters`` is empty, return one result, of the model as it is. Metrics that score given tokens process all
+    adapters in one pass over the base. Raises the errors of `measure`.
     """
     if isinstance(asked, Answers):
         answers = _answers_of_each(model, asked, adapters, tokenizer, batching, on_progress)

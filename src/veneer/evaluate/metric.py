@@ -62,7 +62,8 @@ class Metric(Protocol):
     name: ClassVar[str]
 
     def ask(self, reader: QuestionReader, rows: Rows, whole: Rows = ()) -> Asked:
-        """Return the questions about the rows, without a model. ``whole``: all rows, of which these are the first.
+        """Return the questions about the rows, without a model. ``whole``: all rows of the data, if ``rows`` are only
+        the first of them.
 
         Raises DataError that names the row, and ConfigError.
         """

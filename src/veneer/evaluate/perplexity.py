@@ -50,7 +50,8 @@ class Texts:
     def of(
         cls, tokenizer: Any, rows: Sequence[Mapping[str, Any]], windows: Windows, *, whole_rows: bool = False
     ) -> Texts:
-        """Return the answers of the rows (completions, assistant turns), or all text if a row is plain text.
+        """Return the windows of the rows. Scored are the tokens of answers (completions, assistant turns), or all
+        tokens if a row is plain text.
 
         ``whole_rows`` scores the prompts too. Raises DataError for rows of an unknown form or without a token to score.
         """

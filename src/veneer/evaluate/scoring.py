@@ -105,10 +105,10 @@ def log_probabilities_of_each(
     batching: Batching | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> list[list[Float32[Tensor, " n"]]]:
-    """Return `log_probabilities` of all items by each of these adapters (``"__base__"``: none), in one pass over the
-    base.
+    """Return `log_probabilities` of all items for each adapter in ``names``, in one pass over the base. The name
+    ``"__base__"`` means no adapter.
 
-    With one name the model is measured as it is. If the model cannot use a different adapter for each row (experts),
+    With one name, the model is measured as it is. If the model cannot use a different adapter for each row (experts),
     the adapters are measured one after another.
     """
     if len(names) == 1:
@@ -128,7 +128,9 @@ def log_probabilities_of_each(
 
 @contextmanager
 def acting_alone(model: Any, name: str) -> Iterator[None]:
-    """Activate only this adapter inside the ``with`` block, for all rows; ``"__base__"``: none."""
+    """Activate only the adapter ``name`` inside the ``with`` block, for all rows. The name ``"__base__"`` means no
+    adapter.
+    """
     if name == BASE:
         with model.disable_adapter():
             yield
@@ -209,9 +211,10 @@ def require_room(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
 
 
 def context_length(model: Any, adapters: Sequence[str] = ()) -> int | None:
-    """Return the context length minus the active adapter's virtual tokens; None without a limit.
+    """Return the model's context length minus the active adapters' virtual tokens. Return None if the model has no
+    limit.
 
-    ``adapters``: subtract the most virtual tokens of any of these instead.
+    If ``adapters`` are named, the virtual tokens of the one that has most are subtracted instead.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limit = None if limit is not None and limit < 0 else limit  # XLNet's -1 is no limit

@@ -68,12 +68,14 @@ def paired_shares(first: Sequence[bool], second: Sequence[bool]) -> Difference:
 
 
 def paired_means(first: Sequence[float], second: Sequence[float], weights: Sequence[float]) -> Difference:
-    """Return the difference of two means over the same rows, weighted by ``weights``. ``first`` and ``second`` are
-    sums.
+    """Return the difference of two weighted means over the same rows.
 
-    Paired bootstrap over rows (Efron 1979; Koehn 2004): the interval holds the middle 95% of the differences over
-    2,000 resamples. The p-value is twice the smaller share on one side of 0. The resamples are always the same.
-    Raises ShapeError if the numbers of rows differ or are zero.
+    ``first`` and ``second`` hold each row's sum, ``weights`` the number of values in it. A mean is the total of the
+    sums over the total of the weights.
+
+    Paired bootstrap over rows (Efron 1979; Koehn 2004): the interval holds the middle 95% of the differences over 2,000
+    resamples. The p-value is twice the smaller share on one side of 0. The resamples are always the same. Raises
+    ShapeError if the numbers of rows differ or are zero.
     """
     _require_pairs(len(first), len(second))
     change, mass = np.subtract(second, first), np.asarray(weights, dtype=float)

@@ -59,11 +59,12 @@ class _Drawing(RunSettings):
 class GRPOConfig(_Drawing, trl.GRPOConfig):  # type: ignore[misc]
     """TRL's ``GRPOConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once.
 
-    ``rollout_engine`` chooses how answers are drawn: "auto", "engine" or "generate". ``use_vllm=True`` means "engine".
+    ``rollout_engine`` chooses the program that generates answers: "engine" (veneer's), "generate" (transformers) or
+    "auto". ``use_vllm=True`` means "engine".
 
-    Conversations that the engine draws have these limits besides TRL's ``max_tool_calling_iterations`` and
+    Conversations that the engine generates have these limits, besides TRL's ``max_tool_calling_iterations`` and
     ``max_completion_length``. ``tool_timeout``: seconds for one call of a tool; the run ends if a call takes longer.
-    ``rollout_timeout``: seconds for a whole conversation, which is then cut; no limit if None.
+    ``rollout_timeout``: seconds for a whole conversation; a conversation that takes longer is cut. None means no limit.
     ``max_tool_response_length``: characters of a tool's response; the rest is cut off.
     """
 
@@ -83,7 +84,8 @@ class GRPOConfig(_Drawing, trl.GRPOConfig):  # type: ignore[misc]
 class RLOOConfig(_Drawing, trl.RLOOConfig):  # type: ignore[misc]
     """TRL's ``RLOOConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once.
 
-    ``rollout_engine`` chooses how answers are drawn: "auto", "engine" or "generate". ``use_vllm=True`` means "engine".
+    ``rollout_engine`` chooses the program that generates answers: "engine" (veneer's), "generate" (transformers) or
+    "auto". ``use_vllm=True`` means "engine".
     """
 
 

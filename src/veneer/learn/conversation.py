@@ -42,8 +42,8 @@ class RolloutLimits:
 class Rollout:
     """A conversation after its prompt. Each list has an entry for each token, except ``kept``.
 
-    ``mask`` is 1 for tokens that the model drew and 0 for tokens of tools' messages. ``logprobs`` are 0 where the mask
-    is. ``kept`` has an entry for each drawn token only (see `DrawnAnswer`). ``observation`` is the first message of an
+    ``mask`` is 1 for tokens that the model generated and 0 for tokens of tools' messages, whose ``logprobs`` are 0.
+    ``kept`` has an entry for each generated token only (see `DrawnAnswer`). ``observation`` is the first message of an
     environment.
     """
 
@@ -62,7 +62,7 @@ class Rollout:
 
     @classmethod
     def of(cls, prompt_ids: Sequence[int], answer: DrawnAnswer, message: Message) -> Rollout:
-        """Return the rollout of one answer."""
+        """Return the rollout that consists of one answer, before any tool is called."""
         n = len(answer.token_ids)
         return cls(
             [*prompt_ids], [*answer.token_ids], [*answer.logprobs], [1] * n, [*answer.kept], [message],
@@ -70,7 +70,9 @@ class Rollout:
         )  # fmt: skip
 
     def extend(self, suffix: Sequence[int], answer: DrawnAnswer | None) -> None:
-        """Add the tokens of tools' messages, and the model's answer to them if there was room for one."""
+        """Add the tokens ``suffix`` of tools' messages, and the model's answer to them. ``answer`` is None if there is
+        no room for an answer.
+        """
         self.ids += suffix
         self.mask += [0] * len(suffix)
         self.logprobs += [0.0] * len(suffix)
@@ -113,7 +115,7 @@ class Rollout:
 
     @property
     def answer(self) -> DrawnAnswer:
-        """All tokens as one answer. Tokens that the model did not draw have log-probability 0."""
+        """All tokens as one answer. Tokens that the model did not generate have log-probability 0."""
         return DrawnAnswer(tuple(self.ids), tuple(self.logprobs), tuple(self.kept), self.adapter, self.finish)
 
 
@@ -161,7 +163,7 @@ class RolloutTools:
 
 
 class OutOfTimeError(Exception):
-    """Error for a conversation whose time ends during a call."""
+    """Error for a conversation whose time ends while a tool runs."""
 
 
 @dataclass(slots=True)
@@ -181,9 +183,10 @@ class Conversation:
     def run(self) -> Generator[Turn | Wait, Any, None]:
         """Continue after the first answer until an answer calls no tool, or a limit is reached.
 
-        Yields a request for each answer or tool's result that it needs. If there is no room for a tool's response, the
-        response is dropped, and the conversation ends with the call. A call that takes too long is abandoned, and a
-        message tells the model so. Raises TrainingError for a tool that raises something other than an Exception.
+        Yields a `Turn` for each answer that the conversation needs, and a `Wait` for each tool's result. If there is no
+        room for a tool's response, the response is dropped, and the conversation ends with the answer that called the
+        tool. A call that takes too long is abandoned, and a message tells the model so. Raises TrainingError for a tool
+        that raises something other than an Exception.
         """
         rollout, limits = self.rollout, self.limits
         self._end = None if limits.seconds is None else time.monotonic() + limits.seconds
@@ -273,11 +276,11 @@ def converse(
     ask: Callable[[int, Turn], None],
     step: Callable[[], Sequence[tuple[int, DrawnAnswer]]],
 ) -> None:
-    """Run conversations to their ends in this thread, so that answers are drawn while tools work.
+    """Run conversations to their ends in this thread, so that answers are generated while tools work.
 
     ``ask(number, turn)`` requests an answer for a conversation, given by its number. ``step()`` computes one batch of
-    all requested answers and returns those that are complete, with their conversations' numbers. Raises what a
-    conversation raises.
+    all requested answers and returns those that are complete, with their conversations' numbers. Raises the errors of
+    `Conversation.run`.
     """
     running = [each.run() for each in conversations]
     waits: dict[int, Wait] = {}

@@ -33,13 +33,13 @@ _READERS = {
 
 
 class DistillTrainer(SFTTrainer):
-    """`SFTTrainer` whose loss is the divergence from a teacher: the base with another prompt, another adapter
-    of it, or another model.
+    """`SFTTrainer` whose loss is the divergence from a teacher: the base with another prompt, another adapter of it, or
+    another model.
 
     The base is the model with its adapter off. The teacher reads `DistillConfig.teacher_prompt` before each row's
-    prompt; the student does not. In a share ``lmbda`` of the steps, the engine draws the answers by the adapter of that
-    step. Agarwal et al. 2024, arXiv:2306.13649; for prompts, Snell et al. 2022, arXiv:2209.15189. Raises ConfigError,
-    DataError or TrainingError if the run is impossible as configured.
+    prompt; the student does not. In a share ``lmbda`` of the steps, the student generates new answers in place of the
+    rows' own. Agarwal et al. 2024, arXiv:2306.13649; for prompts, Snell et al. 2022, arXiv:2209.15189. Raises
+    ConfigError, DataError or TrainingError if the run is impossible as configured.
     """
 
     def __init__(self, model: Any, args: DistillConfig | None = None, *given: Any, **options: Any) -> None:
@@ -91,7 +91,7 @@ class DistillTrainer(SFTTrainer):
         self._signature_columns = [*columns, *(name for name in COLUMNS if name not in columns)]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """Return the micro-batches of a step. In a share ``lmbda`` of the steps, the student draws their answers."""
+        """Return the micro-batches of a step. In a share ``lmbda`` of the steps, the student writes their answers."""
         batches, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         key = (_DRAWS, self.args.seed, self.state.global_step)
         if self._rollouts is None or not batches or seed_of(*key) >= self.args.lmbda * 2**64:
@@ -153,7 +153,11 @@ class DistillTrainer(SFTTrainer):
 def taught_loss(
     model: nn.Module, own: dict[str, Any], taught: dict[str, Any], args: DistillConfig, teaches: Teacher = base_of
 ) -> TokenLoss:
-    """Return the divergence of a student's batch from the same answers in a teacher's, summed over their tokens."""
+    """Return the divergence between the student's predictions and the teacher's, summed over the tokens of the answers.
+
+    ``own`` and ``taught`` are the batches that the student and the teacher read; both hold the same answers.
+    ``teaches(model)`` enters a context that yields the teacher.
+    """
     with torch.no_grad(), teaches(model_of(model)) as other:
         teacher, _ = _logits_of_answers(other, taught)
     student, labels = _logits_of_answers(model, own)

@@ -11,12 +11,12 @@ from veneer.train.config import SFTConfig
 class DistillConfig(SFTConfig):
     """`SFTConfig` with the settings of distillation, in TRL's names. Raises ConfigError with all problems at once.
 
-    ``teacher`` is "base", which is the model with its adapter off, the folder of another adapter of the base, or that
-    of another model with the same vocabulary. ``teacher_prompt`` is the text that the teacher reads before each row's
+    ``teacher`` is "base" (the model with its adapter off), or a folder. The folder holds another adapter of the base,
+    or another model with the same vocabulary. ``teacher_prompt`` is the text that the teacher reads before each row's
     prompt. ``beta`` is 0 for the forward KL divergence and 1 for the reverse one; between them it is a Jensen-Shannon
-    divergence. ``lmbda`` is the share of optimizer steps whose answers the student draws: with 0, every step uses the
-    rows' own answers. ``temperature`` divides the logits of student and teacher, and is the temperature of the draws.
-    ``max_completion_length`` is the longest drawn answer in tokens.
+    divergence. ``lmbda`` is the share of optimizer steps for which the student generates the answers: with 0, every
+    step uses the rows' own answers. ``temperature`` divides the logits of student and teacher, also when the student
+    generates answers. ``max_completion_length`` is the most tokens of a generated answer.
     """
 
     teacher: str = "base"
@@ -27,7 +27,7 @@ class DistillConfig(SFTConfig):
     max_completion_length: int = 128
 
     def problems(self) -> list[str]:
-        """Return all problems of the teacher, the loss and the draws."""
+        """Return all problems of the teacher, the loss, and the settings of generated answers."""
         found = super().problems()
         if self.teacher == "base" and not self.teacher_prompt:
             found.append(

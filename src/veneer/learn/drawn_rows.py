@@ -45,10 +45,10 @@ class RowRewards:
         return cls(functions, [each.__name__ for each in functions], weights)
 
     def lines(self, row: Mapping[str, Any], prompt: Any, completions: Sequence[Any], ids: Sequence[Any]) -> list[Line]:
-        """Return, for each answer to a row, its functions' names, its rewards and their weighted sum, under a journal's
-        keys.
+        """Return one mapping for each answer to a row: ``functions`` (their names), ``rewards`` (their values) and
+        ``reward`` (the weighted sum).
 
-        Raises RewardError.
+        The mappings are empty if there are no functions. Raises RewardError.
         """
         n = len(completions)
         columns = {key: [value] * n for key, value in row.items() if key not in _OWN}
@@ -71,11 +71,12 @@ def draw_rows(
     seed: int,
     on_progress: OnProgress = ignore_progress,
 ) -> list[list[Line]]:
-    """Return ``n`` answers to each row: the row's columns, ``prompt``, ``completion``, and the keys of a journal.
+    """Return ``n`` answers to each row. An answer has the row's columns, ``prompt``, ``completion``, and the keys of a
+    journal.
 
-    A row's columns that have names of these keys are dropped: such a row was drawn before, and they describe its old
-    answer. Answers depend on the model, the prompt, ``seed`` and the row's number alone. Raises ConfigError for a
-    prompt that leaves no room for an answer.
+    If a row has columns under keys of a journal, they are dropped, because they describe an earlier answer. Answers
+    depend on the model, the prompt, ``seed`` and the row's number alone. Raises ConfigError for a prompt that leaves no
+    room for an answer.
     """
     seeds = [seed_of(seed, number) for number in range(len(asked))]
     drawn = answerer.drawn([(each.ids, each.adapter) for each in asked], n, max_new_tokens, seeds, on_progress)

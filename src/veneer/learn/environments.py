@@ -14,8 +14,9 @@ Observed = Callable[[Callable[[], Any]], Any]
 def limited_environments(given: Factory | dict[str, Factory], seconds: Callable[[], float], observed: Observed) -> Any:
     """Return the environments' factory, or their factories by name, with a time limit on each ``reset``.
 
-    Instead of ``reset``, ``observed(reset)`` is called, in TRL's order; it may return a known first observation without
-    a call. If ``reset`` raises, or takes more than ``seconds()``, TrainingError is raised.
+    TRL's calls of ``reset`` become calls of ``observed(reset)``, in the same order. ``observed`` may return a known
+    first observation instead of calling ``reset``. If ``reset`` raises, or takes more than ``seconds()``, TrainingError
+    is raised.
     """
     if isinstance(given, dict):
         return {name: _limited(factory, seconds, observed) for name, factory in given.items()}

@@ -32,13 +32,12 @@ class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
     """TRL's ``GRPOTrainer``, with its arguments. ``peft_config`` is one of veneer's configs.
 
     Rows hold a prompt and the columns that the reward functions read. A reward function returns a finite number for
-    each completion; if there are several functions, it may return None for no opinion. The model in training draws the
-    completions, without dropout. The reference, log-probabilities and checkpoints are those of `veneer.DPOTrainer`.
+    each completion; if there are several functions, it may return None for no opinion. The model in training generates
+    the completions, without dropout. The reference, log-probabilities and checkpoints are those of `veneer.DPOTrainer`.
 
-    With ``tools`` or an ``environment_factory``, completions are conversations. If the engine draws, each conversation
-    continues as soon as its own tools have answered, within the limits of `veneer.GRPOConfig`.
-    Shao et al. 2024, arXiv:2402.03300. Raises ConfigError, DataError or TrainingError if the run is impossible as
-    configured.
+    With ``tools`` or an ``environment_factory``, completions are conversations. If veneer's engine generates them, each
+    conversation continues as soon as its own tools have answered, within the limits of `veneer.GRPOConfig`. Shao et al.
+    2024, arXiv:2402.03300. Raises ConfigError, DataError or TrainingError if the run is impossible as configured.
     """
 
     task = "grpo"

@@ -29,7 +29,8 @@ _KEYS = {
 def journal_path(run: Path, rank: int = 0, n_processes: int = 1) -> Path:
     """Return the path of the journal of the process ``rank``.
 
-    It depends on ``n_processes``, so that a run resumed with another number of processes draws its answers anew.
+    The path depends on ``n_processes``, so that a run resumed with another number of processes generates its answers
+    anew.
     """
     return run / FOLDER / f"{rank}_of_{n_processes}.jsonl"
 
@@ -50,9 +51,10 @@ class Journal:
             self._cut(0)
 
     def draw(self, number: int, adapter: str, n: int) -> list[Line] | None:
-        """Return the lines of a draw.
+        """Return the lines of the draw ``number``.
 
-        Return None if the journal lacks some of its ``n`` lines, or if another adapter than ``adapter`` drew them.
+        Return None if the journal lacks some of its ``n`` lines, or if another adapter than ``adapter`` generated the
+        answers.
         """
         start, n_lines = self._places.get(number, (0, 0))
         if n_lines != n:
@@ -63,7 +65,9 @@ class Journal:
         return lines if all(line["adapter"] == adapter for line in lines) else None
 
     def write(self, number: int, lines: Sequence[Line]) -> None:
-        """Write the lines of a draw, and wait until they are on disk. They replace that draw and all later ones."""
+        """Write the lines of the draw ``number``, and wait until they are on disk. Lines of this draw and of all later
+        ones are replaced.
+        """
         later = [start for draw, (start, _) in self._places.items() if draw >= number]
         if later:
             self._cut(min(later))

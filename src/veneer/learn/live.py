@@ -30,10 +30,9 @@ from veneer.store.checkpoint import is_finite
 class LiveAdapter:
     """Adapter ``name`` of a model in training, packed for a runner of that model whenever it is needed.
 
-    Its config and its tensors, by their keys on disk, are read as a saved adapter's are, so that it acts exactly like
-    one saved and loaded. If it consists only of low-rank factors, as LoRA does, later packings are faster. The first
-    one finds where each factor lies in the packed block, and later ones only copy values there. Raises AdapterNameError
-    for an unknown name.
+    The config and the tensors are read as from a saved adapter, so that the packed adapter acts exactly like a saved
+    and loaded one. If the adapter has only low-rank factors, as LoRA does, later packings are faster: they only copy
+    values into places that the first packing found. Raises AdapterNameError for an unknown name.
     """
 
     def __init__(self, model: PeftModel, name: str, runner: ProgramRunner) -> None:

@@ -44,7 +44,7 @@ _CANNOT = (ConfigError, DescriptionError, UnsaidError, CompositionError)
 
 
 class Policy:
-    """A model with its adapter in training, from which an engine draws answers.
+    """A model with its adapter in training, from which an engine generates answers.
 
     ``is_exact``: engine and training pass both compute in float32, so that their log-probabilities are equal up to
     rounding. ``is_proved``: a batch has shown that they are equal.
@@ -63,7 +63,7 @@ class Policy:
         return self._taken([answer for each in drawn for answer in each.answers], now)
 
     def converse(self, conversations: Sequence[Conversation]) -> None:
-        """Continue each conversation from its answer in the current draw to its end.
+        """Continue each conversation to its end. Its first answer is one of those that `draw` returned last.
 
         Raises the errors of `draw` and `Conversation.run`.
         """
@@ -98,9 +98,9 @@ class Policy:
         return self.rollouts.engine.scheduler.limits.max_model_len - self.version().n_front
 
     def recall(self, answers: list[DrawnAnswer]) -> list[DrawnAnswer]:
-        """Set the answers of the current draw to ``answers``, drawn earlier and read from a journal. Return them.
+        """Set the current answers to ``answers``, generated earlier and read from a journal. Return them.
 
-        Raises StaleAnswerError if another adapter than the current one drew them.
+        Raises StaleAnswerError if another adapter than the current one generated them.
         """
         require_drawn_by(answers, self.version().id)
         self._answers = answers
@@ -132,8 +132,8 @@ class Policy:
 
     @property
     def kept_mass(self) -> float:
-        """The mean, over drawn tokens, of the probability mass that remained after ``min_p``, ``top_k``, ``top_p`` and
-        masks.
+        """The mean, over generated tokens, of the probability mass that remained after ``min_p``, ``top_k``, ``top_p``
+        and masks.
         """
         kept = torch.tensor([each for answer in self.answers for each in answer.kept])  # float32, as in a journal
         return float(kept.double().exp().mean()) if len(kept) else 1.0
@@ -144,9 +144,11 @@ class Policy:
 
 
 def policy_of(trainer: Any) -> Policy | None:
-    """Return the policy of a trainer whose model and settings are complete, or None if transformers draws.
+    """Return the policy of a trainer whose model and settings are complete, or None if transformers generates the
+    answers.
 
-    Raises ConfigError if ``rollout_engine`` is "engine" and the engine cannot draw. For "auto", the reason is logged.
+    Raises ConfigError if ``rollout_engine`` is "engine" and the engine cannot generate them. For "auto", the reason is
+    logged.
     """
     args = trainer.args
     if args.rollout_engine == "generate":
@@ -173,9 +175,9 @@ def policy_of(trainer: Any) -> Policy | None:
 def rollouts_of_base(base: PreTrainedModel, tokenizer: Any, args: Any, config: MethodConfig | None) -> Rollouts | None:
     """Pack a base for the engine before a fresh adapter is attached. Return the engine, which holds the only copy.
 
-    ``config`` is that of the adapter. Return None, and leave the base as it is, if the engine cannot draw with this
-    base, or if the base must keep its own copy of the weights (see `keeps_one_copy`). Raises ConfigError if
-    ``rollout_memory`` is "one" and the run needs a second copy.
+    ``config`` is that of the adapter. Return None if the engine does not support this base, or if the base must keep
+    its own weights (see `keeps_one_copy`). The base is then unchanged. Raises ConfigError if ``rollout_memory`` is
+    "one" and the run needs a second copy.
     """
     if not keeps_one_copy(base, args, config, _is_for_transformers(tokenizer, args)):
         return None
@@ -192,8 +194,8 @@ def rollouts_of_members(
 ) -> Rollouts | None:
     """Return an engine on a base that several runs share, each given by its settings and its adapter's config.
 
-    It holds the only copy of the base if each of the runs would keep one copy alone. None if the engine cannot draw.
-    Raises the errors of `rollouts_of_base`.
+    The engine's packed weights are the only copy of the base if `keeps_one_copy` is True for every run. Return None if
+    the engine does not support the base. Raises the errors of `rollouts_of_base`.
     """
     drawing = [args for args, _ in members if args.rollout_engine != "generate"]
     once = [keeps_one_copy(base, args, config, _is_for_transformers(tokenizer, args)) for args, config in members]

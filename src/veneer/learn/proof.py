@@ -26,9 +26,11 @@ def beyond(drawn: Float[Tensor, "b t"], own: Float[Tensor, "b t"], counted: Bool
 
 @contextmanager
 def rounded_otherwise(embeddings: nn.Module) -> Iterator[None]:
-    """Perturb the token embeddings randomly by one rounding error, to show how much a model amplifies such errors.
+    """Enter a context in which token embeddings differ at random by one rounding error, to show how much a model
+    amplifies such errors.
 
-    After some prompts, such as one word repeated many times, a float32 pass is 1e-3 nats from one in float64.
+    The amplification matters after some prompts, such as one word repeated many times. There a float32 pass is 1e-3
+    nats from one in float64.
     """
 
     def changed(module: nn.Module, given: object, found: Tensor) -> Tensor:

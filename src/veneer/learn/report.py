@@ -30,7 +30,8 @@ Log = Sequence[Mapping[str, Any]]
 
 
 def write_run_page(run: Path, n: int = 8) -> Path:
-    """Write ``report.html`` into a run's folder, with ``n`` answers of each kind, and return its path.
+    """Write ``report.html`` into a run's folder, and return its path. The page shows ``n`` of the best, the worst and
+    random answers each.
 
     The log is read from ``run.json``, or from the newest checkpoint if the run has not ended. Raises FormatError for a
     folder with neither a log nor a journal, and for a damaged file.
@@ -72,7 +73,7 @@ class AnswersToRead:
 def choose(lines: Iterator[Line], n: int) -> AnswersToRead:
     """Select answers to read. Among equal rewards, the latest answers count as best and as worst.
 
-    An answer that was drawn several times to one prompt counts once. Memory grows with ``n`` alone.
+    If the same answer was given to a prompt several times, it counts once. Memory grows with ``n`` alone.
     """
     found, generator = AnswersToRead(n), random.Random(0)
     high, low = list[tuple[float, int, Line]](), list[tuple[float, int, Line]]()
@@ -111,8 +112,10 @@ def _keep(heap: list[tuple[float, int, Line]], new: tuple[float, int, Line], n: 
 
 @dataclass(frozen=True, slots=True)
 class LogCurve:
-    """Curve of a key of the log. Its band goes from the key ``low`` to ``high``, or by ``spread`` to either side of the
-    curve.
+    """Curve of the values of ``key`` in the log, with a band around it.
+
+    The band goes from the values of ``low`` to those of ``high``, or from ``key`` minus ``spread`` to ``key`` plus
+    ``spread``.
     """
 
     name: str
@@ -197,8 +200,10 @@ def _draw(axes: Any, curve: LogCurve, log: Log) -> None:
 
 
 def remarks(log: Log) -> list[str]:
-    """Return advice where a log's last quarter, compared with its first, shows something that a person
-    should act on.
+    """Return a sentence of advice for each sign of trouble in a log.
+
+    Signs are answers that grow without more reward, cut answers, groups of equal rewards, failed calls of tools, and
+    low entropy.
     """
     found = []
 

@@ -15,8 +15,8 @@ class RLOOTrainer(DrawingTrainer, trl.RLOOTrainer):  # type: ignore[misc]
     """TRL's ``RLOOTrainer``, with its arguments. ``peft_config`` is one of veneer's configs.
 
     Rows hold a prompt and the columns that the reward functions read. A reward function returns a finite number for
-    each completion; if there are several functions, it may return None for no opinion. The model in training draws the
-    completions, without dropout. The reference, log-probabilities and checkpoints are those of `veneer.DPOTrainer`.
+    each completion; if there are several functions, it may return None for no opinion. The model in training generates
+    the completions, without dropout. The reference, log-probabilities and checkpoints are those of `veneer.DPOTrainer`.
     Ahmadian et al. 2024, arXiv:2402.14740. Raises ConfigError, DataError or TrainingError if the run is impossible as
     configured.
     """

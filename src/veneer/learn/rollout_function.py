@@ -67,12 +67,12 @@ class Generation:
         self._trainer = trainer
 
     def sync_weights(self) -> None:
-        """Do nothing: the engine always draws with the adapter's current state."""
+        """Do nothing: the engine always generates with the adapter's current state."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], images: None = None, num_generations: int = 1, profiler: Any = None
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
-        """Draw an answer to each prompt. Return the prompts, the answers, and each token's log-probability and id.
+        """Generate an answer to each prompt. Return the prompts, the answers, and each token's log-probability and id.
 
         Log-probabilities and ids are in lists of one element, as vLLM's are.
         """

@@ -32,7 +32,7 @@ from veneer.serve.start import EngineOptions, start_engine
 
 
 class StaleAnswerError(TrainingError):
-    """Error for an answer that was not drawn by the adapter in training."""
+    """Error for an answer that another adapter than the one in training generated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class DrawnPrompt:
 
 
 class Rollouts:
-    """Engine that draws answers with the weights of a model in training. ``options`` are those of `veneer.LLM`.
+    """Engine that generates answers with the weights of a model in training. ``options`` are those of `veneer.LLM`.
 
     ``memory``: "beside" packs a copy of the weights, and the model keeps its own. "one" replaces the model's weights
     with the packed ones; adapters that are attached later train on these. Such a model cannot be merged;
@@ -186,10 +186,10 @@ class Rollouts:
 
     @contextmanager
     def requests(self) -> Iterator[Requests]:
-        """Enter a context for sending requests to the engine. Within it, the model's adapters are off for its own
-        modules.
+        """Enter a context for sending requests to the engine. Within it, the model's own modules run without adapters,
+        because the engine applies the adapters.
 
-        Requests that are unanswered at its end are dropped.
+        Requests that are unanswered when the context ends are dropped.
         """
         requests = Requests(self.engine)
         with _bare(self.model):
@@ -199,7 +199,7 @@ class Rollouts:
                 requests.drop()
 
     def run(self, asked: Sequence[CheckedRequest]) -> dict[str, RequestOutput]:
-        """Return the outputs of requests by id, from one batch as far as there is room.
+        """Answer requests, as many at a time as the engine has room for, and return the outputs by request id.
 
         A request that failed has its error in its output.
         """
@@ -234,7 +234,7 @@ class Requests:
         self._waiting.append(asked)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch; return the outputs of requests that ended, also of those that failed."""
+        """Compute one batch. Return the outputs of the requests that ended in it, including those that failed."""
         while self._waiting and self._engine.backlog.has_room([self._waiting[0]]):
             asked = self._waiting.popleft()
             self._submitted.add(asked.id)
@@ -264,7 +264,7 @@ def seed_of(*key: int) -> int:
 
 
 def require_drawn_by(answers: Sequence[DrawnAnswer], adapter: str) -> None:
-    """Raise StaleAnswerError unless the adapter with the content hash ``adapter`` drew all answers."""
+    """Raise StaleAnswerError unless the adapter with the content hash ``adapter`` generated all answers."""
     other = next((each.adapter for each in answers if each.adapter != adapter), adapter)
     if other != adapter:
         raise StaleAnswerError(
@@ -274,7 +274,7 @@ def require_drawn_by(answers: Sequence[DrawnAnswer], adapter: str) -> None:
 
 
 def answer_of(output: CompletionOutput, version: AdapterVersion | None) -> DrawnAnswer:
-    """Convert an answer of the engine. ``version`` is the adapter that drew it, or None for the base."""
+    """Convert an answer of the engine. ``version`` is the adapter that generated it, or None for the base."""
     numbers = output.policy or []
     return DrawnAnswer(
         token_ids=tuple(output.token_ids),

@@ -86,7 +86,7 @@ class TaughtCollator:
 
 
 def prompts_in(ids: Tensor, labels: Tensor) -> list[list[int]]:
-    """Return the tokens before the last answer of each row, (b, t)."""
+    """Return, for each row of ``ids`` (b, t), the tokens before its last answer. ``labels`` mark the answers."""
     found = []
     for row, trained in zip(ids, labels != IGNORED, strict=True):
         on = [*trained.tolist(), False]

@@ -25,7 +25,7 @@ Teacher = Callable[[Any], AbstractContextManager[nn.Module]]
 
 @contextmanager
 def base_of(student: Any) -> Iterator[nn.Module]:
-    """Context in which a student is its own base, in evaluation mode."""
+    """Enter a context that yields the student without its adapter, which is its base, in evaluation mode."""
     with evaluation(student), student.disable_adapter():
         yield student
 

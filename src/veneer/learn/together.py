@@ -36,20 +36,22 @@ from veneer.train.sweep.together import Job, JobEnd, run_job, told_end
 
 @dataclass(frozen=True, slots=True)
 class RolloutsRequest:
-    """Request of a member for rollouts with the adapters of its model, which shares the base's weights."""
+    """Request of a member of a sweep for a `Rollouts` that generates with the adapters of ``model``. The model shares
+    the base's weights.
+    """
 
     model: PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
 class AnswersRequest:
-    """Request of a member for the answers of one draw."""
+    """Request of a member of a sweep for the answers to the requests ``asked``, those of one step."""
 
     asked: Sequence[CheckedRequest]
 
 
 class MemberRollouts(Rollouts):
-    """Rollouts of one member, by the engine that draws for all of them.
+    """Rollouts of one member of a sweep. One engine generates the answers of all members.
 
     The adapter of the member's model has the member's ``name`` and ``number`` in the engine.
     """
@@ -109,7 +111,11 @@ _KINDS: Mapping[str, type[GRPOTrainer | RLOOTrainer]] = {"grpo": _GRPOMember, "r
 
 
 class DrawnTogether:
-    """Members that run in turns from draw to draw, and the engine that they share (None: each draws alone)."""
+    """Members of a sweep that train in turns. Each runs until it needs answers; then the shared engine generates the
+    answers of all members.
+
+    If ``rollouts``, the engine, is None, each member generates its own answers.
+    """
 
     def __init__(self, base: PreTrainedModel, rollouts: Rollouts | None, stop: Stop) -> None:
         self._base, self._rollouts, self._stop = base, rollouts, stop
@@ -172,7 +178,8 @@ def _run_member(job: Job, base: PreTrainedModel, kind: type[RunTrainer], stop: S
 
 
 def draw_together(jobs: Sequence[Job], tell: Tell, stop: Stop) -> list[JobEnd]:
-    """Train members of GRPO or RLOO over one base, as `train_together` does, with one engine for their draws.
+    """Train members of GRPO or RLOO over one base, as `train_together` does, with one engine that generates their
+    answers.
 
     A member whose training fails ends with the status ``failed``; the others train on.
     """

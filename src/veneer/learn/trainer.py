@@ -63,9 +63,9 @@ class EpochRepeatSampler(RepeatSampler):  # type: ignore[misc]
 class DrawingTrainer(PreferenceTrainer):
     """Mixin for TRL's GRPO and RLOO trainers, with their arguments.
 
-    An engine on the model's weights (`Rollouts`) draws the answers; transformers does if the engine cannot. Losses are
-    TRL's. The reference, if ``beta`` needs one, is that of `veneer.DPOTrainer`. If several steps train on the same
-    answers, checkpoints hold these answers.
+    An engine on the model's weights (`Rollouts`) generates the answers. If the engine does not support the run,
+    transformers does. Losses are TRL's. The reference, if ``beta`` needs one, is that of `veneer.DPOTrainer`. If
+    several steps train on the same answers, checkpoints hold these answers.
     """
 
     task: ClassVar[Task]
@@ -136,7 +136,9 @@ class DrawingTrainer(PreferenceTrainer):
     def take_base(
         self, base: PreTrainedModel, args: Any, processing_class: Any, peft_config: MethodConfig | None
     ) -> None:
-        """Give the base's weights to the engine as its only copy, if ``rollout_memory`` says so. Raises ConfigError."""
+        """Pack the base's weights for the engine as the only copy, if ``rollout_memory`` asks for one. Raises
+        ConfigError.
+        """
         self.rollouts_of_base = rollouts_of_base(base, processing_class, args, peft_config)
 
     def limited(self, function: Any, *, alone: bool, name: str | None = None) -> Any:
@@ -145,7 +147,9 @@ class DrawingTrainer(PreferenceTrainer):
 
     @contextmanager
     def building(self, ready: Ready) -> Iterator[dict[str, Any]]:
-        """Hide ``beta`` and ``use_vllm`` from TRL's constructor, so that it loads neither a reference nor vLLM."""
+        """Enter a context that hides ``beta`` and ``use_vllm`` from TRL's constructor, so that TRL loads neither a
+        reference nor vLLM.
+        """
         given = {name: getattr(ready.args, name) for name in ("beta", "use_vllm")}
         ready.args.beta, ready.args.use_vllm = 0.0, False
         try:
@@ -156,7 +160,7 @@ class DrawingTrainer(PreferenceTrainer):
                 setattr(ready.args, name, value)
 
     def drawn(self, prompts: Sequence[Sequence[int]]) -> list[DrawnAnswer] | None:
-        """Return an answer to each prompt by the engine, or None if transformers draws."""
+        """Return the engine's answer to each prompt, or None if transformers generates the answers."""
         if self.policy is None:
             return None
         if self._recalled is not None:
@@ -184,7 +188,9 @@ class DrawingTrainer(PreferenceTrainer):
         return [Rollout.recalled(line, ids) for line, ids in zip(lines, prompts, strict=True)]
 
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
-        """Evaluate as `PreferenceTrainer.evaluation_loop` does; each evaluation draws with the same random keys."""
+        """Evaluate as `PreferenceTrainer.evaluation_loop` does. Every evaluation generates answers with the same random
+        keys.
+        """
         self._n_evaluated = 0
         return super().evaluation_loop(*args, **options)
 
@@ -224,8 +230,8 @@ class DrawingTrainer(PreferenceTrainer):
             ) from error
 
     def show_rollouts(self, n: int) -> list[Line]:
-        """Draw and reward at least ``n`` answers to the first prompts, in whole groups, and return them as lines of a
-        journal.
+        """Generate and reward at least ``n`` answers to the first prompts, in whole groups, and return them as lines of
+        a journal.
 
         Nothing is trained or written. Raises the errors of a training step.
         """

@@ -27,9 +27,9 @@ _GRACE_SECONDS = 60.0  # for packs to end their steps and write checkpoints afte
 
 
 def on_ray(place: RayCluster) -> Callable[[Sweep, Tell, Stop], AbstractContextManager[Workers]]:
-    """Return the engine of `run_sweep` that runs on the workers of a Ray cluster.
+    """Return the function that gives `run_sweep` its workers, here those of a Ray cluster.
 
-    The engine raises ConfigError if the cluster has fewer devices than ``place`` takes.
+    The function raises ConfigError if the cluster has fewer devices than ``place`` takes.
     """
 
     @contextmanager

@@ -91,13 +91,13 @@ def run_here(loop: Loop) -> dict[str, Any]:
 def train_on(place: RayCluster, loop: Loop, recipe: Recipe) -> dict[str, Any]:
     """Train a recipe in the workers of a Ray cluster, and return the content of ``run.json``.
 
-    If a worker dies, the run continues from its last checkpoint. It goes on with the remaining workers if every number
-    of workers can divide the global batch; for a range of workers (``place.least``), every number in it must. New
-    workers are used when they become available.
+    If a worker dies, the run continues from its last checkpoint. If the rows of a step are the same with any number of
+    workers, the run goes on with the remaining workers. For a range (``place.least``), they must be the same with every
+    number in it. New workers are used when they become available.
 
-    Raises ConfigError if there are more workers than devices, if some number in the range cannot divide the rows of the
-    run, and for a layout that only a plan can choose. Raises the errors of `run_recipe`, and TrainingError if workers
-    die again and again. Raises DiskError if the output cannot be made.
+    Raises ConfigError if there are more workers than devices, if the rows differ for some number in the range, and for
+    a layout that only a plan can choose. Raises the errors of `run_recipe`, and TrainingError if workers die again and
+    again. Raises DiskError if the output cannot be made.
     """
     args, output = recipe.training_config(), Path(recipe.output)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # dill, which hashes for datasets, reads what is printed

@@ -23,10 +23,10 @@ def ranking(name: str, replicas: Iterable[str]) -> list[str]:
 def order(name: str, loads: Mapping[str, int], n_homes: int) -> list[str]:
     """Return the replicas for a request, best first. ``loads``: number of requests in flight by replica.
 
-    The homes of a name are the first ``n_homes`` replicas of its `ranking`; the least loaded home comes first.
-    Replicas whose load has reached the `bound` come last, so that a busy home passes requests on to the next in the
-    ranking. Bounded load is by Mirrokni, Thorup and Zadimoghaddam (2018). Departs: a name may have several homes, and
-    few requests have no bound.
+    The homes of a name are the first ``n_homes`` replicas of its `ranking`; the least loaded home comes first. Replicas
+    whose load has reached the `bound` come last, so that a busy home passes requests on to the next in the ranking.
+    Bounded load is by Mirrokni, Thorup and Zadimoghaddam (2018). Difference from this source: a name may have several
+    homes, and there is no bound while requests are few.
     """
     most = bound(loads)
 
@@ -39,7 +39,9 @@ def order(name: str, loads: Mapping[str, int], n_homes: int) -> list[str]:
 
 
 def bound(loads: Mapping[str, int]) -> int:
-    """Return the load from which a replica is passed over. At least one replica is always below it."""
+    """Return the number of requests in flight from which a replica counts as full. At least one replica is always below
+    it.
+    """
     return max(_FREE, math.ceil(_BOUND * (sum(loads.values()) + 1) / max(len(loads), 1)))
 
 
@@ -60,14 +62,17 @@ class Traffic:
             self._counts = {name: count / 2 for name, count in self._counts.items() if count >= 2}
 
     def share(self, name: str) -> float:
-        """Return the share of a name, 0 to 1.
+        """Return a name's share of recent requests, 0 to 1.
 
-        It is computed of at least a full window, so that it is small after few requests.
+        The count is divided by the number of requests in a full window at least, so that the share is small after few
+        requests.
         """
         return self._counts.get(name, 0.0) / max(self._total, _WINDOW)
 
     def n_homes(self, name: str, n_replicas: int) -> int:
-        """Return the number of homes of a name, so many that it makes up at most a quarter of a replica's mean load."""
+        """Return the number of homes for a name, at most ``n_replicas``. It is the least number with which the name
+        brings each home at most a quarter of a replica's mean load.
+        """
         return min(n_replicas, max(1, math.ceil(4 * n_replicas * self.share(name))))
 
 

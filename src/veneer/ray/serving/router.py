@@ -23,7 +23,9 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return the replicas for a request, best first, each a rank of its own."""
+        """Return the replicas for a request, best first. Each is in a list of its own, because Ray tries these lists in
+        order.
+        """
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         queues = self.replica_queue_len_cache
         loads = {id: queues.get(replica.replica_id) or 0 for id, replica in replicas.items()}
