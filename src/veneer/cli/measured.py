@@ -63,7 +63,7 @@ class Measured:
 
     @property
     def is_share(self) -> bool:
-        """Return True for accuracies."""
+        """Return True if the metric is an accuracy, a share of right answers."""
         return isinstance(self.results[0], Accuracy)
 
     @property

@@ -27,8 +27,8 @@ _DONE = "dataset_info.json"
 def encoded_once(rows: Dataset, encoder: Encoder, encode: Callable[[], Dataset]) -> Dataset:
     """Return the rows encoded by ``encode``, or its cached result for the same rows, mapped from disk.
 
-    Small sets, and tokenizers whose description is incomplete, are encoded each time. So is everything if the cache
-    cannot be written.
+    Nothing is cached for small sets of rows, for tokenizers whose description is incomplete, or if the cache cannot be
+    written.
     """
     key = _key(rows, encoder) if len(rows) >= FEWEST_ROWS else None
     if key is None:

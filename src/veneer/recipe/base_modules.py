@@ -25,7 +25,7 @@ def target_problems(values: Mapping[str, Any]) -> list[str]:
     """Return the problems of names in ``adapter.target_modules`` that match no module of the base.
 
     The result is empty if the base is not local, if transformers renames its tensors when it loads them, or if the
-    method has no ``target_modules``. Raises UnreadableError.
+    method has no ``target_modules``. Raises UnreadableError if the source of veneer or transformers is not installed.
     """
     if not _reads_targets(values):
         return []

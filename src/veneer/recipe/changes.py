@@ -70,8 +70,8 @@ class ChangedSetting:
 def changes(before: Recipe, now: Recipe, places: Mapping[str, str] | None = None) -> list[ChangedSetting]:
     """Return every changed setting on which the weights depend, with defaults filled in.
 
-    ``places``: the places of the sources of ``before`` at the time of its run, from `places_of`. The same place under
-    another name is not a change.
+    ``places``: the paths of the sources of ``before`` at the time of its run, from `places_of`. Another name for the
+    same path is then not a change.
     """
     old, new = settings(before), settings(now)
     if places is not None:
@@ -123,7 +123,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 def places_of(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the absolute path of each source in a recipe, by its key. A name on the hub is returned unchanged.
 
-    A teacher that is the base has none.
+    If the teacher is the base itself, it has no entry.
     """
     named = {f"{part}.{key}": (values[part] or {}).get(key) for part, key in PLACES}
     given = {key: str(name) for key, name in named.items() if name and is_place(key, name)}

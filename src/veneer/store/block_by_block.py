@@ -88,7 +88,9 @@ def load_in_turn(load: Callable[..., Any], model: PreTrainedModel, tensors: Any,
 
 
 class _Waiting:
-    """Blocks of a model that is being loaded, in order. A block is passed on once its weights are complete."""
+    """Blocks of a model that is being loaded, in order, and the function ``take`` that gets each block once its weights
+    are complete.
+    """
 
     def __init__(self, model: PreTrainedModel, take: EachBlock) -> None:
         self._model, self._take = model, take

@@ -130,7 +130,7 @@ def _head_width(config: Mapping[str, Any]) -> int | None:
 
 
 def sums(values: Mapping[str, int], parts: Mapping[str, TensorPart]) -> dict[str, int]:
-    """Return the number of values of each part, most first."""
+    """Return the number of values of each part, the largest number first."""
     counts: Counter[str] = Counter()
     for name, n_values in values.items():
         counts[parts[name]] += n_values
@@ -138,13 +138,13 @@ def sums(values: Mapping[str, int], parts: Mapping[str, TensorPart]) -> dict[str
 
 
 def bytes_4bit(tensor: Counted, part: TensorPart) -> int:
-    """Return the bytes of a tensor if the linear layers are in NF4 and all else in 16 bits."""
+    """Return the number of bytes that a tensor takes if the linear layers are in NF4 and all else is in 16 bits."""
     in_4bit = len(tensor.shape) == 2 and part in ("attention", "feed-forward", "other")
     return round(n_values_of([tensor]) * NF4_BITS / 8) if in_4bit else 2 * n_values_of([tensor])
 
 
 def n_values_of(tensors: Iterable[Counted]) -> int:
-    """Return the number of values of tensors."""
+    """Return the total number of values in tensors."""
     return sum(math.prod(tensor.shape) for tensor in tensors)
 
 

@@ -21,7 +21,8 @@ _Spec = TypeVar("_Spec", StorageSpec, StackSpec)
 
 
 class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Quantization that `VeneerQuantizer` loads: of a dense checkpoint while it is read, or as it is stored.
+    """Quantization of a model that `VeneerQuantizer` loads: from a dense checkpoint, quantized while it is read, or
+    from a quantized one.
 
     ``is_stored``: the checkpoint is always quantized already.
     """
@@ -45,8 +46,8 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         raise NotImplementedError
 
     def stack_of(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> StackSpec | None:
-        """Return the storage format of experts (experts, o, i) that the files hold stacked under a name; None if they
-        hold none so.
+        """Return the storage format of experts (experts, o, i) that the files hold stacked under a name; None if the
+        files hold no such stack.
         """
         return None
 

@@ -347,7 +347,7 @@ def _put_stack(model: PreTrainedModel, name: str, stack: CodedStack) -> None:
 def _empty(model: PreTrainedModel) -> Iterator[str]:
     """Yield the names of weights that no tensor of the files has set, which transformers would leave uninitialised.
 
-    Only quantized weights, and all other weights of quantized experts, are looked at.
+    Only quantized weights, and the other parameters of modules with quantized experts, are checked.
     """
     for path, module in model.named_modules():
         if isinstance(module, CodedModule) and not module.is_filled:

@@ -57,7 +57,9 @@ def _is_short(system: str | None) -> bool:
 
 
 def _systems(data: DataPart, task: Task) -> set[str | None]:
-    """Return the different system messages of the rows' conversations. None stands for a row without one."""
+    """Return the different system messages of the rows' conversations. None is among them if a row has no system
+    message.
+    """
     firsts = (turns[0] for turns in _asked(data, task) if isinstance(turns, list) and turns)
     return {turn["content"] if turn["role"] == "system" else None for turn in firsts}
 

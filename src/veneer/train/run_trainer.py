@@ -176,7 +176,7 @@ class RunTrainer(ResumableTrainer):
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Wrap the model as Trainer does.
 
-        A sharded base is wrapped in DDP here, since accelerate refuses that on GPUs.
+        A sharded base is wrapped in DDP here, because accelerate refuses to wrap such a model on GPUs.
         """
         if not (training and model is self.model and is_cut(model)):
             return cast(nn.Module, super()._wrap_model(model, training, dataloader))
@@ -274,7 +274,9 @@ class RunTrainer(ResumableTrainer):
             self.accelerator.free_memory()
 
     def _stop_updates(self) -> None:
-        """Prevent backward passes after training from changing weights."""
+        """After training, switch off an optimizer that updates weights within the backward pass, so that later backward
+        passes change nothing.
+        """
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper around it
         if isinstance(optimizer, LayerwiseGaLoreAdamW):
             optimizer.close()

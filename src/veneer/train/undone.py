@@ -41,8 +41,8 @@ def model_kept(model: PreTrainedModel) -> Iterator[None]:
 def settings_kept(args: RunSettings) -> Iterator[None]:
     """Enter a context that hides from TRL the settings that veneer implements itself.
 
-    TRL has its own selective checkpointing and offload, and refuses templates without generation markers. Veneer finds
-    answers by position.
+    TRL would use its own selective checkpointing and offload. It would also refuse chat templates without generation
+    markers, which veneer does not need, because it finds the assistant's tokens by their positions.
     """
     names = [n for n in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs") if hasattr(args, n)]
     switches = [n for n in ("activation_offloading", "assistant_only_loss") if hasattr(args, n)]

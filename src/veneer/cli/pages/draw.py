@@ -101,7 +101,9 @@ class DrawArguments:
         return self.output.with_suffix(".drawn.jsonl")
 
     def rewards(self) -> list[dict[str, Any]]:
-        """Return the entries of ``--reward``, as those of a recipe. Raises ConfigError."""
+        """Return the entries of ``--reward`` in the form of a recipe's ``rewards``. Raises ConfigError for an invalid
+        entry.
+        """
         found = []
         for given in self.reward or []:
             try:

@@ -173,7 +173,9 @@ def require_options(args: EvalArguments) -> None:
 
 
 def require_own_rows(args: EvalArguments) -> None:
-    """Look at the first rows of ``--data``, unless a recipe says how they are read. Raises the errors of reading."""
+    """Check the first rows of ``--data``, unless a recipe says how they are read. Raises the errors of
+    `require_askable`.
+    """
     if args.data is not None and not args.recipes:
         judged = args.metric != MetricName.PERPLEXITY
         require_askable(args.data, reader_of(args), args.prompt, args.answer_field, judged=judged)

@@ -102,7 +102,9 @@ def _homeless(model: nn.Module, config: MethodConfig, keys: Sequence[str]) -> li
 
 
 def _whole_parameters(model: nn.Module, given: Mapping[str, Shaped]) -> dict[str, Shaped]:
-    """Return the shapes, by key, of a file's copies of the model's own parameters and of rows of embeddings."""
+    """Return the shapes that a file's tensors must have, by key, if they replace the model's own parameters or rows of
+    its embeddings.
+    """
     found: dict[str, Shaped] = {}
     own = dict(model.named_parameters(remove_duplicate=False))
     for key, tensor in given.items():

@@ -89,7 +89,8 @@ def _size(config: Any) -> _Size:
 def _reached(config: MethodConfig, given: Mapping[str, Shaped]) -> _Size:
     """Infer from an adapter's tensors the size of the model that they need.
 
-    It is the highest number of a block plus 1, and the most common width of layers that read the hidden state.
+    The number of layers is the highest number of a block plus 1. The width is the most common one of layers that read
+    the hidden state.
     """
     numbers = [int(found[1]) for key in given if (found := re.search(r"\.(\d+)\.", key))]
     places = None

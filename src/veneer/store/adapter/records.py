@@ -116,8 +116,8 @@ def _lowered(folder: Path, config: MethodConfig, site: Any, params: Mapping[str,
 def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> StoredAdapter:
     """Return the records of an adapter that consists of updates of linear layers, valid on any base.
 
-    Raises NeedsBaseError for one that depends on its base, CompositionError for any other, and the errors of
-    `read_records`.
+    Raises NeedsBaseError if the updates depend on the base, CompositionError if the adapter holds anything else, and
+    the errors of `read_records`.
     """
     config = read_config(folder)
     if config.reads_weight:

@@ -65,9 +65,9 @@ def config_of_base(base: str | None, revision: str | None) -> Path | None:
 
 
 def places_in_base(folder: Path) -> dict[str, Placed] | None:
-    """Return the modules that an adapter acts on, in the base that its config names.
+    """Return the modules that an adapter acts on, found in the config of the base that the adapter names.
 
-    Return None if the adapter's own file shows them, or if they cannot be found.
+    Return None if the base is not needed, because the adapter's own file shows the modules, or if they cannot be found.
     """
     config, file = read_config(folder), folder / WEIGHTS_FILE
     base = config_of_base(config.base_model_name_or_path, config.revision)

@@ -102,8 +102,8 @@ def adapter_tensors(
 class Leniency:
     """Differences that loading tolerates.
 
-    ``mismatched``: tensors of another shape keep their values. ``key_mapping`` translates other module names (see
-    `renamed`).
+    ``mismatched``: if a tensor in the file has another shape than the adapter's, the adapter keeps its own values.
+    ``key_mapping`` translates other module names (see `renamed`).
     """
 
     mismatched: bool = False
@@ -208,7 +208,8 @@ def assign(
 ) -> list[str]:
     """Set the values of an attached adapter, all or nothing. ``source`` is the name of the tensors in errors.
 
-    With ``mismatched``, tensors of another shape keep their values, and their keys are returned.
+    With ``mismatched``, the adapter keeps its own values where a given tensor has another shape, and the keys of such
+    tensors are returned.
 
     If the tensors include a whole embedding or head that differs from the base's, it is kept with the adapter, frozen.
     The base does not change.

@@ -90,7 +90,9 @@ def _tokenizer(values: Mapping[str, Any]) -> Section:
 
 
 def _adapter(header: GgufHeader) -> Section:
-    """Return base, rank, strength and modules. Factor A is (rank, in), B is (out, rank)."""
+    """Return the table rows of an adapter: base, rank, ``lora_alpha`` and modules. Factor A is (rank, in), B is (out,
+    rank).
+    """
     shapes = {found.groups(): t.shape for t in header.tensors if (found := _FACTORS.fullmatch(t.name))}
     ranks = sorted({shape[1] for (_, factor), shape in shapes.items() if factor == "b" and len(shape) == 2})
     modules = sorted({name for name, _ in shapes})

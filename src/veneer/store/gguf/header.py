@@ -63,7 +63,8 @@ class GgufHeader:
 
 
 def read_header(path: Path, *, whole: bool = False) -> GgufHeader:
-    """Return the header of a GGUF file (llama.cpp's format, versions 2 and 3); long arrays only if it is ``whole``.
+    """Return the header of a GGUF file (llama.cpp's format, versions 2 and 3). Arrays of more than 512 values, such as
+    a vocabulary, are kept only if ``whole`` is True.
 
     Raises FormatError if the file is not GGUF, damaged or truncated.
     """

@@ -93,7 +93,9 @@ class GgufParameter:
             yield from torch.split(self.read(), max(1, n_values * self.shape[0] // math.prod(self.shape)))
 
     def _rows(self, tensor: GgufTensor, n_values: float) -> Iterator[Tensor]:
-        """Yield a tensor's values in the file's order, a few rows of its first axis at a time."""
+        """Yield a tensor's values in the file's order, in groups of rows with about ``n_values`` values. A tensor of
+        three dimensions is yielded whole.
+        """
         stored, less = stored_rows(tensor, self.path), self._less(tensor)
         n_bytes = min(stored.nbytes, n_values * stored.shape[1] // tensor.shape[-1])
         if len(tensor.shape) > 2:

@@ -234,7 +234,7 @@ def _drop_leftovers(paths: Sequence[Path]) -> None:
 
 
 def _pairs_nbytes(pairs: Iterable[KeyValue]) -> int:
-    """Return the bytes that key-value pairs take in a file."""
+    """Return the number of bytes that key-value pairs take in a file."""
     header = GGUFWriter(None, "")
     return sum(
         8 + len(pair.key.encode()) + len(header._pack_val(pair.value, pair.kind, add_vtype=True, sub_type=pair.item))

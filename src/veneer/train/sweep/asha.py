@@ -31,8 +31,8 @@ class Standing:
 
 
 def n_rungs(n_members: int, reduction: int) -> int:
-    """Return the number of rungs after which fewer than ``reduction`` members are left, at least one if there are
-    several.
+    """Return the number of rungs of a sweep: after the last one, fewer than ``reduction`` members are left. It is at
+    least one if there are several members.
     """
     found = 0
     while reduction ** (found + 1) <= n_members:
@@ -46,8 +46,8 @@ def divisor(stretch: int, n_rungs: int, reduction: int) -> int | None:
 
 
 def promotions(standings: Mapping[str, Standing], n_rungs: int, reduction: int) -> list[str]:
-    """Return the members that wait at a rung and are among its best, one in ``reduction``. Among equals,
-    the first win.
+    """Return the members that wait at a rung and may train further: at each rung the best one in ``reduction``. Among
+    members of equal loss, the first ones count as better.
     """
     found: list[str] = []
     coming = set(standings)
