@@ -95,7 +95,9 @@ def combine(
 
 
 def rank_needed(updates: Sequence[Update], weights: Sequence[float], plan: Combination, name: str, error: float) -> int:
-    """Return the smallest rank that limits the relative error of this layer's combination to this value."""
+    """Return the smallest rank whose truncation of this layer's combination has a relative Frobenius error of at most
+    ``error``.
+    """
     return rank_within(_merged(updates, weights, plan, name), error)
 
 

@@ -36,9 +36,11 @@ class Plain:
 
 
 def plain_of(update: Update, rank: int | None) -> Plain:
-    """Return the factors of an update: its own, or the nearest ones of ``rank`` if it has none or more than that.
+    """Return the factors of an update: its own, or the nearest ones of ``rank`` if it is not low-rank or has a higher
+    rank.
 
-    Raises CompositionError if a needed weight is missing, or if it is not a low-rank pair and has no ``rank``.
+    Raises CompositionError if the update needs the layer's weight and does not have it, or if it is not low-rank and
+    ``rank`` is None.
     """
     if update.is_lowrank:
         a, b = update.record.factors(torch.float32)
@@ -58,9 +60,9 @@ def plain_of(update: Update, rank: int | None) -> Plain:
 
 
 def plain_within(update: Update, error: float) -> Plain:
-    """Return the factors of the smallest rank that limits the relative Frobenius error of an update to this value.
+    """Return the factors of the smallest rank whose relative Frobenius error is at most ``error``.
 
-    Raises CompositionError if it needs a weight that is missing.
+    Raises CompositionError if the update needs the layer's weight and does not have it.
     """
     if update.is_lowrank:
         a, b = update.record.factors(torch.float64)
@@ -79,7 +81,7 @@ def padded(layer: Plain, rank: int) -> tuple[Float[Tensor, "r i"], Float[Tensor,
 
 
 def whole_error(layers: Iterable[Plain]) -> float:
-    """Return the relative error of all layers together: the square root of the lost share of squares."""
+    """Return the relative Frobenius error of all layers together, from each layer's norm and error."""
     pairs = [(layer.error * layer.norm, layer.norm) for layer in layers]
     lost, total = (math.hypot(*(pair[which] for pair in pairs)) for which in (0, 1))
     return lost / total if total > 0 else 0.0

@@ -23,7 +23,10 @@ def only_scales(updates: Sequence[Update]) -> bool:
 
 
 def combined_scales(updates: Sequence[Update], weights: Sequence[float], how: str) -> LinearDelta:
-    """Return the record of the weighted sum of rescalings, all of inputs or all of outputs."""
+    """Return the record of the weighted sum of rescalings. Raises CompositionError for a method other than "linear".
+
+    It is also raised if one update scales the layer's inputs and another its outputs.
+    """
     if how != "linear":
         raise CompositionError(f"adapters that only rescale (IA3) can be combined with how='linear', not {how!r}")
     ins, outs = [u.record.input_scale for u in updates], [u.record.output_scale for u in updates]

@@ -29,7 +29,8 @@ def draw_of(seed: int, name: str) -> torch.Generator:
 def drop_and_rescale(
     update: Float[Tensor, "*shape"], density: float, generator: torch.Generator | None = None
 ) -> Float[Tensor, "*shape"]:
-    """Keep each entry with probability ``density`` and divide it by that, so that the expectation is unchanged.
+    """Keep each entry with probability ``density`` and divide it by ``density``, so that its expectation is unchanged;
+    the others become zero.
 
     Source: DARE, Yu et al. 2024, arXiv:2311.03099, section 3.1, with drop rate p = 1 - density.
     """

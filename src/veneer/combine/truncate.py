@@ -31,8 +31,8 @@ def truncate_dense(update: Float[Tensor, "o i"], rank: int) -> tuple[LinearDelta
 
 
 def truncate_within(update: Float[Tensor, "o i"], error: float) -> tuple[LinearDelta, float]:
-    """Return the best factors of the smallest rank (at least 1) that limits the relative Frobenius error to this
-    value, and their error.
+    """Return the best factors of the smallest rank (at least 1) whose relative Frobenius error is at most ``error``,
+    and their error.
     """
     tall = _tall(update)
     energy, v = _decomposed(tall)
@@ -50,13 +50,15 @@ def truncate_factors(record: LinearDelta, rank: int) -> tuple[LinearDelta, float
 
 
 def rank_within(update: Float[Tensor, "o i"], error: float) -> int:
-    """Return the smallest rank (at least 1) whose best factors have at most this relative Frobenius error."""
+    """Return the smallest rank (at least 1) whose best factors have a relative Frobenius error of at most ``error``."""
     tall = _tall(update)
     return rank_of_energy(torch.linalg.eigvalsh(tall.T @ tall).flip(0).clamp(min=0.0), error)
 
 
 def rank_of_energy(energy: Float[Tensor, " n"], error: float) -> int:
-    """Return the smallest rank (at least 1) with this relative error, from squared singular values in falling order."""
+    """Return the smallest rank (at least 1) whose relative error is at most ``error``, given the squared singular
+    values in falling order.
+    """
     lost = energy.flip(0).cumsum(0).flip(0)  # lost[r]: what rank r leaves out
     return max(int((lost > error**2 * lost[0]).sum()), 1)
 

@@ -34,7 +34,8 @@ class Start:
     """Initialisation of low-rank factors. ``factors(site, r, scale, generator)`` returns A (r, i) and B (o, r) in
     float32 on the CPU.
 
-    ``taken_off``: the record subtracts their product. ``keeps_b``: B is not trained.
+    ``taken_off``: the adapter subtracts the product of the initial factors, so that the layer starts unchanged.
+    ``keeps_b``: B is not trained.
     """
 
     factors: Callable[[LinearSite, int, float, torch.Generator | None], Factors]
@@ -62,7 +63,9 @@ def dense_weight(site: LinearSite, r: int, who: str) -> Float[Tensor, "o i"]:
 
 
 def weight_problems(site: LinearSite, r: int, who: str) -> list[str]:
-    """Return a problem if the frozen weight is not one matrix, is not loaded, or has fewer than r rows or columns."""
+    """Return a message, alone in a list, if the frozen weight is not one matrix, is not loaded, or has fewer than r
+    rows or columns.
+    """
     if site.experts > 1:
         return [
             f"{who} at {site.name} starts from a single matrix, but this weight is a stack of {site.experts} experts' "

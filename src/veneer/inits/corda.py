@@ -30,13 +30,15 @@ _DAMPING, _LARGEST_ERROR = 0.01, 0.05  # of the inverse, as PEFT and the paper's
 
 
 def find(name: bool | str) -> Start | None:
-    """Return the initialisation "corda". It is plain LoRA's until a pass over data gives the covariances."""
+    """Return the initialisation "corda"; None for another name. It is plain LoRA's until a pass over data gives the
+    covariances.
+    """
     return Start(kaiming, taken_off=True) if name == "corda" else None
 
 
 @dataclass(frozen=True)
 class CordaConfig(Settings):
-    """Settings of CorDA, in PEFT's field.
+    """Settings of CorDA, with PEFT's name for the field.
 
     ``corda_method``: "ipm" takes the r largest singular values, to adapt to the data's task. "kpm" takes the r
     smallest, to keep the knowledge that the data shows.
@@ -46,9 +48,9 @@ class CordaConfig(Settings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> CordaConfig:
-        """Return the settings from a file's fields, without those of PEFT's pass.
+        """Return the settings from a file's fields. Fields that are about PEFT's own pass over data are ignored.
 
-        Raises ConfigError for unknown ones.
+        Raises ConfigError for unknown fields.
         """
         return super().from_dict({name: value for name, value in values.items() if name not in _OF_THE_PASS})
 

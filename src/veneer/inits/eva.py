@@ -28,18 +28,20 @@ _SEED = 0  # of the randomized decomposition: the same batches give the same fac
 
 
 def find(name: bool | str) -> Start | None:
-    """Return the initialisation "eva". It is plain LoRA's until a pass over data gives A its directions."""
+    """Return the initialisation "eva"; None for another name. It is plain LoRA's until a pass over data gives A its
+    directions.
+    """
     return Start(kaiming) if name == "eva" else None
 
 
 @dataclass(frozen=True)
 class EvaConfig(Settings):
-    """Settings of EVA, with the names that PEFT gives them.
+    """Settings of EVA, with PEFT's names for the fields.
 
-    ``rho``: no layer gets more than ``rho · r`` ranks; with 1 all layers keep rank r. ``tau``: a direction has
-    converged if its cosine with itself before the last batch is at least this. ``use_label_mask``: tokens whose label
+    ``rho``: no layer gets a rank above ``rho · r``; with 1 all layers keep rank r. ``tau``: a direction has converged
+    if the cosine between it before the last batch and after is at least ``tau``. ``use_label_mask``: tokens whose label
     is ``label_mask_value`` are left out. ``whiten``: rows of A are divided by the root of their singular values.
-    ``adjust_scaling_factors``: alpha follows the rank, so that the scale of B A stays.
+    ``adjust_scaling_factors``: alpha changes with the layer's rank, so that the scale of B A stays.
     """
 
     rho: float = 2.0
@@ -79,13 +81,21 @@ class Directions:
         return self.values > rounding * self.values[:1]
 
     def settled(self, tau: float) -> Bool[Tensor, " k"]:
-        """Return True for each direction that the last batch has barely rotated."""
+        """Return True for each direction whose cosine with itself before the last batch is at least ``tau``, or along
+        which rows do not vary.
+
+        After the first batch, all are False.
+        """
         if self.cosines is None:
             return torch.zeros_like(self.values, dtype=torch.bool)
         return (self.cosines >= tau) | ~self.varies()
 
     def start(self, r: int, whiten: bool) -> Float[Tensor, "r i"]:
-        """Return the initial A. With ``whiten``, a direction without variance keeps its length of 1."""
+        """Return the first r directions as the initial A. With ``whiten``, each is divided by the root of its singular
+        value.
+
+        A direction without variance keeps its length of 1.
+        """
         length = torch.where(self.varies(), self.values, 1.0).sqrt() if whiten else torch.ones_like(self.values)
         return (self.vectors / length[:, None])[:r]
 
@@ -108,7 +118,7 @@ def updated(before: Directions | None, rows: Float[Tensor, "n i"], k: int) -> Di
 
 
 def shared_ranks(explained: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """Return the rank of each layer: how many of the ``budget`` best directions of all layers are its own.
+    """Return the rank of each layer: the number of its directions among the ``budget`` best ones of all layers.
 
     A direction is ranked by the variance that it explains in its own layer. If two are equal, the earlier layer's comes
     first.

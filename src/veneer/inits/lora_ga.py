@@ -28,18 +28,20 @@ _POWER_ITERATIONS = 4
 
 
 def find(name: bool | str) -> Start | None:
-    """Return the initialisation "lora_ga". It is plain LoRA's until a pass over data gives the gradients."""
+    """Return the initialisation "lora_ga"; None for another name. It is plain LoRA's until a pass over data gives the
+    gradients.
+    """
     return Start(kaiming, taken_off=True) if name == "lora_ga" else None
 
 
 @dataclass(frozen=True)
 class LoraGAConfig(Settings):
-    """Settings of LoRA-GA, with the names that PEFT gives them.
+    """Settings of LoRA-GA, with PEFT's names for the fields.
 
-    ``direction``: how A and B share the gradient's 2 r leading triplets. "ArB2r" gives A the first r and B the others,
-    "A2rBr" the reverse, "ArBr" every second one each, "random" the same r random ones to both. ``scale``: "stable"
-    multiplies B by ``(o / stable_gamma²)^¼``, "weight_svd" gives its first column the norm of the weight, "gd_scale"
-    divides both by the scale of B A, "unit" leaves them unchanged.
+    ``direction``: how A and B share the gradient's 2 r leading singular triplets. "ArB2r" gives A the first r and B the
+    others, "A2rBr" the reverse. "ArBr" gives A and B alternate triplets, and "random" gives both the same r random
+    ones. ``scale``: "stable" multiplies B by ``(o / stable_gamma²)^¼``, "weight_svd" gives B's first column the norm of
+    the weight, "gd_scale" divides both by the scale of B A, "unit" leaves them unchanged.
     """
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
@@ -78,7 +80,7 @@ def of_gradient(
 
 
 def rank_problems(site: LinearSite, r: int) -> list[str]:
-    """Return a sentence if a layer's weight has fewer than 2 r directions."""
+    """Return a message, alone in a list, if a layer's weight has fewer than 2 r directions; otherwise an empty list."""
     o, i = site.out_features, site.in_features
     if 2 * r <= min(o, i):
         return []

@@ -15,7 +15,7 @@ NAMES = ("True", "'gaussian'", "False")
 
 
 def find(name: bool | str) -> Start | None:
-    """Return the initialisation. True: Kaiming A and zero B. "gaussian": Gaussian A and zero B.
+    """Return the initialisation; None for another name. True: Kaiming A and zero B. "gaussian": Gaussian A and zero B.
 
     False: both random, so that the start is not the base model.
     """

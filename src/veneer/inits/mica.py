@@ -15,11 +15,11 @@ NAMES = ("'mica'",)
 
 
 def find(name: bool | str) -> Start | None:
-    """Return the initialisation "mica"."""
+    """Return the initialisation "mica"; None for another name."""
     return Start(minor_components, keeps_b=True) if name == "mica" else None
 
 
 def minor_components(site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None) -> Factors:
-    """Return zeros and the last r left singular vectors. Raises ConfigError if W is not loaded."""
+    """Return A, which is zeros, and B, the last r left singular vectors of W. Raises ConfigError if W is not loaded."""
     u = torch.linalg.svd(dense_weight(site, r, "MiCA"), full_matrices=False).U
     return torch.zeros(r, site.in_features), u[:, -r:].cpu().contiguous()

@@ -15,7 +15,7 @@ NAMES = ("'olora'",)
 
 
 def find(name: bool | str) -> Start | None:
-    """Return the initialisation "olora"."""
+    """Return the initialisation "olora"; None for another name."""
     return Start(orthonormal, taken_off=True) if name == "olora" else None
 
 

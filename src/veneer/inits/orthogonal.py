@@ -16,7 +16,7 @@ _SIZE = 0.1  # of the entries, as PEFT has it
 
 
 def find(name: bool | str) -> Start | None:
-    """Return the initialisation "orthogonal"."""
+    """Return the initialisation "orthogonal"; None for another name."""
     return Start(orthogonal) if name == "orthogonal" else None
 
 

@@ -24,7 +24,9 @@ NAMES = ("'pissa'", "'pissa_niter_4'")
 
 
 def find(name: bool | str) -> Start | None:
-    """Return the exact initialisation, or the randomized one with its number of iterations."""
+    """Return the exact initialisation for "pissa", the randomized one for "pissa_niter_N" with N iterations, and None
+    for another name.
+    """
     match = re.fullmatch(r"pissa(?:_niter_(\d+))?", str(name))
     if match is None:
         return None
@@ -49,7 +51,9 @@ def best_factors(u: Float[Tensor, "o r"], s: Float[Tensor, " r"], vt: Float[Tens
 def leading_triplets(
     w: Float[Tensor, "o i"], r: int, n_iterations: int | None, generator: torch.Generator | None
 ) -> tuple[Float[Tensor, "o r"], Float[Tensor, " r"], Float[Tensor, "r i"]]:
-    """Return the r leading singular triplets U, S, Vᵀ: exact, or randomized with that many power iterations."""
+    """Return the r leading singular triplets U, S, Vᵀ: exact if ``n_iterations`` is None, else randomized with that
+    many power iterations.
+    """
     if n_iterations is None:
         u, s, vt = torch.linalg.svd(w, full_matrices=False)
         return u[:, :r], s[:r], vt[:r]

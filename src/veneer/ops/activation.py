@@ -21,7 +21,9 @@ def activation_forward(x: Float[Tensor, "*batch d"], kind: str, *, backend: str 
 def activation_backward(
     dy: Float[Tensor, "*batch d"], x: Float[Tensor, "*batch d"], kind: str, *, backend: str | None = None
 ) -> Tensor:
-    """Return the gradient in x. Raises ConfigError on an unknown activation."""
+    """Return the gradient with respect to x, given the gradient dy of the output. Raises ConfigError on an unknown
+    activation.
+    """
     _check(kind)
     dx: Tensor = implementation("activation.activation_backward", x.device, backend)(dy, x, kind)
     return dx

@@ -46,10 +46,11 @@ def adamw_8bit_(
 ) -> Int32[Tensor, "1"] | None:
     """Update a parameter and its two moments in place (Dettmers et al. 2022, arXiv:2110.02861, section 2).
 
-    Moments are dequantized to float32, updated, used unrounded, and quantized to 8 bits again. The first takes the
-    signed dynamic map, the second the unsigned one. Decay comes before the update. Raises ShapeError if tensors do not
-    fit each other, and NonFiniteError if a moment becomes NaN or infinite. On a GPU this error would make the host
-    wait: instead a flag is returned, for `require_finite`.
+    Moments are dequantized to float32, updated, used unrounded, and quantized to 8 bits again. The first moment is
+    quantized with the signed dynamic map, the second with the unsigned one. Decay comes before the update.
+
+    Raises ShapeError if tensors do not fit each other, and NonFiniteError if a moment becomes NaN or infinite. On a GPU
+    a flag for `require_finite` is returned instead of this error, because to raise it the host would have to wait.
     """
     n_blocks = -(param.numel() // -BLOCK_SIZE)
     for moment in moments:

@@ -45,14 +45,16 @@ _LARGEST_HALF = 65504.0
 class CodeGroups:
     """Matrix (o, i) in ``codes``, one a byte, with ``scales (o, groups)`` of equally wide groups of inputs.
 
-    Values are rounded to ``rounding``. ``formula`` is one of:
+    ``numbers`` names the type of the number that a code stands for. Values are rounded to ``rounding``. ``formula`` is
+    one of:
 
     - "scaled": ``number * scale``;
     - "added": ``number * scale + beside``, where the product is exact in float32;
     - "less_zero": ``(number - beside) * scale``, of whole numbers and scales of 16 bits;
-    - "apart": the same, and the difference is rounded too.
+    - "apart": as "less_zero", and the difference is rounded too.
 
-    ``beside`` has the shape and dtype of the scales; None for "scaled". A group is a multiple of 16 inputs, or a row.
+    ``beside`` is the second number of each group, in the shape and dtype of the scales; None for "scaled". A group is a
+    multiple of 16 inputs, or a row.
     """
 
     codes: UInt8[Tensor, "o i"]

@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 
 
 def implementation(op: str, device: torch.device, backend: str | None = None) -> Callable[..., Any]:
-    """Return the function that computes ``"family.name"`` on a device, by the fastest back end available or the one
-    named.
+    """Return the function that computes ``"family.name"`` on a device: that of the named ``backend``, or of the fastest
+    available one for None.
 
-    Raises BackendError if a back end asked for by name is not available. If the reference replaces a kernel, the reason
-    is logged once, on a GPU as a warning with its cost.
+    Raises BackendError if the named back end is not available. If the reference replaces a kernel, the reason is logged
+    once, on a GPU as a warning with its cost.
     """
     if backend is not None:
         return _load(op, backend, device)

@@ -218,7 +218,9 @@ def _check_segments(n: int, stacks: tuple[PackedStack, PackedStack], segments: S
 
 
 def fits_stack(pairs: PackedPairs, stack: PackedStack) -> bool:
-    """Return True if pairs belong to a stack's experts, have its dtype, and apply nothing between their products."""
+    """Return True if the pairs' sizes and dtype are those of the stack, and they apply nothing between or after their
+    products.
+    """
     shape = (pairs.n_experts, *pairs.out_features, pairs.in_features)
     return shape == stack.shape and pairs.dtype == stack.dtype and pairs.middle is None
 

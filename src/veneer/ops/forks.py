@@ -19,7 +19,9 @@ SCORES = 1 << 18  # of all heads, that are made at once: they stay in a cache
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Shared beginning of several sequences: those in the tokens ``branches`` also attend to the tokens ``stem``."""
+    """Shared beginning of several sequences. The sequences within the tokens ``branches`` also attend to the tokens
+    ``stem``.
+    """
 
     stem: slice
     branches: slice

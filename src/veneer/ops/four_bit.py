@@ -111,10 +111,11 @@ def dequantize_nested_4bit(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "..."]:
-    """Return `dequantize_4bit` of absmax in 8 bits, ``code[codes] * scale + offset`` in float32, the very bits.
+    """Return the result of `dequantize_4bit`, bit for bit, from an absmax in 8 bits: ``code[codes] * scale + offset``
+    in float32.
 
-    ``nested``: codes, the scale of each `NESTED` of them, and the offset. Raises ShapeError as `dequantize_4bit` does,
-    and if there are not as many codes and scales as the layout has blocks.
+    ``nested``: the 8-bit codes, the scale of each `NESTED` of them, and the offset. Raises ShapeError as
+    `dequantize_4bit` does, and if there are not as many codes and scales as the layout has blocks.
     """
     codes, scale, _ = nested
     if codes.shape != (layout.n_blocks,) or scale.shape != (-(-layout.n_blocks // NESTED),):

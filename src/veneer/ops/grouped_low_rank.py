@@ -28,7 +28,9 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AdapterRuns:
-    """Runs of a batch of ``n_rows`` rows. Each run has one adapter, without overlap. Rows in no run have none."""
+    """Runs of a batch of ``n_rows`` rows. Each run has one adapter, and runs do not overlap. Rows in no run have no
+    adapter.
+    """
 
     runs: tuple[Run, ...]
     n_rows: int

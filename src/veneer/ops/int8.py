@@ -21,9 +21,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def quantize_int8(
     w: Float[Tensor, "o i"], *, backend: str | None = None
 ) -> tuple[Int8[Tensor, "o i"], Float32[Tensor, " o"]]:
-    """Return the codes and the absmax of each row: ``127 / absmax`` times the row, rounded to nearest, ties to even.
+    """Return the codes (each row times ``127 / absmax``, rounded to nearest, ties to even), and each row's absmax.
 
-    A row of zeros gives zeros. Raises ShapeError (not a matrix of float32, bfloat16 or float16), NonFiniteError.
+    A row of zeros has codes of zero. Raises ShapeError (not a matrix of float32, bfloat16 or float16), NonFiniteError.
     """
     if w.ndim != 2 or w.dtype not in FLOATS:
         raise ShapeError(f"quantize_int8 takes a matrix of {[str(d) for d in FLOATS]}, got {w.dtype} {tuple(w.shape)}")

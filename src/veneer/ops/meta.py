@@ -52,7 +52,9 @@ def _signed(x: Any) -> Hashable:
 
 
 def outputs_of(call: Hashable) -> Any:
-    """Return new outputs of a cached call, or `WRITTEN` if it returns the tensor that it writes to; else None."""
+    """Return new outputs of a cached call, or `WRITTEN` if the call returns the tensor that it writes to. For a call
+    that is not cached, return None.
+    """
     known = _KNOWN.get(call)
     if known is WRITTEN:
         return WRITTEN

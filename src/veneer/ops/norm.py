@@ -41,9 +41,9 @@ def rms_norm_backward(
     added: Float[Tensor, "*batch d"] | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, " d"] | None]:
-    """Return the gradients of `rms_norm_forward` in x and, if ``weight_grad``, in weight.
+    """Return the gradients of `rms_norm_forward` with respect to x and, if ``weight_grad``, to weight.
 
-    ``added``, if given, is added to the one in x: on a GPU before it is rounded.
+    If ``added`` is given, it is added to the gradient with respect to x, on a GPU before that gradient is rounded.
     """
     _check(x, added, weight=weight)
     kernel = implementation("norm.rms_norm_backward", x.device, backend)
@@ -80,9 +80,9 @@ def layer_norm_backward(
     added: Float[Tensor, "*batch d"] | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, " d"] | None, Float[Tensor, " d"] | None]:
-    """Return the gradients of `layer_norm_forward` in x and, if ``weight_grad``, in weight and bias.
+    """Return the gradients of `layer_norm_forward` with respect to x and, if ``weight_grad``, to weight and bias.
 
-    ``added``, if given, is added to the one in x.
+    If ``added`` is given, it is added to the gradient with respect to x.
     """
     _check(x, added, weight=weight)
     kernel = implementation("norm.layer_norm_backward", x.device, backend)

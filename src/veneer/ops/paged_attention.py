@@ -140,8 +140,8 @@ class PagedRows:
     ) -> PagedRows:
         """Return the rows of a step from its sequences: pages, position of the first row, number of rows.
 
-        ``tables`` are those of the last step. Raises ShapeError if a sequence has no row or too few pages, or writes a
-        page that is not in the store.
+        ``tables`` is a cache of page tables that is kept between steps. Raises ShapeError if a sequence has no row or
+        too few pages, or writes a page that is not in the store.
         """
         block, n_pages = store.block, store.n_pages
         numbers, page_bounds, row_bounds, positions = array("q"), [0], [0], list[int]()
@@ -185,8 +185,8 @@ def append(
 ) -> None:
     """Write the keys and values of a step's rows into their positions in one layer of the pages.
 
-    A sequence's positions are written in order. Values that the pages held beyond the last one may be overwritten.
-    Raises ShapeError.
+    A sequence's positions are written in order. Values behind its last written position may be overwritten. Raises
+    ShapeError.
     """
     shape = (rows.n_rows, store.kv_heads, store.head_dim)
     _check(store, layer, {"k": (k, shape), "v": (v, shape)})

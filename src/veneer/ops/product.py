@@ -24,8 +24,8 @@ def visible(schema: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
 
     Selective checkpointing is a mode of torch's dispatcher, which does not see veneer's kernels. It cannot keep results
     that are written in place. The first argument is the operand. If no mode watches the dispatcher, a call runs the
-    function directly. The dispatcher takes time, and a transform without a rule for the op would pass through it
-    without an error.
+    function directly, because the dispatcher takes time, and because a transform without a rule for the op would pass
+    through it without an error.
     """
 
     def register(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

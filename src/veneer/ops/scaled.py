@@ -56,7 +56,7 @@ class ScaledCodes:
 
     @property
     def groups(self) -> int:
-        """Scales of a row."""
+        """Number of groups of columns, each with a scale, in a row."""
         return -(-self.columns // self.group)
 
     def _problems(self) -> list[str]:

@@ -68,7 +68,7 @@ class Traced(Tensor):
         return own  # type: ignore[no-any-return]
 
     def tolist(self) -> EqualParts:
-        """Return numbers for a vector of counts, of which only their number is known."""
+        """Return an `EqualParts` for a vector of counts. Its length is known, but its numbers are not."""
         return EqualParts([0] * len(self))
 
     def split(self, split_size: Any, dim: int = 0) -> Any:
@@ -163,7 +163,7 @@ def tensors_in(given: Any) -> Iterator[Tensor]:
 class SilentMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dispatch mode that passes each op to `see` and changes no result. `is_watched` ignores it.
 
-    The mode is never compiled. torch's guard against that, a quarter of its time, is therefore off.
+    torch's guard against compiling a mode takes a quarter of its time. It is off, because this mode is never compiled.
     """
 
     @classmethod
@@ -176,14 +176,14 @@ class SilentMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def see(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
-        """Note an op that was run."""
+        """Handle an op after it has run. Subclasses define it; here it does nothing."""
 
 
 class Tracing(SilentMode):  # type: ignore[no-untyped-call]
     """Mode that runs the ops of a traced step without values, and calls each function in ``seen`` with every op.
 
-    One mode serves all functions, since each further mode costs as much as the op. Tensors that a step creates are
-    traced, except scalars, vectors of ones, booleans and integers of more than 8 bits.
+    One mode calls all functions, because each further mode would cost as much as the op. Tensors that a step creates
+    are traced, except scalars, vectors of ones, booleans and integers of more than 8 bits.
     """
 
     def __init__(self) -> None:

@@ -44,7 +44,8 @@ class AdamW8bit(LeanAdamW):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
-        Raises NonFiniteError if a moment becomes NaN or infinite; on a GPU after all updates, by one read.
+        Raises NonFiniteError if a moment becomes NaN or infinite. On a GPU this is checked after all updates, with a
+        single read by the host.
         """
         self._unread = []
         loss = super().step(closure)

@@ -152,13 +152,13 @@ def basis(grad: Float[Tensor, "m n"], rank: int, right: bool) -> Float[Tensor, "
 
 
 def project(grad: Float[Tensor, "m n"], base: Float[Tensor, "k r"], right: bool) -> Float[Tensor, "p q"]:
-    """Return ``G V`` (m, r) or ``Uᵀ G`` (r, n)."""
+    """Return the projected gradient: ``G V`` (m, r) if ``right``, otherwise ``Uᵀ G`` (r, n). V or U is ``base``."""
     low: Tensor = grad @ base if right else base.T @ grad
     return low
 
 
 def project_back(low: Float[Tensor, "p q"], base: Float[Tensor, "k r"], right: bool) -> Float[Tensor, "m n"]:
-    """Return ``N Vᵀ`` or ``U N``."""
+    """Return the full-size update of a projected one N (``low``): ``N Vᵀ`` if ``right``, otherwise ``U N``."""
     full: Tensor = low @ base.T if right else base @ low
     return full
 

@@ -26,15 +26,15 @@ def lora_plus_groups(
 ) -> list[dict[str, Any]]:
     """Return optimizer groups over the trainable parameters: A and everything else at ``lr``, B at ``lr * ratio``.
 
-    ``outward``: the parameters that are B, by their full names or last name parts. `outward_parameters` gives them for
-    a model's adapters. None: those that any of veneer's methods names B. ``embeddings``: the full names of factors of
-    embeddings, which learn at ``embedding_lr``. `embedding_parameters` gives them. None means all with "embed" or "wte"
-    in their module's path.
+    ``outward``: the parameters that are B, by their full names or last name parts. `outward_parameters` returns them
+    for a model's adapters. If it is None, every name that a method of veneer gives its B counts. ``embeddings``: the
+    full names of factors of embeddings, which learn at ``embedding_lr``. `embedding_parameters` returns them. If it is
+    None, these are all factors with "embed" or "wte" in their module's path.
 
     Biases, norms and magnitudes are one-dimensional and not decayed. The paper advises a ratio of at least 2⁴.
 
-    Difference from PEFT: PEFT gives every one-dimensional parameter (DoRA's magnitude, biases) B's rate; here only B
-    has it.
+    Difference from PEFT: PEFT gives every one-dimensional parameter (DoRA's magnitude, biases) the learning rate of B;
+    here only B has that rate.
 
     Raises ConfigError if nothing is trainable or there is no B.
     """

@@ -31,10 +31,12 @@ _ONE_AND_MANY = {
 
 
 def check(config: Any, problems: Callable[[], list[str]], error: type[VeneerError] = ConfigError) -> None:
-    """Convert the fields of a new dataclass to the types that it keeps, and raise ``error`` with all problems.
+    """Convert the fields of a new dataclass to the types that `kept` returns, and raise ``error`` with all problems if
+    there are any.
 
     ``problems`` returns further problems. While it runs, each field of a wrong type holds its default, so that every
-    comparison is possible. Its sentences that name such a field are left out: they may be about the default.
+    comparison is possible. Sentences of ``problems`` that name such a field are left out, because they may be about the
+    default.
     """
     kind: type = type(config)
     hints, wrong = _hints(kind), dict[str, list[str]]()
@@ -57,7 +59,9 @@ def plain(value: Any) -> Any:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Return True if a value has a type, by the rules of this module."""
+    """Return True if a field with the type hint ``hint`` may hold the value. A bool is no number, an int is also a
+    float, and a float must be finite.
+    """
     origin, inner = get_origin(hint) or hint, get_args(hint)
     if origin in (Union, UnionType):
         return any(fits(value, each) for each in inner)

@@ -17,7 +17,11 @@ class FrozenConfigMeta(ABCMeta):
 
 
 class FrozenConfig(metaclass=FrozenConfigMeta):
-    """Base class of configs."""
+    """Base class of configs. Setting a field raises FrozenConfigError, which names the call that returns a changed
+    copy.
+
+    Fields are set only once, when the config is created.
+    """
 
     def __setattr__(self, name: str, value: object) -> None:
         kind = type(self).__name__

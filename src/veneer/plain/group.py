@@ -23,12 +23,14 @@ def group_size(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def n_on_this_machine(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the number of those processes on this machine; all of them if the launcher does not say."""
+    """Return the number of the processes that run on this machine; all processes of the launcher if it does not say."""
     return int(environment.get("LOCAL_WORLD_SIZE", group_size(environment)))
 
 
 def join_slurm(environment: MutableMapping[str, str]) -> None:
-    """Describe a step of several tasks that ``srun`` started in torchrun's variables, unless they are set."""
+    """Set torchrun's variables from Slurm's, if ``srun`` started this process in a step of several tasks and they are
+    not set yet.
+    """
     if "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
     environment.update({name: environment[own] for name, own in _SLURM.items() if own in environment})

@@ -45,7 +45,9 @@ class TableFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec of that module, with a loader that looks in the cache first; None for other modules."""
+        """Return the spec of the module that reads the table, with a loader that looks in the cache first; None for any
+        other module.
+        """
         spec = PathFinder.find_spec(fullname, path, target) if fullname == _READER else None
         if spec is None or spec.loader is None:
             return None

@@ -8,7 +8,9 @@ NEVER = 1 << 62  # behind every token
 
 
 def acts_from(sequence: Sequence[int], tokens: Sequence[int]) -> int:
-    """Return the index at which the last occurrence of ``tokens`` begins, `NEVER` if there is none; 0 without any."""
+    """Return the index at which the last occurrence of ``tokens`` begins, or `NEVER` if there is none. If ``tokens`` is
+    empty, return 0.
+    """
     if not tokens:
         return 0
     wanted, n = tuple(tokens), len(tokens)

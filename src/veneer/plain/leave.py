@@ -16,7 +16,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def left_at_once() -> Iterator[None]:
-    """End the process at once if the block raises SystemExit with a code; hooks of atexit run, and output is flushed.
+    """End the process at once if the block raises SystemExit with an integer code or none; hooks of atexit run, and
+    output is flushed.
 
     If other threads must end first, or if output cannot be written, the interpreter ends in its usual way.
     """

@@ -56,9 +56,9 @@ def _has_own_name(package: str) -> bool:
 def libraries_loading() -> Iterator[None]:
     """Show progress while the block imports torch, transformers or TRL, and skip work that the imports do not need.
 
-    The garbage collector is off, since imports leave no garbage and the search takes a tenth of their time. It ignores
-    their objects later. TRL asks for the distributions of a few packages: the metadata of all packages is not read for
-    that.
+    The garbage collector is off in the block, because imports leave no garbage and its search takes a tenth of their
+    time. Later it ignores the objects that the imports made. TRL asks for the distributions of a few packages; they are
+    found without reading the metadata of all packages.
     """
     collects, first = gc.isenabled(), "torch" not in sys.modules
     importlib.metadata.packages_distributions = _WhenAsked

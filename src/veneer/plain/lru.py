@@ -37,7 +37,7 @@ class LruCache(Generic[Key, Value]):
     def put(self, key: Key, value: Value) -> None:
         """Set the value of a key, which then counts as used last.
 
-        If there are too many, drop the one that was used first.
+        If there are too many values, drop the one that has not been used for longest.
         """
         with self._lock:
             self._values.pop(key, None)

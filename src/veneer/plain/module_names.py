@@ -16,8 +16,11 @@ def matches_any(name: str, patterns: Collection[str] | str) -> bool:
 
 
 def nearest_modules(pattern: str, paths: Sequence[str]) -> list[str]:
-    """Return the last names of modules that resemble the pattern's; or whole paths, if the pattern's last name
-    exists."""
+    """Return modules' last names that resemble the last name of the pattern.
+
+    If a module has exactly this last name, return whole paths instead: those with this last name that resemble the
+    pattern.
+    """
     last = pattern.rpartition(".")[2]
     same = [path for path in paths if path.rpartition(".")[2] == last]
     return (nearest(pattern, same) or same[:1]) if same else nearest(last, (p.rpartition(".")[2] for p in paths))

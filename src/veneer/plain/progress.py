@@ -130,7 +130,7 @@ def waiting_anew(what: str) -> None:
 
 
 def waiting_heard(seconds: float) -> None:
-    """Print the next line of a wait in ``seconds`` at the earliest, since another line has just been printed."""
+    """Print the next line of a wait in ``seconds`` at the earliest, because another line has just been printed."""
     wait = _WAIT.get()
     if wait is not None:
         wait.put_off(seconds)

@@ -50,7 +50,7 @@ def allowed(problems: Iterable[Mapping[str, Any]]) -> str:
 def unfit(value: Any, problems: Iterable[Mapping[str, Any]]) -> str:
     """Return ``"3 does not fit: it must be text"`` for pydantic's ``errors()`` about a value.
 
-    Its own words are put in brackets.
+    If this module has no words for the errors, pydantic's own words follow in brackets.
     """
     reason = allowed(problems)
     return f"{value!r} does not fit{f': it {reason}' if reason.startswith(('must ', 'is ')) else f' ({reason})'}"
@@ -59,8 +59,8 @@ def unfit(value: Any, problems: Iterable[Mapping[str, Any]]) -> str:
 def by_place(value: Any, problems: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
     """Group pydantic's ``errors()`` about a value by the place within it, a tuple of keys and indices.
 
-    Errors about the whole value are left out if there are others: then one type of a union is wrong only in places
-    within it.
+    Errors about the whole value are left out if there are errors about places within it. Then the value fits one type
+    of a union except in these places.
     """
     found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for each in problems:

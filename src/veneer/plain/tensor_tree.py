@@ -43,7 +43,7 @@ def told_bytes(held: object) -> int:
 
 
 def in_own_memory(held: Held) -> Held:
-    """Return a tensor, or a tuple or dataclass of tensors, none of which keeps more memory alive than its own.
+    """Return a tensor, or a tuple or dataclass of tensors, in which each view of a larger memory is replaced by a copy.
 
     Tensors read from a file share one allocation, which is kept as long as any of them is.
     """
@@ -66,7 +66,9 @@ def moved(held: Held, device: torch.device) -> Held:
 
 
 def in_one_copy(held: Held, device: torch.device) -> Held:
-    """Return an object whose tensors of whole numbers are on a device; a single copy transfers all of them."""
+    """Return a copy of an object with its tensors on a device. One transfer moves all tensors of integers that lie in
+    host memory.
+    """
     found = list[Tensor]()
     mapped(held, lambda x: _noted(x, found))
     sent = torch.cat([x.reshape(-1) for x in found]).to(device, non_blocking=True)  # the driver has its own copy
@@ -81,7 +83,8 @@ def _noted(x: Tensor, found: list[Tensor]) -> Tensor:
 
 
 def mapped(held: Held, change: Callable[[Tensor], Tensor]) -> Held:
-    """Return an object with changed tensors: those in it, or in its mappings, sequences and dataclasses, in order.
+    """Return a copy of an object in which ``change`` has replaced each tensor, also those in its mappings, sequences
+    and dataclasses, in order.
 
     A part in which nothing changes stays the same object.
     """

@@ -62,7 +62,7 @@ def expand_absmax(compressed: CompressedAbsmax, *, backend: str | None = None) -
 
 
 def absmax_table(device: torch.device) -> Float32[Tensor, "256"]:
-    """Return the table of the codes of absmax on a device."""
+    """Return the value of each of the 256 codes of absmax (before scale and offset), on a device."""
     return _table_on_gpu(device) if device.type == "cuda" else dynamic_map().to(device)
 
 

@@ -55,7 +55,9 @@ class Fp4BlockWeight(ScaledWeight):
 
 
 def encoded(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """Return the codes of the nearest values, ties to even. Larger values become the largest."""
+    """Return the codes of the nearest values, ties to even. A magnitude above the largest value of E2M1 gets the code
+    of that value.
+    """
     size = values.abs()
     codes = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
     for bound, up in _BOUNDS:
@@ -70,7 +72,7 @@ def stored_blocks(
     scale_dtypes: Collection[torch.dtype],
     packed: str = "weight_packed",
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the codes and scales of a weight on disk, and a list of what is wrong with them."""
+    """Return the codes and scales of a weight on disk, and a message for each thing that is wrong with them."""
     (o, i), problems = shape, []
     if i % block:
         return {}, [f"{i} inputs are not a multiple of {block}"]

@@ -63,8 +63,8 @@ class Fp8Weight(ScaledWeight):
 class Fp8Spec:
     """Storage format of a matrix in FP8.
 
-    If ``block`` is None, a scale holds for each row or for the whole matrix, as the file has it. ``suffix`` ends the
-    name of the scale's tensor on disk.
+    If ``block`` is None, there is a scale for each row, or one for the whole matrix, according to the shape in the
+    file. The name of the scale's tensor on disk ends in ``suffix``.
     """
 
     shape: tuple[int, int]
@@ -81,7 +81,8 @@ class Fp8Spec:
         return {"weight": (self.kind, self.shape), "scale": (self.scale_dtype, self._scale_shape())}
 
     def quantize(self, weight: Float[Tensor, "o i"]) -> dict[str, Tensor]:
-        """Return codes and scales as transformers computes them: ``largest / absmax`` of a block times its values.
+        """Return codes and scales as transformers computes them: the codes are a block's values times
+        ``largest / absmax``, where ``largest`` is FP8's largest value.
 
         Raises NonFiniteError.
         """

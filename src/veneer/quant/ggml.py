@@ -82,7 +82,9 @@ class GgmlWeight(BlockWeight):
 
 @dataclass(frozen=True, slots=True)
 class GgmlSpec:
-    """Storage format of a matrix in ggml's type ``kind``. If ``reordered``, the file has the rows in another order."""
+    """Storage format of a matrix in ggml's type ``kind``. If ``reordered``, the file holds the rows in an order other
+    than the layer's.
+    """
 
     shape: tuple[int, int]
     kind: str

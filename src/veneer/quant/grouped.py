@@ -122,7 +122,7 @@ class GroupedSpec:
 
 
 def group_problems(spec: GroupedSpec) -> list[str]:
-    """Return a problem if the group width does not divide a row."""
+    """Return a message, alone in a list, if the group width does not divide a row; otherwise an empty list."""
     _, i = spec.shape
     if spec.group is None or i % spec.group == 0:
         return []
@@ -130,7 +130,9 @@ def group_problems(spec: GroupedSpec) -> list[str]:
 
 
 def scales_problems(tensors: Parts, shape: tuple[int, int]) -> list[str]:
-    """Return the problems of ``scales``, which must have this shape."""
+    """Return messages about ``scales``: missing, of another shape than ``shape``, or with values that a scale cannot
+    have.
+    """
     scales = tensors.get("scales")
     if scales is None or tuple(scales.shape) != shape:
         return [f"scales is {'missing' if scales is None else tuple(scales.shape)}, it should be {shape}"]
@@ -138,8 +140,8 @@ def scales_problems(tensors: Parts, shape: tuple[int, int]) -> list[str]:
 
 
 def order_of(g_idx: Tensor, group: int, n_groups: int) -> tuple[Int32[Tensor, " i"] | None, list[str]]:
-    """Return the order that sorts columns by group, or None if they are sorted, and a list of what is wrong in
-    ``g_idx``.
+    """Return the order that sorts columns by group (None if they are sorted already), and messages about what is wrong
+    in ``g_idx``.
     """
     index = g_idx.long()
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < n_groups:

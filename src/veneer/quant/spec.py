@@ -66,7 +66,9 @@ class StorageSpec(Protocol):
 def part_problems(
     parts: Mapping[str, Tensor | None], layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> list[str]:
-    """Return the problems of a weight's tensors: missing, of another dtype or shape, not finite."""
+    """Return a message for each tensor of a weight that is missing, of another dtype or shape than ``layout`` says, or
+    not finite.
+    """
     problems = []
     for name, (dtype, shape) in layout.items():
         part = parts.get(name)
@@ -85,7 +87,7 @@ def scale_problems(
     allowed: Collection[torch.dtype] = FLOATS,
     value: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> list[str]:
-    """Return the problems of scales: another dtype, NaN, infinity, zero, or negative. ``value`` converts them to
+    """Return messages about scales: another dtype, NaN, infinity, zero, or negative. ``value`` converts the scales to
     float32.
     """
     if scale.dtype not in allowed:
@@ -107,7 +109,9 @@ def not_finite(shape: tuple[int, int]) -> NonFiniteError:
 def unreadable(
     name: str, shape: tuple[int, int], problems: Collection[str], correct: str = "quantization_config in config.json"
 ) -> FormatError:
-    """Return the error for a weight that cannot be read. ``correct`` names what may be wrong other than the file."""
+    """Return the error for a weight that cannot be read. Its advice is to fetch the file again, or to correct the thing
+    that ``correct`` names.
+    """
     return FormatError(
         f"a weight of shape {shape} in {name} cannot be read: {'; '.join(problems)}. Fetch the file again, or correct "
         f"{correct}"

@@ -200,7 +200,9 @@ class StackSpec:
 
 
 def numbered(part: str, piece: int) -> str:
-    """Return the name of a tensor of an expert's matrix by the number of that matrix."""
+    """Return the name of a stored tensor of piece number ``piece`` of an expert's matrix: ``part`` for piece 0,
+    ``part_1`` for piece 1, and so on.
+    """
     return f"{part}_{piece}" if piece else part
 
 

@@ -23,8 +23,10 @@ def cayley(q: Float[Tensor, "*n b b"]) -> Float[Tensor, "*n b b"]:
 
 
 def neumann(q: Float[Tensor, "n b b"], n_terms: int) -> Float[Tensor, "n b b"]:
-    """Return ``I + 2 Q + … + 2 Qⁿ⁻² + Qⁿ⁻¹`` for n terms. As in PEFT, three give the same as four, and two
-    ``I + 2 Q``.
+    """Return ``I + 2 Q + … + 2 Qⁿ⁻² + Qⁿ⁻¹`` for ``n_terms`` = n of at least 4. As in PEFT, fewer terms follow another
+    rule.
+
+    Three terms give the sum of four, two give ``I + 2 Q``, and one gives I.
     """
     r = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
     if n_terms == 1:

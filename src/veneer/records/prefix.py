@@ -13,8 +13,9 @@ from veneer.records.sites import AttentionSite
 
 
 def unflatten_prefix(flat: Float[Tensor, "n width"], sites: Sequence[AttentionSite]) -> tuple[PrefixDelta, ...]:
-    """Return the records of one matrix with a row for each virtual token: keys of layer 0, its values, keys of layer 1,
-    …
+    """Return each attention layer's record from one matrix with a row for each virtual token.
+
+    Its columns are the keys of the first layer, that layer's values, the keys of the next layer, and so on.
     """
     sizes = [site.kv_heads * site.head_dim for site in sites for _ in range(2)]
     chunks = torch.split(flat, sizes, dim=1)
@@ -27,7 +28,7 @@ def unflatten_prefix(flat: Float[Tensor, "n width"], sites: Sequence[AttentionSi
 
 
 def flatten_prefix(records: Sequence[PrefixDelta]) -> Float[Tensor, "n width"]:
-    """Return the matrix of the records: the inverse of `unflatten_prefix`."""
+    """Return the matrix (virtual tokens, `prefix_width`) of the layers' records: the inverse of `unflatten_prefix`."""
     return torch.cat([part.flatten(1) for record in records for part in (record.k, record.v)], dim=1)
 
 

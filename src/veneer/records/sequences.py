@@ -48,10 +48,11 @@ class Sequences:
         return cls((rows, n), members.to(device or mask.device, torch.float32))
 
     def at(self, shape: Sequence[int]) -> Float[Tensor, "tokens sequences"] | None:
-        """Return the members for an input of shape (rows, n) or (rows · n); None for any other input with a first axis
-        of rows.
+        """Return ``members`` for an input of shape (rows, n) or (rows · n). Return None for another input of two or
+        more axes, whose first axis is taken as rows.
 
-        Raises ShapeError for other tokens without rows, such as the input of an expert.
+        Raises ShapeError for another input of one axis, such as the tokens of an expert, because their rows are not
+        known.
         """
         if tuple(shape) in (self.shape, (len(self.members),)):
             return self.members

@@ -11,7 +11,7 @@ Filter = tuple[float, ...]
 
 
 def filters(name: str) -> tuple[Filter, Filter]:
-    """Return the low-pass and the high-pass reconstruction filter."""
+    """Return the low-pass and the high-pass reconstruction filter of the wavelet ``name``, such as "db2"."""
     low = LOW[name]
     return low, tuple((-1) ** k * value for k, value in enumerate(reversed(low)))
 

@@ -61,9 +61,11 @@ class LayerChange:
 
 
 class ProductChange(NamedTuple):
-    """Change of a product of several layers by an adapter version: their low-rank pairs, and each layer's own change.
+    """Change by an adapter version of a product of several layers, which is the instruction with the number
+    ``instruction``.
 
-    ``pairs`` is None, and ``layers`` empty, if there are none.
+    ``pairs`` are the layers' low-rank pairs, or None. ``layers`` holds each layer's other changes; it is empty if there
+    are none.
     """
 
     instruction: int
@@ -106,7 +108,11 @@ class StepProgram:
         return self._held[0]
 
     def first_of(self, register: tuple[str, tuple[int, ...]]) -> int:
-        """Return the number of the first tensor of a register, which is its name and the widths of its tensors."""
+        """Return the number of the first tensor of a register. Tensors get numbers when their register is first asked
+        for.
+
+        ``register`` is its name and the widths of its tensors.
+        """
         if register not in self._first:
             self._first[register] = self.n_tensors
             self.n_tensors += len(register[1])
@@ -150,9 +156,11 @@ class StepProgram:
         return 0 if part is None else part
 
     def add_layout(self, layout: int, changes: Sequence[ProductChange], block: Tensor) -> None:
-        """Add a numbered layout, which adapter versions share if their tensors lie at equal offsets in their blocks.
+        """Add a layout under the number ``layout``: the offsets at which the tensors of an adapter version lie in its
+        block of memory.
 
-        The tensors of ``changes`` are views of ``block``, and show these offsets.
+        Adapter versions with equal offsets share a layout. The tensors of ``changes`` must be views of ``block``; the
+        offsets are read from them.
         """
         numbers = [
             (each.instruction, _pairs(each.pairs), [_change(layer) for layer in each.layers]) for each in changes
@@ -172,10 +180,11 @@ class StepProgram:
         self._of_versions[version].append(block)
 
     def take_bottleneck(self, version: int, instruction: int, pairs: PackedPairs, *, reads_output: bool) -> None:
-        """Add an adapter version's bottleneck to an instruction, either ``change`` or a product that is added to the
-        stream.
+        """Add an adapter version's bottleneck to an instruction: a ``change``, or a product whose output is added to
+        the residual stream.
 
-        The bottleneck reads the output of its half-block if ``reads_output``, else the half-block's input.
+        The bottleneck reads the output of the attention or feed-forward layer if ``reads_output``, else the input of
+        this layer.
         """
         self._program.take_bottleneck(instruction, version, _pairs(pairs), reads_output)
         self._of_versions[version].append(pairs)
@@ -251,7 +260,10 @@ def layer_parts(
 
 
 def norm_parts(norm: StepNorm | None) -> tuple[bool, float, int, int, int]:
-    """Return the parts of a norm, whose values the step copies; zeros for None."""
+    """Return the numbers that describe a norm to the step, which copies the norm's values; zeros for None.
+
+    They are: is a LayerNorm, eps, width, address of the weight, address of the bias.
+    """
     if norm is None:
         return False, 0.0, 0, 0, 0
     return norm.subtracts_mean, norm.eps, norm.weight.numel(), address(norm.weight), _at(norm.bias)

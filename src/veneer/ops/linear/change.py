@@ -58,10 +58,10 @@ def changes_backward(
     dx: Float[Tensor, "n i"] | None,
     input_grad: bool,
 ) -> tuple[Float[Tensor, "n i"] | None, list[list[Gradients]]]:
-    """Return ``dx`` and the gradients in the tensors of each record's changes.
+    """Return ``dx``, and the gradients with respect to the tensors of each record's changes.
 
-    The gradients in x of ``W x`` and of `add_changes` are added to ``dx`` if ``input_grad``. ``read`` is dz as
-    `ops.matmul.operand` gives it.
+    If ``input_grad``, the gradients with respect to x of both ``W x`` and `add_changes` are added to ``dx``. ``read``
+    is dz as `ops.matmul.operand` returns it.
     """
     alone, weight = None if layer.masks else _only_change(layer), layer.weight
     if alone is not None and isinstance(weight, Tensor) and _is_made(alone, x, layer):
@@ -233,7 +233,9 @@ def _rounded(change: Change, x: Tensor, layer: LinearLayer) -> Change:
 
 
 def form_of(term: Term, x: Tensor, layer: LinearLayer) -> Form | None:
-    """Return the form by which a kernel maps rows such as x in a batch; None if there is no such kernel."""
+    """Return the term's form if a kernel multiplies rows such as x by it; None if there is no such kernel or x has too
+    few rows.
+    """
     form = term.form() if layer.is_batch(len(x)) else None
     return form if form is not None and has_kernel(form, x, traced_isa() or kernel_isa()) else None
 
@@ -248,9 +250,9 @@ def with_leaves(term: Term) -> tuple[list[Tensor], Form]:
 def gradients_by_form(
     leaves: Sequence[Tensor], form: Form, numbers: Callable[[Form], tuple[Tensor, Tensor | None]]
 ) -> Gradients:
-    """Return the gradients in the leaves of `with_leaves`, or None for those that need none.
+    """Return the gradients with respect to the leaves of `with_leaves`; None for a leaf that requires no gradient.
 
-    ``numbers`` returns the gradients in the form's ``values`` and ``second``.
+    ``numbers`` returns the gradients with respect to the form's ``values`` and ``second``.
     """
     trained = [t for t in (form.values, form.second) if t is not None and t.requires_grad]
     if not trained:
@@ -263,12 +265,14 @@ def gradients_by_form(
 
 
 def leaves_of(term: Term) -> list[Tensor]:
-    """Return the tensors of a term as leaves of a graph of their own."""
+    """Return the tensors of a term, detached, as leaves from which a graph of its own can be computed."""
     return [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in term.tensors]
 
 
 def gradients_in(leaves: Sequence[Tensor], y: Tensor | Sequence[Tensor], dy: Tensor | Sequence[Tensor]) -> Gradients:
-    """Return the gradients in leaves of the graph of y; None where none is asked for."""
+    """Return the gradients with respect to the leaves, by a backward pass from y with the gradient dy; None for a leaf
+    that requires none.
+    """
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, dy, allow_unused=True) if wanted else ())
     return tuple(next(found) if leaf.requires_grad else None for leaf in leaves)

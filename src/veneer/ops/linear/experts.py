@@ -64,7 +64,7 @@ class ChosenExperts:
     def each(self) -> Iterator[tuple[int, slice, slice]]:
         """Yield each chosen expert: its number, the slice of its choices, and the slice of the choices to compute.
 
-        The second has some of the following choices too, so that their number is a multiple of `ROWS_AT_ONCE`.
+        The latter may run on into the choices of the next experts, so that its length is a multiple of `ROWS_AT_ONCE`.
         """
         for number, (start, stop) in enumerate(self.bounds):
             if start < stop:
@@ -102,7 +102,9 @@ class ExpertLayers:
 
     @property
     def group(self) -> LowRankGroup | None:
-        """Pairs of the experts, each an adapter of its own rows; None if there are none."""
+        """Low-rank pairs of all experts as one group, in which an expert counts as the adapter of its rows; None if
+        there are no pairs.
+        """
         pair = self.pair
         if pair is None:
             return None

@@ -73,9 +73,9 @@ def low_rank_backward(
 def input_gradients(
     dzs: Sequence[tuple[Tensor, Tensor]], u: Tensor, layers: Sequence[LinearLayer], input_grad: bool
 ) -> tuple[Tensor, Float[Tensor, "n i"] | None]:
-    """Return the gradient in ``A x`` of all layers and, if requested, that in x, if one record acts on all rows.
+    """Return the gradient with respect to ``A x`` of all layers and, if ``input_grad``, the gradient with respect to x.
 
-    ``dzs`` as in `low_rank_backward`.
+    One record must act on all rows. ``dzs`` as in `low_rank_backward`.
     """
     a, bs, scales = _rounded(layers, u.dtype)
     du = torch.empty_like(u)

@@ -187,7 +187,11 @@ def backward(
 
 
 def takes_input_late(layer: LinearLayer) -> bool:
-    """Return True if `backward_before_input` applies: one record acts on all rows, and reads x unmapped."""
+    """Return True if `backward_before_input` applies to the layer.
+
+    At most one record may act on all rows, without a map of the input, and with no change of the weight but a low-rank
+    pair.
+    """
     return not layer.maps_input and not layer.goes_by_rows and not layer.has_changes
 
 
@@ -197,10 +201,10 @@ def backward_before_input(
     layer: LinearLayer,
     make_input: Callable[[Float[Tensor, "n i"]], Float[Tensor, "n i"]],
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients in the records of one layer whose x was not kept.
+    """Return the gradients with respect to the tensors of one layer's records, if the layer's input x was not kept.
 
-    ``make_input`` is given the gradient in x, which it may write over, and returns x. The pass that propagates the
-    gradient often recomputes x too.
+    ``make_input`` is called with the gradient with respect to x, which it may write over, and returns x. It is called
+    so because the function that propagates this gradient often recomputes x too.
     """
     found = _Found([layer])
     dz = found.finish(0, dy, kept.products[0], False)

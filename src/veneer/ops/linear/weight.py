@@ -27,7 +27,7 @@ def add_transposed(
 ) -> Float[Tensor, "n i"]:
     """Return ``dx + Wᵀ dy``, written into dx if it is given. ``read`` is dy as `ops.matmul.operand` gives it.
 
-    A dense weight adds inside its product.
+    For a dense weight, the addition is part of the matrix product.
     """
     weight = _decoded(weight, dy)
     if isinstance(weight, Tensor):

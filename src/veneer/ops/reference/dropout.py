@@ -32,7 +32,7 @@ def drop(x: Tensor, threshold: int, key: int, rows: Rows) -> Tensor:
 
 
 def draws(n_columns: int, key: int, rows: Tensor) -> Tensor:
-    """Return the 16-bit draws of rows (n,): (n, n_columns) of int64."""
+    """Return the 16-bit random numbers of the rows whose ids are ``rows`` (n,), as int64 (n, n_columns)."""
     groups = -(-n_columns // GROUP)
     counter = torch.arange(8 * groups, device=rows.device)
     row = rows[:, None]

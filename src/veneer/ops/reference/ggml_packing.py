@@ -29,9 +29,10 @@ def rounded_half(value: Tensor) -> Tensor:
 
 
 def pack_bits(levels: Levels, run: int, width: int) -> Bytes:
-    """Return runs of ``run`` levels packed with ``width`` bits each: byte l of 8 / width runs is L[l + run k].
+    """Return levels packed with ``width`` bits each. Of 8 / width consecutive runs of ``run`` levels, byte l holds
+    level l of each run.
 
-    Each run takes the bits above the one before. Only the lowest bits of each level are kept.
+    The first run is in the lowest bits. Only the lowest ``width`` bits of each level are kept.
     """
     per_byte = 8 // width
     parts = (levels & ((1 << width) - 1)).view(len(levels), -1, per_byte, run)

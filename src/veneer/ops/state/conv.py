@@ -38,8 +38,10 @@ class GatedInput:
 
 @dataclass(frozen=True, slots=True)
 class ConvKernel:
-    """Weight (d, kernel) of a convolution, whose last column is that of a token itself, bias (d) or None, and what acts
-    on the sum: one of `ACTIVATIONS`.
+    """Weight (d, kernel) of a convolution, bias (d) or None, and the activation that is applied to the sum: one of
+    `ACTIVATIONS`.
+
+    The weight's last column multiplies the token itself, the column before it the previous token, and so on.
     """
 
     weight: Float[Tensor, "d kernel"]
@@ -47,7 +49,7 @@ class ConvKernel:
     activation: str = "identity"
 
     def values(self) -> tuple[Tensor, Tensor | None]:
-        """Return the weight (kernel, d), that of a token itself first, and the bias, in float32."""
+        """Return the weight (kernel, d), whose first row multiplies the token itself, and the bias, both in float32."""
         weight = self.weight.detach().float().t().flip(0).contiguous()
         return weight, None if self.bias is None else self.bias.detach().float().contiguous()
 

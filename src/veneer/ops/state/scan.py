@@ -24,8 +24,8 @@ CHUNK = 64  # tokens whose products are matrices; between chunks the state is ca
 
 @dataclass(frozen=True, slots=True)
 class ScanInput:
-    """What a scan reads of n tokens: queries and keys of ``h_k`` heads, and for each of ``h`` heads its value, the
-    logarithm of its decay and its weight β.
+    """Input of a scan for n tokens: queries and keys of ``h_k`` heads, and values, logarithms of decays and weights β
+    of ``h`` heads.
 
     ``h`` is a multiple of ``h_k``: consecutive heads share a query and a key.
     """
@@ -50,11 +50,11 @@ def scan(
     forks: Sequence[Fork] = (),
     backend: str | None = None,
 ) -> Float[Tensor, "n h d_v"]:
-    """Return what the tokens read of the states, in v's dtype, with gradients if an input asks for them.
+    """Return each token's product of its query with its sequence's state, in v's dtype, differentiable in the inputs.
 
-    ``cu_seqlens`` are the bounds of the sequences, ``delta`` is δ. A branch of ``forks`` begins with its stem's last
-    state: the stem's tokens are computed again in front of it. Sums are in float32, or in float64 for such inputs.
-    Raises ShapeError if the parts do not fit.
+    ``cu_seqlens`` are the bounds of the sequences. ``delta`` selects the gated delta rule; False is Mamba 2. A branch
+    of ``forks`` begins with its stem's last state: the stem's tokens are computed again in front of it. Sums are in
+    float32, or in float64 for such inputs. Raises ShapeError if the parts do not fit.
     """
     _require_fitting(given, cu_seqlens)
     run = implementation("scan.scan", given.v.device, backend)

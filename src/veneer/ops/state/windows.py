@@ -60,10 +60,11 @@ def windowed_conv(
     *,
     backend: str | None = None,
 ) -> Float[Tensor, "n d"]:
-    """Return what `conv.conv_forward` gives for the rows of a step, each behind the earlier tokens of its sequence.
+    """Return the output of `conv.conv_forward` for the rows of a step. Each row also reads the earlier tokens of its
+    sequence, from its pages.
 
-    The rows' own inputs are written into the pages of one layer. A row has the bits that it has alone and in any
-    chunks. Raises ShapeError if the parts do not fit.
+    The rows' own inputs are written into the pages of one layer. A row's result is the same, bit for bit, whatever the
+    batch and the chunks of a prompt are. Raises ShapeError if the parts do not fit.
     """
     shape, known = (rows.n_rows, store.data.shape[3]), 0 <= layer < store.data.shape[1]
     parts = [part for part in given.tensors if part is not None]

@@ -26,7 +26,9 @@ def drop(x: Tensor, threshold: int, key: int, rows: Rows) -> Tensor:
 
 
 def add_dropped(onto: Tensor, g: Tensor, threshold: int, key: int, rows: Rows) -> None:
-    """Add ``drop(g, …)`` to onto in one pass, both (n, d) with a contiguous last axis; a part of other ops."""
+    """Add ``drop(g, …)`` to ``onto`` in one pass, both (n, d) with a contiguous last axis. Other ops of this back end
+    use it.
+    """
     _run((g, onto), (threshold, key, rows), add=True)
 
 

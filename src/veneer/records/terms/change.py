@@ -64,9 +64,10 @@ class Change(Term, ABC):
         return narrow if narrow.dtype == dtype else self  # a transform stays in float32
 
     def on(self, rows: slice, n_before: int) -> Change:
-        """Return the change for the tokens ``rows`` of a pass. Only changes that depend on their tokens differ.
+        """Return the change as it acts on the tokens ``rows`` of a pass: itself, unless the change differs between
+        tokens.
 
-        ``n_before``: number of tokens with this change before ``rows``.
+        ``n_before``: number of tokens before ``rows`` on which this change acts.
         """
         return self
 
@@ -171,7 +172,7 @@ class RowsTimes(_Derived):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transposed(_Derived):
-    """Change ``of`` as one of the transposed weight."""
+    """Transpose (i, o) of the change ``of``, for a layer whose weight is transposed."""
 
     @property
     def shape(self) -> tuple[int, int]:

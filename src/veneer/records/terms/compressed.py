@@ -16,7 +16,12 @@ from veneer.records.terms.change import Change
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compressed(Change):
-    """Change ``times B A``. The gradient of A is computed from inputs compressed in ``groups``."""
+    """Change ``times B A``. The gradient of A is computed from inputs compressed in ``groups`` of features, and
+    multiplied by ``scale``.
+
+    A group is compressed to its product with the vector ``embed``. If ``is_mean``, each pass computes this vector from
+    its inputs (`mean_of`).
+    """
 
     a: Float[Tensor, "r i"]
     b: Float[Tensor, "o r"]

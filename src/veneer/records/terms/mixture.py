@@ -16,7 +16,8 @@ from veneer.records.terms.change import Change
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture(Change, ABC):
-    """Change that weights matrices depending on the tokens of its input, defined by ``matmul`` alone.
+    """Change that is a weighted sum of matrices, with weights that depend on the input's tokens. Only ``matmul``
+    defines it.
 
     Its product is added like that of any change, and is differentiable. It cannot be folded, combined or transposed:
     `dense` and `matmul_t` raise CompositionError.
@@ -51,7 +52,9 @@ class LowRankMixture(Mixture):
 
     @abstractmethod
     def outward(self, inner: Float[Tensor, "*batch r"]) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "k o"]]:
-        """Return v and Bᵀ in the dtype of ``inner``, which is ``A x``."""
+        """Return v and Bᵀ, whose product ``v Bᵀ`` is the mixture's output, in the dtype of ``inner``. ``inner`` is
+        ``A x``.
+        """
 
     def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         inner, b = self.outward(torch.nn.functional.linear(x, self.a.to(x.dtype)))
