@@ -57,7 +57,7 @@ class _News:
 class AsyncEngine:
     """Engine that steps while there is work. Call `start` and `stop` from the event loop that awaits the outputs.
 
-    An engine that is never stopped steps until the interpreter exits, and no longer.
+    If `stop` is never called, the engine steps until the interpreter exits.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -93,9 +93,10 @@ class AsyncEngine:
         self.engine.collector.stop()
 
     def end_all(self) -> int:
-        """End all requests, and all later ones, with a ServingError at once; return their number.
+        """End all requests with a ServingError at once, and all later ones likewise. Return the number of requests
+        ended now.
 
-        Call it from the loop.
+        Call it from the event loop.
         """
         self._ended = True
         self._wake_all()
@@ -136,9 +137,9 @@ class AsyncEngine:
             self.engine.abort(id)
 
     async def settled(self, result: Future[Result]) -> Result:
-        """Wait for a result of the engine, and return it.
+        """Wait for a future that the engine completes, and return its result.
 
-        Raises its error, and ServingError if the engine has failed, and after `end_all`.
+        Raises the future's error. Raises ServingError if the engine has failed, and after `end_all`.
         """
         coming = asyncio.wrap_future(result)
         over: list[asyncio.Future[Any]] = [] if self._over is None else [self._over]
@@ -149,8 +150,9 @@ class AsyncEngine:
         return coming.result()
 
     def require_whole(self) -> None:
-        """Raise ServingError if the engine has failed, with the error's kind only: its text may concern another
-        client.
+        """Raise ServingError if the engine has failed.
+
+        The message gives only the kind of the engine's error, because its text may concern another client.
         """
         if self.failure is not None:
             raise ServingError(

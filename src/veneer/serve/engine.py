@@ -87,11 +87,14 @@ class Engine:
         return stepping or bool(self._touched) or self._inbox.wait(0)
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Block until a request or a read adapter arrives, for at most ``seconds``; return False if none did."""
+        """Block until a request or a read adapter arrives, for at most ``seconds``. Return False if neither came."""
         return self._inbox.wait(seconds)
 
     def prepare_forms(self) -> None:
-        """Prepare for structured answers, so that the first one is as fast as later ones. Any thread may call it."""
+        """Build the tables for structured answers now, so that the first such answer is as fast as later ones.
+
+        Any thread may call it.
+        """
         self._rules.forms.prepare()
 
     def confine(self, templates: Sandbox, grammars: Sandbox) -> None:
@@ -148,7 +151,9 @@ class Engine:
         self._inbox.put(asked)
 
     def metrics(self) -> list[MetricSeries]:
-        """Return counts and times since the start, in vLLM's names. Raises ConfigError if they are not kept."""
+        """Return counts and times since the start, in vLLM's names. Raises ConfigError if the engine keeps no
+        statistics.
+        """
         if self._stats is None:
             raise ConfigError("disable_log_stats=True keeps no metrics: start with disable_log_stats=False")
         return self._stats.metrics(self.scheduler, self.backlog.n_refused)
@@ -163,9 +168,10 @@ class Engine:
         return 0 if group is None else sum(len(answer.request.output) for answer in group.answers)
 
     def forget(self, name: str, up_to: int = 0) -> None:
-        """Drop an adapter's name at the next step, if it is known. From any thread.
+        """Drop an adapter's name at the next step, if the name is known. From any thread.
 
-        Requests for it that are on their way are answered; those numbered up to ``up_to`` do not bring the name back.
+        Requests for the adapter that have been submitted are answered. Those numbered up to ``up_to`` do not register
+        the name again.
         """
         self._inbox.put(Forget(name, up_to))
 
@@ -198,7 +204,7 @@ class Engine:
             self._touched.pop(id, None)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch; return the new outputs, at most one a request."""
+        """Compute one batch. Return the new outputs, at most one for each request."""
         self._take_all()
         self._begin_loads()
         self._end_barred()
@@ -223,7 +229,7 @@ class Engine:
         return outputs
 
     def add_adapter(self, request: LoRARequest) -> None:
-        """Load an adapter now, and keep its name. Raises VeneerError if it does not fit. Between steps."""
+        """Load an adapter now, and register its name. Raises VeneerError if it does not fit. Call it between steps."""
         version = self.versions.of(request)
         self._bind(request, version)
         while not self.pool.is_resident(version.id):
@@ -239,9 +245,9 @@ class Engine:
                 )
 
     def take(self, request: LoRARequest, adapter: Any) -> None:
-        """Load an adapter that the runner has packed, and keep it as long as its name refers to it. Between steps.
+        """Load an adapter that the runner has packed, and pin it under the name of ``request``. Call it between steps.
 
-        ``request`` gives its version. Raises ConfigError if there is no room.
+        The version is that of ``request``. Raises ConfigError if there is no room.
         """
         version = self.versions.of(request)
         self._bind(request, version)
@@ -257,18 +263,21 @@ class Engine:
         self._unload()
 
     def remove_adapter(self, number: int) -> None:
-        """Drop an adapter's name; its weights are freed when no request needs them. Raises AdapterNameError."""
+        """Drop the name of the adapter with this number. Its weights are freed when no request needs them.
+
+        Raises AdapterNameError for an unknown number.
+        """
         name = self._name_of(number)
         self._adapters.pop(name)
         self.pool.forget(name)
         self._unload()
 
     def pin_adapter(self, number: int) -> None:
-        """Keep an adapter loaded. Raises AdapterNameError."""
+        """Keep the adapter with this number loaded. Raises AdapterNameError for an unknown number."""
         self.pool.pin(self._name_of(number))
 
     def reset_prefix_cache(self) -> None:
-        """Forget all keys and values that were computed so far; running requests keep theirs. Between steps."""
+        """Forget all cached keys and values; running requests keep theirs. Call it between steps."""
         self.scheduler.pages.reset()
 
     @property

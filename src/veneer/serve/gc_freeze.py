@@ -23,7 +23,7 @@ class GcFreeze:
         self._thresholds = gc.get_threshold()
 
     def start(self) -> None:
-        """Freeze all current objects, and examine new ones less often."""
+        """Freeze all current objects, and let the collector run less often on new ones."""
         self._is_on = True
         self._thresholds = gc.get_threshold()
         gc.set_threshold(max(_NEW, self._thresholds[0]), *self._thresholds[1:])
@@ -46,7 +46,10 @@ class GcFreeze:
             self._freeze()
 
     def rest(self) -> None:
-        """Collect everything, if adapters have been frozen since the last time. Call it when there is no work."""
+        """Run the garbage collector on all objects, also on frozen ones, if any were frozen since the last call.
+
+        Call it when there is no work.
+        """
         if self._is_on and self._n_freezes:
             gc.unfreeze()
             self._freeze()

@@ -15,7 +15,7 @@ Message = TypeVar("Message")
 
 
 class Inbox(Generic[Message]):
-    """Queue from any thread to the one that takes from it."""
+    """Queue of messages from any thread to the one thread that takes them."""
 
     def __init__(self) -> None:
         self._messages: deque[Message] = deque()
@@ -43,14 +43,16 @@ class Inbox(Generic[Message]):
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """End a request."""
+    """Message to end the request ``id``."""
 
     id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Drop an adapter's name; requests for it that are numbered up to ``up_to`` do not bring it back."""
+    """Message to drop an adapter's name. Requests for it that are numbered up to ``up_to`` do not register the name
+    again.
+    """
 
     name: str
     up_to: int
@@ -58,7 +60,7 @@ class Forget:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Act:
-    """Call a function between steps. ``told`` receives its result, or its error if that is a VeneerError."""
+    """Message to call a function between steps. ``told`` receives its result, or its error if that is a VeneerError."""
 
     act: Callable[[], Any]
     told: Future[Any]

@@ -194,7 +194,8 @@ class LLM:
         priority: int | Sequence[int] | None = 0,
         client: str | Sequence[str | None] | None = None,
     ) -> list[str]:
-        """Queue prompts without running them; return their ids. `wait_for_completion` returns the answers.
+        """Queue prompts without running them; return the ids of their requests. `wait_for_completion` returns the
+        answers.
 
         Raises QueueFullError if too many requests wait; none of the prompts is queued then.
         """
@@ -206,7 +207,7 @@ class LLM:
         return [each.id for each in asked]
 
     def wait_for_completion(self, *, use_tqdm: bool = True) -> list[RequestOutput]:
-        """Run all enqueued prompts; return the answers in order. A failed one has the finish reason "error"."""
+        """Run all enqueued prompts; return their outputs in order. A failed request has the finish reason "error"."""
         ids, self._waiting = self._waiting, []
         return self._run(ids, use_tqdm)
 
@@ -325,7 +326,7 @@ class LoadedAdapters:
         return True
 
     def remove_lora(self, lora_id: int) -> bool:
-        """Drop an adapter; requests in flight keep it. Return False if there is none of this number."""
+        """Drop an adapter; requests in flight keep it. Return False if no adapter has this number."""
         if lora_id not in self.list_loras():
             return False
         self._engine.remove_adapter(lora_id)

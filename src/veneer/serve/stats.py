@@ -53,7 +53,7 @@ class Stats:
         self._times[request.id] = _Times(time.time(), time.perf_counter(), adapter or AdapterCount())
 
     def admit(self, requests: Iterable[Request]) -> None:
-        """Note that requests entered the batch. Their waiting time and prompts count only the first time."""
+        """Note that requests entered the batch. Their waiting times and prompts are counted only the first time."""
         now = time.perf_counter()
         for request in requests:
             times = self._times[request.id]
@@ -91,8 +91,8 @@ class Stats:
             self._decoded.add(times.last - times.first)
 
     def of(self, requests: Sequence[Request]) -> RequestStats:
-        """Return the times of all answers to one prompt together: of each event the earliest, of the last token the
-        latest.
+        """Return the times of all answers to one prompt: the earliest time of each event, but the latest time of a last
+        token.
         """
         all_times = [self._times[request.id] for request in requests]
         first = min((times.first for times in all_times if times.first), default=0.0)

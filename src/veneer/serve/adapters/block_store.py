@@ -51,7 +51,7 @@ class BlockStore:
     def open(cls, folder: Path, most_bytes: int, base: str, blocks: Blocks) -> BlockStore | None:
         """Return the store in a folder, which is created if it is missing.
 
-        Return None, with a warning, if it cannot be used.
+        Return None, with a warning, if the folder cannot be used.
         """
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -65,7 +65,9 @@ class BlockStore:
         return cls(folder, most_bytes, base, blocks)
 
     def find(self, version: str) -> VersionBlock | None:
-        """Return the block of a version; None if there is none that can be used."""
+        """Return the packed block of an adapter version. Return None if the folder has no file of the version that can
+        be used.
+        """
         path = self._path(version)
         try:
             with _opened(path) as file:
@@ -82,7 +84,10 @@ class BlockStore:
             return None
 
     def keep(self, version: str, block: VersionBlock) -> None:
-        """Write a block, if there is room for it."""
+        """Write a version's block to a file, deleting the least recently used files if needed.
+
+        Nothing is written if the block is larger than the store, or if its layout cannot be restored from text.
+        """
         layout = block.layout
         if not self._says_all(layout):
             return

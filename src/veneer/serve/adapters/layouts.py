@@ -46,8 +46,9 @@ class Layouts:
         self._lock = threading.Lock()  # of that memory
 
     def read(self, folder: Path) -> VersionBlock | None:
-        """Return an adapter's block; None if its layout is new, or if there is a fault, which a full read then
-        reports.
+        """Return an adapter's packed block. Return None if its layout is new, or if its files have a fault.
+
+        The caller then reads the files in full, which reports a fault.
         """
         if self._known:
             with suppress(OSError, ValueError), _opened(folder) as (head, file), self._lock:

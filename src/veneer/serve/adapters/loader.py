@@ -36,9 +36,9 @@ class Finished(Generic[Read]):
 class Loader(Generic[Read]):
     """Queue of loads, run one after another. ``tell`` is called with every result, on the thread that reads.
 
-    The thread lives only while there is something to read, so that an idle engine has none, and none is left when the
-    engine is deleted. Loads use one thread of torch, because the engine's step uses its thread pool. If no thread can
-    start, waiting loads end with a ServingError. `later` is for work that no load should wait for.
+    The thread lives only while there is something to read, so that an idle engine has no such thread, and none is left
+    when the engine is deleted. Loads use one thread of torch, because the engine's step uses torch's thread pool. If no
+    thread can start, waiting loads end with a ServingError. `later` is for work that no load should wait for.
     """
 
     def __init__(self, tell: Callable[[Finished[Read]], None]) -> None:
@@ -63,7 +63,7 @@ class Loader(Generic[Read]):
         self._refuse(reason)
 
     def later(self, work: Callable[[], None]) -> None:
-        """Defer work until no load waits, or until too much work is deferred.
+        """Queue work that runs when no load waits, or earlier if too much work is queued.
 
         Call it from a load, on the thread that reads.
         """

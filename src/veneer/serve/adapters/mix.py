@@ -21,7 +21,8 @@ def read_mix(lookup: Lookup, program: Program, parts: Parts) -> Effects:
     """Return the effects ``Σ w_i ΔW_i`` and ``Σ w_i Δbias_i`` of saved adapters, on the layers that any of them
     changes.
 
-    Raises the errors of `read_effects`, and CompositionError for an adapter whose effect is no sum on linear layers.
+    Raises the errors of `read_effects`. Raises CompositionError for an adapter that has an effect other than changes of
+    linear layers, which cannot be summed.
     """
     device = lookup.model.device  # where their biases are added to the layers' own
     read = [

@@ -56,11 +56,11 @@ class Versions:
         self._stamped: LruCache[_Stamp, AdapterVersion] = LruCache(_KEPT)  # links are the files that they lead to
 
     def of(self, request: LoRARequest) -> AdapterVersion:
-        """Return the version at a request's path, or that of its mix.
+        """Return the version of the adapter at a request's path. For a request of a mix, return the version of the mix.
 
-        Raises FormatError if there is no adapter, ConfigError for too high a rank, and CompositionError if it is merged
-        into the base already. A mix raises the errors of each part, and CompositionError for one that acts from its
-        invocation tokens on.
+        Raises FormatError if there is no adapter, ConfigError for too high a rank, and CompositionError if the adapter
+        is merged into the base already. A mix raises the errors of each part, and CompositionError for a part that acts
+        from its invocation tokens on.
         """
         if request.version is not None:
             return request.version
@@ -202,8 +202,8 @@ def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
 
 
 def stored_bytes(folder: Path, value_bytes: int | None = None) -> int:
-    """Return the bytes of an adapter's tensors, from its header. If ``value_bytes`` is given, each value counts that
-    many.
+    """Return the size in bytes of an adapter's tensors, from its file's header. If ``value_bytes`` is given, it is used
+    as the size of each value.
 
     Raises FormatError as `read_headers` does.
     """

@@ -65,8 +65,9 @@ class UnloadBody(Strict):
 class AdapterCard(BaseModel):
     """Adapter: its source, method, largest rank (null without low-rank parts), size and use.
 
-    ``requests`` counts the requests for the current version of the adapter, ``hits`` those that found it loaded.
-    ``error``: the reason why its files cannot be read. ``warning``: it may have been trained on another base.
+    ``requests`` counts the requests for the adapter's current version. ``hits`` counts those of them that found the
+    version loaded. ``error``: the reason why its files cannot be read. ``warning``: a note that it may have been
+    trained on another base.
     """
 
     id: str

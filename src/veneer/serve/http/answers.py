@@ -34,11 +34,11 @@ PromptScores = Sequence[TokenLogprobs | None] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Response format of a route: the prefix of ids, the objects' names, and functions that make choices.
+    """Response format of a route: the prefix of ids, the objects' names, and functions that build choices.
 
-    ``choice`` makes a choice of a complete response from an answer and its index, ``delta`` one of a stream.
-    ``opening`` makes the first event of a stream for each choice. If ``tells_answers`` is False, the answers' texts are
-    empty. If ``lists_prompt``, the first choice of a prompt also has the prompt's log-probabilities.
+    ``choice`` builds a choice of a complete response from an answer and its index, ``delta`` a choice of a stream.
+    ``opening`` builds the first event of a stream for each choice. If ``tells_answers`` is False, the answers' texts
+    are empty. If ``lists_prompt``, the first choice of a prompt also has the prompt's log-probabilities.
     """
 
     id: str
@@ -130,7 +130,8 @@ def stream_of(
 class EventStream(StreamingResponse):
     """Stream of server-sent events.
 
-    Closes the events and exits ``taken`` however the stream ends, even before its first event.
+    However the stream ends, even before its first event, its event generator is closed and the context ``taken`` is
+    exited.
     """
 
     def __init__(self, events: AsyncGenerator[bytes, None], taken: AbstractContextManager[object]) -> None:

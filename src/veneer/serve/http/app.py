@@ -88,7 +88,9 @@ def make_app(
 
 
 class Api(Service):
-    """Endpoints, each a method whose docstring is its description in the application's own documentation."""
+    """Handlers of routes. The docstring of each method is the route's description in the application's API
+    documentation.
+    """
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:

@@ -40,9 +40,9 @@ class Call:
 
 
 async def answered(app: ASGIApp, call: Call) -> AsyncGenerator[Message, None]:
-    """Yield `TAKEN`, and the messages of an application's response as they come.
+    """Yield the message `TAKEN`, and then the messages of an application's response as they come.
 
-    The application is cancelled when the generator is closed, as when a client disconnects.
+    If the generator is closed, the application is cancelled as if the client had disconnected.
     """
     yield TAKEN
     told: asyncio.Queue[Message | None] = asyncio.Queue()

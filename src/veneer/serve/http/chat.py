@@ -47,7 +47,7 @@ def _one(p: Logprob) -> dict[str, Any]:
 
 
 def shape(calls: Calls | None = None) -> Shape:
-    """Return the response format of chat completions; ``calls`` if answers may have tool calls.
+    """Return the response format of chat completions. ``calls`` is given if answers may have tool calls.
 
     The format keeps state: pass the deltas of each choice in their order.
     """

@@ -108,7 +108,7 @@ class Connections:
         self._open.discard(connection)
 
     def refusal(self) -> BusyError:
-        """Return the error for a connection beyond the limit, with the seconds until another may be accepted."""
+        """Return the error for a client beyond the limit of connections, with the seconds after which it may retry."""
         seconds = self._places.seconds(1, self.most, lambda ahead: 1 + _TURN * ahead / self.most)
         return BusyError(
             f"this server has {self.most} connections, and all wait for answers: ask again in {math.ceil(seconds)} s",
@@ -209,7 +209,9 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Call the application, unless the client asks for another protocol: the head is then parsed again."""
+        """Call the application. If the client asks to switch to another protocol, parse the head again without that
+        request.
+        """
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             self._is_heard, self._plain_head = True, self._head_without_upgrade()
             return
@@ -239,7 +241,7 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Wait for the answer."""
+        """Note that the whole request has been received, and wait for the answer."""
         if self._plain_head:
             return
         self._begin(_Reads.NOTHING)
@@ -422,5 +424,5 @@ def _most_connections() -> int:
 
 
 def made(connections: Connections) -> Callable[..., Connection]:
-    """Return the function that makes a server's connections."""
+    """Return the function that uvicorn calls to create a connection; each one is counted in ``connections``."""
     return lambda *args, **options: Connection(*args, connections=connections, **options)

@@ -61,8 +61,9 @@ def documented(
 ) -> dict[str, Any]:
     """Return a route's options for the API description.
 
-    ``answer``: model of the response. ``streams``: it may also be a stream of events. ``text``: it is plain text.
-    ``body``: the request has a body, and so errors about it. ``error``: model of the errors.
+    ``answer``: model of the response. ``streams``: the response may also be a stream of events. ``text``: the response
+    is plain text. ``body``: the request has a body, so that errors about bodies are listed. ``error``: model of the
+    errors.
     """
     found: dict[int | str, dict[str, Any]] = {
         status: {"model": error, "description": told}

@@ -104,7 +104,7 @@ _OTHER = FieldLimit()
 
 
 def limit_of(name: str) -> FieldLimit:
-    """Return the limit of a field."""
+    """Return the limit of the body field with this name; a field without its own limit has the lowest one."""
     return FIELD_LIMITS.get(name, _OTHER)
 
 

@@ -84,7 +84,7 @@ class AdapterFolder:
             self._sorted = None
 
     def look(self, everything: bool = True) -> None:
-        """Find added and removed adapters. With ``everything``, known ones are read again too."""
+        """Find added and removed adapters. If ``everything``, also check the files of the known adapters."""
         with self._looking:
             known, entries = self._there.copy(), _entries(self.folder) - self._taken
             there = {

@@ -54,7 +54,7 @@ class Replicas(Protocol):
     """Replicas that answer calls."""
 
     def answer(self, call: Call) -> AsyncGenerator[Message, None]:
-        """Yield `veneer.serve.http.call.TAKEN`, and the messages of one replica's response.
+        """Yield `veneer.serve.http.call.TAKEN` once a replica has the call, and then the messages of its response.
 
         Raises ReplicaLostError if that replica ends.
         """
@@ -166,7 +166,7 @@ class Forward:
     def name(self, body: bytes) -> str | None:
         """Return the name of the adapter, or of the mix, that a body asks for; None for the base.
 
-        It is None for an invalid body too: the replica reports the error.
+        Return None for an invalid body too, because the replica reports the error.
         """
         try:
             given = from_json(body)

@@ -50,8 +50,8 @@ class KeyEntry(BaseModel):
 class Keys:
     """Keys of a file, which is read again when it changes. Any thread may call it.
 
-    If a changed file is invalid, the old keys stay and the log says why. The constructor raises ConfigError if the file
-    is invalid.
+    If a changed file is invalid, the old keys stay valid and the reason is logged. The constructor raises ConfigError
+    if the file is invalid.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,7 +80,7 @@ class Keys:
         return found
 
     def look(self, everything: bool = True) -> None:
-        """Read the file again if it has changed."""
+        """Read the file again if it has changed. ``everything`` has no effect."""
         stamp = _stamp(self._path)
         if stamp == self._stamp:
             return

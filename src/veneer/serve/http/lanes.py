@@ -24,8 +24,9 @@ _FORMS = ("structured_outputs", "response_format", "output_config", "text", "too
 
 
 class Lane:
-    """Threads for one kind of work. Callers wait at most ``seconds``; a thread whose work takes longer is stuck until
-    the work ends.
+    """Threads for one kind of work.
+
+    A caller waits at most ``seconds``. A thread whose work takes longer counts as stuck until the work ends.
     """
 
     def __init__(self, name: str, n_threads: int, seconds: float = _SECONDS) -> None:
@@ -46,7 +47,7 @@ class Lane:
         return self.n_stuck >= self.n_threads
 
     async def run(self, work: Callable[[], Result]) -> Result:
-        """Return the result of work on a thread of the lane, with the caller's context.
+        """Call ``work`` on a thread of the lane, in the caller's context, and return its result.
 
         Raises the error of the work, RefusedError if it takes too long, and BusyError if it cannot begin in time.
         """
@@ -101,7 +102,8 @@ class Lane:
 
 
 class Lanes:
-    """Lanes of a server: for JSON of large bodies, for prompts, and for prompts with a grammar, which are slowest.
+    """Lanes (groups of threads) of a server: for JSON of large bodies, for prompts, and for prompts with a grammar,
+    which are slowest.
 
     Work of one lane never waits for another lane.
     """

@@ -27,7 +27,7 @@ class MessageTool(Strict):
     cache_control: dict[str, Any] | None = None
 
     def chat(self) -> ToolBody:
-        """Return the tool as a chat completion has it."""
+        """Return the tool in the form of a chat completion's body."""
         function = FunctionBody(
             name=self.name, description=self.description, parameters=self.input_schema, strict=self.strict
         )
@@ -41,7 +41,7 @@ class ChosenMode(Strict):
     disable_parallel_tool_use: bool = False
 
     def chat(self) -> Literal["auto", "required", "none"]:
-        """Return the choice as a chat completion has it."""
+        """Return the choice in the form of a chat completion's body."""
         return "required" if self.type == "any" else self.type
 
 
@@ -53,7 +53,7 @@ class ChosenTool(Strict):
     disable_parallel_tool_use: bool = False
 
     def chat(self) -> NamedTool:
-        """Return the choice as a chat completion has it."""
+        """Return the choice in the form of a chat completion's body."""
         return NamedTool.model_validate({"type": "function", "function": {"name": self.name}})
 
 
@@ -77,7 +77,9 @@ class OutputConfig(Strict):
     effort: str | None = None
 
     def chat(self) -> dict[str, Any] | None:
-        """Return the format as a chat completion has it. Raises RefusedError for other types."""
+        """Return the format in the form of a chat completion's body; None if there is none. Raises RefusedError for
+        other types.
+        """
         given = self.format
         if given is None:
             return None
@@ -116,9 +118,9 @@ class CountTokensBody(Named):
         return given
 
     def chat(self, **more: Any) -> ChatBody:
-        """Return the chat completion that is asked for. Raises RefusedError for blocks that are not read.
+        """Return the body as one of ``/v1/chat/completions``. Raises RefusedError for blocks of an unsupported type.
 
-        A last message of the assistant is continued.
+        If the last message is the assistant's, the answer continues it.
         """
         messages = messages_of(self.system, self.messages)
         goes_on = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
@@ -137,7 +139,7 @@ class CountTokensBody(Named):
 
 
 class MessagesBody(CountTokensBody, Drawn):
-    """Body of ``/v1/messages``, and in addition vLLM's fields for drawing.
+    """Body of ``/v1/messages``: Anthropic's fields, and in addition vLLM's sampling parameters.
 
     ``metadata``, ``service_tier`` and ``speed`` are accepted and ignored.
     """
@@ -155,7 +157,7 @@ class MessagesBody(CountTokensBody, Drawn):
         return own + ["output_config.effort"] * bool(self.output_config and self.output_config.effort)
 
     def chat(self, **more: Any) -> ChatBody:
-        """Return the chat completion that is asked for. Raises RefusedError for blocks that are not read."""
+        """Return the body as one of ``/v1/chat/completions``. Raises RefusedError for blocks of an unsupported type."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return super().chat(
             max_completion_tokens=self.max_tokens,

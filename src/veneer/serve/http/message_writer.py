@@ -39,7 +39,9 @@ class MessageWriter:
         yield {"type": "message_start", "message": self.whole()}
 
     def take(self, output: RequestOutput) -> Iterator[Event]:
-        """Add the next part of the answer, or all of it."""
+        """Add the text and calls of an output of the engine, which may be a part of the answer or all of it. Yield
+        their events.
+        """
         for answer in output.outputs:
             self._n_answered += len(answer.token_ids)
             yield from self._write(answer)

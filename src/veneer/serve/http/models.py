@@ -91,7 +91,10 @@ class Catalogue:
         return {name: reason for name, reason in there.items() if self.sees(name)}
 
     def find(self, name: str | None) -> LoRARequest | None:
-        """Return the adapter of a name; None for the base. Raises ModelNotFoundError."""
+        """Return the request for the adapter of a name. Return None if the name is None or the base's.
+
+        Raises ModelNotFoundError for an unknown or hidden name.
+        """
         if name is None or name in self._names:
             return None
         found = self._found(name)
@@ -101,7 +104,7 @@ class Catalogue:
         return found
 
     def mix(self, weights: Mapping[str, float]) -> LoRARequest:
-        """Return the weighted sum of adapters by name.
+        """Return the request for a weighted sum of adapters; ``weights`` maps their names to weights.
 
         Raises ModelNotFoundError, and ConfigError as `LoRARequest.mix` does.
         """
@@ -161,7 +164,7 @@ class Catalogue:
         return known[2]
 
     def load(self, name: str, loaded: Loaded) -> None:
-        """Serve an adapter under a name. It replaces an adapter loaded under that name before."""
+        """Serve an adapter under a name. The adapter replaces one that was loaded over HTTP under that name before."""
         own = self.owns(name, loaded)
         with self._lock:
             self._asked.pop(name, None)
@@ -174,10 +177,10 @@ class Catalogue:
         self._found(name)
 
     def unload(self, name: str) -> None:
-        """Stop serving an adapter.
+        """Stop serving an adapter. Raises ModelNotFoundError.
 
-        An adapter of the folder is served again once it is loaded by a request to do so, or is removed and copied
-        again. Raises ModelNotFoundError.
+        An adapter of the folder is served again after a request to load it, or after its subfolder is removed and
+        copied again.
         """
         if name in self._names:
             raise ModelNotFoundError(f"{name!r} is the base, which stays: give the name of an adapter", "lora_name")
@@ -192,14 +195,14 @@ class Catalogue:
         self._drop(name)
 
     def hides(self, folder: Path) -> bool:
-        """Return True for the folder of an adapter that the caller does not see, and for folders in it."""
+        """Return True if a path is the folder of an adapter that the caller may not see, or is within such a folder."""
         root = None if self._folder is None else self._folder.folder.resolve()
         if root is None or root not in folder.parents:
             return False
         return not self.caller.sees(folder.relative_to(root).parts[0])
 
     def owns(self, name: str, loaded: Loaded) -> bool:
-        """Return True if the loaded folder is the subfolder of that name in the adapters' folder."""
+        """Return True if a loaded adapter's folder is the subfolder ``name`` of the adapters' folder."""
         if self._folder is None or not is_entry(name):
             return False
         return (self._folder.folder / name).resolve() == loaded.folder

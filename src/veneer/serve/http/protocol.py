@@ -133,7 +133,7 @@ ToolChoice = Annotated[
 
 
 def few(given: Any) -> Any:
-    """Return a mapping unchanged. Raises PydanticCustomError for one with too many entries."""
+    """Return a value unchanged. Raises PydanticCustomError for a mapping with too many entries."""
     if isinstance(given, Mapping) and len(given) > _MOST_NAMES:
         raise PydanticCustomError(
             "too_many_entries", f"{len(given)} entries are too many: at most {_MOST_NAMES} are allowed. Send fewer"
@@ -176,7 +176,7 @@ class Hinted(Strict):
 
 
 class Drawn(Named):
-    """Fields of all routes that sample tokens. Only requests with the same ``cache_salt`` share cached prefixes."""
+    """Fields of all routes that generate tokens. Only requests with the same ``cache_salt`` share cached prefixes."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -311,7 +311,7 @@ class ChatBody(Body):
 
     @classmethod
     def in_other_words(cls, **fields: Any) -> ChatBody:
-        """Return the chat completion that a body of another route asks for.
+        """Return the chat completion body that corresponds to a body of another route, from these fields.
 
         Raises RefusedError for an invalid field, such as one that joins several fields and exceeds its limit.
         """
@@ -339,7 +339,9 @@ class ChatBody(Body):
         return self.params(defaults, longest, (self.top_logprobs or 0) if self.logprobs else None)
 
     def read(self, reader: PromptReader, calls: Calls | None = None) -> list[tuple[str | None, list[int]]]:
-        """Return the conversation as one prompt, with the functions that may be called. Raises ConfigError."""
+        """Return the conversation as one prompt (text and ids), which lists the functions of ``calls``. Raises
+        ConfigError.
+        """
         messages: Conversation = self.messages
         how, format = self._template(), None
         has_calls = any(message.get("tool_calls") for message in messages)

@@ -67,7 +67,7 @@ class RequestRecord:
         self.n_prompt += sum(len(each.prompt_ids) for each in asked)
 
     def take(self, output: RequestOutput) -> None:
-        """Count the tokens that an output adds."""
+        """Count the new tokens in an output of the engine."""
         n = sum(len(answer.token_ids) for answer in output.outputs)
         self.drawn[output.request_id] = self.drawn.get(output.request_id, 0) + n
         self.cached[output.request_id] = output.num_cached_tokens

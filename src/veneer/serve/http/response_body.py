@@ -53,7 +53,7 @@ class ResponseTool(FunctionBody):
     type: Literal["function"]
 
     def chat(self) -> ToolBody:
-        """Return the tool as a chat completion has it."""
+        """Return the tool in the form of a chat completion's body."""
         return ToolBody(type="function", function=FunctionBody(**self.model_dump(exclude={"type"})))
 
 
@@ -64,7 +64,7 @@ class NamedFunction(Strict):
     name: str
 
     def chat(self) -> NamedTool:
-        """Return the choice as a chat completion has it."""
+        """Return the choice in the form of a chat completion's body."""
         return NamedTool.model_validate({"type": "function", "function": {"name": self.name}})
 
 
@@ -75,10 +75,10 @@ ResponseChoice = Annotated[
 
 
 class ResponsesBody(Drawn, Hinted):
-    """Body of ``/v1/responses``, and in addition vLLM's fields for drawing.
+    """Body of ``/v1/responses``: OpenAI's fields, and in addition vLLM's sampling parameters.
 
-    Nothing is stored, even if ``store`` is true or left out. Fields of type null need stored responses:
-    they are refused, unless their value asks for none.
+    Nothing is stored, even if ``store`` is true or left out. Fields of type null need stored responses: they are
+    refused, unless their value asks for none.
     """
 
     input: str | Several[dict[str, Any]]
@@ -110,7 +110,9 @@ class ResponsesBody(Drawn, Hinted):
 
     @property
     def ignored(self) -> list[str]:
-        """Fields of the body that change nothing; the answer repeats the user and the metadata."""
+        """Fields of the body that change nothing. The user and the metadata are not among them, as the response repeats
+        both.
+        """
         own = ["reasoning"] * (self.reasoning is not None) + ["text.verbosity"] * bool(
             self.text and self.text.verbosity
         )
@@ -127,7 +129,7 @@ class ResponsesBody(Drawn, Hinted):
         return (self.text and self.text.format) or {"type": "text"}
 
     def chat(self) -> ChatBody:
-        """Return the chat completion that is asked for. Raises RefusedError for items that are not read."""
+        """Return the body as one of ``/v1/chat/completions``. Raises RefusedError for items of an unsupported type."""
         return ChatBody.in_other_words(
             messages=messages_of(self.instructions, self.input),
             max_completion_tokens=self.max_output_tokens,

@@ -19,7 +19,7 @@ def messages_of(instructions: str | None, items: str | Sequence[Mapping[str, Any
     """Return the conversation of an input: text of the user, or items. Raises RefusedError, which names the item.
 
     ``instructions`` become the first system message. Messages of the role "developer" become system messages. Function
-    calls join the preceding assistant message. Each output refers to its call.
+    calls join the preceding assistant message. Each output of a function refers to its call by id.
     """
     found: list[dict[str, Any]] = [] if instructions is None else [{"role": "system", "content": instructions}]
     if isinstance(items, str):

@@ -55,7 +55,9 @@ class ResponseWriter:
             yield self._event(f"response.{kind}", response=self.whole())
 
     def take(self, output: RequestOutput) -> Iterator[Event]:
-        """Add the next part of the answer, or all of it."""
+        """Add the text and calls of an output of the engine, which may be a part of the answer or all of it. Yield
+        their events.
+        """
         for answer in output.outputs:
             self._n_answered += len(answer.token_ids)
             if self._scored:

@@ -19,7 +19,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 class Roots:
     """Folders that may contain adapters, and shell patterns (``me/*``) of allowed ids on the hub.
 
-    Links may lead into any of the folders, and nowhere else.
+    A symbolic link may lead from one of these folders into another, but not out of them.
     """
 
     def __init__(self, folders: Sequence[Path] = (), hub: Sequence[str] = ()) -> None:
@@ -32,10 +32,11 @@ class Roots:
         return given if allowed and ".." not in given and _HUB_ID.fullmatch(given) else None
 
     def folder(self, given: str, hides: Callable[[Path], bool] = lambda folder: False) -> Path:
-        """Return the folder of an adapter, with links resolved.
+        """Return the folder of an adapter, with symbolic links resolved.
 
-        A relative path starts at the working directory or at a root. Raises RefusedError for a path outside of the
-        roots. Raises ModelNotFoundError if it holds no adapter, or if the caller may not see it (``hides``).
+        A relative path may start at the working directory or at one of the allowed folders. Raises RefusedError for a
+        path outside of the allowed folders. Raises ModelNotFoundError if the path holds no adapter, or if the caller
+        may not see it (``hides``).
         """
         self._require_path(given)
         starts = [Path(), *self._folders]

@@ -58,7 +58,7 @@ class Server(uvicorn.Server):
         self._has_told = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain, or stop."""
+        """Handle a signal: begin to drain on the first SIGTERM, and stop on any other signal."""
         if sig == signal.SIGTERM and not self._lifecycle.is_draining and not self.should_exit:
             self._lifecycle.drain(self._drain_seconds)
         else:

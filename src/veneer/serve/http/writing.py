@@ -30,10 +30,10 @@ class Writer(Protocol):
         """Yield the first events."""
 
     def take(self, output: RequestOutput) -> Iterator[Event]:
-        """Add the next part of the answer, or all of it."""
+        """Add an output of the engine, which is the next part of the answer or all of it. Yield its events."""
 
     def fail(self, error: VeneerError) -> Iterator[Event]:
-        """End the answer with an error."""
+        """End the answer with an error. Yield the last events."""
 
     def whole(self) -> dict[str, Any]:
         """Return the answer as it is now."""
@@ -69,7 +69,7 @@ async def written(
 
 
 def parts_of(answer: CompletionOutput, parser: Parser | None) -> list[Part]:
-    """Return the text of an answer, and its tool calls if there is a parser for them."""
+    """Return the text of an answer as parts. If there is a parser, tool calls in the text are separate parts."""
     if parser is None:
         return [Text(answer.text)] if answer.text else []
     return parser.feed(answer.text) + (parser.finish() if answer.finished() else [])

@@ -29,7 +29,7 @@ class VersionBlock:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its pages, and of the tensors beside them."""
+        """Size in bytes of the block, in whole system pages, and of the tensors that are kept outside it."""
         return self.memory.nbytes + -self.memory.nbytes % mmap.PAGESIZE + self.layout.n_beside
 
     def __iter__(self) -> Iterator[OwnChanges | None]:
@@ -69,7 +69,7 @@ class Blocks:
         self._layouts: LruCache[bytes, BlockLayout] = LruCache(most)
 
     def layout(self, key: bytes) -> BlockLayout | None:
-        """Return the layout of a key, if it is known."""
+        """Return the cached layout with this key; None if there is none."""
         return self._layouts.get(key)
 
     def shared(self, layout: BlockLayout) -> BlockLayout:
@@ -83,10 +83,9 @@ class Blocks:
     def block(
         self, changes: Sequence[GroupChange | None], factors: Sequence[Factor]
     ) -> tuple[VersionBlock, list[Factor]]:
-        """Return a version's block, and the factors that were packed for it, with the part of the block that each
-        takes.
+        """Return the block of an adapter version, and the factors packed into it, each with its part of the block.
 
-        Factors on other devices are not in the block: they are kept beside it.
+        Factors that are not on the CPU are not packed: they are kept beside the block.
         """
         laying = Laying(changes)
         layout = self.shared(laying.layout)

@@ -151,7 +151,10 @@ class Laying:
 
 
 def part(memory: Tensor, offset: int, like: Tensor) -> Tensor:
-    """Return the tensor at an offset of a block, in the form of ``like``. Raises ValueError if it is not within."""
+    """Return the tensor at a byte offset of a block, with the dtype and shape of ``like``.
+
+    Raises ValueError if the tensor would not lie within the block.
+    """
     if offset % like.itemsize or not 0 < offset <= len(memory) - like.nbytes:
         raise ValueError(f"{like.nbytes} bytes at {offset} are not within a block of {len(memory)}")
     return memory[offset : offset + like.nbytes].view(like.dtype).view(like.shape)

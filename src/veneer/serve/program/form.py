@@ -27,9 +27,10 @@ def form_of(held: object) -> Form:
 
 
 def of_form(form: Form, kinds: Mapping[str, Callable[..., object]]) -> object:
-    """Return the object of a form, with tensors on the meta device. ``kinds`` makes dataclasses, by `name_of`.
+    """Return the object that a form describes, with tensors on the meta device.
 
-    Raises ValueError for any other kind, TypeError and KeyError for an invalid form.
+    ``kinds`` maps names (`name_of`) to functions that create dataclasses. Raises ValueError for a name that is not in
+    ``kinds``, and TypeError or KeyError for an invalid form.
     """
     if not isinstance(form, list):
         return form
@@ -47,7 +48,7 @@ def of_form(form: Form, kinds: Mapping[str, Callable[..., object]]) -> object:
 
 
 def name_of(kind: type) -> str:
-    """Return the name of a kind of objects in forms."""
+    """Return the name of a class as forms contain it: module and qualified name."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 

@@ -27,7 +27,7 @@ class ScoreHead:
     bias: Tensor | None
 
     def scores(self, state: list[float]) -> Tensor:
-        """Return the scores of the classes, in float32."""
+        """Return the scores of the classes (classes,), in float32, for a hidden state."""
         return torch.nn.functional.linear(torch.tensor(state), self.weight, self.bias)
 
 
@@ -45,7 +45,7 @@ def read_head(folder: Path) -> ScoreHead:
 
 
 def once(keys: Collection[str]) -> list[str]:
-    """Return the keys without duplicates: one tensor may have two keys, as PEFT's wrapper names it."""
+    """Return the keys with one key for each tensor, because PEFT's wrapper may store one tensor under two keys."""
     return [key for key in keys if not any(own in keys for own in copies_of(key))]
 
 

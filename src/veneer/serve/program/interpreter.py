@@ -131,8 +131,9 @@ class Interpreter:
         return cast(LogitRows, frame["logits"])
 
     def segments(self, step: PassRows) -> dict[tuple[int, AdapterRuns], Segments]:
-        """Return the low-rank pairs for a step's rows at each group of layers; empty on a CPU, which needs no copies of
-        their numbers.
+        """Return the low-rank pairs that act on a step's rows, for each group of layers and its runs of rows.
+
+        On a CPU the result is empty, because the pairs' tables need no copy to the device.
         """
         if self.device.type == "cpu" or not step.versions:
             return {}

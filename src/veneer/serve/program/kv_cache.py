@@ -26,7 +26,7 @@ from veneer.ops.state.windows import WindowStore, windowed_conv
 
 
 class KVCache(PagedCache, Protocol):
-    """Pages of all layers."""
+    """Pages of the keys and values of all layers."""
 
     def rows(self, stretches: Sequence[Stretch]) -> Any:
         """Return the positions of new tokens in pages, and the keys that they attend to, for all layers of a step.
@@ -35,9 +35,9 @@ class KVCache(PagedCache, Protocol):
         """
 
     def slots(self) -> SlotStore:
-        """Return the same pages in the layout of transformers' own code.
+        """Return the same pages in the layout that transformers' own attention reads.
 
-        A page is used in one of the two layouts at a time.
+        A page is used in only one of the two layouts at a time.
         """
 
     def discard(self, pages: Sequence[int]) -> None:
@@ -57,7 +57,7 @@ def make_cache(program: Program, n_pages: int, block: int, dtype: torch.dtype, d
 
 
 def numbers_per_position(program: Program, block: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return the number of values that a token takes in `make_cache`, with the padding of heads."""
+    """Return the number of values that one position takes in the pages of `make_cache`, with the padding of heads."""
     heads = _heads_in_pages(program, block, dtype, device)
     if heads is None:
         return program.numbers_per_position
@@ -147,8 +147,8 @@ class SlotRows:
     seen: dict[int | None, SeenKeys] = field(default_factory=dict)
 
     def within(self, window: int | None) -> SeenKeys:
-        """Return the keys that each token attends to: the last ``window`` ones up to its own, or all if ``window`` is
-        None.
+        """Return the keys that each token attends to: the last ``window`` keys up to its own position, or all of these
+        if ``window`` is None.
         """
         if window not in self.seen:
             self.seen[window] = SeenKeys(lambda _batch, _head, query, key: _near(query, key, window))

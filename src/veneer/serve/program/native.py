@@ -27,9 +27,9 @@ Call = Callable[[PassRows, Frame], None]
 
 @dataclass(frozen=True, slots=True)
 class NativePart:
-    """Operation of a program in C++: its instructions are those in ``place``.
+    """Operation of a program in C++, with the range of its instructions (``place``).
 
-    It does not support the adapter versions ``unknown``.
+    ``unknown`` are the adapter versions that the operation does not support.
     """
 
     bound: Bound
@@ -42,7 +42,10 @@ class NativePart:
         return None if group is None else block.change(group.number)
 
     def take(self, name: str, version: PackedEffects, program: StepProgram, number: int) -> None:
-        """Add the changes of an adapter version that lie outside its block of memory."""
+        """Add the changes of an adapter version that lie outside its block of memory.
+
+        If the operation does not support the version, add its name to ``unknown``.
+        """
         place = StepPlace(program, number, self.place.start)
         if not self.bound.operation.take(self.bound.weights, version, place):
             self.unknown.add(name)

@@ -42,7 +42,7 @@ def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first
 
 
 def sent(step: PassRows, device: torch.device, beside: Held) -> tuple[PassRows, Held]:
-    """Send a step, and tensors ``beside`` it, to a device. One copy transfers all integer tensors."""
+    """Return a step, and the tensors of ``beside``, copied to a device. One copy transfers all integer tensors."""
     if device.type == "cpu":
         return step, beside
     own: dict[str, Any] = {name: getattr(step, name) for name in ("positions", "kept", "picked", "tokens", "read")}

@@ -31,7 +31,7 @@ class Admission:
         """Rate at which answers end; the engine notes them after each step."""
 
     def require_possible(self, n: int, n_prompt: int) -> None:
-        """Raise ConfigError if one prompt asks for more answers than may ever wait."""
+        """Raise ConfigError if n answers to a prompt of ``n_prompt`` tokens exceed the limits of the whole queue."""
         most, most_tokens = self._limits.max_waiting, self._limits.max_waiting_tokens
         if n > most or n * n_prompt > most_tokens:
             raise ConfigError(
@@ -58,7 +58,7 @@ class Admission:
             )
 
     def note_refusal(self) -> None:
-        """Count a refusal, made here or before a request arrived here."""
+        """Count one more refused request, also if another part of the server refused it."""
         with self._lock:
             self.n_refused += 1
 

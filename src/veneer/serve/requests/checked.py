@@ -32,12 +32,12 @@ class EngineSettings:
     one. ``max_lora_rank`` is the highest rank of an adapter; any is allowed if it is None. ``value_bytes`` is the size
     of a value of a loaded adapter; None if values keep their stored size. ``why_general`` is the reason why
     transformers' own code computes everything; "" if it does not. ``base`` is the model's folder, if it has one.
-    Adapters that were merged into it are refused. ``base_names`` are all names of the model, first the one by which it
-    was loaded. Adapters of another base get a warning; without names, none does. ``chat_template`` takes the place of
-    all adapters' own. If ``keeps_stats``, times and counts are kept. If ``prefix_caching``, requests share pages.
-    ``speculative`` configures guesses of next tokens; if it is None, only tokens that a grammar forces are guessed.
-    ``drafts``: the runner can take tokens back; without it nothing is guessed. ``encodes``: an encoder reads prompts,
-    whose tokens therefore have no logits.
+    Adapters that were merged into the model are refused. ``base_names`` are all names of the model, first the one by
+    which it was loaded. Adapters that name another base get a warning; if ``base_names`` is empty, no adapter does.
+    ``chat_template`` is used instead of the templates of all adapters. If ``keeps_stats``, times and counts are kept.
+    If ``prefix_caching``, requests share pages. ``speculative`` configures guesses of next tokens; if it is None, only
+    tokens that a grammar forces are guessed. ``drafts``: the runner can take tokens back; without it nothing is
+    guessed. ``encodes``: an encoder reads prompts, whose tokens therefore have no logits.
     """
 
     vocabulary: int
@@ -200,7 +200,7 @@ class Rules:
         )  # fmt: skip
 
     def draft(self, rule: DrawRule) -> Draft | None:
-        """Return the guesses for an answer that is drawn by a rule; None if there can be none."""
+        """Return the source of guesses of an answer's next tokens; None if nothing is guessed under this rule."""
         if not self.settings.drafts:
             return None
         forced = None if rule.form is None else rule.form.forced

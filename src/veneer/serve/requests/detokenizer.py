@@ -32,7 +32,7 @@ class Detokenizer:
             self._stream = DecodeStream(ids=self._ids, skip_special_tokens=skip_special_tokens)
 
     def add(self, token: int) -> str:
-        """Return the text that one more token makes certain; empty within a character."""
+        """Add a token. Return the new text that later tokens cannot change; empty if a character is incomplete."""
         self._ids.append(token)
         if self._stream is None:
             return self._next(final=False)

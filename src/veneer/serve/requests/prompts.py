@@ -90,7 +90,8 @@ class PromptReader:
         return self.chat(as_text(messages, description, "user"), how)
 
     def call_format(self, template: str | None = None) -> CallFormat | None:
-        """Return the format of tool calls in the chat template that `chat` uses; None if it shows none.
+        """Return the format of tool calls in the chat template that `chat` uses. Return None if the template shows no
+        calls.
 
         Raises as `chat` does if there is no template to use.
         """
@@ -124,7 +125,9 @@ class PromptReader:
         return str(self.tokenizer.decode(known, clean_up_tokenization_spaces=False))
 
     def ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the ids of a text. Raises ConfigError for a text that is too long whatever its tokens are."""
+        """Return the ids of a text. Raises ConfigError if the text has too many characters for any allowed number of
+        tokens.
+        """
         return self._ids(text, add_special_tokens=add_special_tokens)
 
     def _ids(self, text: str, **how: Any) -> list[int]:

@@ -92,9 +92,9 @@ class GeneralAdapter:
 class ProgramRunner(DrawingRunner):
     """`Runner` of a model's program.
 
-    Passes and reading exclude each other once the model itself has adapters, and not before. If ``alone``, there is no
-    general runner: `read` raises `UnsaidError` for an adapter that the program cannot express. ``store`` keeps adapters
-    on disk that consist only of a packed block of memory.
+    If adapters are attached to the model itself, a pass and the reading of an adapter exclude each other. If ``alone``,
+    there is no general runner: `read` raises `UnsaidError` for an adapter that the program cannot express. ``store``
+    keeps adapters on disk that consist only of a packed block of memory.
     """
 
     def __init__(
@@ -147,8 +147,8 @@ class ProgramRunner(DrawingRunner):
     ) -> tuple[ProgramAdapter, list[Factor]]:
         """Return an adapter for `load`, and its packed factors, from its config and its tensors by their keys on disk.
 
-        ``told`` names it in errors. Raises FormatError, TargetError, and `UnsaidError` if the program cannot express
-        it.
+        ``told`` is the adapter's name in errors. Raises FormatError, TargetError, and `UnsaidError` if the program
+        cannot express the adapter.
         """
         with self._modules:
             effects = effects_of(self._lookup, self.interpreter.program, Path(told), config, tensors)

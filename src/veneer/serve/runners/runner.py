@@ -59,8 +59,9 @@ class Runner(Protocol):
         """Free the memory of pages that are not held."""
 
     def release(self, request_ids: Sequence[Hashable]) -> None:
-        """Free what else is kept for sequences that have released their pages, because they begin again or have
-        ended."""
+        """Free the memory besides pages that is kept for these sequences. They have released their pages, because they
+        begin again or have ended.
+        """
 
     @property
     def loaded(self) -> frozenset[str]:

@@ -36,7 +36,7 @@ class AdapterCounts:
         self._counts = {OTHER: AdapterCount()}
 
     def of(self, name: str) -> AdapterCount:
-        """Return the counts to which a name adds."""
+        """Return the counts of a name; for a name beyond the first ``most``, return the common counts."""
         found = self._counts.get(name)
         if found is None and len(self._counts) > self._most:
             return self._counts[OTHER]

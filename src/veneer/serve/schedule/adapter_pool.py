@@ -158,7 +158,7 @@ class AdapterPool:
         self._sort(entry)
 
     def know(self, version: AdapterVersion) -> None:
-        """Give a version an entry in the pool, which stays as long as a name refers to it or a request needs it.
+        """Add a version to the pool. It stays there as long as a name refers to it or a request needs it.
 
         A version that is not loaded is read from the folder given last, since an earlier folder may be gone.
         """
@@ -174,7 +174,7 @@ class AdapterPool:
         self.counts.forget(name)
 
     def pin(self, name: str) -> None:
-        """Keep the version of a name loaded, once it is, and later versions of the name likewise.
+        """Keep the version of a name loaded from the moment that it is loaded, and later versions of the name likewise.
 
         Raises AdapterNameError for an unknown name.
         """
@@ -246,7 +246,7 @@ class AdapterPool:
 
     @property
     def is_full(self) -> bool:
-        """Return True if no version may enter the batch besides those that are in it."""
+        """Return True if the batch admits no adapter version besides those that are in it."""
         return self.n_acting is not None and len(self._acting) >= self.n_acting
 
     def begin_load(self, wanted: Iterable[str], *, spares_awaited: bool = False) -> str | None:
@@ -269,7 +269,7 @@ class AdapterPool:
         return None
 
     def will_load(self, id: str) -> bool:
-        """Return True if an absent version is loading, or could load without a request leaving the batch."""
+        """Return True if a version that is not loaded is loading, or could load without a request leaving the batch."""
         entry = self._entries[id]
         return entry.residency is Residency.LOADING or self._suffice(*self._lacking(entry), (), False)
 
@@ -281,10 +281,10 @@ class AdapterPool:
         return entry.n_bytes > self.memory.lendable + self._free.n_bytes + self._awaited.n_bytes
 
     def settle(self, id: str, n_bytes: int) -> bool:
-        """Set the bytes of a version whose load has ended; return False if it does not fit.
+        """Set the actual size in bytes of a version whose load has ended. Return False if the version does not fit.
 
-        Idle versions are evicted for it. If it does not fit, it is absent again, with its actual size as the expected
-        one.
+        Idle versions are evicted for it. If it does not fit, its state is absent again, and the next load expects this
+        size.
         """
         entry = self._entries[id]
         self._give_back(entry.n_bytes)
@@ -313,7 +313,7 @@ class AdapterPool:
         self._absent(self._entries[id])
 
     def failed(self, id: str) -> None:
-        """Drop the names of a version that cannot be loaded, so that the next request reads the files again."""
+        """Note that a version cannot be loaded, and drop its names, so that the next request reads the files again."""
         entry = self._entries[id]
         for name in list(entry.names):
             self.forget(name)

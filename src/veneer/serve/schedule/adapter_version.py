@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterVersion:
-    """Content of an adapter's files; ``id`` is derived from it, so that equal files are one version.
+    """Content of an adapter's files. ``id`` is derived from the content, so that equal files are one version.
 
-    ``n_front`` counts its virtual tokens. ``invocation``: the tokens from which on it acts, if any. ``rank`` is the
-    largest of its low-rank parts, 0 if it has none. ``n_bytes`` is its expected size when loaded. ``warning``: the
-    reason to doubt that it was trained on this base. ``has_head``: its head scores classes. A mix has no folder, but
-    consists of versions with weights.
+    ``n_front`` counts its virtual tokens. If ``invocation`` tokens are given, the adapter acts from them on. ``rank``
+    is the largest of its low-rank parts, 0 if it has none. ``n_bytes`` is its expected size when loaded. ``warning``:
+    the reason to doubt that it was trained on this base. ``has_head``: it has a classification head. A mix has no
+    folder, but consists of versions with weights.
     """
 
     id: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 class Eviction:
-    """Value of entries in a memory, and the memory's age.
+    """Value of the entries of a memory. Each value includes the memory's age, which only grows.
 
     ``token_seconds`` is the measured time to compute a prompt's token.
     """
@@ -19,7 +19,9 @@ class Eviction:
         self.age = 0.0
 
     def of(self, n_uses: int, seconds: float, n_bytes: int) -> float:
-        """Return the value of an entry that is used now, for the ``n_uses``-th time."""
+        """Return the value of an entry of ``n_bytes`` that is used now for the ``n_uses``-th time and took ``seconds``
+        to compute or load.
+        """
         return self.age + n_uses * seconds / max(1, n_bytes)
 
     def went(self, worth: float) -> None:

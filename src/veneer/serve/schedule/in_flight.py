@@ -20,7 +20,8 @@ _LONGER = 1.5  # a request that lasts longer than all of these is thought to las
 class InFlight:
     """Amounts in flight, such as tokens, and estimates of when they end.
 
-    An amount is expected to last as long as the recent ones that lasted longer than its age. Call it from one thread.
+    The estimate of an amount's duration comes from recent amounts that lasted longer than it has lasted so far. Call it
+    from one thread.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,8 @@ class InFlight:
             self._lasted.append(monotonic() - began)
 
     def refused(self, n: int, most: int) -> int:
-        """Return the seconds, 1 to 600, after which a client may retry if its ``n`` would exceed ``most``.
+        """Return the seconds, 1 to 600, after which a client may retry if its amount ``n`` does not fit within ``most``
+        now.
 
         The time includes the turns of clients that were refused earlier, since they retry first.
         """
@@ -52,9 +54,9 @@ class InFlight:
         return math.ceil(self._places.seconds(n, self.n, lambda ahead: self.seconds(over + ahead)))
 
     def seconds(self, n: int) -> int:
-        """Return the seconds, 1 to 600, after which ``n`` of the amounts in flight will have ended.
+        """Return the seconds, 1 to 600, after which an amount ``n`` of what is in flight will have ended.
 
-        If fewer are in flight, others of the same duration are assumed to follow.
+        If less than ``n`` is in flight, the same amounts are assumed to follow and to take as long.
         """
         now = monotonic()
         ends = sorted((self._remaining(now - began), amount) for began, amount in self._began.values())

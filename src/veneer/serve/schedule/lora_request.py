@@ -15,10 +15,10 @@ from veneer.serve.schedule.adapter_version import AdapterVersion
 class LoRARequest:
     """Adapter by name, number and folder (or hub id). Equality and hash are by name.
 
-    The contents of the folder at the time of a request are served. New files under an old name are therefore another
-    adapter, without ``load_inplace``; requests in flight keep the earlier one. A mix (`LoRARequest.mix`) has no folder
-    but ``parts``: adapters with their weights. An adapter with a given ``version``, handed over by `Engine.take`, has
-    neither. Raises ConfigError.
+    A request gets the contents that the folder has at that time. New files under an old name are therefore another
+    adapter, even without ``load_inplace``; requests in flight keep the earlier one. A mix (`LoRARequest.mix`) has no
+    folder but ``parts``: adapters with their weights. An adapter with a given ``version``, loaded by `Engine.take`, has
+    neither folder nor parts. Raises ConfigError.
     """
 
     lora_name: str

@@ -25,10 +25,11 @@ TokenLogprobs = dict[int, Logprob]
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """Answer to a prompt. ``stop_reason`` is the string or id that ended it.
+    """Answer to a prompt. ``stop_reason`` is the stop string or token id that ended it.
 
-    It is None if the end token or the length ended it. ``logprobs`` holds, for each token, the log-probabilities of the
-    chosen token and of the likeliest, by id. ``policy`` holds the two numbers of ``policy_logprobs`` for each token.
+    It is None if the end token or the length ended the answer. ``logprobs`` holds, for each token, the
+    log-probabilities of the chosen token and of the likeliest, by id. ``policy`` holds the two numbers of
+    ``policy_logprobs`` for each token.
     """
 
     index: int
@@ -100,7 +101,7 @@ class RequestOutput:
     embedding: list[float] | None = None
 
     def add(self, delta: RequestOutput) -> None:
-        """Append the parts of the answers that follow these."""
+        """Append the parts of the answers in ``delta``, the next output of the same request."""
         known = {output.index: output for output in self.outputs}
         for output in delta.outputs:
             if output.index in known:

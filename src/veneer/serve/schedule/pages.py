@@ -103,12 +103,12 @@ class Pages:
 
     @property
     def least(self) -> float | None:
-        """Value of the next cached page to evict; None if no page is cached."""
+        """Value of the cached page that is evicted next; None if no page is cached."""
         return self._cache.least()
 
     @property
     def lacks_bytes(self) -> bool:
-        """Return True if more pages would be free if lent bytes were given back."""
+        """Return True if lent bytes, once given back, would make more pages free."""
         return len(self._fresh) * self.page_bytes > self._unused
 
     def needed(self, n_positions: int) -> int:
@@ -194,9 +194,9 @@ class Pages:
     def publish(self, holder: Hashable, keys: Sequence[bytes], first: int, owner: Owner = BASE) -> None:
         """Publish a holder's full pages from number ``first`` on. ``keys`` are those of all its full pages.
 
-        ``owner`` says which pages an adapter version acted on. If a key has another page already, the holder gets that
-        page, and its own is freed. If the page before a page is not published, as after `reset`, the page is not
-        published either.
+        ``owner`` says which pages an adapter version acted on. If another page is already published under a key, the
+        holder gets that page, and its own is freed. If the page before a page is not published, as after `reset`, the
+        page is not published either.
         """
         table = self._tables.get(holder, [])
         for i in range(first, len(keys)):

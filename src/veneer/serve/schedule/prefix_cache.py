@@ -188,9 +188,10 @@ class PrefixCache:
         return replaced
 
     def take_tail(self, wanted: Tail) -> tuple[int, int] | None:
-        """Take the tail with the parent and owner of ``wanted`` out of the cache.
+        """Take the cached tail (partly filled page) with the parent and owner of ``wanted`` out of the cache.
 
-        Return its page, and the number of its leading positions that are as wanted; None if there are none.
+        Return its page, and the number of its leading positions that equal those of ``wanted``. If none do, return None
+        and leave the tail in the cache.
         """
         block = self._blocks.get(wanted.key)
         n = 0 if block is None or block.tail is None else block.tail.n_common(wanted)

@@ -36,9 +36,9 @@ class PrefixSharing:
         return len(self._awaited)
 
     def park(self, request: Request) -> bool:
-        """Let a request wait if another one computes the first block that it lacks; return True if it waits.
+        """Let a request wait if another request computes the first block that it lacks. Return True if it waits.
 
-        It waits for all blocks that the other one computes for both.
+        It waits for all consecutive blocks from there on that the other request computes.
         """
         keys = self.usable(request)
         lacking = keys[self.pages.n_found(keys) :]

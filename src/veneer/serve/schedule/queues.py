@@ -137,7 +137,7 @@ class Queues:
             self._place(self._queues[before])
 
     def first(self) -> Request | None:
-        """Return the first request that could enter the batch now, as far as its adapter version is concerned."""
+        """Return the first request whose adapter version allows it to enter the batch now."""
         self._follow()
         return self._least(self._acting, *(() if self._pool.is_full else (self._idle,)))
 
@@ -152,14 +152,14 @@ class Queues:
         return self._least(self._idle)
 
     def blocked(self) -> list[Request]:
-        """Return the first request whose version is not in memory, and the first whose version finds the batch full of
-        others.
+        """Return up to two requests, in order: the first whose version is neither loaded nor loading, and, if the batch
+        admits no other version, the first whose version is loaded but not in the batch.
         """
         found = (self.absent(), self.idle() if self._pool.is_full else None)
         return sorted((request for request in found if request is not None), key=self.key)
 
     def head(self) -> Request | None:
-        """Return the first request of all, except those whose version is loading. No version is closed any more."""
+        """Undo `close`. Return the first of all requests whose version is not loading."""
         self.close(None)
         self._follow()
         return self._least(self._acting, self._idle, self._absent)

@@ -85,7 +85,9 @@ class Request:
 
     @property
     def n_alike(self) -> int:
-        """Number of next tokens that one sequence of a step may hold: the adapter acts on all of them, or on none."""
+        """Number of next tokens that may be in one sequence of a step. The adapter acts on all of these tokens, or on
+        none.
+        """
         n_before = self.acts_from - self.n_computed
         return min(self.n_left, n_before) if n_before > 0 else self.n_left
 
@@ -119,7 +121,7 @@ class Request:
         return self.owner if last > self.acts_from else b""
 
     def tokens(self, first: int, last: int) -> tuple[int, ...]:
-        """Return the tokens from ``first`` on, those before ``last``."""
+        """Return the tokens from index ``first`` up to, but not including, index ``last``."""
         n_prompt = len(self.prompt)
         if first >= n_prompt:  # it decodes, as it mostly does
             return tuple(self.output[first - n_prompt : last - n_prompt])
@@ -136,7 +138,8 @@ class Request:
         return tuple(takewhile(lambda token: not self.rule.stops(token), self.draft.tokens(self, most, share)))
 
     def unscored(self, n: int) -> tuple[int, tuple[int, ...]]:
-        """Return the index of the first of the next ``n`` tokens whose successor is unscored, and all such successors.
+        """Return the index, among the next ``n`` tokens, of the first one whose successor is unscored, and all such
+        successors.
 
         Successors are prompt tokens whose log-probabilities are asked for. Without `scores_prompt` there are none.
         """

@@ -81,13 +81,13 @@ class DraftedText(Protocol):
         """Number of tokens of both."""
 
     def tokens(self, first: int, last: int) -> tuple[int, ...]:
-        """Return the tokens from ``first`` on, those before ``last``."""
+        """Return the tokens from index ``first`` up to, but not including, index ``last``."""
 
 
 class Ngrams:
     """Guesses from the text itself: the tokens that followed the last earlier occurrence of its final n-gram.
 
-    If fewer tokens than asked for follow there, they are repeated.
+    If fewer tokens follow there than are asked for, these tokens are repeated.
     """
 
     def __init__(self, config: SpeculativeConfig) -> None:

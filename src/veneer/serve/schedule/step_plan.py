@@ -58,7 +58,9 @@ class StepPlan:
 
 
 class DrawnToken(NamedTuple):
-    """Drawn token, with the requested log-probabilities, its own first, and the two of ``policy_logprobs``."""
+    """Drawn token, with the requested log-probabilities (the drawn token's first) and the two numbers of
+    ``policy_logprobs``.
+    """
 
     token: int
     logprobs: TokenLogprobs | None = None

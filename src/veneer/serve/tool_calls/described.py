@@ -29,8 +29,8 @@ def description_of(functions: Sequence[Function]) -> str:
 def as_text(messages: Conversation, description: str, place: Place) -> list[Turn]:
     """Return messages in which calls and results are text, with the description of the functions first.
 
-    The description begins the system message or, if ``place`` is "user", the first user message. Results become user
-    turns. Consecutive results and a user message after them are joined to one turn. Raises ConfigError.
+    The description begins the system message or, if ``place`` is "user", the first user message. A result becomes a
+    user turn. Consecutive results are joined to one turn, with a user message that follows them. Raises ConfigError.
     """
     names: dict[str, str] = {}  # of functions, by call
     found: list[Turn] = []

@@ -103,7 +103,7 @@ class Tools:
 
     @property
     def strict(self) -> bool:
-        """Return True if calls are optional, but the arguments of each call must fit the function's schema."""
+        """Return True if calls are optional and the arguments of each call must fit the function's schema."""
         return not self.forced and any(function.strict for function in self.functions)
 
     @property
