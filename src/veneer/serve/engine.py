@@ -91,10 +91,7 @@ class Engine:
         return self._inbox.wait(seconds)
 
     def prepare_forms(self) -> None:
-        """Build the tables for structured answers now, so that the first such answer is as fast as later ones.
-
-        Any thread may call it.
-        """
+        """Prepare for structured answers now, so that the first is as fast as later ones. Any thread may call it."""
         self._rules.forms.prepare()
 
     def confine(self, templates: Sandbox, grammars: Sandbox) -> None:
@@ -245,9 +242,9 @@ class Engine:
                 )
 
     def take(self, request: LoRARequest, adapter: Any) -> None:
-        """Load an adapter that the runner has packed, and pin it under the name of ``request``. Call it between steps.
+        """Load an adapter that the runner has packed, and pin it under the name of ``request``. Between steps.
 
-        The version is that of ``request``. Raises ConfigError if there is no room.
+        ``request`` gives its version. Raises ConfigError if there is no room.
         """
         version = self.versions.of(request)
         self._bind(request, version)
