@@ -38,7 +38,9 @@ STACK_NAMES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class CodedExperts(InPlace):
-    """Mixin before the class of experts that follow transformers' convention and whose weights are quantized stacks."""
+    """Mixin for a class of experts whose weights are quantized stacks, in transformers' common form. It runs the
+    experts one by one, and loads and saves the stacks.
+    """
 
     name_prefix = "Coded"
 

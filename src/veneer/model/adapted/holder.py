@@ -84,7 +84,9 @@ class Holder(nn.Module):
         return []
 
     def derive(self, name: str) -> None:
-        """Compute the tensors that follow from the weight and the method's parameters, see `MethodConfig.derived`."""
+        """Recompute an adapter's tensors that depend on the base's weight and on the adapter's parameters, see
+        `MethodConfig.derived`.
+        """
 
     def take_off(self, model: nn.Module, path: str, name: str) -> None:
         """Remove an adapter's tensors from this module. If no adapter is left, restore the model's own module."""

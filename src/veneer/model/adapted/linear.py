@@ -64,9 +64,11 @@ class AdaptedSite(Adapted):
         task: int | None = None,
         given: Params = MappingProxyType({}),
     ) -> LinearDelta:
-        """Return the record of adapter ``name`` at this layer, the same with and without autocast.
+        """Return the record (the change as tensors) of adapter ``name`` at this layer. It is the same with and without
+        autocast.
 
-        ``task``: the task of an adapter that has several; by default the one chosen for it. ``given``: see `of_pass`.
+        ``task``: the task to use if the adapter has several; by default the one chosen in the model's adapter state.
+        ``given``: see `of_pass`.
         """
         site, params, method = site or self.site((name,)), factors_of(self.adapters[name]), self.method(name)
         task = self.adapter_state.tasks.get(name) if task is None else task
@@ -160,7 +162,7 @@ class AdaptedSite(Adapted):
         return self.method(name).packing.problems(self.site((name,)), packed)
 
     def own_weight(self) -> Tensor | None:
-        """Return the module's own parameter with the map's weight, or None if there is none."""
+        """Return the module's own parameter that holds the linear map's weight, or None if there is none."""
         return self._parameters.get("weight")
 
     def parameter_dtype(self, widen: bool) -> torch.dtype:

@@ -177,10 +177,10 @@ class Adapted(InPlace, Holder):
     def folded_rows(
         self, key: str, names: Sequence[str], own: Iterable[Tensor], dtype: torch.dtype
     ) -> Iterator[Tensor] | None:
-        """Return the rows (k, …) of a parameter of `folded`, in ``dtype``, computed from its ``own`` rows, block by
-        block.
+        """Return an iterator over blocks of the rows (k, …) of a parameter of `folded`, in ``dtype``. They are computed
+        from ``own``, which yields blocks of the base's rows.
 
-        Return None if they cannot be computed row by row. The parameter itself may have no storage.
+        Return None if the parameter cannot be computed row by row. The parameter itself may have no storage.
         """
         return None
 
@@ -311,7 +311,7 @@ def restore(module: Adapted) -> None:
 
 
 def add_copy(module: Adapted, name: str, parameter: str, value: Tensor, frozen: bool) -> None:
-    """Give an adapter a copy of one of the module's parameters. While it is active, reading the parameter
+    """Give an adapter a copy of one of the module's parameters. While the adapter is active, reading the parameter
     returns the copy.
     """
     if name not in module.copies:

@@ -29,7 +29,9 @@ def followers_of(
 def follow(
     modules: Mapping[str, nn.Module], name: str, embeddings: str, follower: str, keys: Mapping[str, str]
 ) -> None:
-    """Let an adapter of the input embeddings act on a module that shares their weight, both of them adapted."""
+    """Let a module that is tied to the input embeddings (``follower``) use the factors of the embeddings' adapter. Both
+    modules must be adapted already.
+    """
     source, module = (cast(Adapted, modules[path]) for path in (embeddings, follower))
     turned = None if isinstance(module, nn.Embedding) else module.adapter_state.configs[name].extras.turned
     module.hold(name, TiedFactors(source.adapters[name], source.site_name, turned), keys)

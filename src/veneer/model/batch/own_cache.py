@@ -118,7 +118,8 @@ def _keep(states: list[Tensor]) -> Any:
 
 
 def proved_way(model: PreTrainedModel) -> Way:
-    """Return the fastest way to extend a sequence that agrees with the model's pass over the whole sequence.
+    """Return the fastest way to extend a sequence for which the logits equal those of the model's pass over the whole
+    sequence.
 
     Raises TargetError for a model that computes no logits from token ids alone.
     """

@@ -89,8 +89,8 @@ def describe(model: PreTrainedModel) -> Decoder:
 
 
 def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """Return the module that holds a decoder's blocks, and the list of them. Raises DescriptionError if
-    there is not one.
+    """Return the module that holds a decoder's blocks, and the list of blocks. Raises DescriptionError if the model has
+    no such list, or several.
     """
     holders = dict.fromkeys((model.base_model, model.get_decoder()))  # the text half, in a model with images
     lists = [(h, part) for h in holders for part in h.children() if isinstance(part, nn.ModuleList) and len(part)]

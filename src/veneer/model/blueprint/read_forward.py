@@ -20,7 +20,8 @@ NAMED = ("silu", "relu")  # functions of torch that have one form
 def odd_in_forward(block: nn.Module) -> str | None:
     """Return, in words, what a block's forward does beyond its description, or None if it does nothing more.
 
-    One example is a call of a function of its module that weights the halves.
+    The sign of more is a call of a function that is defined in the model's own file or imported there, such as one that
+    weights the halves.
     """
     return _odd(cast(Hashable, plain_class(type(block))))
 

@@ -152,7 +152,9 @@ def _own_mask(block: FusedBlock, name: str, mask: LayoutMask, x: Tensor) -> Tens
 
 
 def _without(block: FusedBlock, path: str, kwargs: dict[str, Any], x: Tensor) -> Tensor:
-    """Run the block's own forward without the part at a path, and return the residual stream."""
+    """Run the block's own forward, with the part at a path replaced by one that adds nothing, and return the residual
+    stream.
+    """
     part = cast(nn.Module, getattr(block, path))
     block._modules[path] = _Silent(values_returned(part))
     try:

@@ -49,9 +49,10 @@ class LayoutMask(Tensor):
         return self
 
     def dense_for(self, module: Any, hidden: Tensor, window: int | None) -> Tensor | None:
-        """Return the mask that transformers makes from the same arguments, for a module that runs its own attention.
+        """Return the mask that transformers makes from the arguments of this batch, for a module that runs its own
+        attention.
 
-        Raises CompositionError if sequences continue others, since transformers has no mask for that.
+        Raises CompositionError if sequences continue others, because transformers has no mask for them.
         """
         self._require_rows()
         if window not in self.dense:

@@ -164,7 +164,9 @@ def _short_windows(model: nn.Module) -> Iterator[None]:
 
 
 def calls_of(model: PreTrainedModel, blocks: list[FusedBlock], ids: Tensor) -> list[BlockCall]:
-    """Record each block's call under the model's own code, which runs because a cache is given."""
+    """Run the model on ``ids``, and return each block's call. The blocks run the model's own code, because a cache is
+    given.
+    """
     calls: list[BlockCall] = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

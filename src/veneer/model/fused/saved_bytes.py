@@ -18,8 +18,8 @@ Halves = tuple[ActingStretch, ActingStretch]
 
 
 class SavedBytes(saved_tensors_hooks):
-    """Context that counts the bytes of tensors that autograd saves within it. Each storage counts once, traced ones
-    too.
+    """Context that counts the bytes of tensors that autograd saves within it, also of tensors of a trace. A storage
+    that several tensors share counts once.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class SavedBytes(saved_tensors_hooks):
 
 
 def weights_of(block: nn.Module) -> list[Tensor]:
-    """Return the tensors that belong to a block itself."""
+    """Return the parameters and buffers of a block."""
     return [*block.parameters(), *block.buffers()]
 
 

@@ -108,9 +108,10 @@ class PageFile:
         self._known: dict[Any, tuple[StorageWeakRef, weakref.ref[Page]]] = {}
 
     def write(self, tensor: Tensor) -> Page:
-        """Copy a tensor to the file. A tensor that was written before and has not changed is not written twice.
+        """Copy a tensor to the file, and return its page. If the same tensor was written before and has not changed,
+        return the earlier page.
 
-        Raises DiskError.
+        Raises DiskError if the file cannot grow.
         """
         storage = StorageWeakRef(_memory(tensor))  # type: ignore[no-untyped-call]
         place = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype

@@ -74,7 +74,8 @@ class Snapshot:
 def _read_weights(kind: Hashable) -> frozenset[str]:
     """Return the names of layers whose weights a class's methods use directly, without calling the layers.
 
-    Methods are read one by one: for a class, inspect would parse the whole file, which takes half a second.
+    The source is read method by method, because for a whole class `inspect` would parse the whole file, which takes
+    half a second.
     """
     methods = [each for each in vars(cast(Any, kind)).values() if inspect.isfunction(each)]
     return frozenset(name for each in methods for names in _PRODUCT.findall(_source(each)) for name in names if name)

@@ -49,7 +49,7 @@ class ActingExperts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixExperts(Trained):
-    """Experts: ``target = Σ weight · down(act(gate x) · up x)`` over those that ``scores`` choose, in their order.
+    """Experts: ``target = Σ weight · down(act(gate x) · up x)`` over the experts that a router chooses by ``scores``.
 
     ``shared`` is added, times the sigmoid of ``shared_gate`` if there is one. For the backward pass, the outputs of the
     first layers, the choices and their weights are kept.
@@ -183,7 +183,7 @@ class MixExperts(Trained):
 
 
 def is_known(part: Experts) -> bool:
-    """Return True if `MixExperts` has an operation for the experts of a description."""
+    """Return True if `MixExperts` can compute the experts of a description."""
     return part.activation in ACTIVATIONS and part.n_experts <= MOST_EXPERTS
 
 

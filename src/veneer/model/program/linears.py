@@ -209,7 +209,9 @@ class Linears:
                 add_pairs(x[rows], [Segment(pairs, 0, rows.stop - rows.start)], [y[rows]])
 
     def _by_op(self, x: Tensor, owns: Sequence[OwnChanges | None], runs: AdapterRuns) -> list[Tensor]:
-        """Compute the outputs with the op that training uses, which supports weights in any format."""
+        """Return the layers' outputs, computed by the op that training uses. This works for weights in any format,
+        packed or not.
+        """
         ys = list(forward(x, [self._layer(i, owns, runs) for i in range(len(self.paths))])[0])
         self._put_whole(ys, x, owns, runs)
         return ys

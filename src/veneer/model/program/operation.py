@@ -107,7 +107,7 @@ class Operation(ABC):
 
     @property
     def layers(self) -> tuple[Linear, ...]:
-        """Linear layers that it computes, which share their input, by role."""
+        """Linear layers that the operation computes; they read the same input."""
         return ()
 
     @property

@@ -28,8 +28,8 @@ from veneer.records.deltas import LinearDelta
 class Product(Trained):
     """Linear layers: ``target = [W x + c, …]``, the output of each layer for the same ``source``.
 
-    For the backward pass, it keeps products with A, products before trained maps, and outputs that later operations
-    read.
+    For the backward pass, it keeps products with the low-rank factors A, products before trained maps of the output,
+    and outputs that later operations read.
     """
 
     linears: tuple[Linear, ...]

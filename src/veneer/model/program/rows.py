@@ -16,7 +16,7 @@ from veneer.ops.state.conv import ConvKernel, GatedInput
 
 
 class PagedCache(Protocol):
-    """Keys and values of all layers."""
+    """Pages that store the keys and values of all attention layers, and the inputs of short convolutions."""
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: Any) -> None:
         """Write the keys and values (n, kv_heads, width) of a pass's rows to their positions in the pages."""

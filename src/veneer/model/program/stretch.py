@@ -120,9 +120,9 @@ class Trained(Operation):
 
 @dataclass(frozen=True)
 class TrainedStretch:
-    """Consecutive operations that run as one autograd node.
+    """Consecutive operations (a *stretch*) that run as one autograd node.
 
-    Besides the residual stream, they read only one register that they have not written.
+    Their only inputs are the residual stream and one register.
     """
 
     operations: tuple[Trained, ...]

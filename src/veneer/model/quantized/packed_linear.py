@@ -90,7 +90,7 @@ class PackedLinear(_Packed):
 class PackedQuantLinear(_Packed):
     """Linear layer ``y = W x + bias`` with the codes of W packed. It replaces a quantized layer whose codes are freed.
 
-    ggml's blocks stay where they are: they hold the scales too, and are usually pages of a mapped file.
+    Blocks of ggml's formats are not freed, because they hold the scales too, and are usually pages of a mapped file.
     """
 
     packed_weight: PackedCoded

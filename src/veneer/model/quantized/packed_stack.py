@@ -22,7 +22,7 @@ from veneer.records.frozen import FrozenWeight
 class PackedCodedStack(PackedExpertStack):
     """Packed codes that replace a quantized stack, whose codes are freed.
 
-    ggml's blocks stay where they are: they hold the scales too, and are usually pages of a mapped file.
+    Blocks of ggml's formats are not freed, because they hold the scales too, and are usually pages of a mapped file.
     """
 
     def __init__(self, coded: CodedStack, packed: PackedStack) -> None:

@@ -21,8 +21,8 @@ ORDER = "parameter_order"
 
 
 class CodedStack(CodedModule):
-    """Weights W (experts, o, i) in the storage format of ``spec``. It is a child of the experts, named as their
-    parameter was.
+    """Weights W (experts, o, i) in the storage format of ``spec``. It is a child of the module of experts, under the
+    name of the parameter that it replaces.
 
     ``merged`` are dense weights with adapters merged in, which the quantized codes cannot hold.
     """
@@ -88,9 +88,10 @@ class CodedStack(CodedModule):
 
 
 class PackedExpertStack(nn.Module):
-    """Packed weights W (experts, o, i). It is a child of the experts, named as their parameter was.
+    """Packed weights W (experts, o, i). It is a child of the module of experts, under the name of the parameter that it
+    replaces.
 
-    Serving puts it into models that it owns.
+    Serving puts it into models that no one else uses.
     """
 
     def __init__(self, packed: PackedStack) -> None:

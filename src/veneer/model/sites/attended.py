@@ -82,7 +82,9 @@ class AttendedPrompts(Holder):
         delattr(model.get_submodule(attention), child)
 
     def record(self, name: str) -> AttendedDelta:
-        """Return the record of adapter ``name`` at this attention."""
+        """Return the tensors by which the prompt of adapter ``name`` acts at this attention layer, computed from its
+        parameters.
+        """
         method = cast(AttentionMethod, self.adapter_state.configs[name])
         return method.lower(self.site, dict(self.adapters[name].named_parameters()))
 

@@ -69,7 +69,9 @@ class PrefixAdapters(VirtualTokens):
         return {keys[own]: value for own, value in params.items() if own in keys}
 
     def records(self, name: str) -> tuple[PrefixDelta, ...]:
-        """Return the records of adapter ``name``, layer by layer."""
+        """Return the keys and values of the prefix of adapter ``name``, computed from its parameters: one record for
+        each layer.
+        """
         return cast(PrefixMethod, self.method(name)).lower(self.site, self.parameters_of(name))
 
     def started(self, model: PreTrainedModel, given: Arguments, cache: Cache | None, front: Front) -> Arguments:
@@ -88,7 +90,9 @@ class PrefixAdapters(VirtualTokens):
         setattr(cache, MARK, front.mark)
 
     def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Remove the cache that carried the prefix from the output, unless the caller asked for a cache."""
+        """Return the model's output. If the caller set ``use_cache=False``, the output's cache, which carried the
+        prefix, is removed.
+        """
         if self.acting() and kwargs.get("use_cache") is False and isinstance(output, ModelOutput):
             output[cast(str, self.cache_name)] = None
         return output
@@ -105,8 +109,8 @@ class PrefixAdapters(VirtualTokens):
 class _Recomputed:
     """Hook that gives an attention layer its prefix when gradient checkpointing has removed the cache.
 
-    A checkpointed layer runs without a cache, so that nothing is written twice. The prefix is computed inside the
-    layer, so that it is recomputed with the layer and gets its gradient.
+    transformers runs a checkpointed layer without a cache, because a recomputation would write to it twice. The prefix
+    is computed inside the layer, so that it is recomputed with the layer and gets its gradient.
     """
 
     def __init__(self, holder: PrefixAdapters, index: int, argument: str) -> None:
@@ -156,8 +160,8 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
     """Return the attention layers that keep keys and values, found in the cache of one short forward pass.
 
     For an encoder-decoder they are those of the decoder's self-attention. On the meta device a description replaces the
-    pass. Raises TargetError if the model keeps none or keeps them in another form. Raises NoStorageError if a pass is
-    needed and the model has no storage.
+    pass. Raises TargetError if the model keeps no keys and values, or keeps them in another form. Raises NoStorageError
+    if a pass is needed and the model has no storage.
     """
     described = _described_sites(model) if model.device.type == "meta" else None
     if described is not None:
@@ -192,7 +196,9 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
 
 
 def _described_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...] | None:
-    """Return the attention layers of a decoder whose description is verified by values, or None for any other model."""
+    """Return the attention layers of a decoder from its description, for model types whose descriptions tests verify.
+    Return None for any other model, or if layers differ in their heads.
+    """
     decoder = listed(model)
     heads = [] if decoder is None else [attention.heads for attention in decoder.attentions]
     if decoder is None or len(heads) < len(decoder.blocks) or len({(h.n_kv_heads, h.head_dim) for h in heads}) > 1:

@@ -77,7 +77,9 @@ class PromptAdapters(VirtualTokens):
         return run(self.record(name).embeddings)
 
     def record(self, name: str, task: int | None = None) -> PromptDelta:
-        """Return the record of adapter ``name``, for one of its tasks if it has several."""
+        """Return the virtual tokens of adapter ``name``, computed from its parameters, for one of its tasks if it has
+        several.
+        """
         method, params = cast(PromptMethod, self.method(name)), self.parameters_of(name)
         task = self.adapter_state.tasks.get(name) if task is None else task
         return method.lower(self.site, params if task is None else method.of_task(params, task))
@@ -149,8 +151,8 @@ class PromptAdapters(VirtualTokens):
         return [cast(PromptMethod, self.method(name)) for name, _ in front.choices]
 
     def after_embedding(self, module: nn.Module, args: Any, embedded: Tensor) -> Tensor | None:
-        """Return the embedded input with the virtual tokens inserted. If ids are looked up again in the pass, change
-        nothing.
+        """Return the embedded input with the virtual tokens inserted. Return None, which leaves it unchanged, if this
+        pass has inserted them already or does not start a sequence.
         """
         if not self.to_embed or self.front is None or embedded.shape[1] != self.length:
             return None
@@ -225,7 +227,9 @@ class EncoderPromptAdapters(PromptAdapters):
         return (), given
 
     def before_encoder(self, encoder: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Return the encoder's arguments with the virtual tokens added at the start; its mask may have them already."""
+        """Return the encoder's arguments with the virtual tokens added at the start. A mask that covers the virtual
+        tokens already is not extended again.
+        """
         front = self.acting()
         if front is None:
             return None

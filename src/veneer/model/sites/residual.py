@@ -47,7 +47,7 @@ class ResidualAdapters(Holder):
         delattr(model.get_submodule(block), child)
 
     def record(self, name: str) -> ResidualDelta:
-        """Return the record of adapter ``name`` at this sub-layer."""
+        """Return the bottleneck of adapter ``name`` at this sub-layer as tensors, computed from its parameters."""
         return self._method(name).lower(self.site, dict(self.adapters[name].named_parameters()))
 
     def _method(self, name: str) -> ResidualMethod:
