@@ -88,9 +88,11 @@ def require_bases(adapters: Sequence[Path], base: str | None) -> None:
 
 
 def require_one_kind(adapters: Sequence[Path]) -> None:
-    """Raise CompositionError if adapters that only rescale (IA3) act alone on some layers, and others elsewhere.
+    """Raise CompositionError if an adapter that only rescales (IA3) changes a layer that no other kind of adapter among
+    the given ones changes.
 
-    An adapter is not compared if the names of its tensors do not show its modules.
+    Nothing is checked if the names of tensors do not show the modules of each adapter, or if all adapters are of one
+    kind.
     """
     modules = {adapter: _modules(adapter) for adapter in dict.fromkeys(adapters)}
     scales = [adapter for adapter in modules if _fields(adapter).get("peft_type") == "IA3"]

@@ -27,7 +27,9 @@ _LOST = 0.2
 
 
 def vllm(args: VllmArguments) -> None:
-    """Write each adapter that can be LoRA, print a table, and refuse the others with their reasons."""
+    """Write each adapter that can be expressed as LoRA, and print a table. Raises CompositionError, with the reasons,
+    if there are adapters that cannot be.
+    """
     options = VllmOptions(base=args.base, rank=args.rank, ends=args.ends, overwrite=args.force)
     folders = _folders(args.adapters, args.output)
     written: dict[str, VllmReport] = {}

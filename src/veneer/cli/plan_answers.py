@@ -75,7 +75,9 @@ def answer_plan(
 def answer_fit(
     recipe: Recipe, config: PreTrainedConfig, budget: int, machine: Machine, *, write: Path | None, as_json: bool
 ) -> None:
-    """Print the settings that fit a budget of bytes, and write the best recipe. Raises ConfigError."""
+    """Print the settings that fit a budget of bytes, and write the best recipe to ``write``, if given. Raises
+    ConfigError if no settings fit.
+    """
     _tell_measuring(machine)
     try:
         found = fits(recipe, config, budget, machine.bytes_of, machine.cost, isa=machine.isa)

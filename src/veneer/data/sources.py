@@ -20,7 +20,7 @@ class Source:
 
     ``weight``: how often each row is taken. 0.5 takes half of the rows, and 2.5 takes all twice and half of them once
     more. ``count``: the number of rows to take instead; if there are fewer, rows are repeated. The seed decides which
-    rows are left out. Raises ConfigError.
+    rows are left out. Raises ConfigError for numbers that are not positive, and if both are set.
     """
 
     name: str

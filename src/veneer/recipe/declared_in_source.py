@@ -32,7 +32,8 @@ class UnreadableError(LookupError):
 def declared_keys(module: str, name: str) -> AllowedKeys:
     """Return the init fields of a dataclass with their types, those of base classes included.
 
-    A type that the source alone does not determine is `Any`. Raises UnreadableError.
+    A type that the source alone does not determine is `Any`. Raises UnreadableError if the source cannot be read or
+    lacks the class.
     """
     home, node = _class_of(module, name)
     types, required = dict[str, Any](), set[str]()
@@ -48,7 +49,8 @@ def declared_keys(module: str, name: str) -> AllowedKeys:
 def declared_defaults(module: str, name: str) -> dict[str, Any]:
     """Return the init fields of a dataclass with their defaults, in the order of the class.
 
-    A default that is not a literal is `UNCLEAR`; that of a field without a default is MISSING. Raises UnreadableError.
+    A default that is not a literal is `UNCLEAR`; that of a field without a default is MISSING. Raises UnreadableError
+    if the source cannot be read or lacks the class.
     """
     home, node = _class_of(module, name)
     found: dict[str, Any] = {}
@@ -197,7 +199,9 @@ def _tree(module: str) -> ast.Module:
 
 @functools.cache
 def file_of(module: str) -> Path:
-    """Return the source file of a module, found without importing its package. Raises UnreadableError."""
+    """Return the source file of a module, found without importing its package. Raises UnreadableError if there is no
+    such file.
+    """
     package, *rest = module.split(".")
     spec = importlib.util.find_spec(package) if package else None
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -209,7 +213,9 @@ def file_of(module: str) -> Path:
 
 
 def literal(module: str, name: str, default: Any = None) -> Any:
-    """Return the value of a plain assignment in a module, ``default`` if there is none. Raises UnreadableError."""
+    """Return the value of a plain assignment in a module, ``default`` if there is none. Raises UnreadableError if the
+    value is not a literal or the source cannot be read.
+    """
     for node in _tree(module).body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and _target(node) == name and node.value is not None:
             try:
@@ -220,7 +226,9 @@ def literal(module: str, name: str, default: Any = None) -> Any:
 
 
 def classes_with(module: str, name: str) -> Iterator[tuple[str, Any]]:
-    """Return the classes of a module that assign a literal to an attribute, with its value. Raises UnreadableError."""
+    """Yield the name of each class of a module that assigns a literal to the attribute ``name``, and the literal.
+    Raises UnreadableError if the source cannot be read.
+    """
     for node in _tree(module).body:
         if not isinstance(node, ast.ClassDef):
             continue

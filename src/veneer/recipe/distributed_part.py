@@ -65,7 +65,7 @@ class DistributedPart(BaseModel):
         return DistributedPart(global_batch=self.global_batch, shard=shard)
 
     def require_layout(self, n_processes: int, n_on_machine: int) -> None:
-        """Raise ConfigError if so many processes cannot share the base as asked."""
+        """Raise ConfigError if ``n_processes`` cannot share the base by the keys ``shard`` and ``strategy``."""
         if self.shard is not None and n_processes % self.shard:
             fitting = [str(each) for each in range(1, n_processes + 1) if n_processes % each == 0]
             raise ConfigError(

@@ -117,8 +117,8 @@ _MOST_NAMED = 40  # keys in a message
 
 
 def perhaps(key: str, known: Iterable[str]) -> str:
-    """Return the end of a message with the key that was probably meant. Without one, it lists all keys, or says where
-    they are listed.
+    """Return the end of a message about an unknown key: the key that was probably meant. If no key is similar, the text
+    lists all keys, or says where they are listed.
     """
     names, meant = list(known), _OTHER_WORDS.get(str(key))
     found = [meant] if meant in names else nearest(str(key), names, n=1)

@@ -29,7 +29,9 @@ class KnownMethod:
 
     @property
     def keys(self) -> AllowedKeys:
-        """The keys of the config. They are read on demand, since a recipe needs one of some sixty methods."""
+        """The keys of the config. They are read from source only when asked for, because a recipe needs one of some
+        sixty methods.
+        """
         return self.read()
 
 

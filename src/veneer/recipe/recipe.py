@@ -118,7 +118,9 @@ def checked_recipe(values: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with keys such as ``training.max_length``, or whole parts, changed. Raises ConfigError."""
+    """Return the recipe with keys such as ``training.max_length``, or whole parts, changed. Raises ConfigError if the
+    result is not a valid recipe.
+    """
     values = recipe.model_dump(exclude_unset=True)
     for key, value in changes.items():
         put(values, key, value)

@@ -139,7 +139,9 @@ def beside(path: Path, value: Any) -> Any:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one ``key=value`` in the values of a recipe, or remove a key by ``~key``. Raises ConfigError."""
+    """Set one ``key=value`` in the values of a recipe, or remove a key by ``~key``. Raises ConfigError for another
+    form, and for a key that cannot be set or removed.
+    """
     key, equals, text = override.partition("=")
     removes = override.startswith("~") and not equals
     if not key.strip("~") or not (equals or removes):

@@ -14,7 +14,7 @@ SINGLE_NAME = "model.safetensors"
 
 
 class OnDisk(Protocol):
-    """Tensor of which the file is known."""
+    """Tensor with the ``path`` of the file that holds it."""
 
     @property
     def path(self) -> Path: ...

@@ -44,7 +44,9 @@ def require_model(path: Path) -> None:
 
 
 def _meant(path: Path) -> str:
-    """Return advice for a folder that is not a model, from its content: a model's file, or a run's output."""
+    """Return advice about a folder that is not a model: to give instead the model's file or the run's result that is
+    found in it.
+    """
     files = sorted(path.glob("*.gguf"))
     if files:
         return f"give the file itself: {files[0]}"

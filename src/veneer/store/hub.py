@@ -69,7 +69,7 @@ def _no_model(name: str, of_hub: str = "") -> str:
 
 
 class _RedirectsAreAnswers(urllib.request.HTTPRedirectHandler):
-    """Handler that follows no redirect: urllib would send the token to whatever host it names."""
+    """Handler that follows no redirect, because urllib would send the token to whatever host the redirect names."""
 
     def redirect_request(self, *args: Any) -> None:
         """Return no other request, so that the redirect is raised as an HTTPError."""

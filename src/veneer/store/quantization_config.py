@@ -34,7 +34,9 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Note on the checkpoint for its user, said once when it is loaded."""
 
     def merged_with(self, stored: Mapping[str, Any]) -> Self:
-        """Return this config completed by the ``stored`` one of a quantized checkpoint. Raises ConfigError."""
+        """Return this config completed by the ``stored`` one of a quantized checkpoint. Raises ConfigError if the two
+        contradict each other.
+        """
         raise NotImplementedError
 
     def left_out(self, model: PreTrainedModel, *, stored: bool) -> list[str]:
@@ -84,7 +86,9 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def weights_of(
         self, name: str, parts: Mapping[str, Stored], shape: tuple[int, int, int], dtype: torch.dtype
     ) -> FrozenStack:
-        """Return the weights (experts, o, i) of a stack in the files. Raises FormatError."""
+        """Return the weights (experts, o, i) of a stack in the files. Raises FormatError, also if ``config.json``
+        leaves it dense.
+        """
         spec = self.stack_of(name, shape, dtype)
         if spec is None:
             raise held_quantized(name, parts)
@@ -122,7 +126,9 @@ def not_run_in_codes(stack: str, parts: Mapping[str, Stored]) -> FormatError:
 
 
 def left_dense(model: PreTrainedModel, names: list[str] | None, *, also_head: bool) -> list[str]:
-    """Return the modules that stay dense: those named, and the head if none are named or with ``also_head``."""
+    """Return the modules that stay dense: those in ``names`` and those that transformers keeps in float32. The output
+    head is added if ``names`` is None, or if ``also_head`` is True.
+    """
     found: list[str] = HfQuantizer.get_modules_to_not_convert(
         model, names, model._keep_in_fp32_modules, add_default_skips=also_head
     )

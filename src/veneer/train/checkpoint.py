@@ -65,7 +65,7 @@ def drop_old(run: Path, keep: int | None, best: Path | None) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON atomically: the old file or the new one is there, never half of it. Raises DiskError."""
+    """Write JSON atomically: after an error the old file is still complete. Raises DiskError if writing fails."""
     write_atomically(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
 
 

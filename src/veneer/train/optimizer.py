@@ -112,7 +112,9 @@ def galore_groups(args: TrainingArguments, model: nn.Module) -> list[dict[str, A
 
 
 def galore_projection(optim_args: str | None) -> GaLoreProjection:
-    """Parse ``optim_args``, such as ``"rank=64, update_proj_gap=100, scale=0.25"``. Raises ConfigError."""
+    """Parse ``optim_args``, such as ``"rank=64, update_proj_gap=100, scale=0.25"``. Raises ConfigError for an unknown
+    key or a value that is not a number.
+    """
     given: dict[str, Any] = {}
     for part in (optim_args or "").replace(" ", "").split(","):
         key, equals, text = part.partition("=")

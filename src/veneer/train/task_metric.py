@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """A metric with its questions, which are read once."""
+    """Metric of a recipe, with its questions, which are read only once for all evaluations."""
 
     part: MetricPart
     tokenizer: Any
@@ -38,7 +38,7 @@ class TaskMetric:
             raise DataError(f"metric {part.name}: {error}") from error
 
     def value(self, model: Any) -> float:
-        """Return the share of right answers."""
+        """Return the share of the questions that a model answers right."""
         batching = Batching(n_rows=self.part.batch_size)
         return measure_each(model, self.asked, tokenizer=self.tokenizer, batching=batching)[0].value
 

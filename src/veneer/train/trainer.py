@@ -139,8 +139,8 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
     def token_loss(self, model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
         """Return the loss of a micro-batch before it is normalized.
 
-        An adapter's own loss does not include the auxiliary loss of a router. Raises ConfigError for settings that such
-        a loss does not have.
+        If the adapter has a loss of its own, that loss has no auxiliary part of a router. Raises ConfigError if the
+        settings then ask for label smoothing, another ``loss_type`` or a router's loss.
         """
         own = has_own_loss(self.model)
         inputs = {**inputs, **({"output_router_logits": not own} if self.aux_loss_enabled else {})}

@@ -14,12 +14,12 @@ from veneer.train.config import RunSettings
 
 @contextmanager
 def model_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Enter a context after which TRL's changes of the model are undone: trained weights are float32, ``forward`` is
-    its own.
+    """Enter a context after which TRL's changes of the model are undone: trained weights are float32 again, and
+    ``forward`` is the model's own.
 
     TRL rounds adapters on quantized bases to bfloat16 before the first step. It also replaces the forward pass by one
-    that reads ``lm_head.weight`` directly, past an adapter on the head. Trainer switches the cache off in the config;
-    here every forward pass sets it itself.
+    that reads ``lm_head.weight`` directly, past an adapter on the head. Trainer sets ``use_cache`` to False in the
+    config; this is undone too, because veneer sets it in each forward pass.
     """
     use_cache = getattr(model.config, "use_cache", None)
     kept = {name: p.data for name, p in model.named_parameters() if p.requires_grad}

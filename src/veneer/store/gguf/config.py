@@ -49,7 +49,9 @@ def mended_config(config: Any, contents: GgufContents, family: GgufFamily | None
 
 
 def unplaced_tensors(model: Any, contents: GgufContents) -> list[str]:
-    """Return the file's tensors that no parameter of the model is read from; [] for architectures without a table."""
+    """Return the names of the file's tensors that belong to no parameter of the model; [] for architectures without a
+    table.
+    """
     family = by_architecture().get(contents.architecture)
     if family is None:
         return []

@@ -128,7 +128,7 @@ def _sizes(header: GgufHeader) -> Section:
 
 
 def _file_type(number: Any) -> str:
-    """Return llama.cpp's name for the mix of types, such as ``Q4_K_M``."""
+    """Return llama.cpp's name for a file's mix of storage types, such as ``Q4_K_M``, by its number in the header."""
     try:
         return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:

@@ -26,8 +26,8 @@ _LONGEST_NAME, _MOST_ENTRIES = 4096, 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Importance:
-    """Importance matrix. ``means`` are float32, by the matrix's name in the file: (columns,), or all
-    experts in sequence.
+    """Importance matrix. ``means`` are float32, by the matrix's name in the file: (columns,), or (experts * columns,)
+    for stacked experts.
     """
 
     path: Path
@@ -36,9 +36,9 @@ class Importance:
     n_chunks: int = 0
 
     def of(self, name: str, columns: int, n_experts: int) -> Tensor | None:
-        """Return the means of a matrix (experts, columns); None if the file has none for it.
+        """Return the means (experts, columns) for the matrix ``name``; None if the file has none for it.
 
-        Raises FormatError if their shape differs.
+        Raises FormatError if their number differs.
         """
         found = self.means.get(name)
         if found is None:

@@ -24,15 +24,19 @@ def by_architecture() -> Mapping[str, GgufFamily]:
 
 
 def rebuilt_family(architecture: str, keys: Mapping[str, Any]) -> GgufFamily | None:
-    """Return the family of a file that transformers does not read, by architecture and the keys after its prefix."""
+    """Return the table of a file's model family if transformers cannot read the family's files; else None.
+
+    ``keys`` are the file's values by key, without the architecture's prefix.
+    """
     families = [each for each in _families() if each.architecture == architecture and not each.reads]
     marked = [each for each in families if each.marked_by is not None and keys.get(each.marked_by)]
     return next(iter([*marked, *(each for each in families if each.marked_by is None)]), None)
 
 
 def laid_out_family(architecture: str, keys: Mapping[str, Any]) -> GgufFamily | None:
-    """Return the family whose table has the whole layout of a file's tensors, by architecture and the keys after its
-    prefix.
+    """Return the table of a file's model family if the table describes the layout of every tensor; else None.
+
+    ``keys`` are the file's values by key, without the architecture's prefix.
     """
     family = rebuilt_family(architecture, keys) or by_architecture().get(architecture)
     return family if family is not None and family.model_types else None

@@ -51,7 +51,7 @@ class AwqLayers(StoredLayers):
 
 
 def read(settings: Settings) -> AwqLayers:
-    """Return the layers that the settings describe. Raises ConfigError."""
+    """Return the layers that the settings describe. Raises ConfigError for missing or unsupported settings."""
     said = {key: value.lower() if isinstance(value, str) else value for key, value in settings.items()}
     key = "q_group_size" if "q_group_size" in settings else "group_size"
     problems = choice_problems(said, bits=(BITS,), w_bit=(BITS,), version=("gemm",), format=("gemm",))

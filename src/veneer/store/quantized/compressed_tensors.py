@@ -145,7 +145,7 @@ class CompressedLayers(StoredLayers):
 
 
 def read(settings: Settings) -> CompressedLayers:
-    """Return the layers that the settings describe. Raises ConfigError."""
+    """Return the layers that the settings describe. Raises ConfigError for missing or unsupported settings."""
     given = settings.get("config_groups")
     problems = _names_problems(settings, "ignore")
     if not isinstance(given, Mapping) or not given:

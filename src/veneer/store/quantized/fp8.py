@@ -66,7 +66,7 @@ class Fp8Layers(StoredLayers):
 
 
 def read(settings: Settings) -> Fp8Layers:
-    """Return the layers that the settings describe. Raises ConfigError."""
+    """Return the layers that the settings describe. Raises ConfigError for missing or unsupported settings."""
     block = settings.get("weight_block_size", [128, 128])
     problems = names_problem(settings, *_LEFT_OUT)
     if block is not None and not (isinstance(block, list) and len(block) == 2 and all(map(is_count, block))):

@@ -88,7 +88,7 @@ class GptqLayers(StoredLayers):
 
 
 def read(settings: Settings) -> GptqLayers:
-    """Return the layers that the settings describe. Raises ConfigError."""
+    """Return the layers that the settings describe. Raises ConfigError for missing or unsupported settings."""
     layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     problems = _layer_problems(settings) + ([] if "bits" in settings else ["bits is missing"])
     problems += choice_problems({"checkpoint_format": layout}, checkpoint_format=_LAYOUTS)

@@ -66,7 +66,7 @@ class HqqLayers(StoredLayers):
 
 
 def read(settings: Settings) -> HqqLayers:
-    """Return the layers that the settings describe. Raises ConfigError."""
+    """Return the layers that the settings describe. Raises ConfigError for missing or unsupported settings."""
     given = settings.get("quant_config")
     problems = names_problem(settings, "skip_modules")
     if not isinstance(given, Mapping) or not given:

@@ -75,7 +75,7 @@ class ModeloptLayers(StoredLayers):
 
 
 def read(settings: Settings) -> ModeloptLayers:
-    """Return the layers that the settings describe. Raises ConfigError."""
+    """Return the layers that the settings describe. Raises ConfigError for missing or unsupported settings."""
     algorithm = settings.get("quant_algo")
     problems = choice_problems({"quant_algo": algorithm or "missing"}, quant_algo=_ALGORITHMS)
     problems += names_problem(settings, "ignore", "exclude_modules")

@@ -68,7 +68,7 @@ class Mxfp4Layers(StoredLayers):
 
 
 def read(settings: Settings) -> Mxfp4Layers:
-    """Return the layers that the settings describe. Raises ConfigError."""
+    """Return the layers that the settings describe. Raises ConfigError for missing or unsupported settings."""
     require_known(METHOD, settings, (_LEFT_OUT,), names_problem(settings, _LEFT_OUT))
     names = settings.get(_LEFT_OUT)
     return Mxfp4Layers(None if names is None else tuple(names))

@@ -39,7 +39,7 @@ class RewardConfig(RunSettings, trl.RewardConfig):  # type: ignore[misc]
     """TRL's ``RewardConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once."""
 
     def problems(self) -> list[str]:
-        """Return all problems of the lengths."""
+        """Return all problems of the settings for the lengths of rows."""
         return _lengths(self)
 
 

@@ -58,14 +58,16 @@ class ProcessState:
 
 
 class Coroutine(Generic[T]):
-    """A run as a coroutine: a function that may call `ask` to hand out a request, and continues with the answer."""
+    """A run as a coroutine: a function that calls `ask` to return a request to its caller, and continues with the
+    caller's answer.
+    """
 
     def __init__(self, run: Callable[[], T]) -> None:
         self._greenlet = greenlet.greenlet(run)
         self.state = ProcessState.now()
 
     def resume(self, answer: Any = None) -> Any:
-        """Run until the next request or the end, and return the request or the result.
+        """Continue the run with ``answer`` until its next request or its end, and return the request or the result.
 
         An error of the run is raised here.
         """
@@ -89,7 +91,9 @@ class Coroutine(Generic[T]):
 
 
 def ask(question: Any) -> Any:
-    """Suspend the run that calls this, and hand out a request. Return the answer with which it is resumed."""
+    """Suspend the run that calls this, and return ``question`` from its `Coroutine.resume`. Return the answer that the
+    next `resume` gives.
+    """
     outside = greenlet.getcurrent().parent
     assert outside is not None  # only a run asks
     return outside.switch(question)

@@ -20,15 +20,15 @@ class PauseAtRung(TrainerCallback):  # type: ignore[misc]
         self._trainer, self._divisor = trainer, divisor
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Pause a run that was resumed from the checkpoint of this very rung."""
+        """Pause a run that was resumed from this rung's checkpoint, before it takes another step."""
         self._pause_if_due(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask for a checkpoint."""
+        """Ask Trainer for a checkpoint if this step is the rung's."""
         control.should_save = control.should_save or self._is_due(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Pause once the checkpoint is written."""
+        """Pause if the checkpoint just written is the rung's."""
         self._pause_if_due(state)
 
     def _is_due(self, state: TrainerState) -> bool:

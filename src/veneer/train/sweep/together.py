@@ -235,7 +235,8 @@ def told_end(ended: JobEnd) -> str:
 def run_job(job: Job, base: PreTrainedModel, kind: type[RunTrainer], stop: Stop) -> JobEnd:
     """Run one member up to the end of its job, as a coroutine.
 
-    The coroutine first hands over its trainer, of this ``kind``, to the sweep, and waits to be resumed.
+    The first request is the member's trainer, of this ``kind``. The sweep starts the training by resuming the
+    coroutine.
     """
     recipe, output = job.member.recipe, Path(job.member.recipe.output)
     trainer = make_trainer(recipe, twin(base), kind)
