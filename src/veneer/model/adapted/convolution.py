@@ -101,7 +101,9 @@ class AdaptedConvolution(AdaptedSite):
 
     @property
     def _channels(self) -> int:
-        """Return the channels' dimension, counted from the end, since the batch dimension may be missing."""
+        """Return the index of the channels' dimension. It is counted from the end, because the batch dimension may be
+        missing.
+        """
         return 1 - len(self._kernel_shape)
 
     def _product(self, x: Tensor, matrix: Tensor, entry: Around | None) -> Tensor:

@@ -80,7 +80,9 @@ class Holder(nn.Module):
         return {}
 
     def value_problems(self, name: str, written: Mapping[str, Tensor]) -> list[str]:
-        """Return what is wrong with an adapter's tensors, as its file has them, apart from their shapes and dtypes."""
+        """Return what is wrong with the values of an adapter's tensors ``written`` in a file, as sentences. Shapes and
+        dtypes are not checked here.
+        """
         return []
 
     def derive(self, name: str) -> None:

@@ -92,8 +92,8 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def adapt_module(path: str, module: nn.Module, state: AdapterState) -> Adapted:
-    """Adapt a module in place, according to its kind. In a module without a kind, only parameters can be changed, by
-    name.
+    """Adapt a module in place, according to its kind. In a module of no known kind, adapters can change only parameters
+    that ``target_parameters`` names.
     """
     kind = kind_of(module)
     return adapt(path, module, state, AdaptedParameters) if kind is None else kind.adapt(path, module, state)

@@ -112,7 +112,8 @@ class Routing:
 
 @dataclass(frozen=True)
 class TokenRouting(Routing):
-    """Adapter of each token of a batch: none before the start in its row, and the row's adapter from there on.
+    """Adapter of each token of a batch: no adapter before the start in the token's row, and the row's adapter from the
+    start on.
 
     ``starts`` holds, for each row, the first token on which its adapter acts. ``width`` is the number of tokens in a
     row.

@@ -85,8 +85,8 @@ class Kept:
 
 
 class Adapted(InPlace, Holder):
-    """Mixin for adapted modules. It precedes the module's own class in a generated class, which the module gets in
-    place.
+    """Mixin for adapted modules. A module's class is replaced by a generated class, whose bases are this mixin and the
+    original class.
 
     ``adapters[name]`` holds the tensors that a method adds here. ``copies[name]`` holds whole parameters of this module
     that the adapter trains (as parameters) or saves frozen (as buffers). The module's own parameters stay unchanged.
@@ -185,7 +185,9 @@ class Adapted(InPlace, Holder):
         return None
 
     def changes_as(self, other: Adapted, names: Sequence[str]) -> bool:
-        """Return True if these adapters change a shared weight in this module and in ``other`` alike."""
+        """Return True if this module and ``other`` share a weight and each of these adapters changes it in the same way
+        in both.
+        """
         return all(
             self.adapter_state.configs[n].extras.keeps_tie
             or (self.token_rows((n,)) == other.token_rows((n,)) and not (self._is_own(n) or other._is_own(n)))

@@ -86,7 +86,7 @@ def check_name(name: str, state: AdapterState) -> None:
 
 
 def detach(model: nn.Module, state: AdapterState, name: str) -> None:
-    """Remove one adapter; its modules are then as before."""
+    """Remove one adapter, with its settings and tensors. A module without other adapters becomes as it was before."""
     del state.configs[name]
     state.schedules.pop(name, None)
     state.tasks.pop(name, None)
@@ -164,7 +164,8 @@ def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor])
 
 
 def value_problems(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> list[str]:
-    """Return what is wrong with an adapter's tensors, as its file has them, apart from shapes and dtypes.
+    """Return what is wrong with the values of an adapter's tensors ``written`` in a file, as sentences. Shapes and
+    dtypes are not checked here.
 
     See `Packing.problems`.
     """

@@ -34,8 +34,11 @@ def mixed_batch(
 
     ``task_ids`` holds the task of each row, for adapters that have several. Without ``names``, all rows use the active
     adapter. ``inputs`` are the arguments of the call. Checkpointed blocks are computed again with the same rows, also
-    after the context has ended. Raises AdapterNameError, ConfigError, ShapeError and CompositionError if this is
-    impossible.
+    after the context has ended.
+
+    Raises AdapterNameError for a name that is not loaded, and ShapeError if there is not one name for each row. Raises
+    CompositionError if adapters are merged, or if a module cannot use different adapters for rows. Raises ConfigError
+    for unusable tasks, or for a frozen adapter in training.
     """
     tasks = None if task_ids is None else _whole_numbers(task_ids)
     routing = checked(model, state, _acting_names(state, inputs, tasks) if names is None else names, inputs)
@@ -99,7 +102,9 @@ def routed(model: nn.Module, state: AdapterState, routing: Routing) -> Iterator[
 
 
 def checked(model: nn.Module, state: AdapterState, names: Sequence[str], inputs: Inputs) -> Routing:
-    """Check the names for the rows of a batch, and return them as a routing."""
+    """Check that the rows of a batch can use these adapters, and return the names as a routing. Raises as `mixed_batch`
+    does.
+    """
     if isinstance(names, str) or not names:
         raise ConfigError(f"adapter_names={names!r} must be a list with one adapter name for each row of the batch")
     routing = Routing(tuple(names))

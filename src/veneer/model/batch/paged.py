@@ -265,7 +265,9 @@ def position_bytes(model: PreTrainedModel, ids: Tensor) -> tuple[int, Tensor]:
 
 
 def require_paged_layers(model: PreTrainedModel) -> None:
-    """Raise TargetError if a model's code or config shows that it keeps more than keys and values in pages."""
+    """Raise TargetError if a model's code or config shows that it cannot run on pages, for example because its layers
+    keep more than keys and values.
+    """
     takes = inspect.signature(model.forward).parameters
     if model.config.is_encoder_decoder:
         raise TargetError("it has an encoder")

@@ -59,8 +59,8 @@ def _plain(source: BlockSource, module: nn.Module, names: InnerNames) -> FeedFor
 
 
 def activation_of(act: Any) -> str | None:
-    """Return which of `veneer.ops.activation.KINDS` a module computes, judged by its outputs; None if it is none of
-    them.
+    """Return the name in `veneer.ops.activation.KINDS` of the activation that a module computes, judged by its outputs.
+    Return None for any other function.
     """
     x = torch.linspace(-4, 4, 33, dtype=torch.float64)
     if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:

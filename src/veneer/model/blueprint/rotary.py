@@ -22,7 +22,9 @@ class LinearScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DynamicScaling:
-    """Scaling whose base grows with the sequence's length beyond the model's context ("NTK-aware"), by ``factor``."""
+    """Scaling whose base (``theta``) grows with the part of a sequence's length beyond the model's context
+    ("NTK-aware"). ``factor`` says how fast.
+    """
 
     factor: float
 

@@ -121,7 +121,9 @@ class BlockActivations:
 
     @property
     def is_selective(self) -> bool:
-        """Return True if the block is checkpointed selectively now. The first block never is: a pass begins there."""
+        """Return True if the block is checkpointed selectively now. The first block never is, because the choice for a
+        pass is made only when this block runs.
+        """
         return self.plan.way == "selective" and self.index > 0 and not self._again
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -144,8 +146,8 @@ class BlockActivations:
             return checkpoint(self._recomputed(function), *args, use_reentrant=False, **kwargs)
 
     def _recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a function that checkpointing will recompute. While it runs, the block counts as recomputed, even if a
-        later forward pass has decided otherwise by then.
+        """Wrap a function that full checkpointing recomputes. While the function runs, `is_selective` is False, even if
+        the plan has changed its choice by then.
         """
 
         @functools.wraps(function)

@@ -104,9 +104,9 @@ class DeferredLogits(Tensor):
         return hidden.reshape(-1, hidden.shape[-1]).to(pending.computed), weight, bias, pending.options(**settings)
 
     def made(self) -> Tensor:
-        """Compute the logits.
+        """Return the computed logits, with their autograd graph.
 
-        They are kept with their gradient, so that they are computed once and can be written to.
+        They are kept, so that later reads return the same tensor, and so that it can be written to.
         """
         learns = _learns(self) and not torch.is_inference_mode_enabled()
         if self.kept is None or (learns and not self.kept.requires_grad):

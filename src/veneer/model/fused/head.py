@@ -56,7 +56,9 @@ def head_of(model: nn.Module) -> FrozenHead | None:
 
 @contextmanager
 def deferred_logits(model: nn.Module) -> Iterator[bool]:
-    """Enter a context in which a model returns `DeferredLogits` if its head is frozen. It yields True if so."""
+    """Enter a context in which a model with a frozen head returns `DeferredLogits`. The context yields True if the head
+    is frozen; otherwise it changes nothing.
+    """
     head = head_of(model)
     if head is None:
         yield False

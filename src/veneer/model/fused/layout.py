@@ -78,7 +78,7 @@ class LayoutMask(Tensor):
         return self.dense[layer_type]
 
     def _arguments(self, config: Any, hidden: Tensor) -> dict[str, Any]:
-        """Return the arguments of transformers' functions that make masks."""
+        """Return the keyword arguments with which transformers' functions create masks for this batch."""
         positions = self.given["position_ids"]
         if positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
@@ -98,8 +98,9 @@ def layout_mask(
     """Return the layout of a batch (b, t), or None if its sequences are not runs of consecutive tokens.
 
     As in transformers, positions that restart mark packed sequences if there is no mask, and a mask marks padding.
-    Padding is a sequence of its own: no token attends to it, and its results have no meaning. A batch on a GPU is
-    copied once, for all blocks. Masks for attention modules that have no config are made from ``config``.
+    Padding is a sequence of its own: no token attends to it, and its results have no meaning. The mask or positions of
+    a batch on a GPU are copied to the host once, for all blocks. Masks for attention modules that have no config are
+    made from ``config``.
     """
     starts = _starts(size, attention_mask, position_ids)
     if starts is None:

@@ -31,7 +31,7 @@ def available_bytes(device: torch.device) -> int:
 def high_water() -> int | None:
     """Return the largest number of bytes that this process has held so far, or None if the system does not report it.
 
-    Linux's `getrusage` would include the memory of the parent process.
+    On Linux the number is not that of `getrusage`, which would include the memory of the parent process.
     """
     if sys.platform == "win32":
         return None
@@ -75,9 +75,10 @@ _V2 = _Names("memory.max", "memory.current", "inactive_file")
 
 
 def group_rooms(membership: Path, root: Path) -> Iterator[int]:
-    """Yield the free bytes under the limit of each control group of a process, from its own upwards.
+    """Yield the free bytes under the limit of each control group of a process, from its own group upwards. Yield
+    nothing if the system has no control groups.
 
-    ``membership`` is a file like /proc/self/cgroup, ``root`` the folder of the groups; nothing if there are none.
+    ``membership`` is a file like /proc/self/cgroup, ``root`` the folder of the groups.
     """
     if not membership.exists():
         return

@@ -89,7 +89,9 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 
 def _is_attention(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return True for attention without dropout. With dropout, its random numbers would have to be kept too."""
+    """Return True if an operation is attention without dropout. Attention with dropout is not kept, because its random
+    numbers would have to be kept too.
+    """
     if op.name().removeprefix("aten::") not in _ATTENTION:
         return False
     names = [argument.name for argument in op._schema.arguments]

@@ -62,9 +62,9 @@ def blocks_mapped() -> Iterator[None]:
     """Enter a context in which every allocation of 128 kB or more has a map of its own, which is removed when it is
     freed.
 
-    A base that is sharded over processes is gathered a block at a time. Since weights are aligned, glibc finds no room
-    for the next ones where the last ones were: a pass over 24 blocks in NF4 left 3.6 times their bytes unused in its
-    heap. This context has precedence over the others of this file.
+    The weights of a base that is sharded over processes are gathered a block at a time. Since weights are aligned,
+    glibc finds no room for a block's weights where those of the block before were: a pass over 24 blocks in NF4 left
+    3.6 times their bytes unused in its heap. This context has precedence over the others of this file.
     """
     _change(mapped=1)
     try:

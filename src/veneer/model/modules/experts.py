@@ -57,7 +57,7 @@ def with_experts(snapshot: Snapshot, config: LinearMethod) -> LinearMethod:
 def told_experts(snapshot: Snapshot, config: MethodConfig) -> str | None:
     """Return a hint about stacks of experts that a config leaves out, with the cost of adapting one layer.
 
-    Return None if there are none.
+    Return None if the config leaves none out.
     """
     stacks = stacks_in(snapshot.modules)
     taken = config.extras.parameters

@@ -44,7 +44,7 @@ class Snapshot:
     base_name: str
 
     def sites(self, paths: Sequence[str]) -> list[LinearSite]:
-        """Describe the modules at these paths as linear maps, by their shapes alone."""
+        """Describe the modules at these paths as linear maps, by names and shapes, without their weights."""
         return [self.kinds[path].site(path, self.modules[path]) for path in paths]
 
     def wholes(self) -> ModuleIndex:
@@ -53,7 +53,9 @@ class Snapshot:
         return ModuleIndex(all_names=tuple(self.modules), adaptable=own, all_linear=(), called="Modules with weights")
 
     def index(self, method: LinearMethod | None = None) -> ModuleIndex:
-        """Return all module paths, and the paths that a method can adapt; without a method, those that any can."""
+        """Return all module paths, and the paths of the modules that ``method`` can adapt. Without a method, these are
+        all that some method can adapt.
+        """
         known = {path for path, kind in self.kinds.items() if method is None or kind.name in method.kinds}
         linear = (path for path, kind in self.kinds.items() if kind.name == "linear" and not self._is_uncalled(path))
         return ModuleIndex(

@@ -160,7 +160,9 @@ class MixExperts(Trained):
         return [cast(Tensor, y) for y in kept[5:]] or None
 
     def back(self, weights: ActingExperts, tape: Tape) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the pairs' tensors."""
+        """Add the gradients of the registers that the operation reads to the tape. Return the gradients of the low-rank
+        pairs' tensors.
+        """
         [dy], [x], [scores] = tape.take(self.target), tape.value(self.source), tape.value(self.scores)
         hidden, first, second, ids, factors = tape.kept[:5]
         ids, factors = cast(Tensor, ids), cast(Tensor, factors)
@@ -188,7 +190,9 @@ def is_known(part: Experts) -> bool:
 
 
 def _bias(module: Callable[[str], nn.Module], part: Experts) -> Tensor | None:
-    """Return the bias of choices in float32, given the function that returns a module at a path."""
+    """Return, in float32, the bias that is added to the values by which experts are chosen, or None if there is none.
+    ``module`` returns the module at a path.
+    """
     owner, _, name = part.correction.rpartition(".")
     return cast(Tensor, module(owner)._buffers[name]).float() if name else None
 

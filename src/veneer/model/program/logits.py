@@ -133,7 +133,7 @@ class LogitRows:
         return torch.cat([self._stream.new_empty(0, self._width).float(), *(each.float() for each in self.blocks())])
 
     def blocks(self) -> Iterator[Tensor]:
-        """Return the logits of the rows in order, of at most `LOGIT_BYTES` at a time."""
+        """Yield the logits of the ``kept`` rows in order, in blocks of at most `LOGIT_BYTES`."""
         at_once = max(1, LOGIT_BYTES // (self._width * self._stream.itemsize))
         for first in range(0, len(self._rows.kept), at_once):
             yield self._block(first, min(first + at_once, len(self._rows.kept)))

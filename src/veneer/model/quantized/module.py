@@ -41,11 +41,13 @@ class CodedModule(nn.Module):
         return not self.weight.is_meta
 
     def bound(self) -> FrozenWeight:
-        """Return the weight."""
+        """Return the weight in its storage format, with the tensors that the module holds now: shards, if it is
+        sharded.
+        """
         return self.spec.bind(self.parts())
 
     def gathered(self) -> FrozenWeight:
-        """Return the weight; its parts are gathered if they are sharded over processes."""
+        """Return the weight in its storage format. Tensors that are sharded over processes are gathered."""
         return self.spec.bind(self._shaped({name: whole(part) for name, part in self.parts().items()}))
 
     def parts(self) -> dict[str, Tensor]:
