@@ -63,7 +63,7 @@ def assistant_mask(
 def with_template(
     tokenizer: PreTrainedTokenizerBase, file: str | None, response: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer with the chat template of a file (Jinja), which is saved with it.
+    """Return the tokenizer with the chat template of a Jinja file. The template is saved with the tokenizer.
 
     ``response`` is a file with a response template of transformers (JSON), which says how tool calls are read from an
     answer. Without files the tokenizer is unchanged. Raises DataError if a file cannot be read or is not a template.
@@ -177,7 +177,9 @@ def _marked(
 
 
 def _require_known_roles(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:
-    """Raise DataError for an uncommon role that the template does not contain: many templates drop such turns."""
+    """Raise DataError for an uncommon role that the template does not contain, because many templates drop such turns
+    silently.
+    """
     unknown = sorted({str(m.get("role")) for m in messages} - _ROLES)
     strange = [role for role in unknown if role not in str(tokenizer.chat_template)]
     if strange:

@@ -107,7 +107,9 @@ class _Row:
         ]
 
     def first_ignored(self) -> list[int]:
-        """Return the labels, with the first label of each sequence ignored: no token of the sequence precedes it."""
+        """Return the labels, with the first label of each sequence ignored, because no token of the sequence precedes
+        it.
+        """
         labels = list(self.labels)
         start = 0
         for length in self.lengths:

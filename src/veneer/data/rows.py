@@ -48,7 +48,8 @@ def _advice(form: str) -> str:
 
 
 def stream_rows(source: str | Path, reader: RowReader) -> IterableDataset:
-    """Yield the rows of `load_rows` one by one, for sets larger than memory. The first unusable row raises.
+    """Yield the rows of `load_rows` one by one, for sets larger than memory. Raises DataError at the first unusable
+    row.
 
     Rows come in the order of the source, which is read again for each epoch. Raises DataError if it has none.
     """

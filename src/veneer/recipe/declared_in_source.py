@@ -25,7 +25,7 @@ _CONTRACT = "veneer.contract.config"  # its functions are those that others repl
 
 
 class UnreadableError(LookupError):
-    """Module without source, or a name that its source does not define."""
+    """Error for a module without source, or for a name that the module's source does not define."""
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def declared_defaults(module: str, name: str) -> dict[str, Any]:
 def class_value(module: str, name: str, attribute: str) -> ast.expr | None:
     """Return the expression that a class, or the nearest of its bases, assigns to an attribute, or None.
 
-    Raises UnreadableError if one of these classes defines a function of this name.
+    Raises UnreadableError if one of these classes defines a function with the attribute's name.
     """
     home, node = _class_of(module, name)
     for each in node.body:

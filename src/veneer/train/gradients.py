@@ -29,8 +29,8 @@ def leave_apart(model: nn.Module, *, share_buffers: bool) -> None:
 def average(model: nn.Module) -> None:
     """Replace the gradients by their mean over all processes, in the order of the parameters.
 
-    A parameter that has a gradient in some processes only counts as zero in the others. A parameter without a gradient
-    in every process keeps none.
+    If only some processes have a gradient of a parameter, the gradient counts as zero in the others. A parameter
+    without a gradient in every process keeps none.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for part in _parts(trained) if n_processes() > 1 else ():

@@ -36,7 +36,9 @@ def require_special_tokens(tokenizer: PreTrainedTokenizerBase, args: RunSettings
 
 
 def require_free_groups(args: RunSettings, optimizers: tuple[Any, Any]) -> None:
-    """Raise ConfigError if LoRA+ is set and the caller gives an optimizer: LoRA+ must group the parameters itself."""
+    """Raise ConfigError if LoRA+ is set and the caller gives an optimizer, because LoRA+ must group the parameters
+    itself.
+    """
     if args.lora_plus is not None and optimizers[0] is not None:
         raise ConfigError(
             f"lora_plus={args.lora_plus} groups the parameters of an optimizer that the trainer makes, and optimizers "
@@ -45,7 +47,9 @@ def require_free_groups(args: RunSettings, optimizers: tuple[Any, Any]) -> None:
 
 
 def require_whole_models(trainer: Trainer) -> None:
-    """Raise ConfigError if FSDP or DeepSpeed shards the model: each process must train, and write, all of it."""
+    """Raise ConfigError if FSDP or DeepSpeed shards the model, because each process must train and write the whole
+    model.
+    """
     if n_processes() > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ConfigError(
             "several processes train with a whole model each (torchrun without more settings); checkpoints of models "

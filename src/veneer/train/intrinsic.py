@@ -53,7 +53,8 @@ def task_of(
 ) -> tuple[list[Batch], Callable[[Any], float]]:
     """Return training batches of a file's rows, and a function that returns a model's accuracy on the held-out share.
 
-    Accuracy is that of the labels. Raises DataError and ConfigError for rows that are not a choice among a few labels.
+    Accuracy is the share of rows whose right label is the likeliest. Raises DataError and ConfigError for rows that are
+    not a choice among a few labels.
     """
     rows, held = split_off(load_rows(data, RowReader()).shuffle(seed=seed), held_out, seed)
     encoder = Encoder(tokenizer=tokenizer, kind=kind_of(rows.column_names, "text"), completion_only=True)

@@ -127,7 +127,9 @@ def _children() -> set[psutil.Process]:
 
 
 def _ignore_again(before: Mapping[signal.Signals, Any]) -> None:
-    """Ignore the signals again that were ignored before, as under nohup: torchrun's launcher handles all of them."""
+    """Ignore the signals again that were ignored before, as under nohup, because torchrun's launcher handles all of
+    them.
+    """
     for number in (each for each, handler in before.items() if handler is signal.SIG_IGN):
         signal.signal(number, signal.SIG_IGN)
 

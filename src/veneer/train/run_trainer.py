@@ -102,8 +102,8 @@ class RunTrainer(ResumableTrainer):
     def take_base(
         self, base: PreTrainedModel, args: Any, processing_class: Any, peft_config: MethodConfig | None
     ) -> None:
-        """Prepare the loaded base before a fresh adapter is attached. Without ``peft_config`` there is none. Does
-        nothing here.
+        """Prepare the loaded base before the trainer attaches a fresh adapter, or, if ``peft_config`` is None, before
+        it trains without one. Subclasses override this; here it does nothing.
         """
 
     @contextmanager

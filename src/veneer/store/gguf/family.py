@@ -41,13 +41,13 @@ class GgufFamily:
     - ``rotary``: path of the dict that ``rope.scaling`` fills; None without rotary embedding.
     - ``sliding_rotary``: the same for layers with sliding windows.
     - ``partial_rotary``: ``rope.dimension_count`` may be less than a head.
-    - ``biases``: the config's switches for biases, by the tensor of a layer that shows them.
+    - ``biases``: the config's switches for biases. Each key is a tensor that a layer has if the switch is on.
     - ``fixed``: values of keys without which the family's tensors have another layout.
     - ``query_width_layers``: the number of layers of the one model whose queries are scaled by the root of hidden_size
-      / heads. It has no key; all other models scale by that of head_dim.
+      / heads. The scale has no key; all other models scale by the root of head_dim.
     - ``windows``: some layers have sliding windows. Without a key, these are all but every ``window_step``-th; a step
       of 0 means that the key is always there.
-    - ``cut_to_window``: every layer has a window that the runtime does not know, so that texts may be no longer.
+    - ``cut_to_window``: every layer has a window that the runtime ignores, so texts must not be longer than the window.
     - ``experts``: tensors that hold a layer's experts, stacked.
     - ``silent``: keys that add nothing to the shapes of the tensors.
     - ``reads``: transformers reads such files.
@@ -63,9 +63,8 @@ class GgufFamily:
     - ``rows(leaf, tensor, config)``: puts the output rows of a tensor, or of LoRA's B of it, in the file's order.
     - ``turned``: names of tensors whose weights are stored as (in, out).
     - ``plus_one``: norms are stored as their difference from one.
-    - ``parts(name)``: the tensors of a parameter that is stored as several, or that is one of several stacked in a
-      tensor.
-    - ``head``: an untied head may be there, must be there even if it is tied, or is never read.
+    - ``parts(name)``: the tensors that hold a parameter, if it is split into several, or is stacked with others in one.
+    - ``head``: a file "may" hold an untied head, "must" hold the head even if it is tied, or the head is "never" read.
     """
 
     architecture: str

@@ -56,7 +56,9 @@ def said_of(family: GgufFamily, config: Any) -> Said:
 
 
 def value_of(entry: Field, config: Any) -> Any:
-    """Return the value of a field in the file; None if the config has none."""
+    """Return the value that the file gets for a field. If the config's number is None, it is the field's ``implied``
+    number, or ``off`` without one.
+    """
     value: Any = config
     for part in entry.path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)

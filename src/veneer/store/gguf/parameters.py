@@ -72,7 +72,7 @@ class GgufParameter:
         return leaf_of(self.tensors[0].name) in self.family.turned
 
     def read(self) -> Tensor:
-        """Return the parameter. Raises FormatError if the file ends before it."""
+        """Return the parameter. Raises FormatError if the file is truncated."""
         parts = [self._in_order(torch.cat(list(self._rows(tensor, math.inf)))) for tensor in self.tensors]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return (whole.T.contiguous() if self.is_turned else whole).reshape(self.shape)
