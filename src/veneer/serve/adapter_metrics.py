@@ -26,7 +26,7 @@ LISTS = ("running_lora_adapters", "waiting_lora_adapters")
 def adapter_metrics(scheduler: Scheduler) -> list[MetricSeries]:
     """Return the metrics of a scheduler's adapters. Any thread may call it.
 
-    The bytes of equal adapters under two names are shown under both.
+    If two names refer to equal adapters, the bytes are shown under both names.
     """
     counts, resident = scheduler.pool.counts.all(), scheduler.pool.resident_bytes()
     n_loaded, n_bytes = dict.fromkeys(counts, 0), dict.fromkeys(counts, 0)

@@ -33,7 +33,7 @@ _KEPT = 512  # layouts
 _AT_ONCE = 1 << 20  # bytes of a file: they are looked at and packed while they lie in a core's cache
 
 Head = tuple[str, bytes]
-"""The config of an adapter, and all that stands in its file in front of the values."""
+"""Config of an adapter as text, and the bytes of its file before the values."""
 _UNREAD = ("base_model_name_or_path", "revision", "lora_dropout", "peft_version")  # settings that change no layout
 
 

@@ -71,9 +71,7 @@ class Loader(Generic[Read]):
             self._later.append(work)
 
     def stop(self) -> None:
-        """Begin no more loads, and wait for the current one and for deferred work. Loads that never began have no
-        result.
-        """
+        """Drop the loads that have not begun, without a result. Wait for the current load and for deferred work."""
         with self._lock:
             self._queue.clear()
             thread = self._thread

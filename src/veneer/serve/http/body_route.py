@@ -18,14 +18,14 @@ _SMALL = 2**16  # bytes, which are parsed in a millisecond
 _MOST_DIGITS = 40  # of a whole number: fields have 64 bits, schemas may have more
 _LONGEST_NAME = 100  # characters of a key in a message
 NOWHERE = -1
-"""Place of a fault that has none."""
+"""Position in a JSONDecodeError for a fault of the body as a whole."""
 
 
 class BodyRequest(Request):
     """Request whose body is parsed on a thread of the application's lane of bodies if it is large."""
 
     async def json(self) -> Any:
-        """Return the body. Raises JSONDecodeError as `parsed` does."""
+        """Return the value of a JSON body. Raises JSONDecodeError as `parsed` does."""
         body = await self.body()
         if len(body) <= _SMALL:
             return parsed(body)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from starlette.types import ASGIApp, Message, Receive, Scope
 
 TAKEN: Message = {"type": "veneer.taken"}
-"""First message of every call: a replica has it."""
+"""First message of every call: a replica has accepted it."""
 _LOG = logging.getLogger("uvicorn.error")  # of the server, whose lines go to stderr
 
 

@@ -293,7 +293,9 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
 
     def check(self) -> None:
-        """Close the connection if its client takes too long, or has hung up while nothing is read from it."""
+        """Close the connection if its client takes too long, or has disconnected while the server reads nothing from
+        it.
+        """
         now = self.loop.time()
         if self.transport.is_closing() and self._unread is None:
             self._unread = now, self.transport.get_write_buffer_size()

@@ -31,7 +31,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Body of every status that is no success."""
+    """Body of every error response."""
 
     error: ErrorDetail
 
@@ -44,7 +44,7 @@ class MessageErrorDetail(BaseModel):
 
 
 class MessageErrorBody(BaseModel):
-    """Body of every status of Anthropic's routes that is no success."""
+    """Body of every error response of Anthropic's routes."""
 
     type: Literal["error"]
     error: MessageErrorDetail
@@ -85,7 +85,7 @@ def documented(
 
 
 def empty(status: int) -> dict[str, Any]:
-    """Return the options of a route whose answer has no body. ``status`` is its only error."""
+    """Return the options of a route whose response has no body if it succeeds. ``status`` is the only error status."""
     return {"responses": {status: {"model": ErrorBody, "description": _ERRORS[status]}}, "response_class": Response}
 
 

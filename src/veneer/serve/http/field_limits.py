@@ -9,7 +9,7 @@ from typing import Any
 _LISTS = (list, tuple, dict)
 _MANY = 32
 MOST_LISTS = 1 << 14
-"""Lists and objects of one level: those of more take the loop a tenth of a second to check."""
+"""Largest number of lists and objects at one level: checking more would block the event loop for 0.1 s."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,9 @@ class AdapterFolder:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the adapters that are served, sorted; the same object until an adapter is added or removed."""
+        """Names of the adapters that are served, sorted. The same tuple object is returned until an adapter is added or
+        removed.
+        """
         with self._lock:
             if self._sorted is None:
                 self._sorted = tuple(sorted(self._there - self._withdrawn))

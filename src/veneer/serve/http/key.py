@@ -42,8 +42,8 @@ class Key:
 
 
 ANYBODY = Key()
-"""Who asks a server without keys."""
+"""Key of local clients of a server without keys."""
 NOBODY = Key(scopes=frozenset(), adapters=())
-"""Who asks a server with keys, outside of any request."""
+"""Key outside of any request, if the server has keys: it allows nothing."""
 CALLER: ContextVar[Key] = ContextVar("caller")
 """Key of the current request, also on the threads that work for it."""

@@ -79,7 +79,7 @@ def add_metrics(app: FastAPI, engine: Engine, model: str, prefix: str, lanes: La
         return text_of([engines.collect(), threads.collect(), process.collect()], CALLER.get())
 
     async def metrics() -> Response:
-        """Return the metrics in the text format of Prometheus; of adapters, those that the key may see."""
+        """Return the metrics in the text format of Prometheus, without adapters that the key may not see."""
         async with turn:  # many threads at once would hold the loop up
             return Response(await asyncio.to_thread(told), headers={"Content-Type": CONTENT_TYPE})
 

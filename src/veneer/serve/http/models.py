@@ -25,7 +25,7 @@ _VIEWS = 64  # lists of names that keys see
 _LONGEST = 256  # characters of an unknown name that are compared, and told
 _COMPARED, _TOLD = 1000, 10  # names, for the nearest of them, and in a message; /v1/models lists them all
 MIX = "mix/"
-"""Beginning of the names of mixes that a body describes."""
+"""Prefix of the names of mixes that the body of a request describes."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,10 @@ class Catalogue:
         return all(map(self.caller.sees, (name, *((loaded and loaded.weights) or ()))))
 
     def names(self) -> tuple[str, ...]:
-        """Return the sorted names of the adapters that the caller sees; one object until one is added or removed."""
+        """Return the sorted names of the adapters that the caller sees.
+
+        The same tuple object is returned until an adapter is added or removed.
+        """
         there, key = self._there(), self.caller
         if key.sees_all:
             return there

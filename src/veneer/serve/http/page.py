@@ -24,7 +24,7 @@ def add_page(app: FastAPI) -> None:
 
 
 def headers_of(page: str) -> dict[str, str]:
-    """Return a page's headers: they allow only its own script and style, and requests to its own server."""
+    """Return a page's HTTP headers. They allow only the page's own script and style, and requests to its own server."""
     policy = {
         "default-src": "'none'", "script-src": _digests(page, "script"), "style-src": _digests(page, "style"),
         "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'",

@@ -60,7 +60,7 @@ class RequestRecord:
     reasons: set[str] = field(default_factory=set)
     """Finish reasons of the answers that have ended."""
     ignored: list[str] = field(default_factory=list)
-    """Fields of the body that change nothing. The response names them."""
+    """Fields of the body that change nothing. A response header names them."""
 
     def ask(self, asked: Sequence[CheckedRequest]) -> None:
         """Count the tokens of prompts that are given to the engine."""

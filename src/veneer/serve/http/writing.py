@@ -45,7 +45,7 @@ class AnswerPiece(Protocol):
     stream: bool
 
     def chat(self) -> ChatBody:
-        """Return the chat completion."""
+        """Return the body as one of ``/v1/chat/completions``."""
 
 
 async def written(

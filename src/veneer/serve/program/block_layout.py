@@ -129,7 +129,7 @@ class Laying:
         self.layout = BlockLayout(bare, offsets, n_bytes, n_beside, text)
 
     def offset_of(self, x: Tensor) -> int:
-        """Return the offset of a tensor that was given one, or of a view of such a tensor."""
+        """Return the offset that was assigned to a tensor. For a view of such a tensor, return the view's offset."""
         memory = x.new_empty(0).set_(x.untyped_storage())
         return self._seen[_place(memory)] + int(x.storage_offset()) * x.itemsize
 

@@ -78,8 +78,9 @@ class Lookup:
 def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
     """Return the effects of a saved adapter.
 
-    Raises FormatError and TargetError as loading does, and `UnsaidError`. For an adapter with invocation tokens it
-    raises CompositionError instead of `UnsaidError`: the keys and values of earlier tokens have the program's layout.
+    Raises FormatError and TargetError as loading the adapter into the model does. Raises `UnsaidError` if the program
+    cannot express the adapter, but CompositionError if such an adapter has invocation tokens. The general runner cannot
+    compute such an adapter's tokens, because the keys and values of earlier tokens have the program's layout.
     """
     return effects_of(lookup, program, folder, read_config(folder), once_each(read_tensors(folder)))
 

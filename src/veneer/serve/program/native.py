@@ -90,7 +90,7 @@ class NativeStep:
         self._layouts: dict[BlockLayout, _Layout] = {}
         self._taken: dict[str, BlockLayout] = {}
         self.partly: set[str] = set()
-        """The versions that some part does not know."""
+        """Adapter versions that at least one operation does not support."""
         self.n_moves = 0  # of the memory of registers
         self._memory: dict[Register, Tensor] = {}
 

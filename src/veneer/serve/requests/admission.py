@@ -15,7 +15,8 @@ from veneer.serve.schedule.scheduler import Limits
 
 
 class Admission:
-    """Waiting requests: those in the scheduler's queues, and those submitted but not there yet.
+    """Waiting requests: those in the scheduler's queues, and those that were submitted but have not reached the queues
+    yet.
 
     Any thread may call it.
     """
@@ -63,13 +64,16 @@ class Admission:
             self.n_refused += 1
 
     def submit(self, asked: CheckedRequest) -> None:
-        """Count a request that is on its way. Raises QueueFullError."""
+        """Count a request that was submitted and has not reached the scheduler's queues yet.
+
+        Raises QueueFullError if there is no room for it.
+        """
         with self._lock:
             self.require_room([asked])
             self._count(asked, 1)
 
     def arrive(self, asked: CheckedRequest) -> None:
-        """Remove a request that has arrived in the scheduler's queues."""
+        """Stop counting a request as submitted, because it has reached the scheduler's queues."""
         with self._lock:
             self._count(asked, -1)
 

@@ -9,8 +9,9 @@ from veneer.serve.schedule.pooling_params import PoolingParams
 
 
 class Pooling:
-    """Pooled hidden states so far. They are summed in a fixed order, so that it does not matter how a prompt is
-    divided.
+    """Pooled hidden states so far.
+
+    They are summed in a fixed order, so that the result does not depend on the pieces in which a prompt is computed.
     """
 
     def __init__(self, params: PoolingParams) -> None:

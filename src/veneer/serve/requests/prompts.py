@@ -120,7 +120,7 @@ class PromptReader:
         return self.templates[0]
 
     def text(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, special tokens too; ids that the tokenizer lacks have none."""
+        """Return the text of ids, special tokens too. Ids that the tokenizer does not have add no text."""
         known = [id for id in ids if 0 <= id < len(self.tokenizer)]
         return str(self.tokenizer.decode(known, clean_up_tokenization_spaces=False))
 

@@ -28,8 +28,8 @@ class Readers:
 
     An adapter's own tokenizer is used if it has more tokens than the base's. Otherwise the base's tokenizer is used,
     with the adapter's chat template and end token. A chat template saved without a tokenizer is used too. If
-    ``template`` is given, it takes the place of all adapters' own. If an adapter's files cannot be read, the base's
-    tokenizer reads its plain prompts, and its conversations are refused.
+    ``template`` is given, it is used instead of the chat templates of all adapters. If an adapter's files cannot be
+    read, the base's tokenizer reads its plain prompts, and its conversations are refused.
     """
 
     def __init__(self, base: PromptReader, template: str | None = None) -> None:
@@ -58,7 +58,8 @@ class Readers:
     def _added(self, folder: Path, stamps: _Stamps, key: str) -> PromptReader:
         """Read an adapter's files, and cache the reader. Meanwhile other threads may use other readers.
 
-        A reader of unusable files is cached too, for this folder alone.
+        Folders with equal files share a reader. If the files cannot be used, the reader is cached for this folder
+        alone.
         """
         made = self._read(folder)
         if made.no_chat:

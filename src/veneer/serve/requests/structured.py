@@ -39,14 +39,18 @@ _SLOW = 0.002  # seconds; a grammar whose forced tokens took longer is asked no 
 
 @dataclass(eq=False, slots=True)
 class _Grammar:
-    """A compiled grammar in its start state, with facts learned while answers were generated."""
+    """A compiled grammar in its start state, with what was found while answers were generated: whether it forces tokens
+    quickly, and whether it has failed.
+    """
 
     matcher: LLMatcher
     forces: bool  # tokens that it forces are asked for
     failed: bool = False  # in one of its texts; its tables are of no use for others then
 
     def found_forced(self, matcher: LLMatcher) -> list[int]:
-        """Return the tokens that the grammar forces next, the last one first."""
+        """Return the next tokens that the grammar forces, in reverse order. If finding them is slow, set ``forces`` to
+        False.
+        """
         began = time.perf_counter()
         found = matcher.compute_ff_tokens()
         self.forces = time.perf_counter() - began < _SLOW
@@ -64,7 +68,7 @@ class Forms:
         self._grammars: LruCache[str, _Grammar] = LruCache(_KEPT)
         self._building = threading.Lock()
         self.sandbox: Sandbox | None = None
-        """Process in which grammars are compiled first, which may end it; None if those of this program are trusted."""
+        """Process in which grammars are compiled first, because compiling may end it; None if grammars are trusted."""
 
     def form(self, asked: StructuredOutputsParams) -> TextForm:
         """Return the state of a text at its start, under the grammar of a request.

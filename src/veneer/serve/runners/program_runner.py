@@ -342,10 +342,10 @@ def proved(model: PreTrainedModel, n_positions: int, *, give_up: bool = False) -
     """Return the program of a model on packed weights, verified on two short sequences.
 
     They are at the start and the end of the context; each runs whole and in two chunks. ``give_up``: the model's own
-    weights are freed for the packed ones.
+    weights are freed after packing.
 
     Raises DescriptionError with the part that has no operation, or with the difference of the logits from the model's
-    own. The model then has its weights.
+    own. In both cases the model has its own weights again.
     """
     decoder = describe(model)
     program = compile_program(decoder, n_positions)

@@ -74,7 +74,7 @@ class Runner(Protocol):
         """End a request."""
 
     def run(self, plan: StepPlan) -> Sampled:
-        """Compute a plan, and draw. Running a plan twice gives equal results."""
+        """Compute a plan, and draw the tokens that it requests. Running a plan twice gives equal results."""
 
     def take(self, request_id: str, token: int) -> None:
         """Append a drawn token to the request's answer."""

@@ -294,9 +294,9 @@ def _count(asked: int, vocabulary: int) -> int:
 
 
 def _logprobs(found: Draws, rules: Sequence[RowRule]) -> list[TokenLogprobs | None]:
-    """Return each row's log-probabilities by id: the drawn token's, then those of the likeliest.
+    """Return each row's log-probabilities by id: first the drawn token's, then those of the likeliest tokens.
 
-    None for rows that request none.
+    The entry of a row that requests none is None.
     """
     if all(rule.n_likeliest is None for rule in rules):
         return [None] * len(rules)

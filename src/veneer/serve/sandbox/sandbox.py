@@ -37,8 +37,8 @@ class Sandbox:
     """Up to two processes that run programs of one kind.
 
     Each answer takes at most ``seconds`` of CPU time, four times as long by the clock, and ``most_bytes``. Processes
-    start when they are needed, or by `warm`. Programs that had to be ended run only one at a time until they answer.
-    Any thread may ask.
+    start when they are needed, or by `warm`. A program that exceeded a limit before runs only while no other such
+    program does, until it has answered once. Any thread may ask.
     """
 
     def __init__(self, kind: Kind, seconds: float = 5.0, most_bytes: int = 1 << 29) -> None:
@@ -50,9 +50,9 @@ class Sandbox:
         self._is_closed = False
 
     def ask(self, program: str, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the answer of a process to a program and its input, both as JSON has them.
+        """Return the answer of a process to a program and its input ``about``. Both are dicts of JSON values.
 
-        Raises SandboxError, and QueueFullError if no process is free in time.
+        Raises SandboxError if the program exceeds a limit, and QueueFullError if no process is free in time.
         """
         if not self._slow.get(program):
             return self._asked(program, about)

@@ -40,9 +40,9 @@ class AdapterPool:
             raise ConfigError(f"at most {limits} adapters loaded and in a batch: there must be room for one")
         self.n_resident, self.n_acting, self.memory = n_resident, n_acting, memory
         self.going: deque[str] = deque()
-        """Versions that went out, which the runner is to unload before anything is loaded or run."""
+        """Evicted versions. The runner must unload them before it loads or runs anything."""
         self.moved: dict[str, None] = {}
-        """Versions that were loaded or evicted, or entered or left the batch, since the scheduler looked."""
+        """Versions that were loaded or evicted, or entered or left the batch, since the queues last read this."""
         self.counts = AdapterCounts()
         self._entries: dict[str, PoolEntry] = {}
         self._names: dict[str, str] = {}

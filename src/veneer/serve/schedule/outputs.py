@@ -62,9 +62,9 @@ class CompletionOutput:
 class RequestStats:
     """Times of a request in seconds, by `time.perf_counter`, 0 for events that have not happened.
 
-    ``arrival_time`` is the wall clock's. A request of several answers has the first time of any of them, and their last
-    token's. The names are those of vLLM's ``RequestStateStats``, besides ``num_preemptions``, and the tokens that were
-    drafted and accepted.
+    ``arrival_time`` is the wall clock's. For several answers, each time is the earliest of all answers, but
+    ``last_token_ts`` is the latest. The names are those of vLLM's ``RequestStateStats``, except ``num_preemptions`` and
+    the numbers of drafted and accepted tokens.
     """
 
     num_generation_tokens: int = 0
@@ -83,9 +83,9 @@ class RequestStats:
 class RequestOutput:
     """Prompt with its answers. ``error`` is the reason if a request ended with the finish reason "error".
 
-    ``num_cached_tokens`` counts the prompt's tokens whose keys and values were there when its first answer began.
+    ``num_cached_tokens`` counts the prompt's tokens whose keys and values were in pages when its first answer began.
     ``metrics`` is None unless the answers have ended and ``disable_log_stats=False``. ``embedding`` is None unless the
-    request asked for one.
+    request asked for an embedding.
     """
 
     request_id: str

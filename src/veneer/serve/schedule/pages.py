@@ -16,7 +16,7 @@ from veneer.serve.schedule.prefix_cache import PrefixCache, Tail
 class Owner(NamedTuple):
     """Adapter version that acted on the pages of a sequence from page number ``first`` on.
 
-    Earlier pages are the base's.
+    On earlier pages only the base acted.
     """
 
     version: str | None = None
@@ -65,9 +65,9 @@ class Pages:
         self.n_bytes = n_pages * page_bytes if n_bytes is None else n_bytes
         self.n_lent = 0
         self.shed: list[int] = []
-        """Free pages whose memory others got: the runner is to give it back to the system."""
+        """Free pages whose bytes were lent to others: the runner must free their memory."""
         self.left: list[Hashable] = []
-        """Holders that have let go of their pages: the runner is to free what else it keeps for them."""
+        """Holders that have released their pages: the runner must free all other memory that it keeps for them."""
         self._fresh = list(range(n_pages - 1, -1, -1))  # free, without memory
         self._kept: list[int] = []  # free, with the memory that it had
         self._tables: dict[Hashable, list[int]] = {}
@@ -224,9 +224,9 @@ class Pages:
         self._kept.append(self._cache.evict())
 
     def take_tail(self, holder: Hashable, wanted: Tail) -> int:
-        """Give a holder the cached page that is partly filled and continues its sequence, to write to.
+        """Give a holder the cached, partly filled page that continues its sequence. The holder may write to it.
 
-        Returns the number of leading positions in it that are as ``wanted``; 0 if there is no such page.
+        Returns the number of its leading positions that equal those of ``wanted``; 0 if there is no such page.
         """
         found = self._cache.take_tail(wanted)
         if found is None:

@@ -143,7 +143,7 @@ class PrefixCache:
             self._of_version.setdefault(version, {})[block] = None
 
     def hold(self, page: int) -> None:
-        """Mark a page as held, which no request held before: it is not evicted."""
+        """Mark a page as held, so that it is not evicted. No request must have held it before."""
         block = self._of_page[page]
         block.is_idle = False
         self.n_idle -= 1

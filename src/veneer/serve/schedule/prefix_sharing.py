@@ -61,8 +61,9 @@ class PrefixSharing:
         return True
 
     def take(self, request: Request) -> None:
-        """Give a waiting request the cached pages of its prefix, and a cached, partly filled page that
-        continues them."""
+        """Give a waiting request the cached pages of its prefix, and a cached, partly filled page that continues the
+        prefix.
+        """
         block, last = self.pages.block, self._limit(request)
         first = self.pages.share(request.id, self.usable(request)) * block
         if request.root is not None and first < last:
@@ -92,7 +93,7 @@ class PrefixSharing:
     def publish(self, request: Request) -> list[Request]:
         """Publish the blocks that a request has filled since the last call.
 
-        Return the requests whose wait for them ends.
+        Return the requests that waited for one of these blocks; their wait has ended.
         """
         n = (request.n_front + request.n_computed) // self.pages.block
         if request.root is None or n <= request.n_published:
@@ -103,7 +104,10 @@ class PrefixSharing:
         return self._freed(request, keys[first:])
 
     def leave(self, request: Request) -> list[Request]:
-        """Take the pages of a request that leaves the batch; return the requests whose wait for it ends."""
+        """Take all pages from a request that leaves the batch.
+
+        Return the requests that waited for a block that it was to compute; their wait has ended.
+        """
         freed = self._freed(request, request.known_keys[request.n_published :])
         self.give_up(request)
         return freed
@@ -137,8 +141,9 @@ class PrefixSharing:
         request.n_published = n_positions // self.pages.block
 
     def _freed(self, request: Request, keys: list[bytes]) -> list[Request]:
-        """End the wait of the requests that wait for this one to compute the blocks with these keys, and return
-        them."""
+        """End the wait of the requests that wait for ``request`` to compute the blocks with these keys. Return those
+        requests.
+        """
         freed = list[Request]()
         for key in keys:
             if self._computing.get(key) is request:

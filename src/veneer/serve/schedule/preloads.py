@@ -14,7 +14,7 @@ from veneer.serve.schedule.lora_request import LoRARequest
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Preload:
-    """Call to load an adapter version, name it after ``request``, and pin it if ``pins``.
+    """Request to load an adapter version, register it under the name of ``request``, and pin it if ``pins``.
 
     The future ``told`` completes when that is done, or with an error.
     """
@@ -51,7 +51,9 @@ class Preloads:
             self.end(id)
 
     def begin_load(self) -> str | None:
-        """Begin to load the first version that is not loaded; return None if there is none, or no room for it."""
+        """Begin to load the first version that is not loaded, and return it. Return None if there is none, or no room
+        for it.
+        """
         return self._pool.begin_load(self._wanted)
 
     def end(self, id: str, error: VeneerError | None = None) -> None:

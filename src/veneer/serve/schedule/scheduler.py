@@ -121,7 +121,7 @@ class Scheduler:
         return most - n_front - n_prompt
 
     def end(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
-        """End a request early, or because of the text of its answer. It then holds no pages, no adapter's slot and no
+        """End a request early, or because of the text of its answer. Release its pages, its adapter's slot and its
         place in the queue.
         """
         if request.status is not Status.DONE:
@@ -136,10 +136,10 @@ class Scheduler:
         return found
 
     def begin_load(self) -> str | None:
-        """Begin to load the version of the first request that lacks it. Return None if no request does, or if there is
-        no room.
+        """Begin to load the version of the first request whose version is neither loaded nor loading. Return the
+        version.
 
-        No version that an earlier request waits for is evicted for it.
+        Return None if there is no such request or no room. No version that an earlier request waits for is evicted.
         """
         request, idle = self.waiting.absent(), self.waiting.idle()
         if request is None or request.version is None:
@@ -148,7 +148,9 @@ class Scheduler:
         return self.pool.begin_load([request.version], spares_awaited=spares)
 
     def stuck(self) -> Request | None:
-        """Return the first request, if the last plan was empty and no load in progress can change that."""
+        """Return the first request if nothing runs or loads that could let it continue; else None. Call it after an
+        empty plan.
+        """
         if self.pool.loading or not self.has_work:
             return None
         return self.running[0] if self.running else self.waiting.head()

@@ -71,8 +71,8 @@ class DrawnToken(NamedTuple):
 class Sampled:
     """Results of a step, by request: the drawn tokens or the error, and log-probabilities of prompt tokens.
 
-    ``hidden`` has the hidden states (n, width) of requests that only read.
-    Of a draft, the tokens that were drawn as guessed come first, and the one after them is last.
+    ``hidden`` has the hidden states (n, width) of requests with ``reads_only``. After a draft, the drawn tokens are the
+    guesses that were right, followed by one more token.
     """
 
     drawn: dict[str, list[DrawnToken]] = field(default_factory=dict)

@@ -9,7 +9,8 @@ from veneer.serve.schedule.outputs import FinishReason
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopRule:
-    """End of an answer: at one of ``eos_ids`` or ``stop_ids``, once it has ``min_tokens``, or at ``max_tokens``.
+    """Rule for the end of an answer: at one of ``eos_ids`` or ``stop_ids`` if it has ``min_tokens``, or at
+    ``max_tokens``.
 
     ``eos_ids`` are those of the model and its chat template, ``stop_ids`` those that a request adds.
     """

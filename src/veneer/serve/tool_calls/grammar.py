@@ -14,7 +14,7 @@ from veneer.serve.tool_calls.functions import Function, Tools
 from veneer.serve.tool_calls.match import Parts, Slot, pattern_of
 
 MOST_CALLS = 16
-"""Calls of an answer whose form is forced, at most."""
+"""Largest number of calls in an answer whose form is forced by a grammar."""
 _OPENS = frozenset(
     ("additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref")
 )

@@ -8,7 +8,7 @@ from veneer.serve.tool_calls.match import Slot
 _NAMED = ('{"name": "', Slot.NAME, '", "arguments": ')
 
 PLAIN = CallFormat(before=_NAMED, between=("}\n" + _NAMED[0], *_NAMED[1:]), after=("}",))
-"""JSON objects, one a line: the format that a model whose template shows none is told."""
+"""Calls as JSON objects, one a line: the format for a model whose chat template has none."""
 
 _HERMES = CallFormat(
     before=('<tool_call>\n{"name": "', Slot.NAME, '", "arguments": '),

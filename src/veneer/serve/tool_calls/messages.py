@@ -12,7 +12,8 @@ from veneer.serve.tool_calls.format import CallFormat
 
 
 def with_calls(messages: Conversation, format: CallFormat | None) -> list[Mapping[str, Any]]:
-    """Return messages with their calls as the templates of a ``format`` read them; if it is None, as most templates do.
+    """Return messages whose calls have the form that templates of a ``format`` read. If it is None, use the form that
+    most templates read.
 
     Arguments are the text of a JSON object in OpenAI's API, and a mapping in most templates. Text that is not a JSON
     object stays text. An assistant message without content gets the content that the template expects. Raises

@@ -181,9 +181,9 @@ class Parser:
         return match(parts, self._rest, at, self._functions, final=final)
 
     def _begin(self, events: list[Event], call: Found, at: int) -> None:
-        """Begin a call: drop its matched beginning from the rest of the text, and emit its events.
+        """Begin a call: remove its matched beginning from the text that is not parsed yet, and emit its first events.
 
-        ``call.end`` counts from ``at`` characters before the rest of the text.
+        ``call.end`` counts from ``at`` characters before that text.
         """
         self._rest = self._rest[call.end - at :]
         self._gap = ""
