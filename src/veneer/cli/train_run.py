@@ -220,7 +220,9 @@ class _Sharing(NamedTuple):
 
 
 def _planned(recipe: Recipe, sharing: _Sharing, asked: TrainOptions, console: Console) -> _Planned:
-    """Print the plan of a run, or that its task has none, and return it. Raises ConfigError if memory is too small."""
+    """Print the plan of a run and return it. If the task cannot be planned, print the reason. Raises ConfigError if
+    memory is too small.
+    """
     notes = Console(stderr=True, soft_wrap=True, quiet=console.quiet)
 
     def tell(line: str) -> None:

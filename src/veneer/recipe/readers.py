@@ -40,7 +40,8 @@ def preference_reader(part: DataPart, task: Task) -> PreferenceReader:
 
 
 def refuse_rows(values: Mapping[str, Any], path: Path) -> None:
-    """Check the first rows of a recipe without problems, or of each member of a sweep.
+    """Check the first row of each data file in a recipe's values, or of each member of a sweep. The values must have
+    passed `refuse_early`.
 
     Raises the errors of `require_first_rows`.
     """

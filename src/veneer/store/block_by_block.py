@@ -50,7 +50,7 @@ class Unread:
         return self.stored.read()
 
     def get_dtype(self) -> str:
-        """Return the dtype's name in the file format."""
+        """Return the dtype's name as in safetensors files."""
         return DTYPE_NAMES[self.stored.dtype]
 
     def get_shape(self) -> list[int]:

@@ -71,7 +71,7 @@ class Decoded:
         return self._quantizer.decoded(self._layer, self._parts, self._stacked)[index]
 
     def get_dtype(self) -> str:
-        """Return the dtype's name in the file format."""
+        """Return the dtype's name as in safetensors files."""
         return DTYPE_NAMES[self._quantizer.dtype]
 
     def get_shape(self) -> list[int]:

@@ -171,6 +171,8 @@ def _below(name: str, own: str) -> str:
 
 
 def _spellings(model: PreTrainedModel, name: str) -> tuple[str, ...]:
-    """Return the names under which files may hold a parameter: with and without the inner model's prefix."""
+    """Return the names under which files may hold a parameter: as given, without the backbone's prefix (``model.``),
+    and with it.
+    """
     prefix = f"{model.base_model_prefix}."
     return name, name.removeprefix(prefix), prefix + name

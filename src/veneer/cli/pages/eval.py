@@ -182,7 +182,9 @@ def require_own_rows(args: EvalArguments) -> None:
 
 
 def reader_of(args: EvalArguments) -> RowReader:
-    """Return the reader of rows in a form of training. Raises ConfigError for ``--system`` without a chat."""
+    """Return the reader of rows that are in a training format (chat, or prompt and completion). Raises ConfigError for
+    ``--system`` without a chat.
+    """
     if args.prompt is not None and args.system is not None and not args.chat:
         raise ConfigError("--system belongs to a chat, and --prompt makes plain text of each row: add --chat")
     beside = [option for option, value in (("--chat", args.chat), ("--system", args.system)) if value]

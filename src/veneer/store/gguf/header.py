@@ -141,7 +141,9 @@ class _Cursor:
         return self._array(depth) if kind == GGUFValueType.ARRAY else self.number(_NUMBERS[kind])
 
     def tensor(self) -> GgufTensor:
-        """Read the description of a tensor. Its bytes are at an offset from the end of the header."""
+        """Read the description of a tensor. Its ``start`` is the offset in the file, which counts from the end of the
+        header.
+        """
         name = self.text()
         shape = tuple(self.number("Q") for _ in range(self.fitting(self.number("I"), 8)))
         kind = self.kind(GGMLQuantizationType)

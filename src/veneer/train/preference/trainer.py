@@ -185,8 +185,8 @@ class PreferenceTrainer(RunTrainer):
             return super().evaluation_loop(*args, **options)
 
     def prediction_step(self, *args: Any, **options: Any) -> tuple[Tensor | None, Any, Any]:
-        """Return TRL's result with the mean loss of all processes: Trainer alone would ignore some of them in the last
-        batch.
+        """Return TRL's result with the mean of the loss over all processes. In the last batch, Trainer alone would
+        ignore the losses of some processes.
         """
         loss, logits, labels = super().prediction_step(*args, **options)
         if loss is not None and n_processes() > 1:
