@@ -35,12 +35,12 @@ def create_arrow_model(
 ) -> PeftModel:
     """Attach one frozen adapter, ``"arrow_router"``, that mixes saved adapters for each token.
 
-    The paths are folders or hub ids of adapters made of low-rank pairs, of one rank and on the same layers. With
-    ``use_gks``, the general adapters' mean A and mean B are subtracted from those of every other adapter (GenKnowSub,
-    doi:10.18653/v1/2025.acl-short.54). ``hub`` takes the fields of `HubOptions`.
+    The paths are folders or hub ids of adapters made of low-rank pairs, all of one rank and on the same layers. With
+    ``use_gks``, the mean A and the mean B of the general adapters are subtracted from A and B of every other adapter
+    (GenKnowSub, doi:10.18653/v1/2025.acl-short.54). ``hub`` takes the fields of `HubOptions`.
 
-    Difference from PEFT: PEFT keeps the adapters on the model. Here their factors are the adapter's own, in a single
-    file.
+    Difference from PEFT: PEFT keeps the adapters on the model. Here their factors belong to the one adapter, and are
+    saved in its file.
 
     Raises ConfigError for paths that do not fit the config, CompositionError for adapters that do not fit together, and
     the errors of loading.

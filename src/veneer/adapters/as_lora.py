@@ -95,10 +95,11 @@ def save_as_lora(
     *,
     input_ids: Int[Tensor, "batch tokens"] | None = None,
 ) -> AsLora:
-    """Write `convert_to_lora` as an adapter folder, and return it with its error.
+    """Convert an adapter as `convert_to_lora` does, and write it as an adapter folder. Return the converted adapter
+    with its error.
 
     ``input_ids``: tokens on which the error of the logits is measured too. Raises the errors of `convert_to_lora`, and
-    DiskError. Raises ConfigError if the folder holds an adapter already, which may be the one converted.
+    DiskError. Raises ConfigError if the folder holds an adapter already, because this may be the one converted.
     """
     if (Path(path) / CONFIG_FILE).exists():
         raise ConfigError(f"{path} holds an adapter, and nothing is overwritten: choose another folder")

@@ -128,7 +128,7 @@ def _named_class(folder: Path) -> Any:
 def make_room_for(tokenizer: Any, base: Any) -> None:
     """Resize the base's vocabulary if the tokenizer has more tokens.
 
-    Raises ConfigError if the base stays in a GGUF file, whose tables cannot grow.
+    Raises ConfigError if the base stays in the blocks of a GGUF file, because its embeddings cannot be resized.
     """
     table = base.get_input_embeddings()
     n_tokens, _ = table_shape(table)

@@ -26,11 +26,12 @@ _OF_BASE = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_
 def compose_cartridge_adapters(
     adapter_paths: Sequence[str | os.PathLike[str]], *, output_path: str | os.PathLike[str]
 ) -> None:
-    """Write a cartridge with the tokens of several, in their order. The first one's settings are kept.
+    """Write a cartridge with the tokens of several cartridges, one after another. Its other settings are those of the
+    first.
 
-    ``adapter_paths`` are folders or hub ids. Raises ConfigError, with every problem, if there are fewer than two, if
-    one is no cartridge or does not hold the tokens of its config, or if their bases differ in shape. Raises FormatError
-    if a file is missing or damaged.
+    ``adapter_paths`` are folders or hub ids. Raises ConfigError, with every problem, if there are fewer than two paths,
+    or if an adapter is no cartridge. Raises it too if a file does not hold as many tokens as its config says, or if the
+    bases differ in shape. Raises FormatError if a file is missing or damaged.
     """
     folders = [adapter_folder(path) for path in adapter_paths]
     configs = {folder: config_in(folder) for folder in folders}

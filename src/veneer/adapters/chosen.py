@@ -35,7 +35,7 @@ class LoadedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParts:
-    """Parts of a model for answering: the base at ``source``, its tokenizer, and adapters for it.
+    """Parts of a model for answering: the base, loaded from ``source``, its tokenizer, and adapters for it.
 
     ``takes_any_dtype``: True if the user chose no precision.
     """
@@ -48,11 +48,11 @@ class ModelParts:
 
     @property
     def adapter(self) -> Path | None:
-        """First adapter, the default."""
+        """First adapter, which answers by default; None if there is none."""
         return next(iter(self.adapters), None)
 
     def float32_note(self, setting: str) -> str | None:
-        """Return a note that ``setting`` is faster.
+        """Return a note that a base in float32, which ``setting`` chooses, would be faster on this CPU.
 
         Return None if the CPU has native products in the base's dtype, or if the user chose the dtype.
         """
@@ -105,7 +105,7 @@ def choose(
 ) -> Chosen:
     """Return a base and adapters by name, after checking that they exist and that their shapes fit.
 
-    The tokenizer is the base's, or the adapter's if that has more tokens or another chat template. The shapes of a base
+    The tokenizer is the base's, or the adapter's if it has more tokens or another chat template. The shapes of a base
     on the hub are not compared.
 
     Raises ConfigError and FormatError as `resolve` and `require_undamaged` do. Raises FormatError for an adapter of
@@ -146,7 +146,7 @@ def split_one(model: str, adapter: Path | None) -> tuple[str, Path | None]:
 def split(model: str, adapters: tuple[Path, ...]) -> tuple[str, tuple[Path, ...]]:
     """Return the base and the adapters. If ``model`` is itself an adapter, its config names the base.
 
-    Raises ConfigError if ``model`` is an adapter and others are given too, or if it does not name its base.
+    Raises ConfigError if ``model`` is an adapter and ``adapters`` are given too, or if its config does not name a base.
     """
     folder = Path(model).expanduser()
     if not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():
@@ -162,10 +162,10 @@ def split(model: str, adapters: tuple[Path, ...]) -> tuple[str, tuple[Path, ...]
 
 
 def tokenizer_with(tokenizer: Any, adapters: Sequence[Path]) -> Any:
-    """Return the base's tokenizer, or the adapters' if theirs has more tokens.
+    """Return the base's tokenizer, or an adapter's if it has more tokens.
 
-    An adapter's chat template replaces the base's, also one without a tokenizer beside it. Raises ConfigError if the
-    adapters differ in vocabulary size or chat template.
+    The adapters' chat template replaces the base's, also if an adapter has a template and no tokenizer. Raises
+    ConfigError if the adapters differ in vocabulary size or chat template.
     """
     found = {}
     for folder in adapters:

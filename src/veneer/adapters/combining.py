@@ -95,12 +95,12 @@ def add_weighted(
     most_lost: float | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Add a frozen adapter ``name``: the weighted sum of ``parts``, combined as planned.
+    """Add a frozen adapter ``name``: the weighted sum of the adapters ``parts``, combined as ``plan`` says.
 
     If a part has no update on a layer, its update there counts as zero. ``most_lost`` is the largest relative error
-    that a linear sum may have on a layer if the plan names no rank. ``on_progress`` gets the layers done and their
-    total.
-    Raises AdapterNameError for the names, and CompositionError if the parts cannot be combined. Nothing is added then.
+    that a linear sum may have on a layer if the plan names no rank. ``on_progress`` is called with the number of layers
+    done and the number of all layers. Raises AdapterNameError for the names, and CompositionError if the parts cannot
+    be combined. In both cases nothing is added.
     """
     names, weights = tuple(part for part, _ in parts), [weight for _, weight in parts]
     require_known(state, names)
@@ -213,12 +213,11 @@ def combine_folders(
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Combine adapters on disk without their base and write the result as an adapter folder. ``on_progress`` takes the
-    layers done and their total.
+    """Combine adapters on disk without their base, and write the result as an adapter folder.
 
-    If a file does not hold the sizes of its layers (VeRA), they are read from the base's config, if it is on this
-    machine. Raises FormatError for a damaged folder. Raises CompositionError for adapters that need their base or
-    cannot be combined.
+    ``on_progress`` is called with the number of layers done and the number of all layers. If a file does not hold the
+    sizes of its layers (VeRA), they are read from the base's config, if it is on this machine. Raises FormatError for a
+    damaged folder. Raises CompositionError for adapters that need their base or cannot be combined.
     """
     stored = [read_updates(folder, places_in_base(folder)) for folder in folders]
     for folder, adapter in zip(folders, stored, strict=True):
@@ -250,9 +249,9 @@ def combine_folders(
 def require_rank(folders: Sequence[Path], plan: Combination) -> None:
     """Raise CompositionError if the sum of the adapters has full rank and the plan gives no rank.
 
-    It has full rank if one of the adapters rotates or scales inputs or outputs (OFT, BOFT, RoAd, IA3), unless all of
-    them only scale. This reads configs and files alone: `add_weighted` checks adapters that need the base, such as
-    DoRA.
+    The sum has full rank if one of the adapters rotates or scales inputs or outputs (OFT, BOFT, RoAd, IA3). The
+    exception is that all of them only scale. Only configs and files are read. Adapters that need the base, such as
+    DoRA, are checked by `add_weighted`.
     """
     if plan.how != "linear" or plan.rank is not None:
         return

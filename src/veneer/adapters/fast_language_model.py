@@ -38,9 +38,9 @@ class FastLanguageModel:
         """Return a base model, on the current GPU if there is one, and its tokenizer.
 
         The tokenizer truncates at ``max_seq_length`` tokens, by default the model's own limit. ``model_name`` is a
-        folder, a GGUF file, a fetched model, or a hub id. If dtype is None, the dtype on disk is kept. A GGUF file's
-        matrices stay in its blocks, whatever ``load_in_4bit``; with ``gguf="dense"`` they are decoded first. Raises
-        ConfigError.
+        folder, a GGUF file, a fetched model, or a hub id. If dtype is None, the dtype on disk is kept. The matrices of
+        a GGUF file stay in the file's blocks, whatever ``load_in_4bit`` says; with ``gguf="dense"`` they are decoded
+        first. Raises ConfigError.
         """
         if load_in_4bit and load_in_8bit:
             raise ConfigError("load_in_4bit and load_in_8bit exclude each other: set one of them to False")

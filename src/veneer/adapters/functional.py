@@ -73,8 +73,8 @@ def set_peft_model_state_dict(
 ) -> _IncompatibleKeys:
     """Set the values of an attached adapter, all or nothing.
 
-    With ``ignore_mismatched_sizes``, tensors of another shape keep their values and are returned as missing.
-    ``low_cpu_mem_usage`` has no effect.
+    With ``ignore_mismatched_sizes``, a parameter whose tensor in the state dict has another shape keeps its values, and
+    its key is returned as missing. ``low_cpu_mem_usage`` has no effect.
 
     Difference from PEFT: loading is strict; PEFT only reports missing keys, which callers seldom check. Raises
     FormatError.

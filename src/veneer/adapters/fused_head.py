@@ -37,7 +37,8 @@ class ScoredTokens(ModelOutput):  # type: ignore[misc]
 
 
 def scored_tokens(model: nn.Module, kwargs: Mapping[str, Any]) -> ScoredTokens | None:
-    """Return the scores of a call's labels, computed from hidden states in chunks if the head is frozen.
+    """Return the scores of the labels in a call of the model, computed from hidden states in chunks if the head is
+    frozen.
 
     Return None if the call asks for no scores, or if it asks for other outputs too and TRL's own code is right. Raises
     CompositionError if TRL's own code would be wrong, or if an adapter has a loss of its own.

@@ -15,14 +15,15 @@ _NEW = "the exchanged one"
 def hotswap_adapter(
     model: PeftModel, model_name_or_path: str | os.PathLike[str], adapter_name: str, **hub: Any
 ) -> None:
-    """Replace a loaded adapter by a saved one. Its name stays, and so do the states *active* and *trained*.
+    """Replace a loaded adapter by a saved one. The name stays, and whether the adapter is active and trained.
 
     If settings and shapes are the same, values are written into the parameters, and a compiled model stays compiled.
-    Otherwise the saved adapter is attached in the other's place. ``hub``: see `PeftModel.from_pretrained`.
+    Otherwise the loaded adapter is removed, and the saved one is attached under its name. ``hub``: see
+    `PeftModel.from_pretrained`.
 
     Raises AdapterNameError if no adapter has that name or it is merged. Raises FormatError or TargetError if the saved
-    one cannot be attached, and CompositionError if it cannot act with the other active ones. On an error the loaded
-    adapter stays.
+    adapter cannot be attached, and CompositionError if it cannot act together with the other active adapters. On an
+    error the loaded adapter stays.
     """
     state = model.adapter_state
     require_known(state, (adapter_name,))

@@ -40,14 +40,14 @@ def noted(config: MethodConfig, revision: str | None) -> MethodConfig:
 
 
 def prepare(model: nn.Module, state: AdapterState) -> None:
-    """Freeze a plain model, and check at each training step that something trains."""
+    """Freeze a plain model, and install a check at each training step that some parameter trains."""
     model.requires_grad_(False)
     state.watch = model.register_forward_pre_hook(require_something_to_train, with_kwargs=True)
     let_gradients_through_checkpoints(model)
 
 
 def add(model: nn.Module, state: AdapterState, name: str, config: MethodConfig, allocation: Allocation) -> None:
-    """Attach a new adapter. Once active it trains, unless its config sets ``inference_mode``."""
+    """Attach a new adapter. It trains whenever it is active, unless its config sets ``inference_mode``."""
     require_unmerged(state, f"add {name!r}")
     attach(model, config, name, state, allocation=allocation)
     _attached(model, state, name, not config.inference_mode)
@@ -56,8 +56,8 @@ def add(model: nn.Module, state: AdapterState, name: str, config: MethodConfig, 
 def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options: Loading) -> list[str]:
     """Attach a saved adapter, or load the values into an attached adapter of the same name.
 
-    Returns the keys that keep their initial values (see `Leniency`). An attached adapter stays trainable if it was.
-    Raises ConfigError if its settings differ from the files'.
+    Returns the keys of parameters that keep their initial values (see `Leniency`). An attached adapter stays trainable
+    if it was. Raises ConfigError if the settings of the attached adapter differ from those in the files.
     """
     require_unmerged(state, f"load {name!r}")
     if name in state.configs:
@@ -82,8 +82,8 @@ def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options
 def attached_as(config: MethodConfig, folder: Path, is_trainable: bool) -> MethodConfig:
     """Return the config with which a saved adapter is attached.
 
-    If a network computed its virtual tokens and is not on disk, the tokens themselves are trained from now on. The
-    config then keeps ``inference_mode``.
+    If a network computed the adapter's virtual tokens and is not on disk, the tokens themselves are trained from now
+    on. The config then keeps ``inference_mode``.
     """
     config = replace(config, inference_mode=not is_trainable)
     lost = config.has_network and not holds_network(folder)
@@ -154,7 +154,7 @@ def rename(model: nn.Module, state: AdapterState, old: str, new: str) -> None:
 
 
 def choose_task(state: AdapterState, name: str, task: int | None) -> None:
-    """Choose an adapter's task for rows that name none. If ``task`` is None, rows must name one.
+    """Choose an adapter's task for rows that name no task. If ``task`` is None, every row must name its task.
 
     Raises AdapterNameError for an unknown name, or while adapters are merged, and ConfigError for an unknown task.
     """

@@ -32,13 +32,13 @@ def initialize_lora_ga_weights(
 ) -> None:
     """Initialise an adapter with ``init_lora_weights="lora_ga"`` from the gradients of its linear layers' weights.
 
-    ``train_step`` runs the model forward and backward, on one batch or several; the gradients are their mean. In it no
-    adapter acts, the model is in training mode, and the base may have any storage format. The gradients need as much
-    memory as the adapted weights in float32.
+    ``train_step`` runs the model forward and backward, on one batch or several; the mean of their gradients is used.
+    While it runs, no adapter acts and the model is in training mode. The base may have any storage format. The
+    gradients need as much memory as the adapted weights in float32.
 
     Raises ConfigError before the pass, if the adapter does not start from "lora_ga" or weights have too few directions
     for its ranks. Raises DataError for layers that get no gradient, NonFiniteError for gradients with NaN or infinity,
-    and AdapterNameError if an adapter is merged. The adapter is then as it was.
+    and AdapterNameError if an adapter is merged. After an error the adapter is unchanged.
     """
     start, settings, layers = _asked_for(model, adapter_name, LoraGAConfig)
     sites = {path: layer.site((adapter_name,)) for path, layer in layers.items()}
@@ -63,12 +63,13 @@ def initialize_lora_corda_weights(
 ) -> None:
     """Initialise an adapter with ``init_lora_weights="corda"`` from its linear layers' weights and inputs.
 
-    ``run_model`` runs the model forward, on one batch or several. In it no adapter acts, the model is in evaluation
-    mode, and the base may have any storage format. The covariances need ``i²`` numbers in float32 for each layer.
+    ``run_model`` runs the model forward, on one batch or several. While it runs, no adapter acts and the model is in
+    evaluation mode. The base may have any storage format. The covariances need ``i²`` numbers in float32 for each
+    layer.
 
     Raises ConfigError before the pass, if the adapter does not start from "corda" or weights are too small for its
     ranks. Raises DataError for layers that no batch reaches or whose largest input in a pass is 0, NonFiniteError for
-    inputs with NaN or infinity, and AdapterNameError if an adapter is merged. The adapter is then as it was.
+    inputs with NaN or infinity, and AdapterNameError if an adapter is merged. After an error the adapter is unchanged.
     """
     start, settings, layers = _asked_for(model, adapter_name, CordaConfig)
     sites = {path: layer.site((adapter_name,)) for path, layer in layers.items()}

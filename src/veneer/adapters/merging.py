@@ -47,8 +47,8 @@ def merge(
 
 @contextmanager
 def merging_with(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Enter a context that replaces parameters, and in which nothing is merged at first. It yields the names to merge,
-    which include those merged before.
+    """Enter a context in which the caller merges adapters: at its start nothing is merged. Yield the names to merge,
+    those merged before included.
 
     On an error the model is as before. Raises the errors of `require_foldable`.
     """
@@ -89,7 +89,7 @@ def require_known(state: AdapterState, names: tuple[str, ...]) -> None:
 
 
 def require_everywhere(adapter: object, config: MethodConfig) -> None:
-    """Raise CompositionError if an adapter acts on a part of each sequence only, or depending on its tokens."""
+    """Raise CompositionError if an adapter's update depends on the input, or acts only after invocation tokens."""
     if config.input_dependent:
         raise CompositionError(
             f"the update of adapter {str(adapter)!r} ({config.peft_type}) depends on the input tokens, so no fixed "
@@ -151,14 +151,14 @@ def require_finite(path: str, values: dict[str, Tensor], names: tuple[str, ...])
 
 
 def put_back_all(model: nn.Module) -> None:
-    """Restore every adapted module's own parameters."""
+    """Restore the own parameters of every adapted module, which merging has replaced."""
     for module in adapted_modules(model).values():
         module.put_back()
 
 
 def untie(model: nn.Module, state: AdapterState) -> None:
     """Mark head and embeddings as untied in the config if they are no longer one tensor, so that the next load keeps
-    both.
+    both tensors.
     """
     head, table = _ends(model)
     if head is None or table is None or not getattr(cast(Any, model).config, "tie_word_embeddings", False):

@@ -20,13 +20,13 @@ _DAMPING_OF_LORA_FA = 1e-8
 def create_riemannian_optimizer(
     model: nn.Module, optimizer_cls: Callable[..., Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
 ) -> Optimizer:
-    """Return an optimizer of this class over the trainable parameters, whose steps see LoRA's gradients in the metric
-    of ``B A``.
+    """Return an optimizer of the class ``optimizer_cls`` over the trainable parameters. Its steps see LoRA's gradients
+    in the metric of ``B A``.
 
     ``reg`` is added to the diagonals of the two Gram matrices. Other parameters, and factors at embeddings and
-    convolutions, are trained as the class trains them. ``kwargs`` are the class's own.
-    Source: Zhang and Pilanci 2024, arXiv:2402.02347. Raises ConfigError if no layer trains both factors, or if an
-    update is not their product alone.
+    convolutions, are trained as the class trains them. ``kwargs`` are the class's own. Source: Zhang and Pilanci 2024,
+    arXiv:2402.02347. Raises ConfigError if no layer trains both factors, or if an update is more than the product of
+    the two.
     """
     layers = [each for each in _layers(model) if each.a.requires_grad and each.b.requires_grad]
     if not layers:
@@ -41,10 +41,10 @@ def create_lorafa_optimizer(
 ) -> Optimizer:
     """Freeze LoRA's A, and return AdamW for the other parameters. The gradient of B is projected onto that of ``B A``.
 
-    ``r`` and ``lora_alpha``, which PEFT asks for, must equal the adapters'; if None, they are read from them.
-    Source: Zhang et al. 2023, arXiv:2308.03303. Raises ConfigError if no layer trains B, if one of the two differs, or
-    if an update is not the product of A and B alone.
-    Difference from PEFT: torch's AdamW in the parameters' dtype; PEFT projects in bfloat16, and decays after a step.
+    ``r`` and ``lora_alpha``, which PEFT asks for, must equal the adapters' values; None is always accepted. Source:
+    Zhang et al. 2023, arXiv:2308.03303. Raises ConfigError if no layer trains B, if ``r`` or ``lora_alpha`` differs, or
+    if an update is more than the product of A and B. Difference from PEFT: torch's AdamW in the parameters' dtype; PEFT
+    projects in bfloat16, and decays after a step.
     """
     layers = [each for each in _layers(model) if each.b.requires_grad]
     if not layers:

@@ -56,7 +56,7 @@ class AdapterOverview(InPlace, nn.Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return the number of trainable parameters, and of all parameters.
 
-        A quantized weight counts its dense values.
+        A quantized weight counts with the number of its dense values.
         """
         return status.count_parameters(self)
 

@@ -79,9 +79,9 @@ class PeftModel(AdapterOverview):
     ) -> Any:
         """Run the model's forward pass. ``adapter_names`` gives each row an adapter of its own, of any method.
 
-        Rows named ``"__base__"`` use none. ``task_ids`` gives each row one of its adapter's tasks, if that has several;
-        without ``adapter_names`` they are those of the active adapter. Raises AdapterNameError for unknown names,
-        ShapeError unless there is one name for each row, and CompositionError if rows of this model cannot use
+        Rows named ``"__base__"`` use no adapter. ``task_ids`` gives each row one of its adapter's tasks, if the adapter
+        has several; without ``adapter_names`` they are tasks of the active adapter. Raises AdapterNameError for unknown
+        names, ShapeError unless there is one name for each row, and CompositionError if rows of this model cannot use
         different adapters.
         """
         state, inputs = self.adapter_state, (args, kwargs)
@@ -105,8 +105,8 @@ class PeftModel(AdapterOverview):
 
     @classmethod
     def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Return a ``forward`` that takes ``adapter_names`` and ``task_ids`` and calls the model. It has the base's
-        signature.
+        """Return a ``forward`` that takes ``adapter_names`` and ``task_ids`` and calls the model. Its signature is that
+        of the base's ``forward``.
         """
         return {"forward": _with_names(base.forward)}
 
@@ -153,7 +153,7 @@ class PeftModel(AdapterOverview):
         """Activate one adapter, or several together, and freeze all others, as PEFT does.
 
         An adapter that was added, or loaded with ``is_trainable``, trains while it is active. An adapter loaded frozen
-        stays frozen unless ``inference_mode`` is False, PEFT's default. True freezes the active ones.
+        stays frozen unless ``inference_mode`` is False, PEFT's default. With True, the activated adapters are frozen.
 
         Raises AdapterNameError for an unknown name, CompositionError for adapters that cannot act together.
         """
@@ -164,7 +164,7 @@ class PeftModel(AdapterOverview):
         lifecycle.delete(self, self.adapter_state, adapter_name)
 
     def rename_adapter(self, old: str, new: str) -> None:
-        """Rename an adapter; it stays active or merged. Raises AdapterNameError."""
+        """Rename an adapter. If it is active or merged, it stays so. Raises AdapterNameError."""
         lifecycle.rename(self, self.adapter_state, old, new)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
@@ -173,11 +173,11 @@ class PeftModel(AdapterOverview):
         lifecycle.make_trainable(self, self.adapter_state, _names(adapter_names), requires_grad)
 
     def set_task(self, task: int | None, adapter_name: str | None = None) -> None:
-        """Choose the task of an adapter, by default the active one, for rows that name none.
+        """Choose the task of an adapter, by default the active one, for rows that name no task.
 
-        That task is also the one that is merged, combined and converted. If ``task`` is None, rows must name one in
-        ``task_ids``. Raises AdapterNameError for an unknown name, or while adapters are merged, and ConfigError for an
-        unknown task.
+        This task is also the one that is merged, combined and converted. If ``task`` is None, every row must name its
+        task in ``task_ids``. Raises AdapterNameError for an unknown name, or while adapters are merged, and ConfigError
+        for an unknown task.
         """
         lifecycle.choose_task(self.adapter_state, self.active_adapter if adapter_name is None else adapter_name, task)
 
@@ -193,7 +193,7 @@ class PeftModel(AdapterOverview):
         majority_sign_method: str = "total",
         seed: int = 0,
     ) -> combining.Report:
-        """Add a frozen adapter that combines others, with their weights built in. Return the error of the rank
+        """Add a frozen adapter that combines others; ``weights`` are multiplied into it. Return the error of the rank
         reduction.
 
         ``combination_type`` is a type of `veneer.combine.Combination`; PEFT's "…_svd" names mean the same. "linear" is
@@ -231,7 +231,7 @@ class PeftModel(AdapterOverview):
                 merging.merge(self, state, merged)
 
     def disable_adapter_layers(self) -> None:
-        """Disable all adapters until `enable_adapter_layers`; merged ones are unmerged."""
+        """Disable all adapters until `enable_adapter_layers` is called. Merged adapters are unmerged."""
         merging.unmerge(self, self.adapter_state)
         self.adapter_state.disabled = True
 
@@ -246,8 +246,8 @@ class PeftModel(AdapterOverview):
     def update_and_allocate(self, global_step: int) -> None:
         """Run the active adapters' updates after an optimizer step (AdaLoRA reallocates its budget).
 
-        Call it between ``optimizer.step()`` and ``zero_grad()`` with the number of the step; `SFTTrainer` does so by
-        itself. Raises ConfigError if no active adapter needs such updates.
+        Call it between ``optimizer.step()`` and ``zero_grad()`` with the number of the step. `SFTTrainer` makes this
+        call. Raises ConfigError if no active adapter needs such updates.
         """
         schedules.begin(self, self.adapter_state)
         if not schedules.advance(self.adapter_state, global_step):
@@ -345,7 +345,8 @@ class PeftModel(AdapterOverview):
         write_card(Path(output_dir), next(iter(self.peft_config.values())))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict as torch does. A Trainer checkpoint is loaded into the adapters, strictly.
+        """Load a state dict as torch does. If it is a Trainer checkpoint, its tensors are loaded into the adapters,
+        strictly.
 
         Such a checkpoint holds one adapter's file, for the active adapter, or several adapters by name. Raises
         AdapterNameError if one of them is not on the model, and FormatError.

@@ -31,10 +31,11 @@ def initialize_kv_prefix_from_text(
     use_chat_template: bool = True,
     max_length: int | None = None,
 ) -> Tensor:
-    """Initialise a prefix from the first tokens of a text. Return the matrix (n, width) as a plain save holds it.
+    """Initialise a prefix from the first tokens of a text. Return the matrix (n, width) that a save without a network
+    holds.
 
     ``use_chat_template`` puts the text into a system message if the tokenizer has a template. Raises ConfigError if the
-    adapter is not a prefix, if an MLP makes it, or if the text has fewer tokens than the prefix.
+    adapter is not a prefix, if an MLP computes the prefix, or if the text has fewer tokens than the prefix.
     """
     name = model.active_adapter if adapter_name is None else adapter_name
     holder, config = _prefix(model, name)
@@ -56,9 +57,11 @@ def initialize_kv_prefix_from_text(
 def initialize_kv_prefix_from_past_key_values(
     model: PeftModel, *, past_key_values: Cache, adapter_name: str | None = None
 ) -> Tensor:
-    """Initialise a prefix from the first positions of a one-row cache. Return the matrix as a plain save holds it.
+    """Initialise a prefix from the first positions of a cache with one row. Return the matrix (n, width) that a save
+    without a network holds.
 
-    Raises ConfigError if the adapter is not a prefix, if an MLP makes it, or if the cache holds fewer positions.
+    Raises ConfigError if the adapter is not a prefix, if an MLP computes the prefix, or if the cache holds fewer
+    positions than the prefix.
     """
     name = model.active_adapter if adapter_name is None else adapter_name
     holder, config = _prefix(model, name)

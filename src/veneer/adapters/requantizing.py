@@ -53,7 +53,7 @@ def survival(
 
 @dataclass(slots=True)
 class SurvivalSums:
-    """Sums over the values of a weight, added part by part.
+    """Sums over the values of a weight, to which the weight's parts are added one after another.
 
     ``weight``, ``update`` and ``change`` are sums of squares; ``dot`` is the sum of products of update and change.
     """
@@ -66,7 +66,7 @@ class SurvivalSums:
     def add(
         self, before: Float[Tensor, "*e o i"], wanted: Float[Tensor, "*e o i"], after: Float[Tensor, "*e o i"]
     ) -> None:
-        """Add a part of the weight."""
+        """Add a part of the weight: its values before, the wanted values, and the actual values after."""
         update, change = wanted - before, after - before
         self.weight += float(before.square().sum())
         self.update += float(update.square().sum())
@@ -74,7 +74,7 @@ class SurvivalSums:
         self.dot += float((update * change).sum())
 
     def survival(self, path: str) -> Survival:
-        """Return what survives of the update of the whole weight."""
+        """Return the share of the update of the whole weight that survives."""
         if self.update == 0:
             return Survival(path, 0.0, 1.0, 1.0)
         share = self.dot / math.sqrt(self.update * self.change) if self.change > 0 else 0.0
@@ -106,7 +106,7 @@ def merge_requantized(
 
 
 def describe(report: Sequence[Survival], advice: str = IN_16_BITS) -> str:
-    """Return the report as text: the median, the worst, and ``advice`` if little is left."""
+    """Return the report as text: the median, the worst, and ``advice`` if little of the updates survives."""
     middle = statistics.median(s.share for s in report)
     worst = min(report, key=lambda s: s.share)
     size = statistics.median(s.relative_size for s in report)

@@ -136,7 +136,9 @@ def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def divided(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return the inverse of `joined`; empty if the keys have no adapter prefix."""
+    """Split the result of `joined` into the adapters' tensors, by name. Return an empty dict if the keys have no
+    adapter prefix.
+    """
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, joint, rest = key.partition(_JOINT)

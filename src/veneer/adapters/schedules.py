@@ -35,7 +35,9 @@ def with_penalty(model: nn.Module, state: AdapterState, output: Any) -> Any:
 
 
 def begin(model: nn.Module, state: AdapterState, n_steps: int | None = None) -> None:
-    """Create the schedules of the active adapters that train. ``n_steps``: the length of the run, if they need it."""
+    """Create the schedules of the active adapters that train. ``n_steps`` is the number of steps of the run, for
+    methods that need it.
+    """
     for name, training in _acting(state).items():
         if name in state.schedules:
             continue
@@ -63,14 +65,14 @@ def advance(state: AdapterState, step: int) -> bool:
 
 
 def tensors(state: AdapterState) -> dict[str, Tensor]:
-    """Return the state of all schedules, from which their next step can continue."""
+    """Return the state of all schedules. After `restore`, they continue from it."""
     return {
         f"{n}{_JOINT}{key}": value for n, schedule in state.schedules.items() for key, value in schedule.state().items()
     }
 
 
 def restore(state: AdapterState, saved: Mapping[str, Tensor]) -> None:
-    """Restore the state from `tensors` into schedules that have begun."""
+    """Restore the state that `tensors` returned into schedules that were created by `begin`."""
     for name, schedule in state.schedules.items():
         prefix = f"{name}{_JOINT}"
         schedule.restore({key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)})

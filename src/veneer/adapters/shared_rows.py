@@ -36,9 +36,9 @@ class SharedRows:
 def shared_rows(
     input_ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"], labels: Int[Tensor, "b t"]
 ) -> SharedRows | None:
-    """Join the rows of a batch. Return None if that saves less than a tenth, or if padding splits a row.
+    """Join the rows of a batch. Return None if this saves less than a tenth of the tokens, or if padding splits a row.
 
-    Rows share their prompt if it is equal: the tokens before the first label that counts.
+    A row's prompt is the tokens before its first label that counts. Rows with equal prompts share them.
     """
     rows = [_Row.of(*row) for row in zip(input_ids.tolist(), mask.tolist(), labels.tolist(), strict=True)]
     if any(row is None for row in rows):

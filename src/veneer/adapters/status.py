@@ -90,7 +90,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Count the trainable parameters, and all. A quantized weight counts its dense values."""
+    """Count the trainable parameters, and all parameters. A quantized weight counts with the number of its dense
+    values.
+    """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters() if p.is_floating_point())
     for module in model.modules():

@@ -19,7 +19,9 @@ from veneer.plain.tasks import TaskType
 
 
 class ByTask(type):
-    """Metaclass of the task classes: an adapted model is an instance if its first adapter is for the task."""
+    """Metaclass of the task classes. An adapted model is an instance of a task class if its first adapter is for that
+    task.
+    """
 
     def __call__(
         cls, model: nn.Module, peft_config: MethodConfig, adapter_name: str = "default", **options: Any

@@ -67,8 +67,8 @@ def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceSc
     """Score the tokens of ``inputs["labels"]`` (b, t), shifted by one; labels of -100 do not count.
 
     Hidden states go through a frozen head chunk by chunk. Otherwise logits are computed at the positions at which any
-    label counts. Left padding is removed first: it would shift learned positions, and separate virtual tokens from
-    their prompt. Rows with one prompt compute it once, if the model can.
+    label counts. Left padding is removed first, because it would shift learned positions, and separate virtual tokens
+    from their prompt. If several rows have the same prompt, the model computes it once, if it can.
     """
     inputs = {key: value for key, value in inputs.items() if key != "use_cache"}
     rows = _shared(model, inputs)
@@ -243,8 +243,9 @@ class NextTokens:
 
 
 def next_tokens(model: nn.Module, inputs: dict[str, Any]) -> NextTokens | None:
-    """Return the logits of a pass over a batch, (b * (t - 1), v), or None unless the model's head is frozen and
-    unadapted.
+    """Return the logits that predict a batch's next tokens, with these tokens and the router's loss.
+
+    Return None unless the model's head is frozen and unadapted.
     """
     found = unmade_logits(model, {key: value for key, value in inputs.items() if key != "labels"})
     if found is None:
@@ -254,10 +255,10 @@ def next_tokens(model: nn.Module, inputs: dict[str, Any]) -> NextTokens | None:
 
 
 def unmade_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
-    """Return the logits (b, t, v) of a pass, not yet computed, and the router's loss, if any.
+    """Return the logits (b, t, v) of a pass, which are computed only when they are read, and the router's loss, if any.
 
-    Return None unless the model's head is frozen and unadapted. A DDP wrapper around the model is allowed; another
-    wrapper may run modules of its own.
+    Return None unless the model's head is frozen and unadapted. A DDP wrapper around the model is allowed. Other
+    wrappers are not, because they may run modules of their own.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     with deferred_logits(inner) as defers:
@@ -292,6 +293,6 @@ def _keeps_logits(cls: Hashable) -> bool:
 
 
 def has_own_loss(model: nn.Module) -> bool:
-    """Return True if an adapter that acts has a loss of its own, see `MethodConfig.has_own_loss`."""
+    """Return True if an active adapter has a loss of its own, see `MethodConfig.has_own_loss`."""
     state = getattr(model, "adapter_state", None)
     return state is not None and any(state.configs[name].has_own_loss for name in state.acting())

@@ -11,7 +11,7 @@ from veneer.errors import TrainingError
 
 
 def require_something_to_train(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Return a pre-hook of the model's forward that rejects a training step without trainable parameters.
+    """Check a call of the model's forward, as its pre-hook: a training step must have trainable parameters.
 
     Raises TrainingError if labels are given in training mode and every parameter is frozen.
     """
@@ -27,8 +27,8 @@ def require_something_to_train(model: nn.Module, args: tuple[Any, ...], kwargs: 
 def let_gradients_through_checkpoints(model: Any) -> None:
     """Make the embeddings' output require a gradient if activations are checkpointed.
 
-    The re-entrant checkpoint passes no gradient on if no input of the block requires one. With a frozen base, none
-    does.
+    Otherwise the re-entrant checkpoint passes no gradient on, because no input of a block requires one if the base is
+    frozen.
     """
     if _checkpoints(model) and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()

@@ -59,7 +59,7 @@ class BaseWeights:
         return self._groups
 
     def others(self) -> list[str]:
-        """Return the names in the files that are not parameters of the model or parts of one: buffers, other heads."""
+        """Return the names of tensors in the files that belong to no parameter of the model: buffers, other heads."""
         taken = set(self._stored.values()) | self._parts
         known = self._shapes.keys() | {name.removeprefix(self._prefix) for name in self._shapes}
         return [name for name in self._tensors.tensors if name not in taken and name not in known]
@@ -70,17 +70,17 @@ class BaseWeights:
         return [key for key, value in module._parameters.items() if value is not None]
 
     def stored_name(self, name: str, own: bool) -> str:
-        """Return a parameter's name in the files.
+        """Return the name of a parameter in the result: its name in the files.
 
-        If not ``own``, a parameter that is stored under the name of the one it is tied to has the model's name instead:
-        the copy is written separately.
+        If ``own`` is False, a tied parameter that the files store under the other's name keeps the model's name. Its
+        copy is then written separately.
         """
         stored = self._stored[name]
         is_this = own or stored in (name, name.removeprefix(self._prefix))
         return stored if is_this else name
 
     def model_name(self, name: str) -> str | None:
-        """Return the model's name for a tensor of the result; None if it is not a parameter."""
+        """Return the model's name for a tensor of the result, or None if the tensor is no parameter of the model."""
         return self._model_names.get(name, name if name in self._stored else None)
 
     def spec(self, name: str, dtype: torch.dtype | None) -> Spec:
@@ -112,7 +112,9 @@ class BaseWeights:
         return torch.cat([value[:n_kept], value.new_zeros(shape[0] - n_kept, *shape[1:])])
 
     def read_wide(self, name: str) -> Tensor:
-        """Return the result of `read` in float32, without keeping the narrow tensor in memory."""
+        """Return the parameter that `read` returns, in float32. The tensor in the files' dtype is never whole in
+        memory.
+        """
         blocks = self.blocks(self._stored[name])
         first = next(blocks)
         if len(first) == self._shapes[name][0]:
@@ -130,7 +132,9 @@ class BaseWeights:
         return self.read(name) if name in self._stored else self._tensors.read(stored)
 
     def blocks(self, stored: str) -> Iterator[Tensor]:
-        """Return the rows (k, …) of `read_stored`, in order. A dense tensor is never whole in memory."""
+        """Yield the rows (k, …) of the tensor that `read_stored` returns, in order. A dense tensor is never whole in
+        memory.
+        """
         name = self._model_names.get(stored, stored)
         held = self._stored.get(name, stored)  # tied tensors that are written apart lie in the files once
         if (held in self._stacks and held not in self._names) or self._is_stack(held):
@@ -242,9 +246,7 @@ class WeightInFile:
 
 
 def is_copy(stored: StoredTensor, rows: Iterable[Tensor]) -> bool:
-    """Return True if a stored tensor equals another of its shape, given as blocks of rows, after a cast to
-    its dtype.
-    """
+    """Return True if a stored tensor equals the blocks of rows ``rows``, after a cast to their dtype."""
     blocks = stored.blocks(BLOCK_VALUES)
     return all(torch.equal(mine.to(own.dtype), own) for mine, own in zip(blocks, rows, strict=True))
 

@@ -36,13 +36,15 @@ def combine_checkpoints(
     options: CombineOptions | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Write the base plus the weighted task vectors of fine-tuned models. Return the bytes.
+    """Write the base plus the weighted task vectors of fine-tuned models. Return the number of bytes of the base's
+    tensors.
 
-    Tensors keep the base's dtypes; config and tokenizer are the base's. DARE's draw for a tensor depends only on the
-    seed and the tensor's name.
+    Tensors keep the base's dtypes; config and tokenizer are the base's. DARE's random choice for a tensor depends only
+    on the seed and the tensor's name.
 
     Raises FormatError if files are damaged, if weights are quantized, or if the models' tensors and shapes differ from
-    the base's. Raises FormatError if ``output`` holds something and must not be overwritten. Then nothing is written.
+    the base's. Raises FormatError if ``output`` holds something and must not be overwritten. In all these cases nothing
+    is written.
     """
     options = options or CombineOptions()
     pairs = list(models.items() if isinstance(models, Mapping) else models)

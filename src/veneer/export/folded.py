@@ -43,7 +43,8 @@ NAME = "merged"
 
 
 class FoldedCheckpoint:
-    """Checkpoint of the dense base in ``folder`` with an adapter merged in; without one if ``adapter`` is None.
+    """Checkpoint of the dense base in ``folder`` with an adapter merged in. If ``adapter`` is None, it is the base
+    alone.
 
     ``specs``: dtype and shape of every tensor of the result, by its name in files. ``untied``: tied embeddings have
     become two tensors. ``prefix``: the start of names in the model without its head. ``n_modules``: the number of

@@ -21,8 +21,8 @@ from veneer.store.source import parse_dtype
 class MergeOptions:
     """Options of a merge.
 
-    ``dtype`` is that of the result's floating-point tensors. If it is None, it is the base's (16 bits for a quantized
-    base).
+    ``dtype`` is that of the result's floating-point tensors. If it is None, they have the base's dtype (16 bits for a
+    quantized base).
     """
 
     dtype: str | torch.dtype | None = None
@@ -54,7 +54,7 @@ def merge_checkpoint(
 
     Raises FormatError if the files are damaged or do not fit each other. Raises CompositionError for adapters that
     cannot be merged or are in the base's merge record. Raises FormatError if ``output`` holds something and must not be
-    overwritten. Then nothing is written.
+    overwritten. In all these cases nothing is written.
     """
     options = options or MergeOptions()
     folder = local_folder(base)

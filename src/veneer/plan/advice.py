@@ -24,7 +24,9 @@ _TWICE, _ONCE = 5_000, 50_000
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Setting of a recipe by its key, with its reason, its ``source``, and ``confidence``: high, medium or low."""
+    """Advice for one setting of a recipe: its ``key`` and ``value``, the reason, the ``source``, and the
+    ``confidence``: high, medium or low.
+    """
 
     key: str
     value: Any
@@ -38,9 +40,9 @@ def advise(
 ) -> list[Advice]:
     """Return settings for LoRA on ``n_rows`` rows, each of ``tokens_a_row`` trained tokens.
 
-    ``parameters_a_rank``: parameters of LoRA with rank 1 on all linear layers. ``left_out`` names stacks of experts
-    that are not linear layers: without them, the more important half is not adapted. Raises ConfigError for an unknown
-    task and for counts below one.
+    ``parameters_a_rank``: parameters of LoRA with rank 1 on all linear layers. ``left_out`` is a text about stacks of
+    experts that LoRA on linear layers does not adapt. If it is given, the confidence in the targets is low. Raises
+    ConfigError for an unknown task and for counts below one.
     """
     problems = [] if task in TASKS else [f"--task {task!r} must be one of {', '.join(TASKS)}"]
     problems += [

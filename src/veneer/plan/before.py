@@ -32,11 +32,12 @@ def planned_facts(
     *,
     timed: bool = True,
 ) -> tuple[dict[str, Any] | None, str]:
-    """Return the facts of `veneer plan --json` for a recipe, and one line. The facts are None if it cannot be planned.
+    """Return the facts of `veneer plan --json` for a recipe, and one line that sums them up. The facts are None if the
+    recipe cannot be planned.
 
     ``shards``: possible numbers of processes, of ``n_processes``, that share one copy of the base; the facts have the
-    bytes of each. ``tell`` is called with a line if float32 would be faster. Nothing is measured: the facts have
-    seconds if ``timed``, and if rates or earlier runs are known.
+    bytes of each. ``tell`` is called with a line if float32 would be faster. Nothing is measured here. The facts have
+    seconds if ``timed`` is True and measured rates or earlier runs are known.
     """
     try:
         machine = Machine.of_run(recipe.training_config(), timed=timed)
@@ -61,9 +62,9 @@ def planned_facts(
 
 
 def with_shard(facts: Mapping[str, Any], sharing: int) -> dict[str, Any]:
-    """Return the facts of a plan with one of its possible shards and that shard's bytes.
+    """Return the facts of a plan with one of its possible shards, and the bytes of a process with that shard.
 
-    It is the first shard with which ``sharing`` processes fit into memory, or the last if none fits. If there are no
+    The shard is the first with which ``sharing`` processes fit into memory, or the last if none fits. If there are no
     shards, the facts are returned unchanged.
     """
     process = dict(facts["process"])
@@ -75,7 +76,7 @@ def with_shard(facts: Mapping[str, Any], sharing: int) -> dict[str, Any]:
 
 
 def require_room(facts: Mapping[str, Any], n_processes: int = 1) -> None:
-    """Raise ConfigError if the ``n_processes`` of a run that share its memory take more than is available."""
+    """Raise ConfigError if the ``n_processes`` of a run that share this memory need more than is available."""
     each, free = facts["process"]["bytes"], facts["process"]["free"]
     if n_processes * each > free:
         together = f"{size(n_processes * each)} in {n_processes} processes" if n_processes > 1 else size(each)

@@ -13,7 +13,9 @@ MOST_SECONDS = 20.0
 
 @dataclass(slots=True)
 class MeasuringTime:
-    """Time in which measurements may begin: ``seconds`` from the first one on. If it is 0, none may begin."""
+    """Time in which measurements may begin: ``seconds``, counted from the first measurement. If it is 0, none may
+    begin.
+    """
 
     seconds: float = MOST_SECONDS
     _ends: float | None = None

@@ -52,7 +52,7 @@ def cards_named(name: str) -> list[str]:
 
 
 def card_problem(name: str) -> str | None:
-    """Return the reason if a name matches no card or several; None if it matches one."""
+    """Return a message if a name matches no card or several cards, and None if it matches one."""
     found = cards_named(name)
     if len(found) == 1:
         return None

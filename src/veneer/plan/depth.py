@@ -19,10 +19,11 @@ from veneer.recipe.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """Repetition in a model's ``n_blocks`` blocks: first ``lead`` that differ, then equal groups of ``period`` blocks.
+    """Repetition in a model's ``n_blocks`` blocks: first ``lead`` blocks outside of the repetition, then equal groups
+    of ``period`` blocks.
 
-    In Llama the lead is 0 and the period 1. In Gemma 3 the period is 6: five windows and one of full attention. Some
-    mixtures of experts have a lead of dense blocks.
+    In Llama the lead is 0 and the period 1. In Gemma 3 the period is 6: five blocks with window attention and one with
+    full attention. Some mixtures of experts have a lead of dense blocks.
     """
 
     n_blocks: int
@@ -31,9 +32,10 @@ class Pattern:
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Return two depths, one group apart, whose last block has the same place in its group as the whole model's.
+        """Return two numbers of blocks, one period apart, at which to trace the model.
 
-        If the model is not deeper than the second depth, return its own depth alone.
+        Both models end at the same place of a group as the whole model. If the whole model is not deeper than the
+        second depth, return its own depth alone.
         """
         low = self.lead + (self.n_blocks - self.lead) % self.period + self.period
         if low == 1:  # the first block and the last are two: in front of the first no gradient is made
@@ -41,7 +43,7 @@ class Pattern:
         return (low, low + self.period) if low + self.period < self.n_blocks else (self.n_blocks,)
 
     def places(self, n_blocks: int) -> dict[int, list[str]]:
-        """Return names for blocks that mean the same block in a model of any depth, by the block's number.
+        """Return, for each block of a model of ``n_blocks`` blocks, names that mean the same block at any depth.
 
         ``first 0`` counts from the front, ``last 0`` from the end.
         """
@@ -130,7 +132,9 @@ def _sign(block: nn.Module) -> tuple[object, ...]:
 
 
 def peaks_by_place(shallow: Shallow, pattern: Pattern) -> dict[str, Peak]:
-    """Return peaks under names that hold at any depth. Only the first and the last group of blocks are returned."""
+    """Return the peaks of a trace under the names of `Pattern.places`, which hold at any depth. Peaks of blocks in the
+    middle are left out.
+    """
     places, found = pattern.places(shallow.n_blocks), {}
     for mark, peak in shallow.peaks.items():
         name, _, number = mark.rpartition(".")

@@ -31,7 +31,8 @@ _OPTIONS = EngineOptions()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrawSize:
-    """Answers of ``n_tokens`` each to prompts of ``prompt`` tokens, drawn at once.
+    """Size of a draw: ``n_answers`` answers of ``n_tokens`` tokens each, to ``n_prompts`` prompts of ``prompt`` tokens,
+    generated at once.
 
     ``n_batches`` micro-batches are trained before the next draw. Log-probabilities of all answers are computed
     ``n_scores`` times without gradients: by the reference, and by the model if the engine's are not used.
@@ -47,7 +48,7 @@ class DrawSize:
 
     @property
     def n_positions(self) -> int:
-        """Tokens in the cache at the end of a draw: in whole pages of the engine, which has each prompt once."""
+        """Tokens in the cache when all answers are complete. The engine has whole pages, with each prompt only once."""
         if not self.by_engine:
             return self.n_answers * (self.prompt + self.n_tokens)
         block = _OPTIONS.block_size
@@ -56,7 +57,9 @@ class DrawSize:
 
 
 def draw_of(task: str, args: Any, batch: Batch) -> DrawSize | None:
-    """Return the draw of a recipe's step, of answers of the maximal length; None if the step draws nothing."""
+    """Return the size of the draw of a recipe's step, with answers of the maximal length. Return None if the step
+    generates no answers.
+    """
     n_rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
     if task == "distill" and args.lmbda > 0:
         n, longest = n_rows * steps, args.max_completion_length
@@ -76,12 +79,13 @@ def draw_of(task: str, args: Any, batch: Batch) -> DrawSize | None:
 
 
 class TracedDraw:
-    """Draw of a step on a traced base, to which no adapter is attached yet.
+    """Traced generation of a step's answers on a traced base, to which no adapter is attached yet.
 
     If ``packs``, as on CPUs, the engine packs a copy of the base's weights; on a GPU it reads the base's own.
     ``n_processes`` train together. ``is_one``: the packed weights are the only copy. ``weights`` are the engine's
-    packed tensors. ``kept`` are the bytes that a token and a sequence take in the cache. If there is no program for the
-    base, transformers draws instead of the engine. ``work``, after `run`, is that of a draw and of scoring its answers.
+    packed tensors. ``kept`` are the bytes that a token and a sequence take in the cache. If the engine has no program
+    for the base, transformers generates. ``work``, after `run`, is the work of generating the answers and of scoring
+    them.
     """
 
     def __init__(
@@ -125,7 +129,7 @@ class TracedDraw:
         return 2 * n * width if self.draw.by_engine else 0
 
     def run(self, step: Step, live: LiveBytes, counted: CountWork | None, batch: Batch) -> None:
-        """Draw, and score the answers of a micro-batch."""
+        """Generate the answers, and compute the log-probabilities of a micro-batch of them."""
         draw, vocabulary = self.draw, step.model.config.get_text_config().vocab_size
         counted = counted or CountWork()
         step.mark("draw")
@@ -188,6 +192,6 @@ def _tensors_in(packed: Any) -> Iterator[Tensor]:
 
 
 def packed_in(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the tensors of a model's layers that hold packed weights alone."""
+    """Yield the tensors of those layers of a model that hold only packed weights."""
     for module in model.modules():
         yield from _tensors_in(getattr(module, "packed_weight", None))

@@ -46,11 +46,12 @@ Cost = Callable[[Plan], float]
 def fits(
     recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes, cost: Cost, *, isa: str | None = None
 ) -> list[Fit]:
-    """Return settings that fit ``budget`` bytes with `SPARE` of it left free, the least time a token first.
+    """Return settings that fit ``budget`` bytes with `SPARE` of it left free, sorted by the seconds a token, least
+    first.
 
-    They vary the storage of the base, checkpointing, and the rows of a micro-batch. The rows of an optimizer step stay
-    the same. ``bytes_of``, ``cost`` (seconds of a micro-batch) and ``isa`` are the machine's. Raises ConfigError if
-    nothing fits, with a suggestion that would.
+    The settings vary the storage of the base, checkpointing, and the rows of a micro-batch. The rows of an optimizer
+    step stay the same. ``bytes_of``, ``cost`` (seconds of a micro-batch) and ``isa`` are the machine's. Raises
+    ConfigError if nothing fits, with a suggestion that would.
     """
     given, budget = budget, int(budget / (1 + SPARE))
     args = recipe.training_config()

@@ -66,7 +66,7 @@ def rank_facts(plan: Plan, machine: Machine, ranks: Ranks, seconds_a_batch: floa
 
 
 def told_ranks(rank: Mapping[str, Any]) -> list[str]:
-    """Return `rank_facts` as lines."""
+    """Return the facts of `rank_facts` as lines of text."""
     n, shard, sent = rank["processes"], rank["shard"], rank["traffic"]
     copies = "each with a whole base" if shard == 1 else f"{shard} share a copy of the base"
     gathered = f"{size(sent['gathers'])} of blocks, forward and backward, and " if shard > 1 else ""

@@ -23,10 +23,10 @@ class Event(NamedTuple):
 
 
 class LiveBytes(SilentMode):  # type: ignore[no-untyped-call]
-    """Context that records every allocation and release of a storage; `mark` names the part of the step that begins.
+    """Context that records every allocation and release of a storage, with the part of the step that `mark` named last.
 
-    Earlier storages are passed to `hold`, with their kind. Tensors that autograd's hooks pack into files are not alive.
-    Scratch memory within a kernel is not seen.
+    Storages that exist before are passed to `hold`, with their kind. Tensors that autograd's hooks pack into files do
+    not count as alive. Scratch memory within a kernel is not seen.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class LiveBytes(SilentMode):  # type: ignore[no-untyped-call]
         self._mark = name
 
     def hold(self, tensor: Tensor, kind: str) -> None:
-        """Record a tensor that exists already, or the kind of a recorded one."""
+        """Record a tensor that exists before the step, with its kind. If it is recorded already, set its kind."""
         self._see(tensor)
         self.kinds.setdefault(self._numbers[_storage_of(tensor)._cdata], kind)
 
@@ -85,8 +85,8 @@ class Peak:
 def peaks(events: Iterable[Event], kinds: Mapping[int, str], default: Callable[[str], str]) -> dict[str, Peak]:
     """Return the peak under each mark, in the order of the marks.
 
-    ``kinds`` gives the kind of storages by number. Others have the kind that ``default`` returns for the mark of their
-    allocation.
+    ``kinds`` gives the kind of storages by number. For any other storage, ``default`` returns the kind, given the mark
+    at which it was allocated.
     """
     live: defaultdict[str, int] = defaultdict(int)
     born: dict[int, str] = {}

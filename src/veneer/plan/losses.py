@@ -21,9 +21,10 @@ Loss = Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
 
 
 def reference_of(task: str, adapter: Mapping[str, Any], model: PreTrainedModel, args: Any) -> Reference | None:
-    """Return the reference model that the trainer of a task holds; ``adapter`` is that part of the recipe.
+    """Return the reference model that the trainer of a task holds, or None if it holds none. ``adapter`` is the adapter
+    part of the recipe.
 
-    The trainer also holds it if the reference log-probabilities are computed once before the run.
+    The trainer also holds a reference if the reference log-probabilities are computed once before the run.
     """
     if task in ("sft", "distill") or (task in ("grpo", "rloo") and not args.beta):
         return None
@@ -76,7 +77,9 @@ def labelled(model: PreTrainedModel, reference: Reference | None, inputs: dict[s
 
 
 def rewarded(model: PreTrainedModel, inputs: dict[str, Tensor], args: Any) -> Tensor:
-    """Return the policy gradient's loss of answers of advantage 1, with the entropy that the log shows."""
+    """Return the policy gradient's loss for answers whose advantage is 1. The entropy, which the log shows, is computed
+    too.
+    """
     scored = ScoredModel(model, PreferenceScoring(args.temperature))(**inputs, fused_lm_head=True)
     ratio: Tensor = (scored.log_probs - scored.log_probs.detach()).exp()
     return -ratio.mean()

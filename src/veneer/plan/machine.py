@@ -72,10 +72,10 @@ def processor() -> str:
 
 @dataclass(slots=True)
 class Rates:
-    """Measured seconds on this machine, each measured at its first use, while there is ``budget``.
+    """Measured seconds of operations on this machine, each measured at its first use, while ``budget`` has time left.
 
-    ``known`` holds the values in the file. ``rough`` holds, for disturbed measurements, the share of the cores that
-    other processes left free. These are measured again once the cores are free.
+    ``known`` holds the values in the file. ``rough`` holds, for measurements that other processes disturbed, the share
+    of the cores that these left free. Such measurements are repeated once the cores are free.
     """
 
     path: Path
@@ -98,11 +98,11 @@ class Rates:
 
     @property
     def is_new(self) -> bool:
-        """Return True if nothing is known of this machine."""
+        """Return True if nothing has been measured on this machine yet."""
         return not self.known
 
     def at_best(self) -> Rates:
-        """Return the fastest rates that the measurements allow.
+        """Return the rates that would hold if no other process used the cores.
 
         For each disturbed measurement, the seconds are multiplied by the share of the cores that other processes left
         free.
@@ -125,12 +125,12 @@ class Rates:
         return seconds * product.flops / (2.0 * m * k * n)
 
     def moved(self) -> float:
-        """Return the seconds a byte of elementwise work, read and written, as in a step."""
+        """Return the seconds for one byte that elementwise work reads or writes, as in a step."""
         least = self.large_op_byte()
         return self._once("byte of elementwise work", lambda: byte_seconds(self.computed, least))
 
     def large_op_byte(self) -> float:
-        """Return the seconds a byte that an elementwise op on large tensors reads or writes."""
+        """Return the seconds for one byte that an elementwise op on large tensors reads or writes."""
         return self._once("byte of a large op", _large_op_seconds)
 
     def computed(self, work: Work) -> float:
@@ -138,7 +138,7 @@ class Rates:
         return sum(self.parts(work).values())
 
     def parts(self, work: Work) -> dict[str, float]:
-        """Return the seconds of `computed` by kind."""
+        """Return the seconds of all work except elementwise work, by kind."""
         torch_attention = sum(n * self.torch_attention(length) for length, n in work.torch_attention.items())
         n_fused = work.n_ops - work.n_general
         fused = n_fused * self.op(general=False) if n_fused else 0.0
@@ -156,11 +156,13 @@ class Rates:
         }
 
     def attention(self) -> float:
-        """Return the seconds a FLOP of attention by the kernel."""
+        """Return the seconds for one FLOP of attention by the kernel."""
         return self._once("attention", _attention_seconds)
 
     def torch_attention(self, length: int) -> float:
-        """Return the seconds a FLOP of attention by torch, on the general path, in rows of about ``length`` tokens."""
+        """Return the seconds for one FLOP of attention by torch (without fused blocks), in rows of about ``length``
+        tokens.
+        """
         near = min(LONGEST_ROW, max(SHORTEST_ROW, 1 << round(math.log2(max(length, 1)))))
         return self._once(f"attention of torch, {near} tokens", lambda: _torch_attention_seconds(near))
 
@@ -173,22 +175,22 @@ class Rates:
         return self._once(f"decoded in tiles, {codec}", lambda: _decoded_tiles_seconds(codec))
 
     def updated_8bit(self) -> float:
-        """Return the seconds a value that AdamW with 8-bit moments updates."""
+        """Return the seconds in which AdamW with 8-bit moments updates one value."""
         return self._once("updated in 8 bits", _updated_8bit_seconds)
 
     def on_disk(self) -> float:
-        """Return the seconds a byte that is written to a temporary file and read back from a mapping of it.
+        """Return the seconds for one byte that is written to a temporary file and read back from a mapping of it.
 
         The system holds the file in memory meanwhile.
         """
         return self._once("byte that waits on disk", _on_disk_seconds)
 
     def op(self, general: bool) -> float:
-        """Return the overhead of an op in seconds, on the general path or the fused one."""
+        """Return the overhead of one op in seconds: in the model's own code if ``general``, else in fused blocks."""
         return self._once(f"op of a step, {_path(general)}", lambda: op_seconds(general))
 
     def watched(self) -> float:
-        """Return the seconds that selective checkpointing adds to an op that it intercepts, on the general path."""
+        """Return the seconds that selective checkpointing adds to an op that it intercepts, in the model's own code."""
         return self._once("op watched in a step", lambda: watched_seconds(self.op(general=True)))
 
     def _once(self, key: str, measure: Callable[[], float]) -> float:
@@ -208,7 +210,7 @@ class Rates:
 
 
 def kept_file(name: str) -> Path:
-    """Return the file in the cache for measurements of this name on this processor."""
+    """Return the path of the cache file for the measurements ``name`` on this processor."""
     return cache_dir() / "plan" / f"{name}-{hashlib.sha256(processor().encode()).hexdigest()[:12]}.json"
 
 

@@ -181,9 +181,9 @@ def run_steps(
     """Run two steps and an evaluation, and report the kinds of tensors to ``live``. Return `Step.reaches_all`.
 
     Only the second step has the optimizer's state from its start. If a run sums gradients of several micro-batches, the
-    second step has two, and gradients exist from its start. If ``warm``, the process has run such a step before: of the
-    first step only the update is run, unless the optimizer updates within the backward pass. A ``drawing``
-    comes before the second step.
+    second step has two, and gradients exist from its start. If ``warm``, the process has run such a step before. Then
+    the first step is only its update, unless the optimizer updates within the backward pass. If ``drawing`` is given,
+    answers are generated before the second step.
     """
     offload = ActivationOffload(model, "disk") if args.activation_offloading else None
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -243,7 +243,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def kind_under(mark: str) -> str:
-    """Return the kind of tensors that are allocated under a mark and have no kind of their own."""
+    """Return the kind of tensors that are allocated under a mark and were not given a kind."""
     mark = mark.removeprefix(FIRST)
     if mark in ("loss", "backward.loss", "evaluation.loss", "score.loss"):
         return LOGITS
@@ -292,7 +292,9 @@ def kinds_of_engine(model: nn.Module, drawing: TracedDraw | None) -> Iterator[tu
 
 
 def n_parameters(model: nn.Module) -> int:
-    """Count the values of the base and its adapters; a quantized matrix counts with its values, not with its bytes."""
+    """Count the values of the base and its adapters. A quantized matrix counts with its number of values, not with its
+    number of bytes.
+    """
     return sum(_coded(model)) + sum(p.numel() for p in model.parameters())
 
 

@@ -132,7 +132,7 @@ def with_adapter(model: PreTrainedModel, adapter: MethodConfig) -> PreTrainedMod
 def base_quantization(config: PreTrainedConfig, part: ModelPart) -> QuantizationConfig | None:
     """Return the quantization that a recipe asks for, or that the files hold.
 
-    Raises ConfigError if they are not the same.
+    Raises ConfigError if the recipe and the files name different ones.
     """
     stored, asked = getattr(config, "quantization_config", None), quantization_of(part)
     if asked is None:

@@ -31,7 +31,8 @@ _KIND = ("path", "quantization")
 class Observed:
     """Quartiles of the seconds of a run's micro-batches, and the mean of their ``tokens`` without padding.
 
-    ``tokens`` are 0 if the run does not count them. ``flops`` are those of so many tokens by the run's plan.
+    ``tokens`` are 0 if the run does not count them. ``flops`` are the FLOPs of a micro-batch of this many tokens, by
+    the run's plan.
     """
 
     seconds: tuple[float, float, float]
@@ -39,7 +40,9 @@ class Observed:
     flops: float
 
     def of_tokens(self, tokens: float | None) -> tuple[float, float, float]:
-        """Return the seconds of a micro-batch with this many tokens; None or 0 means as many as the run's own."""
+        """Return the quartiles of the seconds, scaled to a micro-batch of ``tokens`` tokens. None or 0 means as many as
+        the run's own.
+        """
         times = tokens / self.tokens if tokens and self.tokens else 1.0
         low, middle, high = (each * times for each in self.seconds)
         return low, middle, high
@@ -67,15 +70,16 @@ def observed(plan: Mapping[str, Any]) -> Observed | None:
 
 
 def knows_run(plan: Mapping[str, Any]) -> bool:
-    """Return True if a run of any size on the same path with the same kind of base is known."""
+    """Return True if an earlier run is known, of any size, with the same kind of base and of step (fused or not)."""
     return bool(_of_kind(plan))
 
 
 def flops_a_second(plan: Mapping[str, Any], flops: float) -> tuple[float, float] | None:
-    """Return the least and the most FLOPs a second of runs on the same path with the same kind of base.
+    """Return the least and the most FLOPs a second of earlier runs with the same kind of base and of step (fused or
+    not).
 
-    ``flops``: those of a micro-batch. Runs of another size do not count: a tiny model is far slower by its FLOPs.
-    None if no run counts.
+    ``flops``: the FLOPs of a micro-batch. Runs of another size do not count, because a tiny model reaches far fewer
+    FLOPs a second. Return None if no run counts.
     """
     runs = [run for run in _of_kind(plan) if flops / LIKE <= run.flops <= flops * LIKE]
     rates = [run.flops / run.seconds[1] for run in runs if run.seconds[1] > 0]

@@ -48,9 +48,9 @@ class Timed:
 
 
 def op_seconds(general: bool) -> float:
-    """Return the overhead of an op in seconds, on the general path or the fused one.
+    """Return the overhead of one op in seconds: in the model's own code if ``general``, otherwise in fused blocks.
 
-    It is the time of a step with almost no arithmetic, divided by the ops of its trace.
+    It is the time of a step with almost no arithmetic, divided by the number of ops in its trace.
     """
     with _one_thread():
         step = _timed(_TINY, _recipe(general, _SHORT), _SHORT, time.thread_time)
@@ -58,10 +58,10 @@ def op_seconds(general: bool) -> float:
 
 
 def watched_seconds(op: float) -> float:
-    """Return the seconds that selective checkpointing adds to an op that it intercepts, on the general path.
+    """Return the seconds that selective checkpointing adds to one op that it intercepts, in the model's own code.
 
-    It is the time of such a step beyond ``op`` for each op, divided by the intercepted ops. ``op`` is the seconds of an
-    op that is not intercepted.
+    ``op`` is the overhead of an op that is not intercepted. A step with selective checkpointing is timed, ``op`` is
+    subtracted for each of its ops, and the rest is divided by the intercepted ops.
     """
     with _one_thread():
         step = _timed(_TINY, _recipe(True, _SHORT, "selective"), _SHORT, time.thread_time)
@@ -69,12 +69,12 @@ def watched_seconds(op: float) -> float:
 
 
 def byte_seconds(known: Callable[[Work], float], least: float) -> float:
-    """Return the seconds a byte of elementwise work.
+    """Return the seconds for one byte that elementwise work reads or writes, at least ``least``.
 
-    It is the time of steps of many tokens, fused and not, beyond the ``known`` part of their work.
+    Steps of many tokens are timed, fused and not, and the seconds of their ``known`` work are subtracted.
 
     In a step such work is slower than a copy of large tensors (``least``). Its tensors are small, change their dtype,
-    and lie in freshly allocated memory.
+    and use freshly allocated memory.
     """
     steps = [_timed(_WIDE, _recipe(general, _LONG), _LONG) for general in (False, True)]
     rest = sum(step.seconds - known(step.work) for step in steps)

@@ -22,9 +22,9 @@ from veneer.plan.work import CountWork
 
 
 def tell_parts(counted: CountWork, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Report to ``counted`` the part of a step in which each op of this model runs; blocks also need `CountWork.mark`.
+    """Install hooks that report to ``counted`` in which part of a step each op runs. Blocks also need `CountWork.mark`.
 
-    A block with one fused half and one that is not counts as the model's own code: most of its ops are.
+    A block of which only one half is fused counts as the model's own code, because most of its ops are.
     """
     counted.general = counted.general_outside = not is_fused(model)
     for k, block in enumerate(blocks(model)):

@@ -34,8 +34,9 @@ SEQUENCE = 256
 class Plan:
     """Memory and time of a run. ``phases``: the peak of each; ``held``: everything before the first step.
 
-    ``work`` is that of a micro-batch, with its share of the update and of a ``draw``. ``apart`` is the work of a whole
-    draw, of scoring its answers and of the micro-batches that learn from it. ``copies`` of the base are in memory.
+    ``work`` is that of a micro-batch, with its share of the update and of generating answers (``draw``). ``apart`` is
+    the work of generating all answers, of scoring them, and of the micro-batches that learn from them. ``copies`` is
+    the number of copies of the base in memory.
     """
 
     recipe: Recipe
@@ -77,13 +78,13 @@ def plan_recipe(
     evaluated: bool = True,
     n_processes: int = 1,
 ) -> Plan:
-    """Return the plan of a recipe, from two shallow traces; all blocks are traced if none repeat, or if ``whole``.
+    """Return the plan of a recipe, from two shallow traces. All blocks are traced if none repeat, or if ``whole``.
 
     Rows are as long as ``max_length``. ``isa`` is the instruction set of the machine that the plan is for.
-    ``evaluated``: the evaluation of a recipe that holds rows out is planned too. ``n_processes`` train together.
+    ``evaluated``: if the recipe holds rows out, the evaluation is planned too. ``n_processes`` train together.
 
-    Raises ConfigError if transformers makes no causal language model of the config, and if it needs a second copy of a
-    base of which the recipe asks for one (``rollouts.memory``).
+    Raises ConfigError if transformers makes no causal language model of the config. Raises it too if the recipe asks
+    for one copy of the base (``rollouts.memory``) and the run needs two.
     """
     require_planned(recipe.task, recipe.method)
     config = config or config_of(recipe.model.source)

@@ -30,7 +30,7 @@ def presets() -> dict[str, dict[str, Any]]:
 def hub_id_of(name: str) -> str | None:
     """Return the id on the hub of the model that a preset describes.
 
-    None for any other name, and for the name of an existing file.
+    Return None for any other name, and for the name of an existing file.
     """
     found = None if Path(name).expanduser().exists() else presets().get(name.lower())
     return None if found is None else str(found["hub_id"])

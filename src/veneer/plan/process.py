@@ -44,7 +44,7 @@ class Process:
 def process_of(plan: Plan, start: int | None = None) -> Process:
     """Return the memory of the process that runs a plan on this machine, in the phase that needs most.
 
-    ``start``: the bytes at its start; by default they are measured, once for an installation.
+    ``start``: the bytes of the process before it trains; by default they are measured, once for an installation.
     """
     lost = {phase: _lost(plan, peak) for phase, peak in plan.phases.items()}
     phase = max(lost, key=lambda name: plan.phases[name].n_bytes + lost[name])

@@ -19,9 +19,10 @@ BLOCKS = 3.6
 
 
 def copy_sizes(part: DistributedPart, n_processes: int) -> list[int]:
-    """Return how many of ``n_processes`` on one machine may share a copy of the base, in the order of trial.
+    """Return possible numbers of processes, of ``n_processes`` on one machine, that share one copy of the base, in the
+    order in which to try them.
 
-    Raises ConfigError if this depends on the machines.
+    Raises ConfigError if the layout depends on the number of machines.
     """
     if part.shard is None and part.strategy not in PLANNED:
         raise ConfigError(
@@ -43,7 +44,7 @@ def first_that_fits(bytes_of: Mapping[int, int], free: int, n_sharing: int) -> i
 def cut_over(plan: Plan, n_processes: int, shard: int) -> Plan:
     """Return the plan of one of several processes, of which ``shard`` share one copy of the base.
 
-    All keep the gradients a second time, while they are averaged. With ``shard`` above 1 the frozen weights of blocks
+    Each process holds the gradients twice while they are averaged. With ``shard`` above 1 the frozen weights of blocks
     are sharded, and one block at a time is gathered; trained weights, embeddings and head stay whole
     (`model.sharded.sharding`). A base is sharded while it is loaded, a block at a time. The peak may move to another
     phase.

@@ -27,7 +27,8 @@ class MatrixProduct:
 
 
 def kernel_products(name: str, arguments: tuple[Any, ...]) -> list[MatrixProduct]:
-    """Return the matrix products that equal a kernel's call; none for kernels that are not listed here.
+    """Return the matrix products that do the same work as a call of a kernel. Return none for kernels that are not
+    listed here.
 
     Listed are the kernels that apply linear maps or low-rank pairs to rows, or compute a map's matrix.
     """

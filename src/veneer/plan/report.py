@@ -74,7 +74,7 @@ class Machine:
 
     @classmethod
     def of_run(cls, args: SFTConfig, *, timed: bool) -> Machine:
-        """Return the machine of a run, which measures nothing: the GPU of its rank, or this processor."""
+        """Return the machine of a run, on which nothing is measured: the GPU of this process, or this processor."""
         if args.use_cpu or not torch.cuda.is_available():
             return cls(None, timed, budget=MeasuringTime(0), starts_here=True)
         return cls(None, timed=False, gpu=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
@@ -92,9 +92,9 @@ class Machine:
         return self.card is None and self.timed and self.budget.is_open and Rates.here().is_new
 
     def note(self, part: ModelPart, config: PreTrainedConfig) -> str | None:
-        """Return a note that the base trains faster in float32 here.
+        """Return a note that the base trains faster in float32 on this machine.
 
-        None if it does not, if the recipe chose its dtype, or if the base is quantized.
+        Return None if it does not, if the recipe chose the dtype, or if the base is quantized.
         """
         if self.card is not None or part.dtype != "auto" or base_quantization(config, part) is not None:
             return None
@@ -110,13 +110,13 @@ class Machine:
 
     @property
     def told(self) -> str:
-        """Source of the numbers of its memory and cost, in words."""
+        """Source of the machine's memory and rates, in words."""
         if self.card is not None:
             return f"memory and cost by a {self.card.told}"
         return f"cost: {'seconds by rates measured on this machine' if self.timed else 'arithmetic alone, not timed'}"
 
     def bytes_of(self, plan: Plan) -> int:
-        """Return all bytes of a process there."""
+        """Return all bytes that a process needs on this machine for a plan."""
         if self.gpu is not None:
             return int(plan.peak.n_bytes * FRAGMENTS)  # asking the driver has made the context: it is not free already
         if self.card is not None:
@@ -221,7 +221,7 @@ class Machine:
 
 
 def start_of_this() -> int:
-    """Return the bytes that this process will have when it begins to train, after the plan is made."""
+    """Return the bytes that this process will hold besides the plan's tensors when it begins to train."""
     return known_start() or (high_water() or 0) + RUN_BYTES
 
 
@@ -310,7 +310,7 @@ def _bars(amounts: dict[str, int], noun: str) -> Table:
 
 
 def told(plan: Plan, facts: dict[str, Any]) -> str:
-    """Return the plan in one line, for `veneer train`. A range that says nothing is left out."""
+    """Return the plan in one line, for `veneer train`. A range of seconds that is too wide to be useful is left out."""
     time = facts.get("time")
     beside = "" if plan.recipe.metric is None else "; answers for its metric are not planned"
     memory = f"planned: {size(facts['process']['bytes'])} at most (in {plan.peak_phase}{beside})"
@@ -378,8 +378,8 @@ def changes_line(own: Mapping[str, object], fit: Fit) -> str:
 
 
 def own_values(recipe: Recipe, found: Sequence[Fit]) -> dict[str, object]:
-    """Return a recipe's own values of all keys that the found settings change; the default if the recipe has no such
-    key.
+    """Return a recipe's own values of all keys that the found settings change. If the recipe does not set a key, its
+    default is returned.
     """
     own = dict[str, object]()
     for key in dict.fromkeys(key for fit in found for key in fit.changes):
@@ -404,7 +404,7 @@ def as_yaml(recipe: Recipe) -> str:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Write a picture: phases as stacked bars of kinds."""
+    """Write a picture of a plan to ``path``: one bar for each phase, stacked by the kinds of bytes."""
     from matplotlib.figure import Figure  # which takes a second to import, and few plans are drawn
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")

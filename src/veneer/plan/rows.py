@@ -34,8 +34,8 @@ MOST_READ, MOST_ENCODED = 4000, 200
 class OwnRows:
     """Average micro-batch of the recipe's rows, padding included, and the number of rows that were encoded.
 
-    ``tokens``: those of the micro-batch without padding. ``n_trained``: the rows of an epoch, None for a file of more
-    than `MOST_READ` rows.
+    ``tokens``: the tokens of the micro-batch without padding. ``n_trained``: the rows of an epoch, None for a file of
+    more than `MOST_READ` rows.
     """
 
     batch: Batch
@@ -47,8 +47,8 @@ class OwnRows:
 def own_rows(recipe: Recipe, full: Batch) -> OwnRows | None:
     """Return the average micro-batch of a recipe's own rows. ``full`` is one whose rows all have the maximal length.
 
-    Return None if the rows fill it (packed rows), if they are in no file or in several, or if they cannot be read here.
-    A run reports the reason.
+    Return None if every micro-batch is full (packed rows), or if the rows cannot be read here, from a single file. A
+    run reports the reason.
     """
     args, source = recipe.training_config(), recipe.model.source
     is_here = hub_id_of(source) is None
@@ -87,9 +87,10 @@ def filled(full: Batch, recipe: Recipe) -> Batch:
 
 
 def prompt_lengths(task: Task, source: str, data: DataPart) -> Sequence[int]:
-    """Return the tokens of prompts, of at most `MOST_ENCODED` rows, by the tokenizer of the model ``source``.
+    """Return the number of tokens of each prompt, for at most `MOST_ENCODED` rows, by the tokenizer of the model
+    ``source``.
 
-    There are none for tasks whose plan does not ask, or if the rows lie in no file or cannot be read here. A run
+    Return an empty sequence for tasks without prompts, or if the rows are in no file or cannot be read here. A run
     reports the reason.
     """
     if task not in ("dpo", "grpo", "rloo", "distill") or hub_id_of(source) is not None:

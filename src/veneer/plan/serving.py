@@ -56,7 +56,7 @@ class Serving:
         return max(0, left) // self.page * self.block
 
     def sequences(self, n_tokens: int) -> int:
-        """Return the number of sequences of ``n_tokens`` tokens that fit without adapters."""
+        """Return the number of sequences of ``n_tokens`` tokens that fit if no adapter is loaded."""
         return self.room // max(1, self.sequence + -(-n_tokens // self.block) * self.page)
 
     def adapters(self, n_tokens: int) -> int:
@@ -71,8 +71,8 @@ class Serving:
 def serving_of(
     config: PreTrainedConfig, part: ModelPart, adapter: MethodConfig, memory: int, n_adapter: int
 ) -> Serving:
-    """Return the memory of a server with ``memory`` bytes, by the engine's default share of free memory and size of a
-    page.
+    """Return the memory of a server on a machine with ``memory`` bytes. The share of free memory and the size of a page
+    are the engine's defaults.
 
     ``n_adapter``: parameters of an adapter, which the engine keeps in the base's dtype. Raises ConfigError if the base
     alone does not fit.
@@ -106,15 +106,17 @@ def serving_of(
 
 
 def kept_in_engine(config: PreTrainedConfig, part: ModelPart) -> KeptBytes:
-    """Return the bytes that an engine on a recipe's base keeps, as `kept_in_serving` does, by the usual pages."""
+    """Return the bytes that an engine on a recipe's base keeps, as `kept_in_serving` does, for pages of the default
+    size.
+    """
     return kept_in_serving(meta_base(config, part, prepared=False, frozen=False), EngineOptions().block_size)
 
 
 def kept_in_serving(model: PreTrainedModel, block: int) -> KeptBytes:
     """Return the bytes that a served sequence of a model on the meta device keeps, in pages of ``block`` tokens.
 
-    The bytes are those of the program, of layers in pages, or of transformers' own cache, whichever the engine chooses.
-    Each is measured on tensors without values. The model has traced tensors from then on.
+    They are the bytes of the engine's program, of layers in pages, or of transformers' own cache, whichever the engine
+    chooses for this model. Each is measured on tensors without values. The model has traced tensors from then on.
 
     Raises ConfigError for a model that computes nothing from token ids alone.
     """

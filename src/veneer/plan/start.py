@@ -51,9 +51,9 @@ def start_bytes() -> int:
 
 @contextmanager
 def start_measured() -> Iterator[None]:
-    """Measure `start_bytes`, if unknown, in a process that runs concurrently with the block.
+    """Enter a context in which another process measures `start_bytes`, if they are unknown.
 
-    The process ends with the block, even if its result was never read.
+    The other process ends with the context, even if its result was never read.
     """
     if known_start() is not None:
         yield

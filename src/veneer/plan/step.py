@@ -110,9 +110,9 @@ class Step:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     def begin(self) -> None:
-        """Let the optimizer allocate its state without computing a pass.
+        """Let the optimizer allocate its state without a pass: it updates once with gradients of zero.
 
-        All trained parameters must get gradients in a step.
+        A real step must give gradients to all trained parameters too.
         """
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -190,7 +190,7 @@ class Step:
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the blocks of a model; none if the model is not described."""
+    """Return the blocks of a model. Return an empty list if veneer has no description of the model."""
     try:
         return list(blocks_of(model)[1])
     except DescriptionError:

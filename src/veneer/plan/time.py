@@ -41,9 +41,9 @@ class Seconds:
 
 
 def seconds_here(work: Work, rates: Rates) -> Seconds:
-    """Return the seconds by the rates of this machine; missing rates are measured now and stored.
+    """Return the seconds of some work by the rates of this machine. Missing rates are measured now and stored.
 
-    Raises UnmeasuredError if one is missing and may not be measured.
+    Raises UnmeasuredError if a rate is missing and may not be measured.
     """
     kinds = _kinds(work, rates)
     found = Seconds(kinds, ROUGH if rates.rough else "measured on this machine")
@@ -75,7 +75,7 @@ def _kinds(work: Work, rates: Rates) -> dict[str, float]:
 
 
 def seconds_on(work: Work, card: Card) -> Seconds:
-    """Return the seconds by a card's data sheet."""
+    """Return the seconds of some work by a card's data sheet."""
     kinds = {
         "products": work.flops / (EFFICIENCY * card.flops),
         "elementwise": (work.moved + 0.5 * (work.decoded + work.decoded_tiles.total())) / card.bandwidth,

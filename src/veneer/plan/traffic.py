@@ -22,7 +22,7 @@ class GroupTraffic:
 
     @property
     def gathers(self) -> int:
-        """Bytes of blocks that a process receives: it holds one part of each already."""
+        """Bytes of other processes' parts of blocks that a process receives; its own part it has already."""
         return self.gathered * (self.shard - 1) // self.shard
 
     @property

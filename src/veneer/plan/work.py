@@ -47,7 +47,7 @@ KERNEL_TOUCHES = 3
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """Kernel that decodes a tile of a weight in blocks, and the numbers that choose its variant.
+    """Kernel that decodes a tile of a weight in blocks, and the numbers that choose the kernel's variant.
 
     For ``ggml_decode``: the type's number. For ``scaled_decode``, in order: bits, coding, storage of scales, storage of
     zeros (-1 without zeros), whether a number divides all scales, outputs of a group, inputs of a group, rounding.
@@ -95,7 +95,7 @@ class Work:
     n_general: float = 0
 
     def plus(self, other: Work, times: float) -> Work:
-        """Return this work plus ``times`` the other."""
+        """Return this work plus ``times`` times the work ``other``."""
         return Work(
             _plus(self.products, other.products, times),
             self.attention + times * other.attention,
@@ -124,9 +124,10 @@ class Work:
 class CountWork(SilentMode):  # type: ignore[no-untyped-call]
     """Context that counts the work of a step while ``on``: ``passes`` for each micro-batch, and ``update``.
 
-    Kernels that are not run are reported to `kernel`. ``watched``: selective checkpointing intercepts each op now, and
-    again when it is recomputed. ``updating``: the optimizer runs. ``general``: the model's own code runs, not a fused
-    block. `mark` sets it: by ``general_blocks`` within a numbered block, and by ``general_outside`` elsewhere.
+    Kernels that a traced step does not run are reported to `kernel`. ``watched`` is True while selective checkpointing
+    intercepts ops, in the forward pass and again in the recomputation. ``updating`` is True while the optimizer runs.
+    ``general`` is True while the model's own code runs, not a fused block. `mark` sets ``general``: to
+    ``general_blocks`` within a numbered block, and to ``general_outside`` elsewhere.
     """
 
     def __init__(self) -> None:
@@ -148,10 +149,11 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
         self.general = self.general_blocks.get(name.rpartition(".")[2], self.general_outside)
 
     def of_one(self, n_a_step: int) -> Work:
-        """Return the mean work of one micro-batch of a step that has ``n_a_step``, with its share of the update.
+        """Return the mean work of one micro-batch of a step with ``n_a_step`` micro-batches, with its share of the
+        update.
 
-        The first micro-batch counts as itself. All others count as the last one, which adds its gradients to existing
-        ones.
+        The first micro-batch has its own work. All others have the work of the last one, which adds its gradients to
+        existing ones.
         """
         first, last = self.passes[0], self.passes[-1]
         return first.plus(last.plus(first, -1.0), 1 - 1 / n_a_step).plus(self.update, 1 / n_a_step)
@@ -167,7 +169,9 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def apart(self) -> Iterator[Work]:
-        """Enter a context whose work is counted in the `Work` that it yields, not in that of a micro-batch."""
+        """Enter a context that yields a `Work`. Ops within the context are counted in it, not in the micro-batch's
+        work.
+        """
         before, self._now = self._now, Work()
         self._apart = self._now
         try:

@@ -67,7 +67,8 @@ def check_file(path: Path, on_progress: Callable[[int, int], None] = lambda done
 
 @torch.no_grad()
 def compare_answers(file: Any, model: Any, tokenizers: tuple[Any, Any]) -> FileReport:
-    """Compare the file's model, as veneer reads it, with its source model: tokens, and a greedy answer.
+    """Compare the model in a GGUF file, as veneer reads it, with the model that it was made from: the tokens of texts,
+    and a greedy answer.
 
     ``tokenizers`` are the file's and the model's.
     """

@@ -18,8 +18,8 @@ class ChatShape:
     """Texts that a chat template puts around messages.
 
     ``opening`` starts a conversation without a system message. ``system``, ``user`` and ``answer`` are the texts before
-    and after such a message; ``system`` is None if the template takes no system message. ``prompt`` precedes the answer
-    to come. If ``system_in_user``, a system message goes into the first user's turn, before its text.
+    and after a message of this role; ``system`` is None if the template takes no system message. ``prompt`` precedes
+    the answer to come. If ``system_in_user``, a system message goes into the first user's turn, before its text.
     """
 
     opening: str

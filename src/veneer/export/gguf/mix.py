@@ -88,7 +88,7 @@ def chosen_types(
 
 
 def fitting(kind: str, columns: int) -> str:
-    """Return ggml's type ``kind``, or its fallback type if its blocks do not divide a row of ``columns`` values."""
+    """Return the ggml type ``kind`` if its blocks divide a row of ``columns`` values, otherwise its fallback type."""
     if columns % GGML_TYPES[kind].block == 0:
         return kind
     other = _FALLBACK.get(kind)

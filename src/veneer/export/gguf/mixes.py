@@ -14,7 +14,9 @@ from veneer.plain.nearest import nearest
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Mix of tensor types. ``default`` is ggml's type of most matrices, ``number`` that of ``general.file_type``."""
+    """Mix of tensor types. ``default`` is the ggml type of most matrices, ``number`` the value of the file's
+    ``general.file_type``.
+    """
 
     name: str
     default: str

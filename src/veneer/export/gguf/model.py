@@ -34,9 +34,9 @@ PIECE_VALUES = 1 << 18
 class GgufOptions:
     """Options of a GGUF file: its ``type``, with ``mix`` for exceptions.
 
-    Values are rounded to ``dtype`` before they are quantized; if it is None, to the base's dtype. The bytes equal
-    llama.cpp's from a file of that dtype. With float32, the default for the file type F32, an adapter's update is never
-    rounded. ``importance`` is the file of an importance matrix.
+    Values are rounded to ``dtype`` before they are quantized; if it is None, to the base's dtype. The bytes equal those
+    that llama.cpp makes from a file of that dtype. With float32, the default for the file type F32, an adapter's update
+    is never rounded. ``importance`` is the file of an importance matrix.
     """
 
     type: str
@@ -159,7 +159,7 @@ def export_gguf(
 
 
 def encoded(spec: TensorSpec, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield the bytes of a tensor in its type, in pieces of whole rows, as `coded_rows` makes them."""
+    """Yield the bytes of a tensor in its type, in pieces of whole rows. They are those that `coded_rows` yields."""
     return (packed for _, packed in coded_rows(spec, blocks))
 
 

@@ -18,7 +18,7 @@ SPACE = "▁"  # what pieces have for a space
 
 
 def piece_ranks(source: SourceTokenizer, tokens: list[str]) -> dict[str, int]:
-    """Return each piece's rank: that of the first merge that makes it.
+    """Return the rank of each piece that a merge makes: the index of the first such merge.
 
     Raises FormatError, with all reasons, for normalizers and pre-tokenizers other than SentencePiece's, for missing
     byte pieces, and for pieces that the runtime merges but the tokenizer does not.

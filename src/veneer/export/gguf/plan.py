@@ -175,7 +175,7 @@ def _valued(family: GgufFamily, leaf: str, tensor: Tensor) -> Tensor:
 
 
 def laid_out_rows(family: GgufFamily, config: Any, name: str, tensor: Tensor) -> Tensor:
-    """Return rows (o, …) of an update to a tensor of the file, in the file's order."""
+    """Return the rows (o, …) of an update in the order that the file's tensor ``name`` has."""
     return family.rows(leaf_of(name), tensor, config)
 
 

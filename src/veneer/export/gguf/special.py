@@ -18,7 +18,8 @@ _IDS = {
 
 
 def special_pairs(source: SourceTokenizer, config: Any) -> list[KeyValue]:
-    """Return ids, flags and templates as pairs. ``config`` has the ids that the tokenizer does not name.
+    """Return ids, flags and templates as metadata pairs. If the tokenizer does not name a token's id, the id is that in
+    ``config``.
 
     Raises FormatError for a template that does not render, and for tokens around a text that no flag can express.
     """

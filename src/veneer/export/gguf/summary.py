@@ -10,7 +10,9 @@ from veneer.store.gguf.writer import TensorSpec
 
 
 def rows(specs: Sequence[TensorSpec]) -> dict[tuple[str, str, tuple[int, ...]], list[TensorSpec]]:
-    """Return the tensors by name (without the layer), type and shape. Equal ones of several layers share a list."""
+    """Group tensors by name (without the layer), type and shape. Tensors of several layers that agree in all three
+    share a list.
+    """
     order = {leaf: place for place, leaf in enumerate(dict.fromkeys(_leaf(spec.name) for spec in specs))}
     found: dict[tuple[str, str, tuple[int, ...]], list[TensorSpec]] = {}
     for spec in sorted(specs, key=lambda spec: order[_leaf(spec.name)]):

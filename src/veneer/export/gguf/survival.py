@@ -19,7 +19,7 @@ from veneer.store.gguf.writer import TensorSpec
 class FileSurvival:
     """Comparison of the blocks of an exported file with those of the base, which is the GGUF file ``base``.
 
-    Both have the same layout.
+    Both files have the same layout.
     """
 
     def __init__(self, base: Path) -> None:

@@ -53,7 +53,7 @@ class SourceTokenizer:
         return {name: text for name, text in found.items() if name != "default"} if isinstance(found, Mapping) else {}
 
     def rendered(self, messages: Sequence[Mapping[str, str]], answer_next: bool = False) -> str:
-        """Return a conversation as the template renders it. Raises FormatError if it does not render."""
+        """Return a conversation as the template renders it. Raises FormatError if the template fails."""
         try:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=answer_next, chat_template=self.template

@@ -22,7 +22,7 @@ ADDED_SCORE, PADDED_SCORE = -1000.0, -10000.0
 
 
 def vocabulary_pairs(source: SourceTokenizer, n_rows: int) -> list[KeyValue]:
-    """Return the vocabulary as pairs, padded to the rows of the embeddings.
+    """Return the vocabulary as metadata pairs, padded to ``n_rows``, the rows of the embeddings.
 
     Raises FormatError for a vocabulary longer than the embeddings, a tokenizer without merges, and anything that no key
     can hold.

@@ -33,8 +33,8 @@ class VllmOptions:
     """Options of an export.
 
     ``base`` is the base's name; if it is None, the name in the adapter's config is taken. ``rank`` is the largest rank
-    to write, one of `RANKS`. It is needed for adapters that are not low-rank factors, and truncates those of a larger
-    rank. ``ends`` permits updates of embeddings and head.
+    to write, one of `RANKS`. It is needed for updates that are not low-rank factors, and factors of a larger rank are
+    truncated to it. ``ends`` permits updates of embeddings and head.
     """
 
     base: str | None = None
@@ -72,13 +72,15 @@ def export_vllm(
     options: VllmOptions | None = None,
     on_progress: Tell = lambda done, total: None,
 ) -> VllmReport:
-    """Write an adapter as a folder of plain LoRA: one rank, a scale of 1, float32, on every block of a kind of layer.
+    """Write an adapter as a folder of plain LoRA, in float32. All layers have one rank and a scale of 1. If a kind of
+    layer is adapted in one block, it has factors in every block.
 
-    An update that is a low-rank pair is exact. Any other change of weights becomes the nearest of ``options.rank``
+    An update that is a low-rank pair is exact. Any other change of weights becomes the nearest one of ``options.rank``
     (Eckart and Young 1936). A tokenizer and a chat template in the folder are copied.
 
     Raises CompositionError, with advice, for an adapter that cannot be plain LoRA: scales alone, bottlenecks, virtual
-    tokens, biases, whole modules and rows. Raises ConfigError if ``output`` holds something. Then nothing is written.
+    tokens, biases, whole modules and rows. Raises ConfigError if ``output`` holds something. In all these cases nothing
+    is written.
     """
     options = options or VllmOptions()
     _require_free(adapter, output, options.overwrite)

@@ -46,7 +46,8 @@ def config_of(
 def refusals(stored: StoredAdapter, snapshot: Snapshot | None, ends: bool) -> list[str]:
     """Return a sentence for each reason why an adapter cannot be plain LoRA on linear layers.
 
-    ``snapshot``: its base's, if the base is known. ``ends`` permits updates of embeddings and head.
+    ``snapshot`` describes the adapter's base, or is None if the base is unknown. ``ends`` permits updates of embeddings
+    and head.
     """
     found: dict[str, list[str]] = {}
     for path, record in stored.updates.items():

@@ -61,9 +61,9 @@ class AdapterSource:
         return _on_base(adapter, fields, method, base, given or method.base_model_name_or_path or "")
 
     def siblings(self) -> dict[str, LinearSite]:
-        """Return the layers that the adapter leaves out in some blocks but changes in others.
+        """Return the layers that the adapter leaves out, if it changes the same layer of another block.
 
-        LoRAX silently drops a kind of layer if one block has none of it.
+        They are needed because LoRAX silently drops a kind of layer if one block has none of it.
         """
         if self.snapshot is None:
             return {}
