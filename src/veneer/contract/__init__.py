@@ -86,7 +86,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name when it is first asked for: keys and files of adapters are read without torch."""
+    """Import a name of this package when it is first used, so that keys and files of adapters can be read without
+    torch.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

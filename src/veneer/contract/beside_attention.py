@@ -32,7 +32,7 @@ class AttentionMethod(MethodConfig):
     @property
     @abstractmethod
     def n_layers(self) -> int:
-        """Number of layers, counted from the top."""
+        """Number of layers with parameters, counted from the top."""
 
     @abstractmethod
     def shapes(self, site: AttendingSite) -> Shapes: ...

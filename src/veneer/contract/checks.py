@@ -8,8 +8,8 @@ from veneer.records.sites import LinearSite
 
 
 class Checks:
-    """Checks that refuse nothing; a method that refuses something overrides them. Layers are described
-    by their shapes.
+    """Checks of a method's config; these accept everything, and a method overrides those that can fail. Layers are
+    described by their shapes.
     """
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
@@ -17,12 +17,12 @@ class Checks:
         return []
 
     def tied(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Return the settings that differ between these layers, which must stay tied."""
+        """Return a problem for each setting that differs between these layers, whose weights must stay tied."""
         return []
 
     def effect(self, names: Sequence[str], sites: Sequence[LinearSite]) -> list[str]:
-        """Return the settings of a new adapter that have no effect, since they match none of the adapted modules (by
-        path).
+        """Return the settings of a new adapter that have no effect, because they match none of the adapted modules
+        ``names``.
         """
         return []
 

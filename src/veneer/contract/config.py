@@ -68,7 +68,7 @@ class MethodConfig(FrozenConfig):
         check(self, lambda: self.problems())
 
     def problems(self) -> list[str]:
-        """Return the problems of values of the right types, one sentence each. Subclasses extend the list."""
+        """Return the problems of values that have the right types, one sentence each. Subclasses extend the list."""
         tasks = [task.value for task in TaskType]
         return [] if self.task_type in (None, *tasks) else [f"task_type={self.task_type!r} must be one of {tasks}"]
 
@@ -82,19 +82,21 @@ class MethodConfig(FrozenConfig):
 
     @abstractmethod
     def lower(self, site: Any, params: Params) -> Record:
-        """Return the record of these parameters at this site."""
+        """Return the record (the change as data, which forward passes and merging use) of these parameters at this
+        site.
+        """
 
     def init_together(self, sites: Mapping[str, Any], generator: torch.Generator | None = None) -> dict[str, Params]:
-        """Return the initial values at all sites, by path, if those of one site depend on the weights of others.
+        """Return the initial values at all sites, by path, if the values of one site depend on the weights of others.
 
-        Return nothing if they do not; then ``init`` gives them. A method with such values must return True for
+        Otherwise return an empty dict, and ``init`` returns the values. A method with such values must return True for
         `reads_weight`.
         """
         return {}
 
     def derived(self, site: Any, params: Params) -> dict[str, Tensor]:
-        """Return tensors that follow from a site's weight and fixed parameters. They are kept, but never trained or
-        saved.
+        """Return tensors that are computed from a site's weight and fixed parameters. They are kept, but never trained
+        or saved.
 
         A method with such tensors must return True for `reads_weight`. Its ``lower`` finds them in ``params``, or
         computes them.
@@ -115,9 +117,11 @@ class MethodConfig(FrozenConfig):
         return 0.0
 
     def written_key(self, key: str) -> str:
-        """Return a tensor's key in this method's file, given its key in the files of all other methods.
+        """Return the key under which this method's file stores a tensor, given the tensor's key in the files of all
+        other methods.
 
-        PEFT has other names for parts of the base if a method trains nothing else. `keys.usual_key` is the inverse.
+        The keys differ for parts of the base, because PEFT names them otherwise if a method trains nothing else.
+        `keys.usual_key` is the inverse.
         """
         return key
 
@@ -127,11 +131,11 @@ class MethodConfig(FrozenConfig):
 
     @property
     def samples(self) -> tuple[Site, ...]:
-        """Example sites without sizes, one for each kind of module that keys in a file may name."""
+        """Example sites without sizes, one for each kind of module that a file of this method may contain."""
         return ()
 
     def site_of(self, site: Any, shapes: ShapesByKey) -> Any:
-        """Return a site of known name and kind, with sizes inferred from the shapes of its parameters.
+        """Return ``site``, whose name and kind are known, with sizes inferred from the shapes of its parameters.
 
         Return None if the shapes do not determine all sizes.
         """
@@ -178,7 +182,9 @@ class MethodConfig(FrozenConfig):
         return 0
 
     def of_task(self, params: Params, task: int) -> Params:
-        """Return those parameters of one site that belong to a task below ``n_tasks``, for ``lower``."""
+        """Return the parameters of one site that belong to task number ``task`` (below ``n_tasks``), as ``lower`` needs
+        them.
+        """
         return params
 
     @property
@@ -193,8 +199,8 @@ class MethodConfig(FrozenConfig):
 
     @property
     def by_sequence(self) -> bool:
-        """Return True if records depend on whole sequences. ``lower`` then finds their tokens in ``params`` under
-        `MEMBERS`.
+        """Return True if records depend on whole sequences. ``lower`` then finds in ``params``, under `MEMBERS`, which
+        tokens belong to which sequence.
         """
         return False
 
@@ -205,7 +211,7 @@ class MethodConfig(FrozenConfig):
 
     @property
     def has_own_loss(self) -> bool:
-        """Return True if the model's loss for labels is another than the usual one."""
+        """Return True if the adapter replaces the model's usual loss for labels by one of its own."""
         return False
 
     @property
@@ -223,7 +229,7 @@ class MethodConfig(FrozenConfig):
 
     @property
     def packing(self) -> Packing:
-        """Form in which the adapter is written."""
+        """Form in which the adapter is written to its file."""
         return Packing()
 
     @property
@@ -250,13 +256,15 @@ class MethodConfig(FrozenConfig):
         return replace(self, **changed) if changed else self  # type: ignore[arg-type]
 
     def differing(self, other: MethodConfig) -> list[str]:
-        """Return the fields in which two configs of a class differ and which change the update of the same tensors."""
+        """Return the fields that differ between this config and ``other``, of the same class. Fields that do not change
+        what the same tensors mean are left out.
+        """
         inert = frozenset().union(*(vars(cls).get("inert", ()) for cls in type(self).__mro__))
         names = (spec.name for spec in fields(self) if spec.name not in inert)
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     def told(self) -> dict[str, object]:
-        """Return the settings to show to people: the ``headline``, then all that differ from the defaults."""
+        """Return the settings to show to people: the ``headline``, then all fields that differ from their defaults."""
         aside = {"base_model_name_or_path", "revision", "inference_mode", *self.headline}
         others = (spec for spec in fields(self) if spec.name not in aside and spec.metadata.get("on_disk", True))
         chosen = [spec.name for spec in others if getattr(self, spec.name) != _default(spec)]
@@ -290,24 +298,28 @@ class MethodConfig(FrozenConfig):
         """Return the config of a saved adapter of any method, from a folder or a hub id.
 
         ``hub``: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``. Raises
-        FormatError if there is none or it is not understood.
+        FormatError if there is no config or it is invalid.
         """
         return config_in(adapter_folder(pretrained_model_name_or_path, hub_options(hub)))
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, object]:
-        """Return `to_dict` of the config in a file. Raises FormatError if there is none or it is not understood."""
+        """Return the fields of the config in a file, as `to_dict` does. Raises FormatError if there is no config or it
+        is invalid.
+        """
         path = Path(path_json_file)
         return from_values(read_values(path), str(path)).to_dict()
 
     @classmethod
     def variants(cls) -> Mapping[str, str]:
-        """Return the boolean fields that have method names of their own in recipes: field by name."""
+        """Return the boolean fields that stand for a method of their own in recipes: the field's name by the method's
+        name.
+        """
         return {}
 
     @classmethod
     def presets(cls) -> Mapping[str, Mapping[str, Any]]:
-        """Return settings of papers that have method names of their own in recipes: fields by name.
+        """Return settings of papers that recipes can name like a method: the fields by that name.
 
         A recipe's own fields take precedence.
         """
@@ -315,7 +327,9 @@ class MethodConfig(FrozenConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
-        """Return a config from the fields of an ``adapter_config.json``, without ``peft_type`` and the like."""
+        """Return a config from the fields of an ``adapter_config.json`` that are this class's; ``peft_type`` is not
+        among them.
+        """
         return cls(**values)  # type: ignore[arg-type]
 
 
@@ -324,14 +338,16 @@ def _default(spec: Field[Any]) -> object:
 
 
 def for_use(config: MethodConfig) -> MethodConfig:
-    """Return the config that is saved with trained values: for inference, in a form that other libraries know."""
+    """Return the config that is saved with trained values: ``inference_mode`` is True, and the form is one that other
+    libraries know.
+    """
     return replace(config.packed(), inference_mode=True)
 
 
 def config_in(folder: Path) -> MethodConfig:
-    """Return the config of an adapter folder. Raises FormatError if there is none or it is not understood.
+    """Return the config of an adapter folder. Raises FormatError if there is no config or it is invalid.
 
-    A base that is named by a path into a cache gets its `known_name`.
+    If the config names its base by a path into a cache, the path is replaced by the base's `known_name`.
     """
     found = from_values(read_fields(folder), str(folder / CONFIG_FILE))
     base = found.base_model_name_or_path

@@ -45,8 +45,8 @@ class EmbeddedPrompt(PromptMethod):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
-        """Return the config of a saved prompt. A text that was not used for its start, which PEFT writes too, is
-        dropped.
+        """Return the config of a saved prompt. PEFT also writes the start text if the prompt did not start from it;
+        then the text is dropped.
         """
         unread = values.get("inference_mode") and values.get("prompt_tuning_init") != "TEXT"
         left = ("prompt_tuning_init_text",) if unread else ()

@@ -36,7 +36,7 @@ class Extras:
 
 
 def not_rows(field: str, rows: Sequence[int]) -> list[str]:
-    """Return the problems of a field that names rows of a table."""
+    """Return the problems of ``field``, whose value ``rows`` lists rows of an embedding table by index."""
     found = [] if rows else [f"{field} is empty: name the rows to train, at least one"]
     repeated = sorted({row for row in rows if list(rows).count(row) > 1})
     if repeated or any(row < 0 for row in rows):

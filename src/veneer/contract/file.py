@@ -30,7 +30,7 @@ def text_of(values: Mapping[str, object], peft_fields: PeftFields) -> str:
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-    """Read the file in an adapter's folder. Raises FormatError if there is none or it is damaged."""
+    """Read the config file in an adapter's folder. Raises FormatError if there is none or it is damaged."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         inside = folder / "adapter"  # where a training run saves it

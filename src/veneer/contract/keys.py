@@ -24,7 +24,7 @@ OUT_PROJECTION = "out_proj"  # of torch's attention, which PEFT wraps as a whole
 
 
 def is_adapters(key: str) -> bool:
-    """Return True if an adapter's file may have this key."""
+    """Return True if a key has a form that occurs in adapters' files."""
     return key.startswith((_MODEL, *_OF_VIRTUAL_TOKENS))
 
 
@@ -32,13 +32,15 @@ def parameter_key(path: str, end: str, depth: int = 0) -> str:
     """Return the key of a method's parameter.
 
     PEFT wraps a module once for each of its parameters that is adapted by name. ``depth`` is the number of wrappers
-    outside this one's.
+    around the one of this parameter.
     """
     return f"{_TUNER}{path}.{f'{_BASE}.' * depth}{end}"
 
 
 def attention_path(path: str) -> str:
-    """Return the module path, in keys, for an attention's output projection that is adapted with the attention."""
+    """Return the path that keys have for the output projection of torch's attention, if it is adapted with the
+    attention.
+    """
     return f"{path.removesuffix(f'.{OUT_PROJECTION}')}.{_BASE}.{OUT_PROJECTION}"
 
 
@@ -62,7 +64,9 @@ def rows_key(path: str) -> str:
 
 
 def tokens_key(key: str) -> str:
-    """Return the key of a table's rows in the file of a method that trains nothing else; other keys stay."""
+    """Return the key of trained table rows in the file of a method that trains only such rows. Any other key is
+    returned unchanged.
+    """
     return key.replace(f".{_ROWS}.{_DELTA}", f".{_DELTA}")
 
 
@@ -72,9 +76,10 @@ def tuned_key(path: str, parameter: str) -> str:
 
 
 def usual_key(key: str) -> str:
-    """Return the key that a table's rows, or a norm's parameter, have in the files of all other methods.
+    """Return the key that trained table rows, or a norm's parameter, have in the files of methods that train more than
+    these.
 
-    This is the inverse of `tokens_key` and `tuned_key`; other keys stay.
+    This is the inverse of `tokens_key` and `tuned_key`. Any other key is returned unchanged.
     """
     if key.endswith(f".{_DELTA}") and not key.endswith(f".{_ROWS}.{_DELTA}"):
         return f"{key.removesuffix(_DELTA)}{_ROWS}.{_DELTA}"
@@ -87,7 +92,8 @@ def is_rows(key: str) -> bool:
 
 
 def copy_key(path: str, parameter: str, *, adapted: bool, virtual: bool = False) -> str:
-    """Return the key for a ``parameter`` of a module that an adapter trains as a whole, or whose rows it trains.
+    """Return the key for a ``parameter`` of a module that an adapter trains as a whole, or some rows of which it
+    trains.
 
     ``adapted``: the method adapts the module too. ``virtual``: the method has virtual tokens; its keys have one wrapper
     less.
@@ -109,7 +115,7 @@ def weight_keys(path: str) -> tuple[str, ...]:
 
 
 def is_of_wrapped(key: str) -> bool:
-    """Return True if a key belongs to the weight of a module that the method adapts."""
+    """Return True if a key belongs to the base's weight of a module that the method adapts."""
     return f".{_BASE}." in key and f".{_ROWS}." not in key
 
 
@@ -121,7 +127,8 @@ def divided(key: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A parsed key: the module's ``path`` in the model, the ``end``, and the number of wrappers between.
+    """A parsed key: the ``path`` of the module in the model, the ``end`` of the key, and the number of PEFT's wrappers
+    between the two.
 
     ``of_attention``: the module is an attention's output projection, adapted with the attention.
     """
@@ -135,7 +142,8 @@ class Place:
 def place_of(key: str, ends: Collection[str]) -> Place:
     """Parse a key, given the ``ends`` of the method's parameters.
 
-    Any other end is a parameter of the module itself. The path is empty if no module holds the tensor.
+    If the key has another end, it belongs to a parameter of the module itself. The path is empty if no module holds the
+    tensor.
     """
     rest = divided(key)[1]
     own = (end for end in ends if rest == end or rest.endswith(f".{end}"))
@@ -150,10 +158,11 @@ def place_of(key: str, ends: Collection[str]) -> Place:
 
 
 def copies_of(key: str) -> tuple[str, ...]:
-    """Return the other keys of a wholly trained module's tensor, if this key has the names of PEFT's wrapper.
+    """Return the two keys that the same tensor may have without PEFT's wrapper, if ``key`` names the wrapper of a
+    module trained whole.
 
-    There are two: with and without the first name behind the wrapper, which is the adapter's, or that of a part of the
-    module.
+    They differ in the first name behind the wrapper, which is kept in one and left out in the other. It may be the
+    adapter's name, or that of a part of the module.
     """
     for wrapper in _WHOLE:
         path, found, end = key.partition(f".{wrapper}.")
@@ -163,5 +172,5 @@ def copies_of(key: str) -> tuple[str, ...]:
 
 
 def is_bases_own(key: str) -> bool:
-    """Return True if a key belongs to the base's own values of a module trained whole, which are not trained."""
+    """Return True if a key belongs to the untrained original of a module that is trained whole."""
     return f".{_WHOLE[1]}." in key

@@ -10,7 +10,7 @@ Names = tuple[str, ...] | str  # of modules: names, suffixes and roles, or an ex
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """Facts from which a config's fields are filled in. Either is empty if unknown.
+    """Facts from which a config's fields are filled in. ``names`` or ``shapes`` is empty if unknown.
 
     ``names``: for each field of the config that names modules and is None, the model's module names. ``shapes``: the
     shapes of a file's parameters, by module path and name.

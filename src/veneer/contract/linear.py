@@ -48,10 +48,11 @@ class LinearMethod(TargetedConfig):
     def lower(self, site: LinearSite, params: Params) -> LinearDelta: ...
 
     def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the random numbers of a site's record in a training pass, on the CPU. ``lower`` then has them in
+        """Return the random numbers that a training pass needs at a site, on the CPU. ``lower`` then has them in
         ``params``.
 
-        Return nothing for a method that draws none. Without them ``lower`` returns the record for every other use.
+        Return an empty dict for a method without random numbers. If they are not in ``params``, ``lower`` returns the
+        record for evaluation and merging.
         """
         return {}
 
@@ -67,9 +68,10 @@ class LinearMethod(TargetedConfig):
 
     @classmethod
     def raised(cls, records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised | None:
-        """Return an adapter of the method with these records, by module path, or None if the method cannot have them.
+        """Return an adapter of this method whose records are ``records``, by module path, or None if this method has no
+        such adapter.
 
-        ``targets``: names that match exactly those paths. Combined adapters are stored in this way.
+        ``targets``: names that match exactly these paths. Combined adapters are stored in this way.
         """
         return None
 

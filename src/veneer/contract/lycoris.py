@@ -75,7 +75,9 @@ class LycorisMethod(LinearMethod):
 
     @property
     def samples(self) -> tuple[LinearSite, ...]:
-        """Example sites for each form of a file. Those with a core, if there are some, have the most keys."""
+        """Example sites for each form of a file. If factors may have a core, the sites with a core are among them and
+        have the most keys.
+        """
         wide = LinearSite(name="", in_features=2, out_features=1, kind="convolution", window=(2,))
         return (*super().samples, *([wide] if self.use_effective_conv2d else []))
 
@@ -85,9 +87,9 @@ class LycorisMethod(LinearMethod):
         return True
 
     def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the dropout factors of the update's rows, or nothing if no row can be dropped.
+        """Return the dropout factors of the update's rows, or an empty dict if no row can be dropped.
 
-        PEFT draws as many numbers in the same order.
+        As many random numbers are drawn as in PEFT, in the same order.
         """
         if not (self.rank_dropout or self.module_dropout):
             return {}

@@ -10,7 +10,7 @@ from veneer.records.sites import LinearSite
 def needed_weight(site: LinearSite, who: str) -> FrozenWeight:
     """Return the frozen weight of a site.
 
-    ``who`` is the method that needs it. Raises ConfigError if it is not loaded.
+    ``who`` is the method that needs the weight. Raises ConfigError if the weight is not loaded.
     """
     if site.weight is None:
         raise ConfigError(missing_weight(site, who))

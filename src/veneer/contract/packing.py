@@ -16,12 +16,12 @@ from veneer.contract.parameters import Params
 
 @dataclass(frozen=True)
 class Packing:
-    """Form of an adapter on disk. It equals the trained form except for ``fields``: config fields saved with other
+    """Form of an adapter on disk. Its config is that in training, except for ``fields``: config fields saved with other
     values.
 
     A subclass also converts the parameters of a layer, with the same effect. ``fixed`` names the parameters that are
-    saved at their initial values and never trained. ``whole`` names those of them that hold integers, such as indices,
-    with their dtypes in the file and in memory.
+    saved at their initial values and never trained. ``whole`` names the parameters among ``fixed`` that hold integers,
+    such as indices, with their dtypes in the file and in memory.
     """
 
     fields: Mapping[str, object] = field(default_factory=dict)
@@ -29,13 +29,15 @@ class Packing:
     whole: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def problems(self, site: Any, params: Params) -> list[str]:
-        """Return what is wrong with values read from a file, apart from their shapes and dtypes."""
+        """Return the problems of parameters that were read from a file, other than wrong shapes and dtypes."""
         return []
 
     def pack(self, params: Params) -> dict[str, Tensor]:
-        """Return a layer's parameters with the names and shapes of the written config."""
+        """Return a layer's parameters in the form on disk, with the names and shapes of the saved config."""
         return dict(params)
 
     def unpack(self, packed: Params) -> dict[str, Tensor]:
-        """Return the inverse of `pack`, bit for bit, so that training can resume."""
+        """Return the parameters in training from their form on disk. It reverses `pack` bit for bit, so that training
+        can resume.
+        """
         return dict(packed)

@@ -15,7 +15,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PatternChecks(Checks):
-    """Checks that refuse keys of ``patterns``, by the names of their fields, that match no module."""
+    """Checks that refuse every key of ``patterns`` that matches no module. ``patterns`` holds the patterns by field
+    name.
+    """
 
     patterns: Mapping[str, Mapping[str, Any]]
 
@@ -24,7 +26,7 @@ class PatternChecks(Checks):
 
 
 def values_of(config: object, field: str, pattern: str) -> dict[str, Any]:
-    """Return the value of a field and those of its pattern field, by the names that messages use."""
+    """Return the value of a field and all values of its pattern field, each under the name that messages use."""
     by_key = {f"{pattern}[{key!r}]": value for key, value in getattr(config, pattern).items()}
     return {field: getattr(config, field), **by_key}
 

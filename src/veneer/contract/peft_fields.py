@@ -9,13 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class PeftFields:
-    """Fields in which PEFT's configs and these differ.
+    """Fields in which PEFT's configs and veneer's differ.
 
-    ``neutral``: fields that only PEFT has, with the value that means "not used". That value is written and accepted;
-    any other asks for something that is not supported.
+    ``neutral``: fields that only PEFT has, with the value that means "not used". This value is written and accepted;
+    any other value asks for something that is not supported.
 
-    ``unread``: those among them whose value changes nothing. ``quiet``: fields that only these configs have, written
-    only if they change something.
+    ``unread``: the fields among ``neutral`` whose value changes nothing. ``quiet``: fields that only veneer's configs
+    have, written only if they change something.
     """
 
     neutral: Mapping[str, Any] = field(default_factory=dict)

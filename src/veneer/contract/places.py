@@ -28,7 +28,7 @@ ShapesByKey = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Placed:
-    """Place of an adapter's parameters.
+    """Site of an adapter with the keys of its parameters in the adapter's file.
 
     ``site`` is the argument of the method's functions. ``keys`` are those of the parameters, by their names. They
     follow ``path``, which is empty for virtual tokens.
@@ -40,7 +40,7 @@ class Placed:
 
 
 class Method(Protocol):
-    """Part of a method that determines places, see `MethodConfig`."""
+    """The functions of a method that determine the keys of its parameters, see `MethodConfig`."""
 
     def shapes(self, site: Any) -> Shapes: ...
     def disk_names(self, site: Any) -> Mapping[str, str]: ...
@@ -52,9 +52,10 @@ class Method(Protocol):
 
 
 def placed(method: Method, site: Site, path: str = "", depth: int = 0) -> Placed:
-    """Return the place of a site.
+    """Return a site with the keys of its parameters in the adapter's file.
 
-    Its keys have this ``path`` and ``depth``, or neither of them if ``path`` is empty.
+    If ``path`` is given, the keys begin with it and have ``depth`` wrappers. If it is empty, a key is the parameter's
+    name on disk alone.
     """
     ends, shared = method.disk_names(site), held_together(method)
     keys = {own: parameter_key(path, end, depth) if path else end for own, end in ends.items()}
@@ -68,7 +69,7 @@ def held_together(method: Method) -> tuple[str, ...]:
 
 
 def ends_of(method: Method) -> dict[str, Any]:
-    """Return the ends of keys after a module's path, each with the sample of its sites."""
+    """Return the ends that keys of this method have after a module's path, each with an example site that has it."""
     return {end: sample for sample in reversed(method.samples) for end in method.disk_names(sample).values()}
 
 
@@ -84,9 +85,9 @@ def modules_in(method: Method, keys: Collection[str]) -> list[str]:
 def module_places(
     method: Method, shapes: ShapesByKey, source: str, named: Callable[[Any, Place], Site | None]
 ) -> dict[str, Placed] | None:
-    """Return the places of a method at modules, read from its file as in `MethodConfig.places_in`.
+    """Return the sites of a method at modules with their keys, read from its file as in `MethodConfig.places_in`.
 
-    ``named`` turns a sample into the site at a parsed key; None if no site has that name.
+    ``named`` turns an example site into the site of a parsed key, or returns None if no site has that name.
     """
     ends, found = ends_of(method), dict[str, Placed]()
     for path, keys in _by_path(ends, shapes).items():

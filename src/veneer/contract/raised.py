@@ -14,9 +14,10 @@ from veneer.records.sites import LinearSite
 
 @dataclass(frozen=True)
 class Raised:
-    """Adapter that lowers to given records: ``parameters`` is the inverse of ``lower`` under ``config``.
+    """Adapter whose records are given: ``parameters`` returns the parameters for which ``lower`` of ``config`` gives a
+    record.
 
-    The ``bias`` of a low-rank record is added to the layer's own.
+    The ``bias`` of a low-rank record is added to the layer's own bias.
     """
 
     config: TargetedConfig

@@ -22,7 +22,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
-        """Return the settings from a file's fields. Raises ConfigError for unknown ones."""
+        """Return the settings from a file's fields. Raises ConfigError for an unknown field."""
         known = [spec.name for spec in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:

@@ -13,12 +13,12 @@ class Shared:
     """Tensors of these ``names`` that all layers share.
 
     They follow from the config and are never trained: ``draw`` returns them, on the CPU, and a file that holds them is
-    checked against it. ``source`` names their origin in messages. ``is_saved``: whether they are written.
-    ``is_repeated``: whether PEFT's files hold them again at each layer.
+    checked against the result. ``source`` names their origin in messages. ``is_saved``: they are written to the file.
+    ``is_repeated``: PEFT's files hold them again at each layer.
 
     If ``is_held``, they are parameters instead, trained or fixed: each layer has them in its ``shapes``, ``init`` and
-    ``lower``. Layers that give a shared tensor one name on disk hold the first layer's tensor. It has one gradient, one
-    optimizer state and one place in the file.
+    ``lower``. If layers give a shared tensor the same name on disk, they all hold the first layer's tensor. It has one
+    gradient, one optimizer state and one entry in the file.
 
     ``group`` is for a parameter that only the layers of a group share. It returns the group of a layer, given the
     layer's path and the parameter's name. Each layer then has the parameter in the file under its own key.

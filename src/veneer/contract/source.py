@@ -40,9 +40,10 @@ def hub_options(values: Mapping[str, Any]) -> HubOptions:
 
 
 def from_keywords(kind: Callable[..., Options], values: Mapping[str, Any], as_it_is: Sequence[str]) -> Options:
-    """Return a dataclass made from keyword arguments. Those in ``as_it_is`` have no effect here and are left out.
+    """Return an instance of the dataclass ``kind`` made from keyword arguments. Arguments in ``as_it_is`` have no
+    effect and are left out.
 
-    Raises ConfigError for unknown ones.
+    Raises ConfigError for an unknown argument.
     """
     allowed = set(inspect.signature(kind).parameters)
     given = {key: value for key, value in values.items() if key not in as_it_is}
@@ -79,9 +80,10 @@ def adapter_folder(model_id: str | os.PathLike[str], options: HubOptions | None 
 
 
 def hub_folder(repo: str) -> Path:
-    """Return the local folder of an adapter on the hub, fetched if needed; a local folder of that name is ignored.
+    """Return the local folder of an adapter on the hub, fetched if needed. A local folder with the name of ``repo`` is
+    ignored.
 
-    Raises FormatError if it is not there.
+    Raises FormatError if the hub has no such adapter.
     """
     return Path(_download(repo, PurePosixPath(), HubOptions()))
 

@@ -63,7 +63,7 @@ class TargetedConfig(MethodConfig):
     def fields_for(cls, model_type: str) -> Mapping[str, Names]:
         """Return the defaults of the fields that name modules, for a model of this type in transformers.
 
-        They replace None. Only names and roles that the model has count.
+        They replace fields that are None. Names and roles that the model does not have are ignored.
         """
         return {"target_modules": cls.default_targets, **cls.family_targets.get(model_type, {})}
 

@@ -6,9 +6,9 @@ from veneer.errors import ConfigError
 
 
 def unnamed_task(peft_type: str, n_tasks: int, on_disk: str = "") -> ConfigError:
-    """Return the error for an adapter of several tasks whose record is needed while no task is named.
+    """Return the error for an adapter of several tasks, if a record is needed and no task is named.
 
-    ``on_disk``: what to do with a folder.
+    ``on_disk``: advice to append if the adapter is read from a folder.
     """
     return ConfigError(
         f"{peft_type}: the adapter has {n_tasks} tasks, and rows name none: give task_ids, one number below {n_tasks} "

@@ -38,7 +38,7 @@ class Training:
     def schedule(self, layers: Mapping[str, Params]) -> Schedule | None:
         """Return the schedule that acts on the parameters of all layers (by path) after each optimizer step.
 
-        None if there is none.
+        Return None if the method has no such actions.
         """
         return None
 

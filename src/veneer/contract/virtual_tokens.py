@@ -23,10 +23,10 @@ from veneer.records.sites import AttentionSite, InputSite
 class VirtualTokenMethod(MethodConfig):
     """Common base of prefix and prompt methods: n virtual tokens in front, one set of parameters for the model.
 
-    A network may compute the tokens in training; a plain save holds its output. ``inference_mode`` means, as in PEFT,
-    that the network is gone and its output is trained or used directly. ``token_dim``, ``num_attention_heads``,
-    ``num_layers``, ``num_transformer_submodules`` describe the base model and are filled in when the config is
-    attached.
+    A network may compute the tokens in training; the adapter's file holds only the network's output. ``inference_mode``
+    means, as in PEFT, that the network is gone and its output is trained or used directly. ``token_dim``,
+    ``num_attention_heads``, ``num_layers``, ``num_transformer_submodules`` describe the base model and are filled in
+    when the adapter is attached.
     """
 
     usual_learning_rate: ClassVar[float] = 1e-2
@@ -57,13 +57,15 @@ class VirtualTokenMethod(MethodConfig):
         return self.num_virtual_tokens
 
     def stored(self, site: Any, params: Params) -> dict[str, Tensor]:
-        """Return the tensors of a plain save by their keys on disk: the parameters, or the output of a network."""
+        """Return the tensors of a save without a network, by their keys on disk: the parameters, or what a network
+        computes from them.
+        """
         return {key: params[own] for own, key in self.disk_names(site).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixMethod(VirtualTokenMethod):
-    """Method on the keys and values of all attention layers, which are one site."""
+    """Method on the keys and values of all attention layers. All layers together are one site."""
 
     @abstractmethod
     def shapes(self, site: Sequence[AttentionSite]) -> Shapes: ...
@@ -77,7 +79,7 @@ class PrefixMethod(VirtualTokenMethod):
 
     @abstractmethod
     def lower_one(self, site: Sequence[AttentionSite], params: Params, index: int) -> PrefixDelta:
-        """Return a single one of the records, for a layer that is computed again in the backward pass."""
+        """Return the record of the layer ``index`` alone, for a layer that is computed again in the backward pass."""
 
     def for_sites(self, sites: Sequence[Sequence[AttentionSite]], known: Known) -> Self:
         first = sites[0][0]
@@ -90,7 +92,9 @@ class PrefixMethod(VirtualTokenMethod):
         )
 
     def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
-        """Return every layer of the base, described by the config once it has been attached to a model."""
+        """Return the one site, which holds every attention layer of the base, sized by the config's fields. Return None
+        if these are not filled in.
+        """
         heads, width, layers = self.num_attention_heads, self.token_dim, self.num_layers
         if heads is None or width is None or layers is None or width % heads:
             return None

@@ -16,9 +16,9 @@ from veneer.records.deltas import LinearDelta
 
 @dataclass(frozen=True, kw_only=True)
 class WholeMethod(TargetedConfig):
-    """Method that trains its target modules whole, or rows of them if it has ``rows``. It has no sites.
+    """Method that trains its target modules whole, or only the rows ``rows`` of them. It has no sites.
 
-    Rows without targets are those of the input embeddings.
+    If there are rows and no targets, the rows are those of the input embeddings.
     """
 
     @property
