@@ -185,7 +185,7 @@ class AdaptedSite(Adapted):
         return self.method(name).dropout if self.training and self.adapter_state.drops else 0.0
 
     def dropped(self, x: Tensor, name: str) -> Tensor | None:
-        """Return the input of A after this adapter's dropout, or None if nothing is dropped."""
+        """Return the input x of the low-rank factor A after this adapter's dropout, or None if nothing is dropped."""
         masks = masks_of([self.rate(name)], x.shape, x.device, None)
         return dropout(x, cast(Mask, masks[0])) if masks else None
 

@@ -16,7 +16,9 @@ _PLACE = "_lowered"
 
 @dataclass(frozen=True, slots=True)
 class _Lowered:
-    """A cached record. ``names`` has, for each of its tensors, the name of the same parameter of the adapter."""
+    """A cached record. ``names`` has, for each of the record's tensors, the name of the adapter's parameter that is the
+    same tensor.
+    """
 
     config: LinearMethod
     record: LinearDelta

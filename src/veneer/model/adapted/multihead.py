@@ -162,7 +162,7 @@ def is_out_projection(module: nn.Module) -> bool:
 
 
 def shape_of_attention(path: str, module: nn.Module) -> LinearSite:
-    """Describe an attention's joined input projection as a linear layer, by its shape alone."""
+    """Describe an attention's joined input projection as a linear layer, by its name and shape, without its weight."""
     d = cast(nn.MultiheadAttention, module).embed_dim
     return LinearSite(name=path, in_features=d, out_features=3 * d)
 

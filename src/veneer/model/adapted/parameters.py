@@ -110,7 +110,9 @@ class AdaptedParameters(Adapted):
         return values
 
     def folded_stack(self, parameter: str, names: Sequence[str], dtype: torch.dtype) -> Tensor:
-        """Return a stack in codes as (experts, o, i) with these adapters folded in, rounded once to ``dtype``."""
+        """Return a quantized stack of experts as dense weights (experts, o, i) with these adapters merged in, rounded
+        once to ``dtype``.
+        """
         coded, record = coded_stacks(self)[parameter].coded(), cast(LinearDelta, self.record(parameter, names))
         experts = (coded.expert(number).dense(torch.float32)[None] for number in range(coded.shape[0]))
         return torch.cat(list(fold_blocks(record, experts, dtype)))

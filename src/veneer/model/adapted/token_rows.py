@@ -35,7 +35,7 @@ class RowPlace:
 def row_places(
     modules: Mapping[str, nn.Module], ends: Sequence[str], extras: Extras, taken: Collection[str]
 ) -> tuple[RowPlace, ...]:
-    """Return the tables whose ``rows`` in a config's extras are trained.
+    """Return the embedding tables of which a config trains single rows, which are given in ``extras.rows``.
 
     ``ends``: the input embeddings and the modules tied to them. ``taken``: modules that the config adapts or trains
     whole.

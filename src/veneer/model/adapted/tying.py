@@ -38,7 +38,8 @@ def follow(
 
 
 def unused_tie(tied: Sequence[str], config: MethodConfig, changed: Collection[str]) -> list[str]:
-    """Return a sentence if a config keeps a tie that the model does not have, or adapts none of the tied modules.
+    """Return a list with one sentence if a config keeps a tie that the model does not have, or adapts none of the tied
+    modules.
 
     Otherwise the list is empty.
     """

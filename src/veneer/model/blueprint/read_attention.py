@@ -138,7 +138,7 @@ def _norm_names(source: BlockSource, module: nn.Module) -> tuple[str, ...]:
 
 
 def _head_norms(source: BlockSource, module: nn.Module, heads: HeadLayout) -> tuple[Norm | None, Norm | None]:
-    """Return the norms of q and k, if there are any. Each spans one head or all heads."""
+    """Return the norms of q and k, each None if there is none. Each spans one head or all heads."""
     names = _norm_names(source, module)
     if not names:
         return None, None

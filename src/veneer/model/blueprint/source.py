@@ -51,7 +51,7 @@ class BlockSource:
 
 
 def first(module: nn.Module, names: Collection[str]) -> str | None:
-    """Return the first of these names under which a module has a child."""
+    """Return the first of these names under which a module has a child, or None."""
     return next((name for name in names if getattr(module, name, None) is not None), None)
 
 

@@ -73,7 +73,8 @@ class Acting:
     def norm(self, norm: Norm) -> ActingNorm | None:
         """Return a norm as the kernels' arguments.
 
-        Return None if it is trained, hooked, has another dtype than the residual stream, or has a weight for each head.
+        Return None if the norm is trained or hooked, has another dtype than the residual stream, or has a weight for
+        each head.
         """
         module = self.module(norm.path)
         if not is_plain(module) or isinstance(module, InPlace):  # reading a weight that rows have copies of raises

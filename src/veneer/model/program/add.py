@@ -73,8 +73,8 @@ class Add(Trained):
 
 
 def changed(site: str, versions: Versions, rows: PassRows, half: Tensor, beside: Tensor) -> Tensor:
-    """Change the output (n, d) of a half block in place by bottlenecks, and return it. ``beside`` (n, d)
-    is its input.
+    """Apply bottlenecks to the output ``half`` (n, d) of a half block, in place, and return it. ``beside`` (n, d) is
+    the half block's input.
     """
     for number, start, stop in rows.runs.runs:
         bottleneck = versions[rows.versions[number]].bottlenecks.get(site)

@@ -18,10 +18,11 @@ _NAMES = {"gelu_new": "gelu_tanh", "swish": "silu", "leakyrelu": "leaky_relu"}
 
 @dataclass(frozen=True, slots=True)
 class Bottleneck:
-    """Bottleneck of a `ResidualDelta` for rows of a dtype. If ``reads_output``, it reads the tensor that it changes.
+    """Bottleneck of a `ResidualDelta`, for rows of a dtype. If ``reads_output``, the bottleneck reads the tensor that
+    it changes.
 
-    ``pairs`` are its matrices packed in that dtype. If no kernels support them, ``pairs`` is None and ``record`` is
-    used.
+    ``pairs`` are the bottleneck's matrices packed in that dtype. If no kernels support them, ``pairs`` is None and
+    ``record`` is used.
     """
 
     reads_output: bool

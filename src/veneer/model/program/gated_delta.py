@@ -34,7 +34,7 @@ class Inner(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DeltaWeights:
-    """Convolution, norm, and for each head the rate exp(A_log) and the bias of its decay."""
+    """Kernel of the convolution, norm, and for each head the rate exp(A_log) and the bias of the decay."""
 
     kernel: ConvKernel
     norm: ActingNorm
@@ -77,7 +77,7 @@ class GatedDelta(Trained):
         return ()
 
     def back(self, weights: DeltaWeights, tape: Tape) -> Tensor:
-        """Return the recomputed output."""
+        """Add the gradient of the source to the tape, and return the operation's output, which is computed again."""
         [dy], inner = tape.take(self.target), self._split(tape.value(self.source))
         given, previous = GatedInput(inner.qkv), previous_of(tape.run)
         seen = inner._replace(qkv=conv_forward(given, weights.kernel, previous))
@@ -90,7 +90,9 @@ class GatedDelta(Trained):
         return y.detach()
 
     def _mixed(self, weights: DeltaWeights, inner: Inner, at: PackedPositions) -> Tensor:
-        """Return the gated heads (n, width), for queries, keys and values behind the convolution."""
+        """Return the output of the scan after norm and gate, (n, width). ``inner`` holds queries, keys and values after
+        the convolution.
+        """
         part, wide = self.part, torch.promote_types(inner.qkv.dtype, torch.float32)
         keys, n = part.n_k_heads * part.k_width, len(inner.qkv)
         q, k, v = torch.split(inner.qkv, [keys, keys, part.width], dim=1)
@@ -113,7 +115,7 @@ class GatedDelta(Trained):
         return Inner(torch.cat(parts[:3], dim=1), parts[3], b, a)
 
     def _join(self, inner: Inner) -> list[Tensor]:
-        """Return the inverse of `_split`, for gradients."""
+        """Return the gradients ``inner`` in the layout of the source's tensors, as the inverse of `_split`."""
         if not self.part.by_head:
             widths = list(self.source.widths[:-3])
             return [*torch.split(inner.qkv, widths, dim=1), inner.z, inner.b, inner.a]

@@ -90,7 +90,7 @@ class Trained(Operation):
         """Return the operation's weights in their current state, or None if the block's own code has to run."""
 
     def layers_of(self, weights: Any) -> tuple[LinearLayer, ...]:
-        """Return its linear layers, whose records receive gradients."""
+        """Return the operation's linear layers, whose records receive gradients."""
         return ()
 
     def tensors_of(self, weights: Any) -> tuple[Tensor, ...]:
@@ -98,12 +98,12 @@ class Trained(Operation):
         return tensors_of(self.layers_of(weights))
 
     def masked(self, weights: Any, at: Acting, x: Tensor) -> Any:
-        """Return its weights with dropout masks for the rows of x (b, t, width)."""
+        """Return the operation's weights with dropout masks for the rows of x (b, t, width)."""
         return weights
 
     @abstractmethod
     def train(self, weights: Any, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
-        """Write its output, and return the tensors that `back` reads."""
+        """Compute the output and write it to the register `output`. Return the tensors that `back` reads."""
 
     def kept_output(self, weights: Any, kept: Kept) -> list[Tensor] | None:
         """Return the operation's output if it was kept, or None."""
@@ -193,7 +193,7 @@ class TrainedStretch:
     def acting(self, at: Acting, *, again: bool) -> ActingStretch | None:
         """Return the operations with the current weights of a block, or None if the block's own code has to run.
 
-        If ``again``, the products of the source are computed again in the backward pass.
+        If ``again``, the first products are computed again in the backward pass, instead of being kept.
         """
         weights = []
         for op in self.operations:

@@ -33,7 +33,9 @@ class QuantLinear(CodedModule):
     @classmethod
     @torch.no_grad()
     def from_dense(cls, module: nn.Module, spec: StorageSpec) -> Self:
-        """Return a quantized copy of an ``nn.Linear`` or ``Conv1D``; the bias is shared. Raises NonFiniteError."""
+        """Return a quantized copy of an ``nn.Linear`` or ``Conv1D``, which shares the bias. Raises NonFiniteError for a
+        weight with values that are not finite.
+        """
         layer = cls(spec, cast("nn.Parameter | None", module.bias), Conv1D if isinstance(module, Conv1D) else nn.Linear)
         weight = cast(Tensor, module.weight)
         layer.fill(spec, spec.quantize(weight.T if layer.is_transposed else weight))
@@ -53,10 +55,10 @@ class QuantLinear(CodedModule):
         return self.bound()
 
     def to_dense(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Module:
-        """Return a dense layer with the dequantized weight, to replace this one. Without ``dtype``, it has the original
-        dtype.
+        """Return a dense layer with the dequantized weight, to replace this one, in ``dtype`` (None: the dtype of the
+        layer before it was quantized).
 
-        ``weight`` (o, i) replaces the layer's own.
+        ``weight`` (o, i), if given, is used instead of the dequantized weight.
         """
         weight = self.frozen_format().dense(dtype) if weight is None else weight
         size = (self.out_features, self.in_features) if self.is_transposed else (self.in_features, self.out_features)

@@ -11,9 +11,10 @@ from veneer.quant.int8 import Int8Spec
 
 
 def quantize_head(model: PreTrainedModel) -> None:
-    """Replace the head by an int8 copy with one scale for each row. Embeddings that are tied to it stay unchanged.
+    """Replace the head by an int8 copy with one scale for each row. Embeddings that are tied to the head stay
+    unchanged.
 
-    Raises ConfigError for a model without a dense head, and NonFiniteError.
+    Raises ConfigError for a model without a dense head, and NonFiniteError for a head with values that are not finite.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:

@@ -153,7 +153,7 @@ def attended_places(snapshot: Snapshot, plan: AttachPlan) -> dict[str, Placed]:
 def put_attended_on(
     snapshot: Snapshot, name: str, state: AdapterState, plan: AttachPlan, allocation: Allocation
 ) -> None:
-    """Put the prompts of adapter ``name`` beside the attentions that its config names."""
+    """Attach the prompts of adapter ``name`` to the attention layers that its config names."""
     model, config, family = cast(PreTrainedModel, snapshot.model), cast(AttentionMethod, plan.config), _family(snapshot)
     for site in attending_sites(snapshot, config):
         attention = model.get_submodule(site.name)

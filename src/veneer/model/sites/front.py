@@ -87,7 +87,7 @@ def leading_rows(
 ) -> Float[Tensor, "rows n *shape"]:
     """Return, for each row, the element of ``given`` with index ``row_index`` (from 1), or zeros if the index is 0.
 
-    Each is padded with leading zeros to length n along its first axis.
+    Each element is padded with leading zeros to length n along its first axis.
     """
     filled = [torch.cat([x.new_zeros(n - x.shape[0], *x.shape[1:]), x]) for x in given]
     return torch.stack([torch.zeros_like(filled[0]), *filled])[row_index.to(filled[0].device)]

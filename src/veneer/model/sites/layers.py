@@ -22,7 +22,9 @@ from veneer.model.modules.snapshot import Snapshot
 
 
 def layer_places(snapshot: Snapshot, plan: AttachPlan) -> dict[str, Placed]:
-    """Return the layers and parameters that an adapter changes, by path. Shapes suffice; the model needs no storage."""
+    """Return the layers and parameters that an adapter changes, by path. Only shapes are read, so the model needs no
+    storage.
+    """
     found: dict[str, Placed] = {}
     for path in (*plan.layers, *plan.followers):
         site, on_disk = loaded_site(snapshot.kinds[path], path, snapshot.modules[path]), path

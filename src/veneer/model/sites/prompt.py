@@ -160,7 +160,9 @@ class PromptAdapters(VirtualTokens):
         return replace_leading(self.tokens(self.front, embedded.shape[0]), embedded)
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Remove the virtual positions from the output; also called if the pass fails."""
+        """Return the output without the virtual positions. This is also called if the pass fails, to forget the state
+        of the pass.
+        """
         if module is not self.outermost:
             return None
         front, length, unread, labels = self.front, self.length, self.to_embed, self.labels
