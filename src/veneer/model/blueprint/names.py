@@ -53,8 +53,8 @@ class Names:
     used.
 
     ``joined`` maps the names of joined q, k and v layers to the order of their heads. "by head" has two meanings. If k
-    and v have as many heads as q, the layer's output is q, k and v of the first head, then of the next, and so on. If
-    they have fewer, it is all of q, then all of k, then all of v.
+    and v have as many heads as q, the layer's output is q, k and v of each head in turn. If they have fewer, it is all
+    of q, then all of k, then all of v.
     """
 
     positions: tuple[str, ...] = ("wpe", "embed_positions")

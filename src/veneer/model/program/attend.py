@@ -258,8 +258,8 @@ def _places(layout: HeadLayout, first: int) -> list[list[int]]:
     """Return where the heads of queries, keys and values lie in the layers' outputs, with the order that
     `HeadLayout.split` expects.
 
-    Each of the three lists holds four numbers. They are the output's index (counted from ``first``), the index of its
-    first value, the stride between heads of one key head, and that between the first heads of two key heads.
+    Each of the three lists holds four numbers: the output's index (counted from ``first``), and the index of its first
+    value; then the stride between heads of one key head, and that between the first heads of two key heads.
     """
     d, group = layout.head_dim, layout.group
     if layout.order == "apart":

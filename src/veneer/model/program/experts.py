@@ -124,7 +124,8 @@ class MixExperts(Trained):
         """Return the experts' weights with the low-rank pairs of the adapters that act on them.
 
         Return None if the model's own code must run the experts. That is so if they are hooked or trained, have another
-        dtype or other changes than pairs, or add noise to their input, or if the rows of a batch name their adapters.
+        dtype or other changes than pairs, or add noise to their input. It is also so if the rows of a batch name their
+        adapters.
         """
         half, path = at.module(self.experts.path), self.experts.gate_up.path.rpartition(".")[0]
         module = at.module(path)
@@ -198,8 +199,8 @@ def _bias(module: Callable[[str], nn.Module], part: Experts) -> Tensor | None:
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    """Return True if experts train no matrix or copy of their own, no other library has changed their class, and the
-    rows of a batch do not name their adapters.
+    """Return True if experts train no matrix or copy of their own, and no other library has changed their class. Return
+    False if the rows of a batch name their adapters.
     """
     if isinstance(module, AdaptedParameters) and (module.copies or module.adapter_state.routed() is not None):
         return False
