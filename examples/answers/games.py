@@ -27,6 +27,8 @@ class Higher:
         """
         if self.is_found or self._n_guesses == N_GUESSES:
             return "The game is over."
+        if not isinstance(number, int):
+            raise ValueError(f"{number} is no whole number: guess one from {self._low} to {self._high}")
         self._n_guesses += 1
         if not self._low <= number <= self._high:
             self._n_outside += 1

@@ -108,7 +108,8 @@ def orders(part: int, rng: random.Random) -> list[Row]:
 def sums(rng: random.Random, n: int, seen: set[tuple[int, int]]) -> list[Row]:
     """Return ``n`` sums of a number of two digits and one of three that are not in ``seen``, behind an example."""
     system = {"role": "system", "content": CALL}
-    example = [*message("What is 58 + 247?"), called("calculator", {"expression": "58 + 247"})]
+    call, answer = called("calculator", {"expression": "58 + 247"}), {"role": "assistant", "content": "305"}
+    example = [*message("What is 58 + 247?"), call, replied("calculator", "= 305"), answer]
     rows: list[Row] = []
     while len(rows) < n:
         pair = rng.randint(11, 99), rng.randint(101, 999)

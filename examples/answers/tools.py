@@ -19,11 +19,15 @@ def calculator(expression: str) -> str:
 
 
 def sums(completions: Sequence[Any], answer: Sequence[str], **row: Any) -> list[float]:
-    """Return 1 for the right number, 0.3 if only the calculator told it; 0.1 less for each call after the first."""
+    """Return 1 for the right number, 0.6 for a text that contains it, 0.3 if only the calculator told it.
+
+    Each call after the first takes 0.1.
+    """
     found = []
     for messages, wanted in zip(completions, answer, strict=True):
         n_calls = sum(message["role"] == "tool" for message in messages)
         told = any(message["role"] == "tool" and message["content"] == f"= {wanted}" for message in messages)
-        is_right = messages[-1]["role"] == "assistant" and (messages[-1].get("content") or "").strip() == wanted
-        found.append((1.0 if is_right else 0.3 * told) - 0.1 * max(0, n_calls - 1))
+        text = messages[-1].get("content") or "" if messages[-1]["role"] == "assistant" else ""
+        value = 1.0 if text.strip() == wanted else 0.6 if wanted in re.findall(r"\d+", text) else 0.3 * told
+        found.append(value - 0.1 * max(0, n_calls - 1))
     return found

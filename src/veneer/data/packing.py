@@ -16,8 +16,8 @@ _TRAIN_MORE = "Train on more of each row, such as all of it: in a recipe by `dat
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Return indices in bins whose lengths sum to at most ``capacity``, by best-fit decreasing.
 
-    Items are placed from the longest to the shortest, each into the bin with the least room that still holds it. The
-    number of bins is at most about 11/9 of the fewest possible (Johnson 1973). Bins, and the items of each, are ordered
+    Items are placed from the longest to the shortest, each into the bin with the least room that still holds it. There
+    are at most about 11/9 as many bins as the fewest possible (Johnson 1973). Bins, and the items of each, are ordered
     by their first index, so that a shuffled set stays shuffled.
     """
     bins: list[list[int]] = []

@@ -161,8 +161,8 @@ def policy_of(trainer: Any) -> Policy | None:
     except _CANNOT as reason:
         if args.rollout_engine == "engine":
             raise ConfigError(
-                f"rollout_engine='engine' cannot draw: {reason}. Set it to 'auto' (rollouts.engine in a recipe), and "
-                "transformers draws"
+                f"rollout_engine='engine': veneer's engine cannot generate the answers: {reason}. Set it to 'auto' "
+                "(rollouts.engine in a recipe) to let transformers generate them"
             ) from reason
         is_packed = trainer.rollouts_of_base is not None and trainer.rollouts_of_base.is_one
         packed = "" if not is_packed else ", on the weights that were packed for it"

@@ -15,6 +15,7 @@ GENERATING_METRICS = ("exact-match", "regex")
 OF_DDP = ("ddp_find_unused_parameters", "ddp_broadcast_buffers")
 CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 ROWS_OF_A_PROCESS = 8  # ``per_device_train_batch_size`` of a recipe, if it names none
+_GATHERS = "and a sharded base would be gathered for every token"
 
 
 class DistributedPart(BaseModel):
@@ -131,9 +132,9 @@ def layout_problems(values: Mapping[str, Any]) -> list[str]:
     if _part(values, "adapter").get("method") == "full":
         found.append("adapter.method: full trains every weight, and only frozen weights can be sharded")
     if values.get("task") in GENERATING:
-        found.append(f"task: {values['task']} generates text, and a sharded base would be gathered for every token")
+        found.append(f"task: {values['task']} generates text, {_GATHERS}")
     if _part(values, "metric").get("name") in GENERATING_METRICS:
-        found.append(f"metric.name: {values['metric']['name']} generates text: only labels works on a sharded base")
+        found.append(f"metric.name: {values['metric']['name']} generates text, {_GATHERS}: set it to 'labels'")
     for name in OF_DDP:
         if training.get(name):
             found.append(f"training.{name}: it is a setting of DDP, and has no effect on a sharded base")

@@ -83,8 +83,10 @@ def test_rewards_of_sums(module: Any) -> None:
         tools.calculator("2**9**9")
     call, said = {"role": "assistant", "content": ""}, {"role": "assistant", "content": " 305"}
     told, other = {"role": "tool", "content": "= 305"}, {"role": "tool", "content": "= 7"}
+    within, another = {"role": "assistant", "content": "It is 305."}, {"role": "assistant", "content": "1305"}
     conversations = [[call, told, said], [said], [call, told, call], [call, other, call, told, said], [call, other]]
-    assert tools.sums(conversations, ["305"] * 5) == pytest.approx([1.0, 1.0, 0.3, 0.9, 0.0])
+    conversations += [[call, told, within], [within], [call, told, another]]
+    assert tools.sums(conversations, ["305"] * 8) == pytest.approx([1.0, 1.0, 0.3, 0.9, 0.0, 0.6, 0.6, 0.3])
 
 
 def test_six_halvings_find_a_number(module: Any) -> None:
@@ -108,6 +110,8 @@ def test_a_game_rewards_what_is_known(module: Any) -> None:
     assert game.get_reward() == 0
     assert game.guess(32) == "Higher. The number is from 33 to 64."
     assert game.get_reward() == pytest.approx(0.5 / 6)
+    with pytest.raises(ValueError, match="five is no whole number: guess one from 33 to 64"):
+        game.guess("five")
     assert game.guess(32).startswith("Outside")
     assert game.get_reward() == pytest.approx(0.5 / 6 - 0.05)
     for number in (48, 56, 60, 62):

@@ -145,7 +145,7 @@ def test_who_draws(trainer_of, make_model, settings, tokenizer, caplog):
         caplog.clear()
         assert trainer_of(**changes).policy is None
         assert reason in caplog.text
-        with pytest.raises(ConfigError, match="rollout_engine='engine' cannot draw"):
+        with pytest.raises(ConfigError, match="rollout_engine='engine': veneer's engine cannot generate"):
             trainer_of(rollout_engine="engine", **changes)
     whole = GRPOTrainer(make_model(), reward, GRPOConfig(**{**settings, **SMALL}), ROWS, processing_class=tokenizer)
     assert whole.policy is None

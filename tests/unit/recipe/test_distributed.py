@@ -87,7 +87,7 @@ def test_a_plan_that_fits_changes_no_rows_of_a_step() -> None:
         (
             {"shard": 3},
             {"metric": {"name": "exact-match"}, "data": {"train": "rows.jsonl", "eval": "held.jsonl"}},
-            r"metric\.name: exact-match generates text: only labels works on a sharded base.* or distributed\.shard",
+            r"metric\.name: exact-match generates text.*set it to 'labels'.* or distributed\.shard",
         ),
         (
             {"strategy": "fsdp"},

@@ -101,8 +101,8 @@ def _problem(block: FusedBlock, call: BlockCall, most: float, config: Any) -> st
 def _error(block: FusedBlock, call: BlockCall, config: Any) -> float:
     """Return the relative error of the change that a fused block makes to the residual stream.
 
-    For a mixture of experts in 16 bits, this is the median of the rows' errors. There rounding may choose the other of
-    two experts with nearly equal scores, and such a row's error does not show that the block is wrong.
+    For a mixture of experts in 16 bits, it is the median of the rows' errors. There rounding may choose the other of
+    two experts with nearly equal scores, and the error of such a row does not show that the block is wrong.
     """
     mask = layout_mask(SIZE, None, None, config)
     own = stream_of(block(call.x, **{**_fresh(call.kwargs), "attention_mask": mask})).double()

@@ -343,8 +343,9 @@ class Tape:
             self._value(made, source)
 
     def through(self, register: Register, gradient: Tensor) -> Tensor:
-        """Run the backward pass of the operation that computed a register, given the register's ``gradient``. Return
-        the register's value, which this backward pass recomputes (see `gives_output`).
+        """Run the backward pass of the operation that computed a register, from the register's gradient.
+
+        Return the register's value, which this pass computes again. The caller must be the register's only reader.
         """
         before, made = self._place, self._makers[self._place][register.name]
         self.give(register, [gradient])

@@ -186,10 +186,9 @@ def _form_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> 
 
 
 def _mixture_backward(change: LowRankMixture, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
-    """Return the gradients with respect to a mixture's tensors. If ``dx`` is given, add the gradient with respect to x
-    to it.
+    """Return the gradients with respect to a mixture's tensors, and add the gradient with respect to x to ``dx``.
 
-    ``A x`` is computed again without autograd, which runs only over the operations after this product.
+    Autograd runs only over what follows A; ``A x`` is computed again without it.
     """
     a, leaves = change.a.detach().to(x.dtype), leaves_of(change)
     inner = matmul(x, a.T, x.dtype).requires_grad_()

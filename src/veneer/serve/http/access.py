@@ -154,9 +154,9 @@ def _is_of_proxy(header: str) -> bool:
 
 
 def _is_local(host: str) -> bool:
-    """Return True if a host is localhost, a loopback address or an unspecified address.
+    """Return True if a host is localhost, a loopback address or an unspecified one.
 
-    No other name is accepted, even if it resolves to this machine, because another site can make its own name do so
+    Other names are not accepted, even if they resolve to this machine, because another site can make its own name do so
     (DNS rebinding).
     """
     try:

@@ -145,8 +145,8 @@ class EventStream(StreamingResponse):
 
 
 async def _choices(engine: AsyncEngine, answering: AnswerCall, lane: Lane) -> str:
-    """Return the JSON of all choices. With log-probabilities the JSON is long, so a thread of ``lane`` encodes it, not
-    the event loop.
+    """Return the JSON of all choices. With log-probabilities it is long, so a thread of ``lane`` encodes it, not the
+    event loop.
     """
     found = list[RequestOutput]()
     async with aclosing(engine.outputs(answering.asked)) as outputs:

@@ -35,11 +35,11 @@ _KEPT = 512  # layouts of blocks
 
 
 class Interpreter:
-    """Runs a decoder's program on a model's weights, and on the adapters added by `take`, each under the name of its
+    """Runs a decoder's program on a model's weights, and on adapters that `take` adds, each under the name of its
     version.
 
-    Weights in ``packed``, and experts in ``stacks``, are used instead of the model's. ``native`` runs the same program
-    in C++, with the same bits. It is None if there are no kernels for the dtype or the device.
+    Weights in ``packed``, and experts in ``stacks``, take the place of the model's. ``native`` runs the same program in
+    C++, with the same bits; it is None if there are no kernels for the dtype or the device.
     """
 
     def __init__(

@@ -202,7 +202,7 @@ class Scheduler:
         evicted for them.
 
         A correct token saves one step for one of the n planned requests, which is 1/n of a step's work. A wrong token
-        costs one row, which is 1/16 of a step (`_CHEAP_ROWS`).
+        costs one row.
         """
         room = min(_CHEAP_ROWS, self.limits.max_batched_tokens) - sum(planned.values())
         if room < 1 or any(request.n_left > 1 for request in planned):
