@@ -240,7 +240,9 @@ def _planned(recipe: Recipe, sharing: _Sharing, asked: TrainOptions, console: Co
         console.print(line, highlight=False)
         if facts.get("shard", 1) > 1:
             each = size(facts["process"]["bytes"])
-            console.print(f"a copy of the base is sharded over{facts['shard']} processes: {each} each", highlight=False)
+            console.print(
+                f"a copy of the base is sharded over {facts['shard']} processes: {each} each", highlight=False
+            )
         if not asked.beyond_memory:
             require_room(facts, sharing.n_here)
     return _Planned(facts, line)

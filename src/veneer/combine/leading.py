@@ -19,8 +19,8 @@ def leading(matrix: Float[Tensor, "m n"], rank: int) -> tuple[Float[Tensor, " r"
     residual ``|MᵀM v - e v|`` of at most 1e-6 e (1e-13 of the largest e, if that is more). ``matrix`` is in float64.
     Returns None if the space would need more than a fourth of the columns.
 
-    Source: block Krylov iteration, Musco and Musco 2015, arXiv:1504.05477, algorithm 2. Departs: the number of blocks
-    follows from the residuals.
+    Source: block Krylov iteration, Musco and Musco 2015, arXiv:1504.05477, algorithm 2. Difference from it:
+    the number of blocks follows from the residuals.
     """
     width = rank + _OVERSAMPLED
     draw = torch.randn(matrix.shape[1], width, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)

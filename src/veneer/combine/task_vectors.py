@@ -72,8 +72,8 @@ def merge_task_vectors(
     """Return the base's weight plus the task vectors ``tuned - base``, combined as planned, in the dtype of ``base``.
 
     Computed in at least float32 and rounded once. The order is mergekit's: difference, sparsify, weigh, elect a sign on
-    the weighted values, sum, divide. Departs: DARE divides by the density, as in its paper (section 3.1); mergekit
-    rescales to the original sum of magnitudes.
+    the weighted values, sum, divide. Difference from mergekit: DARE divides by the density, as in its
+    paper (section 3.1); mergekit rescales to the original sum of magnitudes.
 
     Raises CompositionError if there is not one finite weight for each of ``tuned``.
     """

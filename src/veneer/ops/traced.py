@@ -68,8 +68,10 @@ class Traced(Tensor):
         return own  # type: ignore[no-any-return]
 
     def tolist(self) -> EqualParts:
-        """Return an `EqualParts` for a vector of counts. Its length is known, but its numbers are not."""
-        return EqualParts([0] * len(self))
+        """Return ones for a vector of counts, of which only the number is known. Raises TypeError for other tensors."""
+        if self.ndim != 1:
+            raise TypeError(f"a traced tensor of shape {tuple(self.shape)} has no values to list")
+        return EqualParts([1] * len(self))
 
     def split(self, split_size: Any, dim: int = 0) -> Any:
         """Return the parts of these sizes, or equal ones if the sizes have no values."""

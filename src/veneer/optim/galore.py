@@ -54,8 +54,8 @@ class GaLoreAdamW(LeanAdamW):
     change when the basis does, as in the authors' code. With ``eight_bit`` they are stored in 8 bits. Weight decay acts
     on the full weight. Vectors, small matrices, and groups with ``projected`` False use plain AdamW.
 
-    Departs: eps is added to the bias-corrected root, as in Adam's paper; the authors' code adds it before the
-    correction.
+    Difference from the authors' code: eps is added to the bias-corrected root, as in Adam's
+    paper; the authors' code adds it before the correction.
     """
 
     def __init__(

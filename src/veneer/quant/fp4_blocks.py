@@ -1,7 +1,7 @@
 """Frozen weight in 4-bit floats (E2M1) with a scale for each block of inputs: MXFP4 and NVFP4.
 
 Sources: OCP Microscaling Formats v1.0 (2023), sections 5.3.3 and 6.3 (blocks of 32, scales that are powers of two);
-NVIDIA's NVFP4 (blocks of 16, scales in E4M3, and one float32 for the matrix). Departs: activations stay as they are.
+NVIDIA's NVFP4 (blocks of 16, scales in E4M3, and one float32 for the matrix). Difference: activations stay as they are.
 """
 
 from __future__ import annotations

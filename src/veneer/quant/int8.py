@@ -1,6 +1,6 @@
 """Frozen weight in 8 bits with one scale per row.
 
-Source: Dettmers, Lewis, Belkada, Zettlemoyer 2022, LLM.int8(), arXiv:2208.07339, section 2. Departs: activations are
+Source: Dettmers, Lewis, Belkada, Zettlemoyer 2022, LLM.int8(), arXiv:2208.07339, section 2. Difference: activations are
 not quantized, so there are no outliers to separate, and the only error is the weight's.
 """
 

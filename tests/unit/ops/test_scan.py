@@ -123,5 +123,8 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ShapeError, match="h a multiple of h_k"):
         scan(given, BOUNDS, delta=True)
     given, _ = draw((3, 6), torch.float32)
-    with pytest.raises(ShapeError, match="bounds that end at 97"):
+    with pytest.raises(ShapeError, match=r"bounds from \[0\] to \[97\]"):
         scan(given, BOUNDS[:-1], delta=True)
+    for bounds in ([3, 97, 100], [0, 60, 20, len(given.v)]):
+        with pytest.raises(ShapeError, match="that rise from 0 to n"):
+            scan(given, torch.tensor(bounds), delta=True)

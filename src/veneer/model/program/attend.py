@@ -112,6 +112,7 @@ class Attend(Trained):
     def emit(self, weights: AttendWeights, step: StepProgram) -> bool:
         part, heads, rotary = self.attention, self.attention.heads, self.attention.rotary
         plain = part.clip is None and part.temperature is None and heads.order != "gated"
+        plain = plain and (part.alibi is None or part.softcap is None)  # the kernel has one or the other
         at_once = heads.order == "by group" and any(norm.shape != (heads.head_dim,) for norm in part.norms)
         if not plain or at_once or any(len(norm.shape) > 1 for norm in part.norms):
             return False

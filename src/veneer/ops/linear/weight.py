@@ -40,9 +40,9 @@ def _decoded(weight: Weight, rows: Float[Tensor, "n _"]) -> Weight:
     `FEW_ROWS` rows.
 
     It stays as it is if it sets a ``compute_dtype`` other than the rows' dtype, because its own product then converts
-    the rows.
+    the rows. So it does if ops are watched: selective checkpointing keeps products, and no decoded weight.
     """
-    if isinstance(weight, Tensor) or not rows.is_cuda or len(rows) <= FEW_ROWS:
+    if isinstance(weight, Tensor) or not rows.is_cuda or len(rows) <= FEW_ROWS or is_watched():
         return weight
     own = getattr(weight, "compute_dtype", None)
     return weight.dense(rows.dtype) if own in (None, rows.dtype) else weight

@@ -88,11 +88,12 @@ def _require_fitting(given: ScanInput, cu_seqlens: Tensor) -> None:
     q, k, v, log_decay, beta = given.tensors
     fits = q.ndim == v.ndim == 3 and q.shape == k.shape and len(q) == len(v) and q.shape[1] > 0
     fits = fits and v.shape[1] % q.shape[1] == 0 and log_decay.shape == beta.shape == v.shape[:2]
-    if not fits or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1 or int(cu_seqlens[-1]) != len(v):
+    bounds = cu_seqlens.tolist() if cu_seqlens.ndim == 1 else []
+    if not fits or bounds[:1] != [0] or bounds[-1] != len(v) or bounds != sorted(bounds):
         raise ShapeError(
             "a scan takes queries and keys (n, h_k, d_k), values (n, h, d_v) with h a multiple of h_k, decays and "
-            f"weights (n, h), and bounds of sequences that end at n; given {', '.join(map(_told, given.tensors))} "
-            f"and bounds that end at {int(cu_seqlens[-1]) if cu_seqlens.numel() else 'nothing'}"
+            f"weights (n, h), and bounds that rise from 0 to n; given {', '.join(map(_told, given.tensors))} "
+            f"and bounds from {bounds[:1]} to {bounds[-1:]}"
         )
 
 

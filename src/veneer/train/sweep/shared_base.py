@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapters.peft_model import PeftModel, become_peft_model
@@ -39,7 +39,10 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 
     Each member's model can thus have its own adapter on the same weights.
     """
-    packed = (value for module in model.modules() for value in vars(module).values() if isinstance(value, _PACKED))
+    held = [value for module in model.modules() for value in vars(module).values()]
+    packed: list[object] = [value for value in held if isinstance(value, _PACKED)]
+    # Modules that packed ones stand for lie in tuples, each of which is shared whole.
+    packed += [value for value in held if isinstance(value, tuple) and any(isinstance(x, nn.Module) for x in value)]
     shared: dict[int, Any] = {id(each): each for each in (*model.parameters(), *model.buffers(), *packed)}
     return copy.deepcopy(model, shared)
 
