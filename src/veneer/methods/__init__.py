@@ -16,7 +16,7 @@ from veneer.contract.discovery import concrete
 
 @functools.cache
 def all_methods() -> dict[str, type[MethodConfig]]:
-    """Return every method by its ``peft_type``: those in this folder, and those that other code registered before this
+    """Return every method by its ``peft_type``: those in this folder, and those that other code has defined before this
     call.
     """
     for info in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):

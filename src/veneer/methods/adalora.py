@@ -116,7 +116,9 @@ class AdaLoraConfig(LinearMethod):
         return GroupChecks()
 
     def rank(self, site: LinearSite) -> int:
-        """Return the rank of a layer. If the config marks the kept ranks, it is their number."""
+        """Return the rank of a layer: the number of ranks that ``rank_pattern`` keeps there, or ``init_r`` if it has no
+        entry.
+        """
         kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E")
         return self.init_r if kept is None else sum(kept)
 
@@ -214,7 +216,7 @@ class Budget:
 
     @torch.no_grad()
     def step(self, step: int) -> None:
-        """Score the ranks. If it is time to, set the weakest ones to zero."""
+        """Score the ranks. If a reduction of the budget is due at this step, set the weakest ranks to zero."""
         last = self.total_step - self.config.tfinal
         if step > last:
             self._apply()

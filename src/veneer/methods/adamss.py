@@ -157,8 +157,8 @@ class AdamssConfig(LinearMethod):
         return found
 
     def derived(self, site: LinearSite, params: Params) -> dict[str, Tensor]:
-        """Return, for each row of the weight, its index in the list of all clusters' rows, one cluster
-        after another.
+        """Return, for each row of the weight, its position if the rows of all clusters are listed one cluster after
+        another.
         """
         if is_tracing():  # of a plan, before weights have values
             return {_ORDER: torch.arange(site.out_features)}
@@ -353,7 +353,7 @@ class SubspaceSchedule:
 
     @torch.no_grad()
     def step(self, step: int) -> None:
-        """Score the clusters. If it is time to, freeze the least important ones."""
+        """Score the clusters. If a freezing is due at this step, freeze the least important ones."""
         if not self.config.init_warmup <= step <= self.config.final_warmup:
             return
         for path, name, value in self._trained():

@@ -58,9 +58,9 @@ class ArrowConfig(LinearMethod):
     """Settings of Arrow, with the names that PEFT gives them.
 
     ``top_k`` pairs act on a token, weighted by a softmax of temperature ``router_temperature``. `create_arrow_model`
-    fills in ``n_experts``, the number of pairs, and their rank ``r``; without it ``n_experts`` is ``top_k``.
-    ``use_gks`` subtracts the mean of general adapters from each pair. ``rng_seed`` seeds the search for prototypes, as
-    in PEFT. An adapter without saved LoRAs has a random A and a zero B.
+    fills in ``n_experts``, the number of pairs, and their rank ``r``. In a config that was made otherwise,
+    ``n_experts`` is ``top_k``. ``use_gks`` subtracts the mean of general adapters from each pair. ``rng_seed`` seeds
+    the search for prototypes, as in PEFT. An adapter without saved LoRAs has a random A and a zero B.
     """
 
     peft_type: ClassVar[str] = "ARROW"
@@ -120,7 +120,9 @@ class ArrowConfig(LinearMethod):
 def of_experts(
     a: Float[Tensor, "e r i"], b: Float[Tensor, "e o r"], scales: Float[Tensor, " e"], seed: int | None
 ) -> dict[str, Tensor]:
-    """Return the parameters of a layer, given its adapters' pairs and their scales."""
+    """Return the parameters of a layer, given the pairs of the saved adapters and their scales. ``seed`` is that of
+    `amplified`.
+    """
     directions = [amplified(one, other, seed=seed) for one, other in zip(a, b, strict=True)]
     return {_A: a, _B: b, _SCALES: scales, _PROTOTYPES: torch.stack(directions)}
 
@@ -134,8 +136,8 @@ def amplified(
 ) -> Float[Tensor, " i"]:
     """Return the first right singular vector of ``B A``, in float32, as PEFT approximates it.
 
-    It is found by 15 steps of power iteration from a random vector, drawn by ``seed``, or by ``generator`` if that is
-    None.
+    It is found by 15 steps of power iteration from a random vector, drawn by ``seed``, or by ``generator`` if ``seed``
+    is None.
     """
     a, b = a.float(), b.float()
     if seed is not None:

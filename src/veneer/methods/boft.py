@@ -91,7 +91,7 @@ class BOFTConfig(LinearMethod):
     init_weights: bool = True
 
     def told(self) -> dict[str, object]:
-        """Return the settings to show to people, without the one of block size and number that is 0."""
+        """Return the settings to show to people. Of block size and number of blocks, the one that is 0 is left out."""
         return {name: value for name, value in super().told().items() if value != 0 or name not in _SIZES}
 
     def problems(self) -> list[str]:
@@ -121,7 +121,9 @@ class BOFTConfig(LinearMethod):
         return {"boft_R": drawn[0], "boft_s": 1 + drawn[1]}
 
     def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return marks of the blocks that dropout replaces in a pass, for all factors, drawn as PEFT draws them."""
+        """Return marks of the blocks that dropout replaces by the identity in a pass, for all factors, drawn as PEFT
+        draws them.
+        """
         if not self.boft_dropout:
             return {}
         m, n, _, _ = self.shapes(site)["boft_R"]
@@ -145,11 +147,11 @@ class BOFTConfig(LinearMethod):
 
 @functools.lru_cache(maxsize=64)
 def orders(width: int, size: int, m: int, *, device: torch.device) -> Tensor:
-    """Return, for each factor, the order (m, width) in which its blocks take the features. Do not write to it: it is
-    shared.
+    """Return, for each factor, the order (m, width) in which its blocks read the features. The tensor is shared: do not
+    write to it.
 
-    Factor k takes the features in groups of 2ᵏ blocks. It interleaves the half blocks of a group's first half with
-    those of its second half, so that it mixes features that factor k - 1 does not mix. A single factor keeps the order.
+    Factor k reads the features in groups of 2ᵏ blocks. It interleaves the half blocks of a group's first half with
+    those of its second half. So it mixes features that factor k - 1 does not mix. A single factor keeps the order.
     """
     with torch.inference_mode(False):
         features = torch.arange(width, device="cpu")

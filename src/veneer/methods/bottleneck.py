@@ -74,8 +74,8 @@ class BottleneckConfig(ResidualMethod):
 
     @classmethod
     def parallel(cls, **fields: object) -> Self:
-        """Return He's settings: parallel to the feed-forward part, half its width, scaled by 4, started at the
-        identity.
+        """Return He's settings: the bottleneck is parallel to the feed-forward part, has half its width, is scaled by
+        4, and starts as the identity.
         """
         return cls(**PRESETS["parallel"] | fields)
 

@@ -65,8 +65,8 @@ class CartridgeConfig(PrefixMethod):
         return {**first, _TRAINED: (n - self.num_frozen_tokens, width)}
 
     def disk_names(self, site: Sequence[AttentionSite]) -> dict[str, str]:
-        """Return the names of the parameters on disk: one matrix in an adapter's file, frozen and trained tokens
-        otherwise.
+        """Return the names of the parameters on disk. An adapter's file has one matrix; a checkpoint of training has
+        frozen and trained tokens apart.
         """
         return {name: _NAMES.get(name, name) for name in self.shapes(site)}
 

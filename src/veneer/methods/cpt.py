@@ -38,9 +38,9 @@ class CPTConfig(PromptMethod):
     """Settings of context-aware prompt tuning, with the names that PEFT gives them.
 
     ``cpt_token_ids`` are the tokens of the context, and ``cpt_tokens_type_mask`` their types, by default all 1.
-    ``opt_projection_epsilon`` is the radius for tokens of inputs, and ``opt_projection_format_epsilon`` for those of
-    templates, both times ``√(d / 2048)``. ``opt_weighted_loss_type="decay"`` weighs each group of labels by
-    ``opt_loss_decay_factor`` times the next group's weight. ``cpt_mask`` and
+    ``opt_projection_epsilon`` is the radius for tokens of inputs, and ``opt_projection_format_epsilon`` the radius for
+    tokens of templates. Both radii are multiplied by ``√(d / 2048)``. ``opt_weighted_loss_type="decay"`` weighs each
+    group of labels by ``opt_loss_decay_factor`` times the next group's weight. ``cpt_mask`` and
     ``tokenizer_name_or_path`` are kept for PEFT and change nothing.
     """
 
@@ -171,7 +171,7 @@ def _is_label(kind: int) -> bool:
 
 
 def within(delta: Tensor, radii: Tensor) -> Tensor:
-    """Shorten each row of ``delta`` (n, d) that is longer than its radius (n, 1) to that length."""
+    """Return ``delta`` (n, d), in which each row longer than its radius (n, 1) is shortened to the radius."""
     length: Tensor = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
     return delta * (radii / length.clamp(min=radii))
 

@@ -132,7 +132,7 @@ class _Checks(PatternChecks):
 
 @functools.lru_cache(maxsize=64)
 def places(seed: int, o: int, i: int, n: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return rows and columns of n of the o·i entries of a spectrum, drawn on the CPU as PEFT draws them.
+    """Return the rows and the columns of n entries of a spectrum (o, i), drawn on the CPU as PEFT draws them.
 
     The result is shared: do not write to it.
     """

@@ -247,8 +247,8 @@ def kind_of(path: str) -> str:
 
 
 def block_of(path: str, order: int) -> int:
-    """Return the index of a layer's block: the number after ``layers``, or else the first number in its path, or
-    ``order``.
+    """Return the index of a layer's block: the number after ``layers``, or else the first number in its path. Return
+    ``order`` if there is no number.
     """
     parts = path.split(".")
     after = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []

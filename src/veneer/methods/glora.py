@@ -75,7 +75,7 @@ class GloraConfig(LinearMethod):
 
     @property
     def packing(self) -> Packing:
-        """Packing that writes zeros for the parts that are left out, as PEFT's files have them."""
+        """Packing that writes zeros for the parts that the config leaves out, as PEFT's files do."""
         return Packing(fixed=tuple(f"glora_{path}_zeros" for path in "ABCDE"))
 
     def shapes(self, site: LinearSite) -> Shapes:

@@ -73,9 +73,10 @@ class IA3Config(LinearMethod):
     def for_sites(self, sites: Sequence[LinearSite], known: Known) -> Self:
         """Return the config with ``feedforward_modules`` in PEFT's form: among ``target_modules``, and never None.
 
-        They are whole paths if names do not determine them, or if layers are chosen: PEFT's IA3 cannot choose layers.
-        If a file does not give them, they are the targets whose vectors are rows, (1, i). Vectors of a convolution are
-        (1, channels, 1, …) in either case; they are taken to scale outputs.
+        The entries are whole paths if names do not determine the layers, or if ``layers_to_transform`` is set, which
+        PEFT's IA3 does not have. If the config is read with a file and lacks the field, it is filled with the targets
+        whose vectors are rows, (1, i). A convolution's vector, (1, channels, 1, …), does not tell; it is taken to scale
+        outputs.
         """
         if known.shapes and self.feedforward_modules is None:
             scaled_by_rows = {p: own["ia3_l"] for p, own in known.shapes.items() if len(own["ia3_l"]) == 2}

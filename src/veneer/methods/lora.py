@@ -293,8 +293,10 @@ class LoraConfig(LinearMethod):
 
     @classmethod
     def raised(cls, records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised | None:
-        """Convert updates to a LoRA: plain factors with scale 1, and a bias on B. If only biases change, the factors
-        are zero.
+        """Return a LoRA with these updates: plain factors with scale 1, and a bias on B. If only biases change, the
+        factors are zero.
+
+        Return None if an update is more than a low-rank pair and a bias.
         """
         if not all(record.only_adds and not record.changes for record in records.values()):
             return None
@@ -390,8 +392,8 @@ class LoraChecks(PatternChecks):
     config: LoraConfig
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Return the problems of ranks that do not fit layers, and of starts from the weight in grouped
-        convolutions.
+        """Return the problems of ranks that do not fit layers. An initialization that is subtracted from the weight is
+        a problem in grouped convolutions.
         """
         grouped = [site for site in sites if site.groups > 1]
         found = [

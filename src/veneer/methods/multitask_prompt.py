@@ -37,9 +37,10 @@ class MultitaskPromptTuningConfig(EmbeddedPrompt):
 
     ``num_tasks``: the number of tasks, each with a prompt of its own. ``num_ranks``: the rank of the matrices that
     distinguish them. ``prompt_tuning_init``: the start of the shared prompt. "RANDOM", "SAMPLE_VOCAB" and "TEXT" are as
-    in prompt tuning. The others start from ``prompt_tuning_init_state_dict_path``, the file of an adapter of source
-    tasks. "ONLY_SOURCE_SHARED" takes the shared prompt. "AVERAGE_SOURCE_TASKS" also takes the mean of its tasks, and
-    "EXACT_SOURCE_TASK" its task ``prompt_tuning_init_task``; the adapter then has one task.
+    in prompt tuning. The others start from ``prompt_tuning_init_state_dict_path``, the file of an adapter that was
+    trained on source tasks. "ONLY_SOURCE_SHARED" takes the file's shared prompt. "AVERAGE_SOURCE_TASKS" also takes the
+    mean of the low-rank factors of all source tasks, and "EXACT_SOURCE_TASK" those of the task
+    ``prompt_tuning_init_task``; the adapter then has one task.
     """
 
     peft_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
@@ -87,7 +88,9 @@ class MultitaskPromptTuningConfig(EmbeddedPrompt):
 
     @property
     def packing(self) -> Packing:
-        """Packing that writes a start from a file as "RANDOM", so that the adapter can be loaded without that file."""
+        """Packing that stores "RANDOM" as the start of an adapter that started from a file, so that it can be loaded
+        without this file.
+        """
         if self.prompt_tuning_init not in OF_SOURCE:
             return Packing()
         return Packing({"prompt_tuning_init": "RANDOM", "prompt_tuning_init_state_dict_path": None})

@@ -67,7 +67,7 @@ class OFTConfig(LinearMethod):
     num_cayley_neumann_terms: int = 5
 
     def told(self) -> dict[str, object]:
-        """Return the settings to show to people, without the one of block number and block size that is 0."""
+        """Return the settings to show to people. Of block size and number of blocks, the one that is 0 is left out."""
         return {name: value for name, value in super().told().items() if value != 0 or name not in _SIZES}
 
     def problems(self) -> list[str]:
@@ -101,7 +101,7 @@ class OFTConfig(LinearMethod):
         return {"oft_R": "oft_embedding_R.weight" if site.kind == "embedding" else "oft_R.weight"}
 
     def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return marks of the blocks that dropout replaces in a pass, drawn as PEFT draws them."""
+        """Return marks of the blocks that dropout replaces by the identity in a pass, drawn as PEFT draws them."""
         n = 1 if self.block_share else self.blocks(site)[0]
         return {DROPPED: dropped_blocks(n, self.module_dropout, generator)} if self.module_dropout and n > 1 else {}
 

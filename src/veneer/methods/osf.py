@@ -80,9 +80,9 @@ class OSFConfig(LinearMethod):
     """Settings of OSF, with the names that PEFT gives them.
 
     ``effective_rank``: how many singular triplets of each weight stay fixed, as a number or a share of the smaller
-    width; None is half of it. All others are trained. ``rank_pattern`` overrides it for layers whose path contains the
-    key, a regular expression. ``init_weights=False`` draws the trained values at random, so that the start changes the
-    model.
+    width; None means half of that width. All others are trained. ``rank_pattern`` overrides it for layers whose path
+    contains the key, a regular expression. ``init_weights=False`` draws the trained values at random, so that the start
+    changes the model.
     """
 
     peft_type: ClassVar[str] = "OSF"
@@ -151,8 +151,8 @@ class OSFConfig(LinearMethod):
         """Return the initial values of the trained triplets, and the fixed vectors to which gradients are made
         orthogonal.
 
-        The fixed vectors of U are returned only if o > i, those of V only if i > o. Otherwise trained and fixed vectors
-        together are a basis, so that the trained ones suffice: they span the complement.
+        The fixed vectors of U are returned only if o > i, those of V only if i > o. Otherwise they are not needed:
+        trained and fixed vectors together are a basis, so gradients are projected onto the span of the trained ones.
         """
         o, i, kept = site.out_features, site.in_features, self.kept(site)
         if is_tracing():
@@ -216,7 +216,7 @@ def divided(weight: FrozenWeight, kept: int) -> dict[str, Tensor]:
 def projected(
     x: Float[Tensor, "n k"], low: Float[Tensor, "n k"], high: Float[Tensor, "n m"] | None
 ) -> Float[Tensor, "n k"]:
-    """Return x with its gradient made orthogonal to the columns of ``high``.
+    """Return x, and make its gradient orthogonal to the columns of ``high`` in the backward pass.
 
     If ``high`` is None, the gradient is projected onto the span of ``low``, the complement.
     """

@@ -36,7 +36,7 @@ class PsoftConfig(LinearMethod):
     singular vectors may have other signs, which changes the update: ``save_as_lora`` stores the factors instead.
     ``ab_svd_init="pissa_init"`` divides the singular values between A and B. ``psoft_svd="lowrank"`` finds A and B by
     ``psoft_svd_lowrank_niter`` steps of a randomized method, drawn from ``random_seed``. ``psoft_orth=False`` makes R a
-    free matrix. ``psoft_mag_a`` and ``psoft_mag_b`` train scales of its columns and rows.
+    free matrix. ``psoft_mag_a`` trains a scale for each column of R, ``psoft_mag_b`` for each row.
     """
 
     peft_type: ClassVar[str] = "PSOFT"

@@ -28,8 +28,8 @@ class PromptEncoderConfig(PromptMethod):
     """Settings of P-tuning, with the names that PEFT gives them.
 
     ``encoder_reparameterization_type``: "MLP" (three layers) or "LSTM" (``encoder_num_layers``, then two layers).
-    ``encoder_hidden_size`` is the inner width. None takes that of the embeddings. ``encoder_dropout`` must be 0: the
-    embeddings are a pure function of the parameters.
+    ``encoder_hidden_size`` is the inner width; None means the width of the embeddings. ``encoder_dropout`` must be 0,
+    because the embeddings are a pure function of the parameters.
     """
 
     peft_type: ClassVar[str] = "P_TUNING"

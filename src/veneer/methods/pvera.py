@@ -90,8 +90,8 @@ class PveraConfig(ProjectedMethod):
 
     ``save_projection`` writes A and B too. If a file holds them, they are checked against ``projection_prng_key``.
     ``projection_size`` (largest output, largest input of the adapted layers) is filled in when the adapter is attached.
-    ``sample_at_inference`` is not supported, nor is training with ``generator_seed``: noise follows torch's generator,
-    whose state checkpoints keep.
+    ``sample_at_inference`` is not supported. Training with ``generator_seed`` is not supported either, because noise is
+    drawn by torch's generator, whose state checkpoints keep.
     """
 
     peft_type: ClassVar[str] = "PVERA"

@@ -30,8 +30,8 @@ class ShiraConfig(LinearMethod):
 
     ``r``: as many numbers are trained as LoRA has at that rank. Their places are drawn, from ``random_seed`` if it is
     given, and stored in the file. ``init_weights`` starts the numbers at zero; False draws them from a normal
-    distribution. Files with another ``mask_type`` can be read, since they hold the places; a new adapter with one is
-    refused.
+    distribution. A ``mask_type`` other than "random" is accepted in files, because they hold the places. Training with
+    it is refused.
     """
 
     peft_type: ClassVar[str] = "SHIRA"

@@ -147,7 +147,9 @@ class TinyLoraConfig(LinearMethod):
 def largest_parts(
     w: Float[Tensor, "o i"], r: int, *, is_table: bool
 ) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
-    """Return A and B with ``B A`` the best approximation of a weight. A table is a transposed weight (``is_table``)."""
+    """Return A and B with ``B A`` the best approximation of rank r of a weight. If ``is_table``, the best approximation
+    of its transpose.
+    """
     u, s, v = torch.linalg.svd(w.T if is_table else w, full_matrices=False)
     root = s[:r].sqrt()
     return (root[:, None] * v[:r]).cpu().contiguous(), (u[:, :r] * root).cpu().contiguous()

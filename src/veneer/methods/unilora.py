@@ -54,7 +54,10 @@ _ALIVE: WeakValueDictionary[tuple[int, int, int], EntryChoice] = WeakValueDictio
 
 
 def balanced(seed: int, length: int, count: int) -> Int[Tensor, " count"]:
-    """Return a number below ``length`` for each entry, drawn as PEFT draws it. All numbers occur equally often."""
+    """Return a number below ``length`` for each of ``count`` entries, drawn as PEFT draws it.
+
+    All numbers occur equally often, up to one time.
+    """
     drawing = np.random.default_rng(seed)
     each, left = divmod(count, length)
     numbers = np.repeat(np.arange(length), each)
@@ -68,10 +71,10 @@ def balanced(seed: int, length: int, count: int) -> Int[Tensor, " count"]:
 class UniLoraConfig(LinearMethod):
     """Settings of Uni-LoRA, with the names that PEFT gives them.
 
-    ``theta_d_length`` is the count of numbers in θ. ``proj_seed`` and the order of layers in the model decide which of
-    them an entry is; ``save_indices`` writes that to the file. ``init_weights`` draws θ uniformly in
-    ±``init_theta_d_bound``; False draws it from a normal distribution. Both change the model. ``first`` (where each
-    layer's entries begin) and ``count`` (of all entries) are filled in when the adapter is attached.
+    ``theta_d_length`` is the count of numbers in θ. ``proj_seed`` and the order of layers in the model decide which
+    number of θ each entry of A and B is; ``save_indices`` writes this choice to the file. ``init_weights`` draws θ
+    uniformly in ±``init_theta_d_bound``; False draws it from a normal distribution. Both change the model. ``first``
+    (where each layer's entries begin) and ``count`` (of all entries) are filled in when the adapter is attached.
     """
 
     peft_type: ClassVar[str] = "UNILORA"

@@ -74,7 +74,9 @@ class Coefficients(Change):
 
 
 def padded(n: int, wavelet: str | None) -> int:
-    """Return how many wavelet coefficients n numbers have: an even number."""
+    """Return the number of wavelet coefficients of a signal of n numbers. It is even, and may be above n, because
+    filters overlap the ends. Without a wavelet it is n.
+    """
     if wavelet is None:
         return n
     with_overlap = n + len(LOW[wavelet]) - 2
@@ -197,9 +199,11 @@ class _Checks(PatternChecks):
 def places(
     seed: int, o: int, i: int, n: int, wavelet: str | None, *, device: torch.device
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """Return rows and columns in C of n of the o·i numbers, drawn on the CPU as PEFT draws them. Do not write to them.
+    """Return the rows and the columns in C of n trained numbers, drawn on the CPU as PEFT draws them. Do not write to
+    the tensors.
 
-    In PEFT, and so in its files, the two bands that are high along one axis alone are swapped.
+    The numbers are drawn among o·i places in the middle of C. In PEFT, and so in its files, the two bands that are high
+    along one axis alone are swapped.
     """
     with torch.inference_mode(False):
         drawn = torch.randperm(o * i, generator=torch.Generator().manual_seed(seed), device="cpu")[:n]

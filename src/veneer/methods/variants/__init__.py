@@ -22,9 +22,9 @@ class Variant(Training):
 
     ``excludes``: fields with which it cannot be combined. ``whole``: fields that need A and B of plain LoRA.
     ``linear_only``: it acts only in linear layers. ``fixed`` parameters are never trained; ``outward`` are those of
-    `LinearMethod.outward`. The update has ``ranks`` times LoRA's rank. ``is_product``: it is B A of its factors.
-    ``reads_weight``: `lower` needs the frozen weight. ``inert``: the switch alone does not change the update.
-    ``has_penalty``: it adds to the loss of a run, as `Training` says.
+    `LinearMethod.outward`. The update has ``ranks`` times LoRA's rank. ``is_product``: the update is the product of the
+    variant's A and B. ``reads_weight``: `lower` needs the frozen weight. ``inert``: the switch alone does not change
+    the update. ``has_penalty``: the variant adds `Training.penalty` to the loss of a run.
     """
 
     switch: ClassVar[str]
@@ -47,7 +47,7 @@ class Variant(Training):
         return []
 
     def refusals_at(self, config: Any, sites: Sequence[LinearSite]) -> list[str]:
-        """Return the problems of layers that the config adapts."""
+        """Return the problems that the variant has with single layers, ``sites``."""
         wrong = [site for site in sites if self.linear_only and site.kind != "linear"]
         return [
             f"{self.switch} at {site.name}, which is no linear layer: leave it out of target_modules" for site in wrong
@@ -58,31 +58,33 @@ class Variant(Training):
         return scale
 
     def read_site(self, config: Any, site: LinearSite) -> LinearSite:
-        """Return a description of the layer as A sees it, with the inputs that A reads."""
+        """Return the layer's description with the number of inputs that A reads."""
         return site
 
     def width(self, config: Any, site: LinearSite) -> int:
-        """Return the number of inputs that a column of A stands for."""
+        """Return the number of the layer's inputs that A reads as one input."""
         return 1
 
     def shapes(self, config: Any, site: LinearSite, shapes: Shapes) -> Shapes:
-        """Return the shapes of the parameters that the variant adds or changes. ``shapes`` are those without it."""
+        """Return the shapes of the parameters that the variant adds or changes. ``shapes`` are those of plain LoRA."""
         return {}
 
     def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
-        """Return initial values of the parameters that the variant adds or changes. ``params`` are those without it."""
+        """Return initial values of the parameters that the variant adds or changes; ``params`` are plain LoRA's."""
         return {}
 
     def drawn(self, config: Any, site: LinearSite, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Return the random numbers of a training pass."""
+        """Return the random numbers that a training pass needs in a layer; empty if it needs none."""
         return {}
 
     def derived(self, config: Any, site: LinearSite) -> dict[str, Tensor]:
-        """Return tensors that follow from the weight."""
+        """Return tensors that are computed from the layer's frozen weight, which are not saved; empty if there are
+        none.
+        """
         return {}
 
     def of_pass(self, params: Params) -> Params:
-        """Return the parameters with which a forward pass computes."""
+        """Return the parameters with which a forward pass computes, for example with noise added."""
         return params
 
     def factors(self, config: Any, site: LinearSite, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,9 @@ class BdLoraConfig(Settings, Variant):
         return {"lora_A": (rows, inputs // n_a, *window), "lora_B": (outputs, columns // n_b, *point)}
 
     def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
-        """Return A in blocks, uniform in ±√(6 / columns) as PEFT draws them, and the blocks of B."""
+        """Return the initial A and B. An A in blocks is uniform in ±√(6 / columns), as PEFT draws it. B has the
+        diagonal blocks of plain LoRA's B.
+        """
         n_a, n_b = self.blocks(site)
         a, columns = params["lora_A"], params["lora_A"].shape[1] // n_a
         if n_a > 1:

@@ -69,7 +69,9 @@ class MontecloraConfig(Settings, Variant):
         return {STD: (r,), WEIGHTS: (n,), _HELD[0]: (r, r), _HELD[1]: (n,)}
 
     def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
-        """Return v and p uniform in [0, 1)."""
+        """Return initial values: v and p are uniform in [0, 1). The other two are kept for PEFT's files, and never
+        read.
+        """
         r, n = config.rank(site), self.num_samples
         start = {STD: torch.rand(r, generator=generator), WEIGHTS: torch.rand(n, generator=generator)}
         return {**start, _HELD[0]: torch.eye(r), _HELD[1]: torch.full((n,), 1 / n)}
@@ -80,7 +82,7 @@ class MontecloraConfig(Settings, Variant):
         return {_Z: z, **self._drawn_around(r, generator)}
 
     def of_pass(self, params: Params) -> Params:
-        """Return the parameters of a pass. If they hold random numbers, A has noise."""
+        """Return the parameters of a pass. If ``params`` hold random numbers (in training), A has noise."""
         if _Z not in params:
             return params
         z = torch.einsum("k,kij->ij", self._weights(params), params[_Z].to(params[WEIGHTS].dtype))

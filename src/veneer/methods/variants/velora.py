@@ -52,7 +52,7 @@ class VeloraConfig(Settings, Variant):
         return found + ([] if self.scale > 0 else [f"scale={self.scale!r} must be above 0"])
 
     def width_of_group(self, site: LinearSite) -> int:
-        """Return the number of features in a group. Zeros fill up the last one."""
+        """Return the number of features in a group. If the last group has fewer, zeros fill it up."""
         return -(-site.in_features // self.num_groups)
 
     def refusals(self, config: Any) -> list[str]:
@@ -67,7 +67,7 @@ class VeloraConfig(Settings, Variant):
         return {EMBED: (self.width_of_group(site),)}
 
     def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
-        """Return the initial e: random, or zeros if it is a mean of each pass."""
+        """Return the initial e: a random unit vector, or zeros if e is the mean of each pass."""
         width = self.width_of_group(site)
         is_random = self.init_type == "random"
         return {EMBED: unit(torch.randn(width, generator=generator)) if is_random else torch.zeros(width)}
