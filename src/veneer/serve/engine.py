@@ -369,7 +369,7 @@ class Engine:
         return id is not None
 
     def _end_load(self, finished: Finished[Any]) -> None:
-        """Take over the adapter that was read. If reading failed, the requests that wait for it end with the error."""
+        """Hand a read adapter to the runner. If reading or loading failed, end the requests that wait for it."""
         id, result = finished.id, finished.result
         if not self.pool.is_needed(id):
             self.pool.abandoned(id)

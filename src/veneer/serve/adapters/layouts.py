@@ -57,8 +57,10 @@ class Layouts:
         return None
 
     def learn(self, folder: Path, block: VersionBlock, factors: Sequence[Factor]) -> None:
-        """Store the layout of an adapter packed from ``factors``, if reading its file by that layout gives the same
-        values.
+        """Store the layout of an adapter's file, if reading the file by this layout gives the values of ``block``
+        again.
+
+        ``factors`` are the low-rank factors from which the block was packed.
         """
         with self._lock:
             layout = _layout_of(block, factors, self._memory)

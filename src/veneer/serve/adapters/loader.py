@@ -79,7 +79,7 @@ class Loader(Generic[Read]):
             thread.join()
 
     def _refuse(self, reason: Exception) -> None:
-        """End all waiting loads, since there is no thread to read them."""
+        """End all waiting loads with a ServingError, because no thread could be started to read them."""
         with self._lock:
             refused, self._thread = [id for id, _ in self._queue], None
             self._queue.clear()

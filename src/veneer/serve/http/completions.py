@@ -44,7 +44,7 @@ def shape(body: CompletionBody) -> Shape:
 
 
 def _choice(answer: CompletionOutput, index: int, text: str, offset: int) -> tuple[dict[str, Any], int]:
-    """Return the choice, and the offset at which the next text begins."""
+    """Return the choice with this text, and the offset at which the text after it begins."""
     logprobs, offset = _logprobs(answer, offset)
     return {
         "index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason,

@@ -22,7 +22,7 @@ _ERRORS = {
 
 
 class ErrorDetail(BaseModel):
-    """Error in OpenAI's fields. ``param`` is the field at fault, ``code`` the status."""
+    """Error in OpenAI's fields. ``param`` is the field at fault, and ``code`` the HTTP status."""
 
     message: str
     type: str

@@ -52,7 +52,7 @@ class BodyLimit:
 
 
 def _told(scope: Scope) -> int:
-    """Return the body's size according to the header, 0 if it gives none."""
+    """Return the body's size in bytes according to the header Content-Length; 0 if there is none."""
     told = Headers(scope=scope).get("content-length", "")
     return int(told) if told.isdecimal() else 0
 
@@ -80,7 +80,7 @@ def _n_brackets(read: deque[Message]) -> int:
 
 
 def _again(read: deque[Message], receive: Receive) -> Receive:
-    """Return a function that gives the messages already read, and then new ones."""
+    """Return an ASGI receive function that returns the messages already read, and then new ones."""
 
     async def next_message() -> Message:
         return read.popleft() if read else await receive()

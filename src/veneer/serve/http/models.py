@@ -134,7 +134,7 @@ class Catalogue:
     def sees(self, name: str) -> bool:
         """Return True if the caller may see an adapter.
 
-        For a mix it must also see all parts, since the mix's card names them.
+        A caller may see a mix only if it may see all its adapters, because the mix's card names them.
         """
         loaded = self._loaded.get(name)
         return all(map(self.caller.sees, (name, *((loaded and loaded.weights) or ()))))
@@ -277,8 +277,9 @@ class Catalogue:
             return self._asked.setdefault(name, self.request(name, Loaded(self._folder.folder / name)))
 
     def _of_loaded(self, name: str, loaded: Loaded) -> LoRARequest | None:
-        """Return the request for a loaded adapter or mix. Return None if its folder is no longer an adapter, or if a
-        part of the mix is missing.
+        """Return the request for a loaded adapter or mix.
+
+        Return None if the folder no longer holds an adapter, or if an adapter of the mix is no longer served.
         """
         if loaded.weights is not None:
             parts = [(self._found(part), weight) for part, weight in loaded.weights.items()]
@@ -336,8 +337,9 @@ class Catalogue:
 
 
 def _those_there(name: str, names: Sequence[str]) -> str:
-    """Return the end of a message about an unknown name: the nearest names if they are found fast, or else the first
-    ones.
+    """Return the end of a message about an unknown name: the first known names, and the nearest one.
+
+    The nearest name is left out if there are too many names to compare, or if none is near.
     """
     close = nearest(name[:_LONGEST], names, n=1) if len(names) <= _COMPARED else []
     there = f"Did you mean {close[0]!r}? Known:" if close else "Known:"

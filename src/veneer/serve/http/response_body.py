@@ -143,7 +143,7 @@ class ResponsesBody(Drawn, Hinted):
 
 
 def _response_format(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the response format to the one of a chat completion."""
+    """Convert a response's ``text.format`` to the ``response_format`` of a chat completion."""
     kind = given.get("type")
     if kind not in ("text", "json_object", "json_schema"):
         raise RefusedError(f"text.format.type={kind!r} must be one of text, json_object, json_schema", "text.format")

@@ -74,7 +74,7 @@ def _output(place: str, item: Mapping[str, Any], names: Mapping[str, str]) -> di
 
 
 def _content(place: str, given: Any) -> str:
-    """Return the text of a content; its parts are on separate lines."""
+    """Return the text of an item's content. The texts of several parts are on separate lines."""
     if isinstance(given, str):
         return given
     if not isinstance(given, Sequence):

@@ -39,8 +39,9 @@ def run(app: FastAPI, host: str, port: int, drain_seconds: float, **how: Any) ->
 class Server(uvicorn.Server):
     """Uvicorn server of an application of `make_app`.
 
-    SIGTERM drains it: new requests are refused, and those in flight have ``drain_seconds`` to end. A second signal, and
-    SIGINT, stop it at once. Requests in flight end when it stops. Connections are within ``limits``.
+    SIGTERM makes it drain: new requests are refused, and requests in flight have ``drain_seconds`` to end. A second
+    signal, or SIGINT, stops the server at once. Requests still in flight then end with an error. Connections are within
+    ``limits``.
     """
 
     def __init__(

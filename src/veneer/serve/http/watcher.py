@@ -34,7 +34,7 @@ class Watcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop watching, and wait until the current look has ended. Does nothing if it was never started."""
+        """Stop watching, and wait until a call of ``look`` in progress has ended. Does nothing if never started."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()

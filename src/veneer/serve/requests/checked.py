@@ -62,7 +62,7 @@ class Constraints:
     """Constraints of an answer: its grammar in the start state (``form``), the ids of banned words, and the prompt's
     ids.
 
-    The prompt's ids are only needed for a repetition penalty.
+    The prompt's ids (``seen``) are only needed for a repetition penalty.
     """
 
     form: TextForm | None = None

@@ -40,7 +40,10 @@ class Readers:
         self._lock = threading.Lock()
 
     def of(self, request: LoRARequest | None) -> PromptReader:
-        """Return the reader of an adapter, or of a mix. Raises ConfigError for a mix of different tokens."""
+        """Return the prompt reader of an adapter or of a mix; if ``request`` is None, that of the base.
+
+        Raises ConfigError for a mix of adapters that add different tokens.
+        """
         if request is None or request.version is not None:
             return self.base
         if request.parts:

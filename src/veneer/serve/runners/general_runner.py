@@ -67,9 +67,7 @@ def stored_mix(parts: Parts) -> StoredMix:
 
 
 class OwnCodeRunner(DrawingRunner):
-    """`Runner` by a model's own code, as far as adapters are concerned: the model becomes a `PeftModel` and loads them
-    itself.
-    """
+    """`Runner` whose model loads the adapters itself, after it has become a `PeftModel`. Nothing is packed."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ class _Progress:
 class OwnCacheRunner(OwnCodeRunner):
     """`Runner` by the model's own forward pass and transformers' caches.
 
-    Pages are only counted: the caches hold the memory.
+    Pages only limit how much is held: the memory is in the caches.
     """
 
     def __init__(self, model: PreTrainedModel, way: Way) -> None:

@@ -328,7 +328,9 @@ class AdapterPool:
         keys: Sequence[bytes] = (),
         spares_awaited: bool = False,
     ) -> bool:
-        """Return True if `make_room` would succeed, after the holder has begun to share the blocks of ``keys``."""
+        """Return True if `make_room` would succeed after the holder has begun its table with the shared blocks of
+        ``keys``.
+        """
         if self.memory is None:
             return True
         lacking = self.memory.lacking(holder, n_positions, keys)

@@ -173,12 +173,13 @@ class Pages:
         return self._told.get(holder, ())
 
     def n_found(self, keys: Sequence[bytes]) -> int:
-        """Return the number of leading keys whose pages can be shared."""
+        """Return the number of first keys, up to the first unknown one, whose pages can be shared."""
         return len(self._cache.found(keys))
 
     def share(self, holder: Hashable, keys: Sequence[bytes]) -> int:
-        """Begin a holder's table with the pages of the leading keys, up to the first missing one; return their
-        number."""
+        """Begin a holder's table with the pages of the first keys, up to the first unknown key. Return the number of
+        pages.
+        """
         pages = self._cache.found(keys)
         if pages:
             self._change(holder)

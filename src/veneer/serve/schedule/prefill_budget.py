@@ -17,8 +17,8 @@ class PrefillBudget:
     """Measured times of steps, and the number of prompt rows that they allow the next step to read.
 
     A step that reads prompts delays the next token of every answer. If an answer is streamed, a step takes at most
-    ``stretch`` times as long as decoding alone. The result changes by `observe` alone, since it is part of the
-    scheduler's state.
+    ``stretch`` times as long as a step that only decodes. Only `observe` changes the result, because the result is part
+    of the scheduler's state.
     """
 
     def __init__(self, stretch: float = _STRETCH) -> None:
@@ -46,9 +46,9 @@ class PrefillBudget:
         """Return the number of prompt rows, at most ``most``, that a step may read beside ``n_decoding`` rows that
         decode.
 
-        It is 0 if the time of decoding alone must be measured first. Otherwise it is at least twice ``n_requests``, the
-        number of requests that would decode if all prompts were read. If it depended on the number that decode, a
-        shrinking batch would read fewer and fewer prompt rows, and stay small.
+        It is 0 if the time of a step that only decodes must be measured first. Otherwise it is at least twice
+        ``n_requests``, the number of requests that would decode if all prompts were read. This lower bound does not
+        depend on ``n_decoding``, because a shrinking batch would then read fewer and fewer prompt rows, and stay small.
         """
         if not self._alone or self._n_mixed >= _MIXED or n_decoding > _GROWN * self._alone[-1][0]:
             return 0

@@ -126,7 +126,7 @@ class PrefixCache:
         return None if block is None else block.page
 
     def found(self, keys: Sequence[bytes]) -> list[int]:
-        """Return the pages of the leading keys, up to the first key that is missing."""
+        """Return the pages of the first keys, up to the first key that is not in the cache."""
         known = itertools.takewhile(lambda block: block is not None, map(self._blocks.get, keys))
         return [block.page for block in known if block is not None]
 

@@ -67,10 +67,10 @@ class _Queue:
 
 
 class Queues:
-    """Waiting requests. ``pool`` knows which adapter versions are in the batch, loaded, or absent, and its changes are
-    followed.
+    """Waiting requests by adapter version and client.
 
-    Every look-up takes O(log n) in the numbers of requests, clients and versions.
+    ``pool`` knows which adapter versions are in the batch, loaded, or absent. Each look-up first applies the pool's
+    changes. It takes O(log n) in the numbers of requests, clients and versions.
     """
 
     def __init__(self, pool: AdapterPool, clients: FairShare) -> None:

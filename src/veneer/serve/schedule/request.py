@@ -106,7 +106,10 @@ class Request:
         return self.tokens(self.n_computed, self.n_computed + n)
 
     def keys(self, n: int, block: int) -> list[bytes]:
-        """Return the keys of the first ``n`` blocks, whose tokens are known. The request must have a root."""
+        """Return the keys of the first ``n`` blocks of ``block`` positions. All tokens of these blocks must be known.
+
+        The request must have a root.
+        """
         parent = self.known_keys[-1] if self.known_keys else self.root or b""
         for i in range(len(self.known_keys), n):
             first, last = (max(0, at * block - self.n_front) for at in (i, i + 1))

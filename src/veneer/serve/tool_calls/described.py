@@ -44,7 +44,9 @@ def as_text(messages: Conversation, description: str, place: Place) -> list[Turn
 
 
 def _turn(number: int, message: Mapping[str, Any], names: dict[str, str]) -> tuple[Turn, bool]:
-    """Return the turn of a message, and True if it is a tool's result."""
+    """Return a message as a turn of plain text, and True if it is a tool's result. Add the names of its calls to
+    ``names``.
+    """
     content = text_of(number, message) or ""
     if message.get("tool_calls"):
         calls = [call["function"] for call in message["tool_calls"]]

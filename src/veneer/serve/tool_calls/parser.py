@@ -141,7 +141,7 @@ class Parser:
         return False
 
     def _show(self, events: list[Event], end: int) -> None:
-        """Emit the text before a position, without trailing white space."""
+        """Emit the held text before offset ``end``, without white space at its end and beside calls."""
         text, self._rest = self._rest[:end], self._rest[end:]
         if self._is_behind_call:
             behind = text.lstrip()

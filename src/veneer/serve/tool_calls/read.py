@@ -49,7 +49,7 @@ def format_of(tokenizer: Any, template: str | None = None, rendering: Rendering 
 
 
 def with_tokens(found: CallFormat, tokenizer: Any) -> CallFormat:
-    """Return a format that also has the ids of those tokens added to the tokenizer that occur in its literals."""
+    """Return a format with the ids of those added tokens of the tokenizer that occur in the format's literals."""
     texts = found.literals
     added = {text: int(id) for text, id in tokenizer.get_added_vocab().items() if any(text in each for each in texts)}
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
