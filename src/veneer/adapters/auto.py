@@ -97,7 +97,7 @@ class AutoPeftModel:
 
 
 def _loaded(kind: Any, name: str, revision: str | None, options: dict[str, Any], *, in_blocks: bool) -> Any:
-    """Load the base.
+    """Load the base ``name`` by its class ``kind``, and return it.
 
     If ``in_blocks`` and no option except the dtype is given, a causal language model in a GGUF file stays in the file's
     blocks. Otherwise a GGUF file is first converted to a dense copy.

@@ -58,7 +58,9 @@ def compose_cartridge_adapters(
 
 
 def _problems_of_files(cartridges: Mapping[Path, CartridgeConfig]) -> list[str]:
-    """Return a problem for each file whose number of tokens differs from its config, and one if widths differ."""
+    """Return a problem for each file whose number of tokens differs from its config, and one problem if the files'
+    widths differ.
+    """
     found, widths = [], set()
     for folder, config in cartridges.items():
         stored, n = read_headers(folder).get(STORED), config.num_virtual_tokens

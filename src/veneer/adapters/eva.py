@@ -214,8 +214,9 @@ def _adding(groups: Mapping[str, _Group]) -> See:
 
 
 def _ranks(groups: list[_Group], budget: int) -> dict[str, int]:
-    """Return the ranks of all layers. If directions of two layers explain equally much, the first layer of each group
-    precedes the others, as in PEFT.
+    """Return the ranks of all layers, by path: the number of a layer's directions among the ``budget`` best of all
+    layers. If directions of two layers explain equally much, the first layer of each group precedes the others, as in
+    PEFT.
     """
     first = {group.paths[0]: group for group in groups}
     rest = {path: group for group in groups for path in group.paths[1:]}

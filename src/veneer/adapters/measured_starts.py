@@ -205,7 +205,9 @@ def _asked_for(model: PeftModel, name: str, kind: type[Settings]) -> tuple[LateS
 
 
 def _put(held: Mapping[str, nn.Module], start: LateStart, factors: Mapping[str, Factors]) -> None:
-    """Write the factors into each layer's parameters, and also into the pair that is subtracted from the base."""
+    """Write the factors into each layer's parameters. If the initial product is subtracted from the base, write them
+    into its parameters too.
+    """
     both = (start.a, *start.taken_off[:1]), (start.b, *start.taken_off[1:])
     for path, own in factors.items():
         parameters = tensors_of(held[path])

@@ -109,7 +109,7 @@ def upload(folder: Path, repo_id: str, how: Upload) -> str:
 
 
 def push(model: nn.Module, state: AdapterState, repo_id: str, what: Selection, how: Upload) -> str:
-    """Save into a temporary folder and upload it."""
+    """Save the adapters into a temporary folder and upload it. Return the commit's URL."""
     with tempfile.TemporaryDirectory() as folder:
         save(model, state, Path(folder), what)
         return upload(Path(folder), repo_id, how)

@@ -88,8 +88,8 @@ def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceSc
 
 
 def _padding_before(inputs: dict[str, Any]) -> Tensor | None:
-    """Return the number of padding tokens before each row, (b, 1), or None without padding or if there are further
-    inputs.
+    """Return the number of padding tokens before each row, (b, 1). Return None if no row begins with padding, or if the
+    keys of ``inputs`` are not `_KEYS`.
     """
     mask = inputs.get("attention_mask")
     if mask is None or inputs.keys() != _KEYS or bool(mask[:, 0].all()):
@@ -99,8 +99,8 @@ def _padding_before(inputs: dict[str, Any]) -> Tensor | None:
 
 
 def _shared(model: nn.Module, inputs: dict[str, Any]) -> SharedRows | None:
-    """Return the batch as one row, or None if that saves little or the model cannot run it. The latter
-    is logged once.
+    """Return the batch as one row. Return None if joining the rows saves little, or if the model cannot run the joined
+    row, which is logged once.
     """
     if inputs.keys() != _KEYS or inputs["attention_mask"] is None or inputs["attention_mask"].ndim != 2:
         return None

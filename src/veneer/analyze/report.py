@@ -72,7 +72,7 @@ def split_path(path: str) -> tuple[int | None, str]:
 
 
 def _place(path: str) -> tuple[bool, bool, bool, str, int, int, str]:
-    """Return a key that sorts modules in the model's order, in which a file does not list them.
+    """Return a key that sorts modules in the model's order, because a file lists them in another order.
 
     Blocks are sorted by stack (decoders last), then by number. Layers of a block are sorted by role, then by name.
     """

@@ -123,7 +123,7 @@ def damaged(source: str, problem: str) -> FormatError:
 
 
 def _by_path(ends: Collection[str], shapes: ShapesByKey) -> dict[str, dict[Place, str]]:
-    """Return the keys of a method's own parameters for each module path."""
+    """Return, for each module path, the keys of the method's own parameters, each by its parsed form."""
     found: dict[str, dict[Place, str]] = {}
     for key in shapes:
         place = place_of(key, ends)

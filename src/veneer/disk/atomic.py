@@ -79,7 +79,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename survive a power cut, if the system can sync a folder."""
+    """Sync a folder to disk, so that a rename in it survives a power cut. Do nothing if the system cannot."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

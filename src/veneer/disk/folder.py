@@ -115,7 +115,11 @@ def drop_folder(target: Path) -> None:
 
 
 def _recover(target: Path) -> None:
-    """Undo the unfinished work of killed processes; live writers hold a lock on their folder."""
+    """Undo the unfinished work of killed processes on ``target``: restore its old folder, and remove their partial
+    folders.
+
+    A folder is left alone while the process that writes it lives, which shows by its lock.
+    """
     leftovers = sorted(target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*"))
     for old in (path for path in leftovers if path.suffix == _OLD):
         owner = old.with_suffix("")
@@ -198,7 +202,9 @@ def _turn(lock: FileLock, on_wait: Callable[[], None]) -> Iterator[None]:
 
 
 def _put_in_place(scratch: Path, target: Path) -> None:
-    """Replace the old folder; it is removed only once the new one is in its place, and restored if that fails."""
+    """Move ``scratch`` to ``target``. An old folder there is moved aside first, and removed afterwards; if the move
+    fails, it is restored.
+    """
     retired = scratch.with_name(f"{scratch.name}{_OLD}") if target.exists() else None
     if retired is not None:
         target.rename(retired)

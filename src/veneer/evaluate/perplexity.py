@@ -99,7 +99,7 @@ def perplexity(
 
 
 def _tokens(tokenizer: Any, rows: Sequence[Mapping[str, Any]], whole_rows: bool) -> list[tuple[list[int], list[bool]]]:
-    """Return each row's token ids, and a mask of those that are scored."""
+    """Return, for each row, its token ids, and a mask that is True for the tokens to score."""
     if not rows:
         raise DataError("the data has no rows: give at least one")
     require_one_form((number, kind_of(list(row), "text")) for number, row in enumerate(rows, 1))

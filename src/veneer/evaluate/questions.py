@@ -18,7 +18,8 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Question with its right answers. ``prompt`` is token ids; ``text`` is the same as plain text, None for a chat.
+    """Question with its right answers. ``prompt`` holds the token ids; ``text`` is the prompt as plain text, or None
+    for a chat.
 
     Any of ``answers`` is right. The first is the one in training data, white space included.
     """

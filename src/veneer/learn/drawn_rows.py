@@ -108,7 +108,7 @@ def rewarded(asked: Sequence[PromptRow], groups: Sequence[Sequence[Line]], rewar
 
 
 def kept_rows(groups: Sequence[Sequence[Line]], *, best: bool, above: float | None) -> list[Line]:
-    """Return the answers whose reward is greater than ``above``, or all if it is None.
+    """Return the answers whose reward is greater than ``above``, or all answers if ``above`` is None.
 
     If ``best``, return only the best answer to each row (the first of equal ones), with its prompt and completion
     alone. An answer without a reward is left out if ``best`` or ``above`` is given.

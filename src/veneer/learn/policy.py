@@ -108,23 +108,23 @@ class Policy:
 
     @property
     def answers(self) -> list[DrawnAnswer]:
-        """Answers of the current draw."""
+        """Answers of the current draw: those that were generated last, until `end` is called."""
         return self._answers or []
 
     @property
     def has_drawn(self) -> bool:
-        """Return True if a draw is in progress."""
+        """Return True if there are current answers: they have been generated, and `end` has not been called."""
         return self._answers is not None
 
     @property
     def knows(self) -> bool:
-        """Return True if a draw is in progress whose log-probabilities equal those that a training pass
-        would compute.
+        """Return True if there are current answers and their log-probabilities equal those that a training pass would
+        compute.
         """
         return self.is_exact and self.has_drawn
 
     def logprobs(self, completion_ids: Int64[Tensor, "b t"]) -> Float[Tensor, "b t"]:
-        """Return the log-probabilities of the current draw, one row for each answer, padded with zeros."""
+        """Return the log-probabilities of the current answers, one row for each answer, padded with zeros."""
         found = torch.zeros(completion_ids.shape, dtype=torch.float32)
         for row, answer in zip(found, self._answers or (), strict=True):
             row[: len(answer.logprobs)] = torch.tensor(answer.logprobs)
@@ -139,7 +139,7 @@ class Policy:
         return float(kept.double().exp().mean()) if len(kept) else 1.0
 
     def end(self) -> None:
-        """End the current draw, after its answers have been scored."""
+        """Drop the current answers, after they have been scored."""
         self._answers = None
 
 

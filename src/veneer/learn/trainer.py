@@ -46,7 +46,7 @@ GENERATED_FILE = "generated_{rank}_of_{n_processes}.safetensors"
 
 
 class EpochRepeatSampler(RepeatSampler):  # type: ignore[misc]
-    """TRL's sampler: each prompt once per completion. An epoch's order depends on seed and epoch alone."""
+    """TRL's sampler: each prompt occurs once per completion. An epoch's order depends on seed and epoch alone."""
 
     epoch = 0
 
@@ -269,9 +269,9 @@ class DrawingTrainer(PreferenceTrainer):
         return self._rewards
 
     def _without_lost_groups(self, rewards: Tensor) -> Tensor:
-        """Return the rewards (answers, functions), with NaN for each group in which an environment failed to start.
+        """Return the rewards (answers, functions), NaN for groups in which an environment failed to start.
 
-        Raises TrainingError if an environment failed to start in every group.
+        Raises TrainingError if every group has such an environment.
         """
         if getattr(self, "environments", None) is None:
             return rewards
@@ -475,7 +475,7 @@ def _drawn(batch: dict[str, Any]) -> Tensor:
 
 
 def _weighted(rewards: Sequence[float], weights: Sequence[float]) -> float | None:
-    """Return the weighted sum of an answer's rewards without those that are NaN (no opinion), or None if all are."""
+    """Return the weighted sum of an answer's rewards that are not NaN (no opinion), or None if all are NaN."""
     told = [weight * own for weight, own in zip(weights, rewards, strict=True) if not math.isnan(own)]
     return sum(told) if told else None
 

@@ -190,7 +190,7 @@ class AdamssConfig(LinearMethod):
         return u, s, v.T.contiguous()
 
     def _parts(self, site: LinearSite) -> WeightParts:
-        """Return the decomposition of a layer's weight. It takes long, so the site caches it until
+        """Return the decomposition of a layer's weight. Computing it takes long, so the site caches the result until
         `derived` is called.
         """
         kept = site.found.get(self._key)

@@ -36,8 +36,8 @@ class PrefixTuningConfig(PrefixMethod):
     """Settings of prefix tuning, with the names that PEFT gives them.
 
     ``num_virtual_tokens`` is n, the number of pairs. ``prefix_projection``: in training, an MLP with
-    ``encoder_hidden_size`` inner units (None: as many as one layer's keys are wide) makes the prefix. ``init_weights``:
-    None (normal) or "zero".
+    ``encoder_hidden_size`` inner units computes the prefix; None means as many units as one layer's keys are wide.
+    ``init_weights``: None (normal) or "zero".
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"

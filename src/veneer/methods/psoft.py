@@ -133,7 +133,7 @@ class PsoftConfig(LinearMethod):
         return u, s, v.T
 
     def _map(self, params: Params) -> Float[Tensor, "r r"]:
-        """Return the matrix R with scaled rows and columns."""
+        """Return the matrix R, multiplied by the trained scales of its rows and columns if the config has them."""
         r = self._rotation(params["psoft_R"]) if self.psoft_orth else params["psoft_R"]
         r = params["vector_b"][:, None] * r if self.psoft_mag_b else r
         return r * params["vector_a"] if self.psoft_mag_a else r

@@ -44,7 +44,7 @@ class EntryChoice:
         self._on = {torch.device("cpu"): (self.index, self.scale)}
 
     def on(self, device: torch.device) -> tuple[Int[Tensor, " count"], Float[Tensor, " length"]]:
-        """Return index and scale on a device."""
+        """Return the index of each entry and the scale of each number of θ, on a device."""
         if device not in self._on:
             self._on[device] = self.index.to(device), self.scale.to(device)
         return self._on[device]

@@ -120,7 +120,9 @@ class VBLoRAConfig(LinearMethod):
         return replace(site, in_features=size * columns, out_features=size * rows)
 
     def _mixed(self, logits: Float[Tensor, "m n h"], bank: Float[Tensor, "h v"]) -> Float[Tensor, "m n v"]:
-        """Mix vectors of the bank: those with the k largest logits, weighted by the softmax of these logits."""
+        """Return mixtures of the bank's vectors: of those with the k largest logits, weighted by the softmax of these
+        logits.
+        """
         largest, index = logits.topk(self.topk, dim=-1)
         return (largest.softmax(dim=-1).unsqueeze(-1) * bank[index]).sum(dim=-2)
 

@@ -90,13 +90,16 @@ def _pattern(shape: _Shape) -> Pattern:
 
 
 def _lead(signs: Sequence[object], period: int) -> int:
-    """Return the first block after which every block equals the one a period later."""
+    """Return the number of the first block from which on every block's sign equals the sign of the block ``period``
+    later.
+    """
     apart = [k for k in range(len(signs) - period) if signs[k] != signs[k + period]]
     return apart[-1] + 1 if apart else 0
 
 
 def _signs(shape: _Shape) -> list[object] | None:
-    """Return a signature of each block; None if the model cannot be traced with fewer blocks.
+    """Return a signature of each block, which is equal for equal blocks. Return None if the model cannot be traced with
+    fewer blocks.
 
     A signature holds the kinds and shapes of the block's parts, its entries in the config's lists, and whether it is
     recomputed.

@@ -75,8 +75,8 @@ def fits(
 
 
 def _missing(recipe: Recipe, needed: int, changes: Mapping[str, Any], plan: Plan, budget: int) -> str:
-    """Return a message that nothing fits: the least bytes, the budget that would suffice, and the settings left to
-    change.
+    """Return the message for the case that nothing fits: the least bytes, the budget that would suffice, and the
+    settings left to change.
     """
     args, weights = recipe.training_config(), plan.held.n_bytes
     told = ", ".join(f"{key}={value}" for key, value in changes.items()) or "the recipe as it is"

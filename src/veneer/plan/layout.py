@@ -96,7 +96,10 @@ def _told_seconds(rank: Mapping[str, Any]) -> str:
 
 
 def _automatic(n_bytes: Mapping[int, int], free: int, n_sharing: int) -> dict[str, Any]:
-    """Return the layout that ``auto`` chooses on one machine, with the reason."""
+    """Return the layout that ``auto`` chooses on one machine, with the reason, as plain numbers and text.
+
+    ``n_bytes`` are the bytes of a process for each number of processes that share a copy of the base.
+    """
     n = max(n_bytes)
     part = DistributedPart(strategy="auto")
     sizes = {shard: n_bytes[shard] for shard in part.copy_sizes(n, n)}

@@ -262,7 +262,9 @@ def _timed(run: Callable[[], Any]) -> float:
 
 
 def _product_seconds(m: int, k: int, n: int, dtype: str) -> float:
-    """Time a product as in a step: weights come from memory, and input and output change each time."""
+    """Return the seconds of the matrix product (m, k) · (k, n), as in a step: weights come from memory, and input and
+    output change each time.
+    """
     kind = getattr(torch, dtype)
     weights = _in_turns(torch.ones(n, k, dtype=kind), COLD_BYTES)
     inputs, outputs = (_in_turns(torch.ones(*shape, dtype=kind), COOL_BYTES) for shape in ((m, k), (m, n)))
@@ -278,7 +280,10 @@ def _in_turns(x: Tensor, n_bytes: int) -> Iterator[Tensor]:
 
 
 def _large_op_seconds() -> float:
-    """Time an operation in place on more bytes than the caches hold, like an optimizer's on weights and moments."""
+    """Return the seconds for one byte that an operation in place reads or writes, on a tensor that no cache holds.
+
+    It stands for an optimizer's work on weights and moments.
+    """
     x = torch.ones(COLD_BYTES // 4)
     return _timed(lambda: x.mul_(1.0)) / (2 * x.nbytes)
 

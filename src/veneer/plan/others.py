@@ -12,7 +12,7 @@ LEAST_SHARE = 0.05
 
 
 class _Looked(NamedTuple):
-    """Seconds so far: by the clock, of the CPU time of all processes, and of this process's CPU time."""
+    """Seconds at one moment: the clock's, the CPU time of all processes, and the CPU time of this process."""
 
     clock: float
     all: float

@@ -83,9 +83,10 @@ def byte_seconds(known: Callable[[Work], float], least: float) -> float:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute on one thread: on a busy core several would wait for one another in such small steps.
+    """Enter a context in which torch computes on one thread. In such small steps several threads would wait for one
+    another on busy cores.
 
-    The thread's own CPU seconds are then those of an idle machine.
+    The CPU seconds of one thread are the same as on an idle machine.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

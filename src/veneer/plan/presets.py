@@ -37,7 +37,9 @@ def hub_id_of(name: str) -> str | None:
 
 
 def require_weights(source: str, key: str = "MODEL") -> None:
-    """Raise ConfigError if a model that is to be loaded is a preset; ``key`` is the setting that named it."""
+    """Raise ConfigError if a model that is to be loaded is a preset, because presets have no weights. ``key`` is the
+    setting that named it.
+    """
     hub_id = hub_id_of(source)
     if hub_id is not None:
         raise ConfigError(

@@ -138,9 +138,10 @@ def _is_file(part: DataPart) -> bool:
 
 
 def _lengths(part: DataPart, source: str, longest: int) -> tuple[list[int], int | None]:
-    """Return the lengths of encoded rows, cut as a run cuts them, and the number of all rows if all were read.
+    """Return the lengths of some encoded rows, at most ``longest``, and the number of all rows, or None if not all were
+    read.
 
-    ``source`` names the tokenizer.
+    ``source`` names the tokenizer. Rows that are in no local file give no lengths.
     """
     if not _is_file(part):
         return [], None

@@ -150,7 +150,9 @@ def _in_worker(config: Mapping[str, Any]) -> None:
 
 
 def _raise_refusal(folder: Path) -> None:
-    """Raise the error with which a worker has refused the run."""
+    """Raise the error that a worker has written to a file in ``folder`` because it refused the run. Do nothing if there
+    is none.
+    """
     if (folder / _REFUSAL).exists():
         found = json.loads((folder / _REFUSAL).read_text(encoding="utf-8"))
         kind: type[VeneerError] = getattr(errors, found["kind"])
@@ -218,7 +220,7 @@ def _require_elastic(place: RayCluster, uneven: Uneven) -> None:
 
 
 def _workers(place: RayCluster, uneven: Uneven, n: int) -> int | tuple[int, int]:
-    """Return the number of workers, or the least and the most."""
+    """Return the number of workers, or the least and the most if Ray may change the number while it trains."""
     if place.least is not None:
         return place.least, place.n_workers or n
     return (1, n) if n > 1 and not uneven(1, n) else n

@@ -136,7 +136,11 @@ def _places(family: GgufFamily, config: Any, path: str, prefix: str) -> list[str
 
 
 def _expert_adder(inner: list[str], down: list[str], sums: _Sums) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """Return a hook for experts, which are called with tokens (n, d), ids (n, k) and weights (n, k)."""
+    """Return a hook that adds the squares of the experts' inputs to ``sums``, under the names ``inner`` (gate, up) and
+    ``down``.
+
+    The hooked experts are called with tokens (n, d), ids (n, k) and weights (n, k).
+    """
 
     def add(module: Any, inputs: tuple[Tensor, ...]) -> None:
         tokens, chosen = inputs[:2]

@@ -36,7 +36,7 @@ class RayArguments(BaseModel):
 
     @property
     def base(self) -> str:
-        """Name of the base."""
+        """Name under which the base is served: ``served_model_name``, or ``model`` if it is None."""
         return self.served_model_name or self.model
 
     def engine_options(self) -> EngineOptions:

@@ -99,7 +99,7 @@ class _WithoutId:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Pass a request on to the application, and remove the header from the response."""
 
         async def told(message: Message) -> None:
             await send(without_id(message))
