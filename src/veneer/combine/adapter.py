@@ -12,9 +12,10 @@ from veneer.records.deltas import LinearDelta
 
 
 def raised(records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised:
-    """Return an adapter that has these records, by module path.
+    """Return an adapter of a method that can hold these records, which are given by module path.
 
-    ``targets``: names that match exactly those paths. Raises CompositionError if no single method can hold all of them.
+    ``targets``: names that match exactly those paths. Raises CompositionError if no single method can hold all of the
+    records.
     """
     ways = (method.raised(records, targets) for method in concrete(LinearMethod).values())
     found = next((way for way in ways if way is not None), None)

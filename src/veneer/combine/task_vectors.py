@@ -58,7 +58,9 @@ class TaskVectors:
 
     @property
     def divides(self) -> bool:
-        """Return True if the result is divided by the weights that took part."""
+        """Return True if the result is divided by the sum of the weights; with TIES, of the weights whose vectors have
+        the elected sign.
+        """
         return self.how == "ties" if self.normalize is None else self.normalize
 
 

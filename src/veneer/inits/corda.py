@@ -81,7 +81,9 @@ def of_covariance(
 
 
 def _inverted(inputs: Float[Tensor, "i i"]) -> tuple[Float[Tensor, "i i"], Float[Tensor, "i i"]]:
-    """Return the damped covariance and its inverse. The damping is doubled until the inverse is exact enough."""
+    """Return the damped covariance and its inverse. The damping is doubled until their product is within
+    `_LARGEST_ERROR` of the identity.
+    """
     eye, damping = torch.eye(len(inputs), device=inputs.device), _DAMPING
     while True:
         damped = inputs + damping * inputs.diagonal().mean() * eye

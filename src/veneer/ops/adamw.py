@@ -17,8 +17,8 @@ BLOCK_SIZE = 256
 
 @dataclass(frozen=True, slots=True)
 class AdamWStep:
-    """Settings of one step. ``step`` counts from 1; ``eps`` is added to the corrected root of the
-    second moment.
+    """Settings of one step. ``step`` counts from 1; ``eps`` is added to the root of the bias-corrected second moment,
+    not under it.
     """
 
     lr: float

@@ -31,9 +31,9 @@ class HeadOptions:
     """Settings that turn logits into a loss. Rows with ``ignore_index`` do not count.
 
     The head's outputs are multiplied by ``scale`` (Cohere, Granite), then capped: ``softcap`` is Gemma 2's c of
-    ``c * tanh(logits / c)``. ``num_items`` divides the sum; if it is None, the number of rows that count does. At most
-    ``chunk_bytes`` of logits are held at a time. If it is None, the limit is 32 MiB, but on a GPU a chunk has at least
-    1,024 rows. ``observe`` is called with each chunk of logits.
+    ``c * tanh(logits / c)``. The sum of the rows' losses is divided by ``num_items`` or, if it is None, by the number
+    of rows that count. At most ``chunk_bytes`` of logits are held at a time. If it is None, the limit is 32 MiB, but on
+    a GPU a chunk has at least 1,024 rows. ``observe`` is called with each chunk of logits.
     """
 
     ignore_index: int = -100
@@ -145,10 +145,10 @@ def linear_token_scores(
 ) -> LabelScores:
     """Return the log-probability of each row's label under a frozen head.
 
-    Its gradient in hidden is computed as in `linear_cross_entropy`. Of ``options``, ``scale`` and ``softcap`` apply. If
-    ``details``, the other scores of `LabelScores` are returned too, without gradients; ``log_sum_sq_probs`` only if
-    ``collision`` as well. With ``entropy_learns`` the entropy has a gradient, for which the backward pass computes each
-    chunk of logits again. Raises ShapeError as `linear_cross_entropy` does.
+    The gradient with respect to hidden is computed as in `linear_cross_entropy`. Of ``options``, ``scale`` and
+    ``softcap`` apply. If ``details``, the other scores of `LabelScores` are returned too, without gradients;
+    ``log_sum_sq_probs`` only if ``collision`` as well. With ``entropy_learns`` the entropy has a gradient, for which
+    the backward pass computes each chunk of logits again. Raises ShapeError as `linear_cross_entropy` does.
     """
     weight = weight.detach() if isinstance(weight, Tensor) else weight
     options = replace(options, count_hits=details)
@@ -287,8 +287,8 @@ class _RowCrossEntropy(torch.autograd.Function):
 
 
 class _Entropy(torch.autograd.Function):
-    """Function that returns entropies computed before. Its backward pass, seldom needed, computes the logits again in
-    chunks.
+    """Function that returns the given entropies with a gradient. Its backward pass, seldom needed, computes the logits
+    again in chunks.
     """
 
     @staticmethod
@@ -349,11 +349,11 @@ def _chunked(
     options: HeadOptions,
     wanted: tuple[bool, bool],
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
-    """Return the losses of rows with the hits, and the gradients of the losses' sum in hidden and, in float32, in the
-    weight.
+    """Return three things: the pair of losses and hits of the rows, and the gradients of the sum of losses with respect
+    to hidden and to the weight.
 
     ``counted`` are the hidden states and labels of the rows that count. If ``options.count_hits``, hits mark the rows
-    whose label has the top logit. ``wanted`` says which of the two gradients are computed.
+    whose label has the top logit. ``wanted`` says which of the two gradients are computed; the weight's is in float32.
     """
     hidden, labels = counted
     n, out_features = hidden.shape[0], weight.shape[0]

@@ -64,10 +64,10 @@ def drop(
 ) -> Float[Tensor, "*batch i"]:
     """Return a copy of x in which each element is 0 with probability p, rounded to a 65536th. The others are unchanged.
 
-    key: any unsigned 64-bit number; give each dropout of each step its own. rows: the id of each row of x, (*batch) of
-    int64, or the first row's id if ids are consecutive. A dropped NaN or infinity is 0 too. Unlike in the paper, kept
-    values are not scaled by ``1 / (1 - p)``. Raises ConfigError if p or key is out of range, ShapeError if rows does
-    not fit x.
+    key: any unsigned 64-bit number; each dropout of each step needs a key of its own. rows: the id of each row of x,
+    (*batch) of int64, or the first row's id if ids are consecutive. A dropped NaN or infinity is 0 too. Unlike in the
+    paper, kept values are not scaled by ``1 / (1 - p)``. Raises ConfigError if p or key is out of range, ShapeError if
+    rows does not fit x.
     """
     threshold = _threshold(p)
     require_fit(x, key, rows)

@@ -143,7 +143,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _by_head(x: Tensor, n_kv_heads: int) -> Tensor:
-    """Rearrange (n, q_heads, d) to (kv_heads, n · group, d), widened."""
+    """Rearrange (n, q_heads, d) to (kv_heads, n · group, d), in at least float32."""
     n, heads, d = x.shape
     own = _wide(x).reshape(n, n_kv_heads, heads // n_kv_heads, d)
     return own.transpose(0, 1).reshape(n_kv_heads, -1, d)

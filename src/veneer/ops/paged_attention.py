@@ -100,7 +100,9 @@ def padded(head_dim: int) -> int:
 
 
 class PageTables:
-    """Cache of page tables as arrays. A tuple that the last step used is not converted again."""
+    """Cache of page tables, converted to arrays. A tuple that the last step used is not converted again; lists always
+    are.
+    """
 
     def __init__(self) -> None:
         self._now: dict[int, tuple[Sequence[int], Sequence[int], int]] = {}

@@ -113,7 +113,9 @@ class PackedPairs:
         return packed
 
     def with_vectors(self, pairs: Sequence[FactorPair | None]) -> PackedPairs:
-        """Return a copy with the vectors of ``pairs``. The factors are shared, not copied."""
+        """Return a copy with the vectors of ``pairs`` (core, biases, ``b_scale``), if they have any. The factors are
+        shared, not copied.
+        """
         return replace(self, middle=_middle(pairs, self.out_features, self.dtype) or self.middle)
 
     def scaling(self, scales: Sequence[Tensor | None]) -> PackedPairs | None:

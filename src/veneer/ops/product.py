@@ -49,7 +49,7 @@ def recorded_product(x: Tensor, multiply: Multiply, transposed: bool) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """Function ``W x`` or ``Wᵀ x``. Each is the other's derivative."""
+    """Function ``W x`` or ``Wᵀ x`` of x with a fixed W. The backward pass of each is the other."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, multiply: Multiply, transposed: bool) -> Tensor:

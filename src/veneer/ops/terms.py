@@ -116,7 +116,8 @@ class LayerTerms:
 def apply_term(
     term: PackedTerm, x: Float[Tensor, "n i"], out: Float[Tensor, "n o"], *, add: bool, backend: str | None = None
 ) -> None:
-    """Write ``M x`` into ``out``, or add it to ``out`` if ``add``. If the term is block-diagonal, out may be x.
+    """Write ``M x``, with M the term's matrix, into ``out``, or add it to ``out`` if ``add``. If the term is
+    block-diagonal, out may be x.
 
     Raises ShapeError if something does not fit.
     """

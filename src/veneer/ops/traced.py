@@ -60,7 +60,9 @@ class Traced(Tensor):
 
     @staticmethod
     def __new__(cls, bare: Tensor, place: torch.device) -> Traced:
-        """Return a wrapper that knows its device. Other subclasses ask the dispatcher each time the device is read."""
+        """Return a tensor that wraps ``bare`` and reports the device ``place``. It stores the device; other subclasses
+        ask the dispatcher at each read.
+        """
         own: Any = Tensor._make_wrapper_subclass(
             cls, bare.shape, strides=bare.stride(), storage_offset=bare.storage_offset(), dtype=bare.dtype, device=place
         )
@@ -232,7 +234,7 @@ def tracing(tell: Called = lambda name, arguments: None, isa: str | None = None)
 
 @contextmanager
 def silenced(tell: Called = lambda name, arguments: None, isa: str | None = None) -> Iterator[None]:
-    """Report kernels to ``tell`` instead of running them in this context, where all tensors are without values.
+    """Report kernels to ``tell`` instead of running them in this context. All tensors in it must be without values.
 
     They may be of another kind than `Traced`, such as torch's FakeTensor.
     """

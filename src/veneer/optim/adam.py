@@ -49,7 +49,7 @@ class LeanAdamW(Optimizer):
 
     @abstractmethod
     def _update(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Move one parameter along its gradient."""
+        """Update a parameter and its state in place from its gradient. ``group`` holds the settings."""
 
     def _allocate(self, param: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Allocate zeros for a parameter's state tensor, in the memory where this optimizer keeps state."""

@@ -51,7 +51,9 @@ class PagedAdamW8bit(AdamW8bit):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient, and prefetch the pages of the next one."""
+        """Update every parameter that has a gradient. Meanwhile, prefetch the state's pages of the parameter that comes
+        next.
+        """
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         self._next = dict(itertools.pairwise(params))
         return super().step(closure)

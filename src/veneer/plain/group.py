@@ -23,7 +23,7 @@ def group_size(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def n_on_this_machine(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the number of the processes that run on this machine; all processes of the launcher if it does not say."""
+    """Return the number of the launcher's processes on this machine; the number of all if it does not say."""
     return int(environment.get("LOCAL_WORLD_SIZE", group_size(environment)))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """Return the known names that look most like one that was not found."""
+    """Return at most ``n`` of the known names: those that look most like ``name``, which was not found."""
     names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=n, cutoff=0.4)
     swapped = [each for each in names if _is_swapped(name, each)]

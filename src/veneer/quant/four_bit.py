@@ -270,7 +270,7 @@ def _as_bytes(packed: Tensor | None) -> Tensor | None:
 
 
 def _map_problems(key: str, tensors: Parts, expected: Tensor) -> list[str]:
-    """Return the problems of a stored code table, which must equal this format's."""
+    """Return a message, alone in a list, if a stored code table is missing or differs from ``expected``."""
     found = tensors.get(key)
     if found is None:
         return [f"{key} is missing"]

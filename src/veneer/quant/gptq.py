@@ -81,9 +81,9 @@ class GptqSpec(GroupedSpec):
     def _zeros(self, stored: Tensor) -> tuple[Tensor, list[str]]:
         """Return the zeros (o, groups), and messages about what is wrong with them.
 
-        A zero that is stored as one more than the largest code means 0, as in AutoGPTQ's kernels. The file follows
-        another convention if most zeros are such, or if all zeros of a symmetric weight are off by one from the middle
-        code.
+        If zeros are stored minus one, the largest stored value means one more than the largest code, which wraps to 0
+        as in AutoGPTQ's kernels. If most zeros are such, or if all zeros of a symmetric weight are off by one from the
+        middle code, a message says that the file may follow the other convention.
         """
         zeros = unpack(stored.contiguous().view(torch.uint8), self.bits, self.shape[0])
         middle, named = 1 << self.bits - 1, "gptq" if self.less_one else "gptq_v2"

@@ -107,8 +107,8 @@ class HqqSpec(GroupedSpec):
 
 
 def _stacked(codes: UInt8[Tensor, "rows group"], bits: int, per_word: int) -> Tensor:
-    """Split the rows into ``per_word`` equal parts, and pack one value of each into a word, the first in the highest
-    bits.
+    """Split the rows into ``per_word`` equal parts, and pack one code of each part into a word, the first part's in the
+    highest bits.
 
     The last part is padded with zeros.
     """

@@ -120,7 +120,7 @@ class LinearDelta:
     def factors(
         self, dtype: torch.dtype | None = None
     ) -> tuple[Float[Tensor, "*experts r i"], Float[Tensor, "*experts o r"]]:
-        """Return A, and B with all factors of the pair multiplied in, computed in ``dtype``.
+        """Return A, and B multiplied by the pair's ``scale``, ``core`` and ``b_scale``, computed in ``dtype``.
 
         Raises CompositionError unless the record `is_low_rank`.
         """

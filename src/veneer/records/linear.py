@@ -213,7 +213,7 @@ def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | No
     only scale and rotate are applied in order, each to the layer adapted by the records before it: the last record's
     input map comes first. The two kinds cannot be combined.
 
-    Raises CompositionError if the sum is not a LinearDelta.
+    Raises CompositionError if records of both kinds are given, or a record that does both.
     """
     if len(deltas) == 1:
         return deltas[0]

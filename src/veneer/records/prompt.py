@@ -23,8 +23,8 @@ def weighed_loss(
     """Return the cross-entropy of the labels times their weights, summed and divided by the number of labels, in
     float32.
 
-    Labels of -100 do not count. ``labels`` and ``weights`` are at the labels' own positions. Each label is predicted by
-    the logits before it.
+    Labels of -100 do not count. ``labels`` and ``weights`` are not shifted: the logits at a position predict the label
+    at the next one.
     """
     targets = labels[:, 1:].to(logits.device)
     each = torch.nn.functional.cross_entropy(

@@ -9,5 +9,5 @@ SERVED = (torch.float32, torch.bfloat16)
 
 
 def is_served(*tensors: Tensor) -> bool:
-    """Return True if the training kernels support these element types."""
+    """Return True if the training kernels support the dtypes of these tensors."""
     return all(t.dtype in SERVED for t in tensors)

@@ -140,8 +140,8 @@ class StepProgram:
     ) -> None:
         """Add the experts of a mixture. ``bias`` is added to the values by which experts are chosen.
 
-        ``at``: the numbers of five tensors: scores, source, output of the shared expert, its gate, and target. The
-        shared expert's two are -1 if it, or its gate, does not exist.
+        ``at``: the numbers of five tensors: scores, source, output of the shared expert, gate of the shared expert, and
+        target. The third or fourth is -1 if there is no shared expert, or no gate of it.
         """
         panels = [stack_numbers(stack, address(stack.panels)) for stack in stacks]
         self._kept.append(stacks)
@@ -252,7 +252,8 @@ def _coding(weight: PackedWeight | PackedCodes) -> tuple[int, int]:
 def layer_parts(
     weight: PackedWeight | PackedCodes, bias: Tensor | None, target: int, wide_bias: Tensor | None = None
 ) -> list[Part]:
-    """Return the parts of a layer: its weight, its bias in the rows' dtype, and its output tensor.
+    """Return the arguments that describe a layer in an instruction: its weight, its bias in the rows' dtype, and its
+    output tensor.
 
     ``wide_bias`` is the bias in float32, which the step copies.
     """

@@ -55,7 +55,8 @@ def mapped_rows(x: Float[Tensor, "n i"], layer: LinearLayer, *, copies: bool = F
 
 
 def mapped_input_backward(dy: Float[Tensor, "n i"], xs: Sequence[Tensor | None], layer: LinearLayer) -> list[Gradients]:
-    """Return the gradients of `mapped_input` in the tensors of each record's map; the gradient in x is written into dy.
+    """Return the gradients of `mapped_input` with respect to the tensors of each record's map. Write the gradient with
+    respect to x into dy.
 
     ``xs``: the rows of x as `mapped_rows` lists them.
     """
@@ -88,9 +89,10 @@ def finished(z: Float[Tensor, "n o"], layer: LinearLayer) -> Float[Tensor, "n o"
 def finished_backward(
     dy: Float[Tensor, "n o"], z: Float[Tensor, "n o"] | None, layer: LinearLayer, *, overwrite: bool = False
 ) -> tuple[Float[Tensor, "n o"], list[Gradients], list[Tensor | None]]:
-    """Return the gradients of `finished` in z, and in the tensors of each record's ``output`` and in its ``bias``.
+    """Return the gradients of `finished` with respect to z, to the tensors of each record's ``output``, and to its
+    ``bias``.
 
-    ``z`` is the input that `finished` was given. ``overwrite`` writes the gradient in z into dy.
+    ``z`` is the input that `finished` was given. ``overwrite`` writes the gradient with respect to z into dy.
     """
     maps: list[Gradients] = [()] * len(layer.records)
     biases: list[Tensor | None] = [None] * len(layer.records)

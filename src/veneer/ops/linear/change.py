@@ -119,7 +119,9 @@ def _kept(change: Change, mask: Mask | None) -> Change:
 
 
 def _only_change(layer: LinearLayer) -> Change | None:
-    """Return the layer's change of the weight if there is exactly one and it acts on all rows; None otherwise."""
+    """Return the layer's change of the weight, other than a low-rank pair, if there is exactly one and it acts on all
+    rows; else None.
+    """
     changes = layer.record.changes if layer.runs is None else ()
     return changes[0] if len(changes) == 1 else None
 

@@ -114,7 +114,9 @@ class ExpertLayers:
     def forward(
         self, x: Float[Tensor, "choices i"], chosen: ChosenExperts
     ) -> tuple[Float[Tensor, "choices o"], Tensor | None]:
-        """Return the outputs for sorted rows, and the A-products in the form in which `backward` reads them."""
+        """Return the outputs for rows sorted by expert, and their products with A (None without pairs), in the form in
+        which `backward` reads them.
+        """
         y, group = x.new_empty(len(x), self.shape[0]), self.group
         for number, rows, wide in chosen.each():
             own = x[wide]
@@ -147,7 +149,9 @@ class KeptOfExperts:
 
 @dataclass(frozen=True, slots=True)
 class ExpertGradients:
-    """Gradients in x, in the weights of the choices, and in the pairs' tensors, those of the first layers in front."""
+    """Gradients with respect to x, to the weights of the choices, and to the tensors of the pairs: first the inner
+    layers', then the down layers'.
+    """
 
     x: Float[Tensor, "n d"]
     weights: Float[Tensor, "n top_k"]
@@ -217,9 +221,9 @@ def route_backward(
     ids: Int64[Tensor, "n top_k"],
     router: Router,
 ) -> Float[Tensor, "n experts"]:
-    """Return the gradient in a router's scores.
+    """Return the gradient with respect to a router's scores.
 
-    ``dweights`` is the gradient in the weights of the chosen experts.
+    ``dweights`` is the gradient with respect to the weights of the chosen experts.
     """
     dweights = dweights * router.scale
     if router.values == "sigmoid":

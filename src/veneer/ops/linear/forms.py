@@ -72,7 +72,8 @@ def map_rows(
     transposed: bool = False,
     backend: str | None = None,
 ) -> None:
-    """Write ``M x`` into ``out``, or add it to ``out`` if ``add``. If ``transposed``, Mᵀ takes the place of M.
+    """Write ``M x``, with M the form's matrix, into ``out``, or add it to ``out`` if ``add``. If ``transposed``, Mᵀ
+    takes the place of M.
 
     If the form is block-diagonal, out may be x. Raises ShapeError if something does not fit.
     """

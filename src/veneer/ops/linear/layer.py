@@ -123,7 +123,7 @@ def _problems(index: int, layer: LinearLayer, x: Tensor) -> list[str]:
 
 
 def _sizes(record: LinearDelta, o: int, i: int) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Yield the name of each part of a record, its shape, and the shape that fits the layer."""
+    """Yield for each part of a record: its name, its shape, and the shape that it must have to fit a layer (o, i)."""
     pair = record.low_rank
     if pair is not None:
         expected = {"a": (pair.rank, i), "b": (o, pair.rank), "core": (pair.rank,), "b_scale": (o,)}

@@ -60,9 +60,9 @@ def low_rank_backward(
     layers: Sequence[LinearLayer],
     input_grad: bool,
 ) -> LowRankGradients:
-    """Return the gradients of `add_low_rank` from the u that it returned.
+    """Return the gradients of `add_low_rank`. ``u`` is the tensor that it returned.
 
-    ``dzs``: the gradient in each layer's output, and its `ops.matmul.operand`.
+    ``dzs``: the gradient with respect to each layer's output, and the `ops.matmul.operand` of this gradient.
     """
     if layers[0].goes_by_rows:
         return _of_rows([dz for dz, _ in dzs], x, u, layers, input_grad)
@@ -169,10 +169,10 @@ def _group(layer: LinearLayer) -> LowRankGroup:
 
 
 def _rounded(layers: Sequence[LinearLayer], dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[float]]:
-    """Return three things in ``dtype``: the A of all layers, stacked; each layer's B; and each layer's factor for its
-    product.
+    """Return the A of all layers, stacked, and each layer's B, both in ``dtype``, and the number by which each layer's
+    product must be multiplied.
 
-    The factor is the pair's scale on a GPU. On a CPU it is 1, because the scale is already in B.
+    This is the pair's scale on a GPU. On a CPU it is 1, because the scale is already in B.
     """
     factors, scales = [_pair_of(layer).a for layer in layers], [_scale_of(layer, 0) for layer in layers]
     joined = factors[0].new_empty(sum(map(len, factors)), factors[0].shape[1], dtype=dtype)
@@ -184,7 +184,7 @@ def _rounded(layers: Sequence[LinearLayer], dtype: torch.dtype) -> tuple[Tensor,
 
 
 def _spans(layers: Sequence[LinearLayer]) -> list[slice]:
-    """Return the columns of u that belong to each layer."""
+    """Return for each layer the slice of its columns in the product of x with the A of all layers."""
     ranks = [layer.record.rank for layer in layers]
     return [slice(end - rank, end) for rank, end in zip(ranks, accumulate(ranks), strict=True)]
 

@@ -62,7 +62,7 @@ def _scores(q: Tensor, k: Tensor, scale: float, window: int, softcap: float) -> 
 
 
 def _heads(x: Tensor) -> Tensor:
-    """Rearrange (t, heads, d) to (heads, t, d), widened."""
+    """Rearrange (t, heads, d) to (heads, t, d), in at least float32."""
     return x.transpose(0, 1).to(_wide(x))
 
 

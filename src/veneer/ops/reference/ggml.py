@@ -78,7 +78,7 @@ def _quantize_256(blocks: Float32[Tensor, "blocks 256"], kind: str, beside: Tens
 
 
 def _beside(x: Float32[Tensor, "n c"], importance: Tensor | None) -> Float32[Tensor, "n c"] | None:
-    """Expand the importance to every value of the rows."""
+    """Return the importance, expanded to every value of the rows; None for None."""
     return None if importance is None else importance.expand_as(x)
 
 

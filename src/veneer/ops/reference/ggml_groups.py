@@ -76,7 +76,9 @@ def _iq4_xs(packed: Packed) -> CodeGroups:
 
 
 def _mxfp4(packed: Packed) -> CodeGroups:
-    """Decode MXFP4. A block of zeros, whose exponent is meaningless, gets the scale 1; zero has no sign."""
+    """Decode MXFP4. A block of zeros, whose exponent is meaningless, gets the scale 1; the code of -0 becomes that of
+    0.
+    """
     levels = unpack_bits(packed[:, 1:], 16, 4)
     levels = torch.where(levels == 8, 0, levels)
     zeros = (levels == 0).all(dim=1, keepdim=True)

@@ -12,7 +12,9 @@ from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup
 
 
 def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Sequence[Tensor]) -> Tensor:
-    """Add each row's product to the output of each layer. Nothing is kept for the backward pass."""
+    """Add each row's low-rank product to the output of each layer, in place. Return an empty tensor, because `backward`
+    reads nothing else.
+    """
     for group, y in zip(groups, ys, strict=True):
         for k, own, a, b, _ in _parts(x, group, rows):
             y[own] = (y[own] + _dropped(x[own], own, group.mask_of(k)).to(a.dtype) @ a.T @ b.T).to(y.dtype)

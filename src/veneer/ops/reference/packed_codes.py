@@ -93,7 +93,7 @@ def _nibbles_in_words(units: Tensor) -> Tensor:
 
 
 def _bytes_in_pairs(units: Tensor) -> Tensor:
-    """Pack two neighbouring codes into one byte."""
+    """View codes of 8 bits as int16, so that the codes of two neighbouring inputs are moved together."""
     return units.contiguous().view(torch.int16)
 
 
@@ -131,7 +131,9 @@ def _filled(rows: Tensor) -> Tensor:
 
 
 def _joined(heads: list[Tensor], codes: Tensor) -> Tensor:
-    """Concatenate each unit's scales and codes."""
+    """Return the bytes of a panel: for each unit (the inputs that share a scale), the scales of all outputs, then their
+    codes.
+    """
     return torch.cat([*map(_bytes, heads), codes], dim=1).flatten()
 
 

@@ -61,7 +61,7 @@ def attend(
 
 
 def _held(store: PagedStore, layer: int, pages: list[int], n: int) -> tuple[Tensor, Tensor]:
-    """Return the first n keys and values of some pages: (heads, n, head_dim) in float32."""
+    """Return the first n keys and values in the listed pages at one layer: (heads, n, head_dim) in float32."""
     keys, values = (x[pages] for x in _views(store, layer))
     heads_first = (keys.flatten(3, 4).transpose(0, 1), values.flatten(2, 3).transpose(0, 1))
     k, v = (x.flatten(1, 2)[:, :n, : store.head_dim].float() for x in heads_first)

@@ -100,7 +100,7 @@ def entry_gradients(form: Form, weight: Tensor, gradient: Tensor) -> tuple[Tenso
 
 
 def _factors(form: Form, dtype: torch.dtype) -> Tensor:
-    """Multiply the factors of a hadamard form."""
+    """Return ``B A`` of a hadamard form in ``dtype``. Raises ShapeError for any other kind of form."""
     if form.kind != "hadamard" or form.second is None:
         raise ShapeError(f"a {form.kind} form of {form.sizes} multiplies no weight")
     return form.second.to(dtype) @ form.values.to(dtype)

@@ -93,10 +93,11 @@ def conv_backward(
     owns_inputs: bool = False,
     backend: str | None = None,
 ) -> tuple[GatedInput, Float[Tensor, "n d"]]:
-    """Return the gradients of the input and its gates and, from the same pass, the output, which the next layer's
-    backward reads.
+    """Return the gradients with respect to x and its gates, and the output, which the same pass computes for the next
+    layer's backward pass.
 
-    ``owns_inputs`` writes the gradients into the given tensors, ``owns_dy`` the output into dy; these are returned.
+    ``owns_inputs``: the gradients are written into the tensors of ``given``, and these are returned. ``owns_dy``: the
+    output is written into dy, and dy is returned.
     """
     require_fitting(given, kernel, previous)
     if dy.shape != given.x.shape:

@@ -50,7 +50,8 @@ def scan(
     forks: Sequence[Fork] = (),
     backend: str | None = None,
 ) -> Float[Tensor, "n h d_v"]:
-    """Return each token's product of its query with its sequence's state, in v's dtype, differentiable in the inputs.
+    """Return for each token the product ``Sᵀ q`` of its query with its sequence's state after the token, in v's dtype,
+    differentiable in the inputs.
 
     ``cu_seqlens`` are the bounds of the sequences. ``delta`` selects the gated delta rule; False is Mamba 2. A branch
     of ``forks`` begins with its stem's last state: the stem's tokens are computed again in front of it. Sums are in

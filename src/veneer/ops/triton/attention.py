@@ -96,8 +96,8 @@ def _backward_tile(q: Tensor) -> tuple[int, int]:
 def _tiles(bounds: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     """Return for each tile: its sequence's start, the sequence's length, and the tile's first token within it.
 
-    The tiles that see most keys come first, so that the last programs to start are short. Every layer of a step has
-    the same bounds, hence the cache.
+    The tiles that see most keys come first, so that the last programs to start are short. The result is cached, because
+    every layer of a step has the same bounds.
     """
     tiles = [(a, b - a, first) for a, b in pairwise(bounds) for first in range(0, b - a, size)]
     tiles.sort(key=lambda tile: -tile[2])
@@ -144,7 +144,8 @@ def _store(x, tokens, token_stride, length, d, values, FEATURES: tl.constexpr):
 def scored(product, ahead, scale, window, softcap, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr):
     """Return scores in units of log 2 (-inf if the query does not see the key), and the slope of the soft cap.
 
-    ahead: the query's place minus the key's. No query sees keys beyond the end; queries there are not stored.
+    ahead: the query's place minus the key's. Keys beyond the sequence's end need no mask, because they come after all
+    of its queries. Queries beyond the end have scores that are not used.
     """
     scores = product * scale
     slope = tl.full(scores.shape, 1.0, tl.float32)

@@ -17,7 +17,7 @@ LONGEST_ROW = 65536  # a row is held in one program's registers
 
 
 def is_served(*tensors: Tensor) -> bool:
-    """Return True if the training kernels support these element types; the reference computes others."""
+    """Return True if the training kernels support the dtypes of these tensors; the reference computes other dtypes."""
     return all(t.dtype in SERVED for t in tensors)
 
 

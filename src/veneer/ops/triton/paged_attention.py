@@ -145,7 +145,9 @@ def _page_of(row, pages, first_page, first_row, positions, n, BLOCK: tl.constexp
 
 @triton.jit
 def _key_at(slots, features, BLOCK: tl.constexpr, PAIR: tl.constexpr):
-    """Return the offset of a key's value from its head's offset in a page."""
+    """Return the offset of a feature of a key from the start of the head's keys in a page. ``slots`` is the token's
+    place in the page.
+    """
     return (features // PAIR) * (BLOCK * PAIR) + slots * PAIR + features % PAIR
 
 

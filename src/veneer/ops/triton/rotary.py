@@ -48,7 +48,7 @@ def _run(x: Tensor, out: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, **f
 
 @triton.jit
 def pair_at(pairs, half, INTERLEAVED: tl.constexpr):
-    """Return the places of both features of a pair."""
+    """Return the index of the first feature of each pair, and that of the second."""
     if INTERLEAVED:
         first = 2 * pairs
         second = first + 1

@@ -85,7 +85,7 @@ class _Numbers:
         return self._n - len(values)
 
     def require(self, least: int, most: int) -> None:
-        """Raise IndexError if an id lies beyond the vocabulary."""
+        """Raise IndexError unless all ids from ``least`` to ``most`` are in the vocabulary."""
         if least < 0 or most >= self.vocabulary:
             raise IndexError(f"ids {least} to {most} are not all among the {self.vocabulary} of the logits")
 
@@ -220,7 +220,7 @@ def _from(row, d, top, inverse, least, key, BLOCK: tl.constexpr):
 
 @triton.jit
 def _random_bits(key_0, key_1, place):
-    """Return 53 bits of Philox 4x64 for a key and a place, as NumPy draws them."""
+    """Return 53 random bits of Philox 4x64 for a key of two words and the counter ``place``: those of NumPy."""
     k0, k1 = key_0.to(tl.uint64), key_1.to(tl.uint64)
     c0 = (place + 1).to(tl.uint64)
     c1, c2, c3 = c0 * 0, c0 * 0, c0 * 0
@@ -295,7 +295,7 @@ def _first_beyond(row, d, top, inverse, least, key, n_equal, share, bits, BLOCK:
 
 @triton.jit
 def _drawn(numbers, row, d, top, BLOCK: tl.constexpr):
-    """Draw a token, by its random number, from those that min_p, top_k and top_p leave."""
+    """Return the token that the rule's random number selects, of those that min_p, top_k and top_p do not exclude."""
     inverse, least = _real(numbers, _INVERSE).to(tl.float32), _real(numbers, _LEAST).to(tl.int64)
     k, top_p = tl.load(numbers + _TOP_K), _real(numbers, _TOP_P)
     key, n_equal = tl.cast(_LOWEST, tl.int64), tl.cast(d, tl.int64)

@@ -38,7 +38,7 @@ class InGroups(Change):
         return replace(self, of=self.of.with_tensors(tensors))
 
     def blocks(self, dtype: torch.dtype) -> Float[Tensor, "o k"]:
-        """Return the change of the kernel."""
+        """Return the stacked blocks (o, i / groups) of the change, in ``dtype``."""
         return self.of.dense(dtype)
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:
