@@ -28,7 +28,7 @@ class TaskVectors:
     - ``how``: "task_arithmetic" is the weighted sum. "ties" keeps the largest entries and those that agree with the
       elected sign. "dare_linear" and "dare_ties" keep a random draw instead.
     - ``density``: the share of entries kept; not for "task_arithmetic".
-    - ``normalize``: True divides by the weights that took part; None means True for "ties" alone, as in mergekit.
+    - ``normalize``: True divides by a sum of the weights (`divides`); None means True for "ties" alone, as in mergekit.
     - ``vote``: the sign of the sum of weighted values ("total") or of their signs ("frequency").
     - ``scale`` multiplies the result (λ of TIES). ``seed`` is that of DARE's draw.
     """

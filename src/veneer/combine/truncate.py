@@ -75,8 +75,10 @@ def _decomposed(tall: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _factors(update: Tensor, tall: Tensor, v: Tensor, energy: Tensor, error: float) -> tuple[LinearDelta, float]:
-    """Return factors built from the singular vectors ``v`` of the shorter side and their squared values,
-    and the error.
+    """Return factors whose product approximates the update, built from singular vectors ``v`` of its shorter side, and
+    ``error`` unchanged.
+
+    ``energy`` holds the squared singular values that belong to ``v``.
     """
     s = energy.sqrt()
     is_wide = update.shape[1] > update.shape[0]

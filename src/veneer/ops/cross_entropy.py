@@ -121,8 +121,8 @@ def linear_cross_entropy_rows(
 class LabelScores:
     """Scores of each row's label: ``log_probs`` in nats, and further details if asked for.
 
-    ``entropy`` is that of the row's softmax. ``log_sum_sq_probs`` is the log of the sum of its squared probabilities.
-    ``is_top1``: the label has the top logit. Rows whose label does not count have 0.
+    ``entropy`` is the entropy of the row's softmax, and ``log_sum_sq_probs`` the log of the sum of the softmax's
+    squared probabilities. ``is_top1``: the label has the top logit. Rows whose label does not count have 0.
     """
 
     log_probs: Float[Tensor, "*n"]

@@ -15,7 +15,7 @@ def with_rows(x: Tensor) -> Tensor:
 
 
 def same_dtype(gradient: Tensor, like: Tensor) -> Tensor:
-    """Return a gradient in the dtype of its tensor."""
+    """Return a gradient in the dtype of ``like``, the tensor to which it belongs."""
     return gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)
 
 

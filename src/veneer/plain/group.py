@@ -45,7 +45,7 @@ def join_slurm(environment: MutableMapping[str, str]) -> None:
 def starts_processes(asked: int | None, environment: Mapping[str, str] = os.environ) -> bool:
     """Return True if ``asked`` processes are to be started here: several, and no launcher has started any.
 
-    Raises ConfigError if a launcher has started another number.
+    Raises ConfigError if a launcher has started a number of processes other than ``asked``.
     """
     if asked is None:
         return False

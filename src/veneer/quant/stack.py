@@ -141,7 +141,9 @@ class StackSpec:
         return _stacked(made)
 
     def parts_of(self, pieces: Sequence[Parts]) -> dict[str, Tensor]:
-        """Return the stored tensors. ``pieces`` holds those of each piece, with the experts as their first axis."""
+        """Return the stored tensors of the whole stack by name, given those of each piece, which have the experts as
+        their first axis.
+        """
         return {numbered(name, k): part for k, parts in enumerate(pieces) for name, part in parts.items()}
 
     def bind(self, parts: Parts) -> CodedWeights:

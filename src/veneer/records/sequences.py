@@ -70,7 +70,7 @@ class Sequences:
 
 
 def members_of_rows(shape: Sequence[int], device: torch.device) -> Float[Tensor, "tokens sequences"]:
-    """Return the members if each row of an input of shape (…, n) is a sequence."""
+    """Return the `Sequences.members` of an input of shape (…, n) in which each row is one sequence."""
     *leading, n = shape
     rows = torch.Size(leading).numel()
     return torch.eye(rows, device=device).repeat_interleave(n, dim=0)

@@ -125,7 +125,8 @@ def entries(form: Form, dtype: torch.dtype, *, backend: str | None = None) -> Fl
 def entry_gradients(
     form: Form, gradient: Float[Tensor, "o i"], *, backend: str | None = None
 ) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
-    """Return the gradients in A and B, in float32, given the gradient in the result of `entries`.
+    """Return the gradients with respect to A and B, in float32, given the gradient with respect to the result of
+    `entries`.
 
     Raises ShapeError if something does not fit.
     """

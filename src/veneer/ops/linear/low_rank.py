@@ -27,7 +27,7 @@ FactorGradients = dict[str, Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class LowRankGradients:
-    """Gradients in the input of A, if requested, and in the tensors of each record's pair, layer by layer."""
+    """Gradients with respect to the input of A, if requested, and to the tensors of each record's pair, by layer."""
 
     x: Tensor | None
     factors: list[list[FactorGradients]]

@@ -306,8 +306,8 @@ def _together(layers: Sequence[LinearLayer]) -> list[list[int]]:
 
 
 def _summed(total: Tensor | None, part: Tensor) -> Tensor:
-    """Add ``part`` to ``total`` in place, and return it; return ``part`` if there is no total. No other code may read
-    ``total`` later.
+    """Add ``part`` to ``total`` in place, and return ``total``; return ``part`` if ``total`` is None. No other code may
+    need the old ``total``.
     """
     return part if total is None else total.add_(part)
 
