@@ -117,8 +117,8 @@ def require_foldable(model: nn.Module, state: AdapterState, names: tuple[str, ..
 
 
 def _folded_already(model: nn.Module, module: Adapted, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return the merged weight of a module that is tied to this one, if it was merged already, so that
-    both stay tied.
+    """Return the merged weight of a module that is tied to ``module``, so that both stay tied. Return an empty dict if
+    none was merged.
     """
     own = module._parameters.get("weight")
     done = (m for m in adapted_modules(model).values() if own is not None and m.originals.get("weight") is own)

@@ -28,7 +28,8 @@ class Spectrum:
 
     @property
     def rank(self) -> int:
-        """Number of singular values above the rounding of the decomposition: the largest, times their number and eps.
+        """Number of singular values above the rounding error of the decomposition: the largest value, times the number
+        of values, times eps.
 
         Source: Golub and Van Loan 2013, "Matrix Computations", sec. 5.4.1 (numerical rank).
         """

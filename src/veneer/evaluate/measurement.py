@@ -116,7 +116,8 @@ def numbers_of(result: Result) -> dict[str, Any]:
 
 
 def predictions_of(asked: Asked, result: Result, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """Yield a row for each question: its number, prompt, right answers, prediction, and True if that is right.
+    """Yield a row for each question: its number, prompt, right answers, prediction, and True if the prediction is
+    right.
 
     Raises ShapeError for a perplexity, which predicts no answers.
     """

@@ -255,7 +255,7 @@ def _plan(weights: BaseWeights, changed: Mapping[str, Adapted], dtype: torch.dty
 def _stay_one(changed: list[Adapted], n_names: int) -> bool:
     """Return True if the ``n_names`` modules that share a tensor can still share one tensor after folding.
 
-    ``changed`` are those of them that the adapter changes: none, or all of them alike.
+    They can if the adapter changes none of them, or all of them alike. ``changed`` are the modules that it changes.
     """
     alike = (len(changed) == n_names) and all(module.changes_as(changed[0], (NAME,)) for module in changed)
     return not changed or alike

@@ -30,8 +30,8 @@ Log = Sequence[Mapping[str, Any]]
 
 
 def write_run_page(run: Path, n: int = 8) -> Path:
-    """Write ``report.html`` into a run's folder, and return its path. The page shows ``n`` of the best, the worst and
-    random answers each.
+    """Write ``report.html`` into a run's folder, and return its path. The page shows the ``n`` best, the ``n`` worst
+    and ``n`` random answers.
 
     The log is read from ``run.json``, or from the newest checkpoint if the run has not ended. Raises FormatError for a
     folder with neither a log nor a journal, and for a damaged file.

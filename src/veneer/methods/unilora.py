@@ -172,7 +172,7 @@ class UniLoraConfig(LinearMethod):
         return self.r * (site.in_features + site.out_features)
 
     def _apart(self, entries: Tensor, site: LinearSite) -> tuple[Tensor, Tensor]:
-        """Split the entries into A (r, i) and B (o, r)."""
+        """Split the numbers ``entries`` of a layer into its A (r, i) and B (o, r)."""
         of_a = self.r * site.in_features
         return entries[:of_a].view(self.r, -1), entries[of_a:].view(-1, self.r)
 

@@ -23,7 +23,7 @@ class Card:
 
     @property
     def told(self) -> str:
-        """Source of its numbers, in words."""
+        """Source of the card's numbers, in words."""
         return f"data sheet, not measured: {self.source}"
 
 

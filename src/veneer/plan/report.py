@@ -69,7 +69,9 @@ class Machine:
 
     @classmethod
     def of(cls, name: str | None, *, timed: bool) -> Machine:
-        """Return the machine of a card with this name; this machine if ``name`` is None. Raises ConfigError."""
+        """Return the card with this name as a machine, or this machine if ``name`` is None. Raises ConfigError if no
+        single card matches.
+        """
         return cls(None if name is None else card_of(name), timed)
 
     @classmethod

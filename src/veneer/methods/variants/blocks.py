@@ -66,7 +66,9 @@ class BdLoraConfig(Settings, Variant):
         return f"{told}{math.gcd(r, width)}" if r % self.nblocks or width % self.nblocks else None
 
     def _named(self, site: LinearSite) -> tuple[bool, bool]:
-        """Return two flags: True if the config names the layer for A, and True if it names it for B."""
+        """Return two flags: the first is True if the config names the layer for A, the second if it names the layer for
+        B.
+        """
         last, both = site.name.rpartition(".")[2], (self.target_modules_bd_a, self.target_modules_bd_b)
         of_a, of_b = (any(pattern in last for pattern in patterns or ()) for patterns in both)
         return of_a, of_b
