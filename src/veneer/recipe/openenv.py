@@ -8,14 +8,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import threading
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from veneer.errors import ConfigError, listed
+from veneer.errors import ConfigError
 
 PREFIX = "openenv:"
 OVER = "The episode is over."
+_OF_ENVIRONMENT = ("EXECUTION_ERROR", "VALIDATION_ERROR")  # codes of a server's errors that leave its session open
 
 _TYPES: Mapping[str, type] = {
     "string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict,
@@ -43,7 +45,7 @@ class EnvClient(Protocol):
 def served(url: str) -> type:
     """Return the class of the environments that an OpenEnv server at ``url`` runs, each in a session of its own.
 
-    Raises ConfigError if OpenEnv is not installed, or the server does not answer.
+    Raises ConfigError if OpenEnv is not installed, the server does not answer, or a tool cannot be a method.
     """
     try:
         generic = importlib.import_module("openenv.core.generic_client")
@@ -55,6 +57,8 @@ def served(url: str) -> type:
         with urllib.request.urlopen(f"{url.rstrip('/')}/schema", timeout=30) as answer:
             action = json.load(answer)["action"]
         return environment(lambda: generic.GenericEnvClient(base_url=url).sync(), action)
+    except ConfigError:  # a ValueError too, with its own advice
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(
             f"environment: the OpenEnv server {url} does not tell its actions ({type(error).__name__}: {error}). "
@@ -78,8 +82,8 @@ def environment(connect: Callable[[], EnvClient], action: Mapping[str, Any]) -> 
     bad = [each.__name__ for each in methods if each.__name__ in names or not _is_public(each.__name__)]
     if bad:
         raise ConfigError(
-            f"tools of the OpenEnv environment cannot be methods: {listed(bad)}. Give each a public name of Python "
-            f"other than {listed(sorted(names))}"
+            f"tools of the OpenEnv environment cannot be methods: {', '.join(bad)}. Give each a public name of Python "
+            f"other than {' or '.join(sorted(names))}"
         )
 
     def made(self: OpenEnv) -> None:
@@ -89,35 +93,65 @@ def environment(connect: Callable[[], EnvClient], action: Mapping[str, Any]) -> 
 
 
 class OpenEnv:
-    """A session of an OpenEnv environment, with TRL's ``reset`` and ``get_reward``."""
+    """A session of an OpenEnv environment, with TRL's ``reset`` and ``get_reward``.
+
+    A call takes the session's client, because an abandoned call still waits for its answer, which the next call on the
+    client would receive. The client comes back with the answer, if its episode goes on by then; else it is closed.
+    """
 
     def __init__(self, connect: Callable[[], EnvClient]) -> None:
-        self._connect = connect
+        self._connect, self._lock = connect, threading.Lock()
         self._client: EnvClient | None = None
-        self._reward, self._is_over = 0.0, False
+        self._episode, self._reward, self._is_over = 0, 0.0, True
 
     def reset(self, **row: Any) -> str:
-        """Begin an episode with the row's columns except its prompt, and return the first observation."""
-        if self._client is None:
-            self._client = self._connect()
+        """Begin an episode with the row's columns except its prompt, and return the first observation.
+
+        Open a new session if there is none, or if a call still waits in it.
+        """
         options = {key: value for key, value in row.items() if key != "prompt"}
-        self._reward, self._is_over = 0.0, False
-        return _text(self._seen(self._client.reset(**options)))
+        with self._lock:
+            client, self._client = self._client, None
+            self._episode, self._reward, self._is_over = self._episode + 1, 0.0, False
+            episode = self._episode
+        client = client or self._connect()
+        return _text(self._observed(client, episode, lambda: client.reset(**options)))
 
     def get_reward(self) -> float:
         """Return the sum of the episode's rewards."""
         return self._reward
 
     def _act(self, action: dict[str, Any]) -> Any:
-        """Take a step with an action, and return the observation. Return None if no episode is open."""
-        if self._client is None or self._is_over:
-            return None
-        return self._seen(self._client.step(action))
+        """Take a step with an action, and return the observation. Return None if no episode is open, or if a call still
+        waits in its session.
+        """
+        with self._lock:
+            if self._client is None or self._is_over:
+                return None
+            client, self._client, episode = self._client, None, self._episode
+        return self._observed(client, episode, lambda: client.step(action))
 
-    def _seen(self, result: Result) -> Any:
-        self._reward += float(result.reward or 0.0)
-        self._is_over = bool(result.done)
-        return result.observation
+    def _observed(self, client: EnvClient, episode: int, call: Callable[[], Result]) -> Any:
+        """Return the observation of a client's call, and count its reward if the episode still goes on.
+
+        Keep the client if, besides, the call returned or the environment itself failed.
+        """
+        is_kept = False
+        try:
+            result = call()
+            with self._lock:
+                if is_kept := episode == self._episode:
+                    self._reward += float(result.reward or 0.0)
+                    self._client, self._is_over = client, bool(result.done)
+            return result.observation
+        except RuntimeError as error:
+            with self._lock:
+                if is_kept := episode == self._episode and any(code in str(error) for code in _OF_ENVIRONMENT):
+                    self._client = client
+            raise
+        finally:
+            if not is_kept:
+                client.close()
 
 
 def _listed_tools(connect: Callable[[], EnvClient]) -> Sequence[Mapping[str, Any]]:
@@ -174,16 +208,17 @@ def _method(
     method.__signature__ = inspect.Signature([own, *parameters], return_annotation=str)  # type: ignore[attr-defined]
     method.__annotations__ = {**{each.name: each.annotation for each in parameters}, "return": str}
     lines = [f"    {key}: {_line(each.get('description') or key)}" for key, each in fields.items()]
-    about = _line(tool.get("description", "").partition("Args:")[0]) or name
+    about = _line((tool.get("description") or "").partition("Args:")[0]) or name
     method.__doc__ = "\n".join([about, *(["", "Args:", *lines] if lines else [])])
     return method
 
 
 def _type(schema: Mapping[str, Any]) -> type:
-    """Return the Python type of a JSON schema. For ``anyOf``, it is that of the first alternative with a known type;
-    without any, it is str.
+    """Return the Python type of a JSON schema. For a list of types or ``anyOf``, it is the first known type; without
+    any, it is str.
     """
-    names = [schema.get("type"), *(each.get("type") for each in schema.get("anyOf", ()))]
+    given = [schema.get("type"), *(each.get("type") for each in schema.get("anyOf", ()))]
+    names = [name for each in given for name in (each if isinstance(each, list) else [each])]
     return next((_TYPES[name] for name in names if name in _TYPES), str)
 
 
