@@ -110,7 +110,7 @@ def test_a_teacher_costs_a_longer_pass_and_a_student_that_draws_an_engine(drawin
     assert drawn.draw.n_batches == 2  # of two steps, one draws
     assert drawn.copies == 2
     assert drawn.work.flops > read.work.flops
-    with pytest.raises(ConfigError, match="distillation from another model is not planned"):
+    with pytest.raises(ConfigError, match="distillation from another teacher than the base is not planned"):
         plan_recipe(drawing("distill", {"distill": {"teacher": "other"}}))
 
 
