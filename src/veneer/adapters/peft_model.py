@@ -458,8 +458,8 @@ def _with_names(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _plainly(plain: Callable[..., Any], model: PeftModel, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run the model's own forward pass. If its head is frozen, the loss is computed without the logits
-    of all tokens.
+    """Run the model's own forward pass. If labels are given and the head is frozen, the loss is computed from the
+    hidden states, chunk by chunk, so the logits of all tokens are never in memory at once.
     """
     if kwargs.get("labels") is None or torch.compiler.is_compiling():
         return plain(model, *args, **kwargs)

@@ -52,7 +52,7 @@ def shared_key(name: str) -> str:
 def is_shared(key: str, names: Collection[str]) -> bool:
     """Return True if a key belongs to a tensor shared by all layers. ``names`` are the names of such tensors.
 
-    The key may repeat the tensor at one layer.
+    This includes the key of a copy that a file holds under one layer's path.
     """
     rest = divided(key)[1]
     return key.startswith(_MODEL) and (rest.partition(".")[0] in names or rest.rpartition(".")[2] in names)

@@ -33,8 +33,9 @@ _READ = ("prompt", "chosen", "rejected", "completion", "label")
 def checked_rows(rows: Any, name: str, task: Task) -> Any:
     """Check rows, and return them unchanged. Several data sets, given as a mapping, are checked one by one.
 
-    Raises DataError if columns are missing. Otherwise it lists, by number, each row that cannot be used: a value is
-    empty or malformed, or chosen and rejected are equal. Streamed rows are checked later, as they are read.
+    Raises DataError if columns are missing. If none are, but rows cannot be used, raises DataError with the number and
+    the problem of each such row: a value is empty or malformed, or chosen and rejected are equal. Streamed rows are
+    checked later, as they are read.
     """
     if rows is None:
         if name == "train":

@@ -74,8 +74,8 @@ class BottleneckConfig(ResidualMethod):
 
     @classmethod
     def parallel(cls, **fields: object) -> Self:
-        """Return He's settings: the bottleneck is parallel to the feed-forward part, has half its width, is scaled by
-        4, and starts as the identity.
+        """Return the settings of He et al. (2022): the bottleneck is parallel to the feed-forward part, half as wide as
+        the residual stream, scaled by 4, and the identity at the start.
         """
         return cls(**PRESETS["parallel"] | fields)
 

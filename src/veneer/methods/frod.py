@@ -104,7 +104,9 @@ class FrodConfig(LinearMethod):
         if self.regularization_alpha <= 0:
             found.append(f"regularization_alpha={self.regularization_alpha!r} must be above 0")
         if not self.save_projection:
-            found.append("save_projection=False is not supported: V is in the file, so leave it at True")
+            found.append(
+                "save_projection=False is not supported, because the file always holds V: leave save_projection at True"
+            )
         return found + no_rates(self, "frod_dropout")
 
     @property

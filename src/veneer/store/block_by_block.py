@@ -106,9 +106,11 @@ class _Waiting:
 
 
 class _InTurn:
-    """Tensor of a checkpoint that, when it is read, first passes on all blocks that are loaded.
+    """Tensor of a checkpoint. Before each read it gives the blocks that are complete to the function of
+    `blocks_handed_on`.
 
-    Blocks are passed on from a read because the loader would hide errors that they raise in its later steps.
+    This happens within a read because transformers' loader hides errors raised in its later steps, and would so hide
+    the function's.
     """
 
     def __init__(self, tensor: Any, waiting: _Waiting) -> None:

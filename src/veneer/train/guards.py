@@ -52,8 +52,8 @@ def require_whole_models(trainer: Trainer) -> None:
     """
     if n_processes() > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ConfigError(
-            "several processes train with a whole model each (torchrun without more settings); checkpoints of models "
-            "that FSDP or DeepSpeed has split are not written: leave fsdp and deepspeed out"
+            "fsdp and deepspeed are not supported, because checkpoints of a model that they split are not written: "
+            "leave them out (torchrun without them trains a whole model in each process)"
         )
 
 

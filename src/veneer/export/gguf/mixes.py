@@ -52,7 +52,5 @@ def mix_of(name: str) -> Mix:
 def adapter_mix_of(name: str) -> Mix:
     """Return the mix of an adapter's file. Raises ConfigError unless it is F32 or F16."""
     if name.upper() not in _OF_ADAPTERS:
-        raise ConfigError(
-            f"type {name!r} is not for adapters: one is written in {' or '.join(_OF_ADAPTERS)}. Give one of these"
-        )
+        raise ConfigError(f"type {name!r} is not for adapters: give {' or '.join(_OF_ADAPTERS)}")
     return mix_of(name)

@@ -116,9 +116,11 @@ def _on_base(adapter: Path, fields: Mapping[str, Any], method: MethodConfig, bas
 
 
 def _started(method: MethodConfig, places: Mapping[str, Placed]) -> dict[str, Tensor]:
-    """Return the adapter's fixed parameters, computed as its initialization does, by their keys in a file.
+    """Compute the adapter's fixed parameters as its initialization does, and return them by the keys that they have in
+    a file.
 
-    An initialization such as PiSSA subtracts them from the base on loading. PEFT does not save them.
+    PEFT's files do not hold them. For a start such as PiSSA they are the initial factors, whose product is subtracted
+    from the base.
     """
     found: dict[str, Tensor] = {}
     for placed in places.values():

@@ -69,8 +69,9 @@ class MontecloraConfig(Settings, Variant):
         return {STD: (r,), WEIGHTS: (n,), _HELD[0]: (r, r), _HELD[1]: (n,)}
 
     def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
-        """Return initial values: v and p are uniform in [0, 1). The other two are kept for PEFT's files, and never
-        read.
+        """Return initial values. v and p are uniform in [0, 1).
+
+        ``monteclora_variance`` and ``monteclora_drawn_weights`` are there only for PEFT's files, and are never read.
         """
         r, n = config.rank(site), self.num_samples
         start = {STD: torch.rand(r, generator=generator), WEIGHTS: torch.rand(n, generator=generator)}

@@ -353,8 +353,8 @@ class AdaptedLinear(AdaptedSite):
         return len(names) > 1 and any(self.rate(name) for name in names)
 
     def _differs(self, names: Sequence[str]) -> bool:
-        """Return True if one of the adapters has a trained copy of the weight, or trained rows of it. Its rows of a
-        batch then use another weight than the base's.
+        """Return True if one of the adapters has a trained copy of the weight, or of some of its rows. The batch rows
+        that use this adapter then need another weight than the base's.
         """
         return any(self.has_own(name, "weight") for name in names)
 

@@ -23,9 +23,9 @@ def give_back(model: nn.Module) -> None:
     """Return to the system the process's freed memory, and the resident pages of mapped files that hold the model's
     tensors.
 
-    A single tensor keeps the map of its whole file. The file's pages stay resident, though most will not be read again;
-    a page that is read again comes back from the file. A map with a written page is left unchanged, since its writes
-    would be lost. This works on Linux; on other systems nothing is returned.
+    One tensor is enough to keep its whole file mapped, and all pages read so far would stay resident, though most are
+    not read again. They are dropped here; a page that is read again comes back from the file. A map with a written page
+    is left unchanged, since its writes would be lost. This works on Linux; on other systems nothing is returned.
     """
     if not os.access(SMAPS, os.R_OK):
         return

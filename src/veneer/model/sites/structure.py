@@ -31,9 +31,9 @@ SublayerKind = Literal["attention", "cross_attention", "mlp"]
 class ResidualSublayer:
     """Sub-layer of a block.
 
-    ``input_path`` is the module whose first input is the sub-layer's input. If a norm precedes the sub-layer, this
-    is the norm's output. ``output_path`` is the module whose first output is added to the residual stream. If a norm
-    follows the sub-layer, it is that norm.
+    ``input_path`` is the module whose first input is the sub-layer's input (the output of the norm before the
+    sub-layer, if there is one). ``output_path`` is the module whose first output is added to the residual stream (the
+    norm after the sub-layer, if there is one).
     """
 
     block_path: str

@@ -39,9 +39,9 @@ def add_low_rank(
     zs: Sequence[Float[Tensor, "n _"]],
     layers: Sequence[LinearLayer],
 ) -> Tensor:
-    """Add ``scale * b_scale * B (core * A x)`` to the outputs of layers, in place; return ``A x`` for
-    `low_rank_backward`.
+    """Add ``scale * b_scale * B (core * A x)`` to ``zs``, the outputs of layers, in place.
 
+    Return one tensor for `low_rank_backward` (its ``u``): ``A x`` of all layers.
     ``read`` is x as `ops.matmul.operand` gives it. `LinearLayer.goes_by_rows` is True for all layers, or for none.
     """
     if layers[0].goes_by_rows:

@@ -75,9 +75,9 @@ class Parser:
     """Parser of one answer in a format. ``functions``: schema of the arguments by name of the function.
 
     The chunking of the input affects only how texts and arguments are divided into events. Text that may begin a call
-    is held back; if it begins none, it is returned as `Text`. A call begins with the name of a known function and
-    the start of its arguments. The format's literals, white space beside calls and special tokens are dropped. After
-    ``most`` calls, further calls are text.
+    is held back; if it begins none, it is returned as `Text`. Text counts as a call once it has the name of a known
+    function and the start of the arguments. The format's literals, white space beside calls and special tokens are
+    dropped. After ``most`` calls, further calls are text.
     """
 
     def __init__(

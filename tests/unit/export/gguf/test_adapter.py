@@ -144,7 +144,7 @@ def test_what_the_format_cannot_hold_is_refused_with_the_way_out(
 
 def test_a_base_that_is_not_known_and_a_type_that_is_none_are_refused(tmp_path: Path) -> None:
     adapter = trained(tmp_path, "llama", LoraConfig(r=3, target_modules=["q_proj"]))
-    with pytest.raises(ConfigError, match="type 'Q8_0' is not for adapters: one is written in F32 or F16"):
+    with pytest.raises(ConfigError, match="type 'Q8_0' is not for adapters: give F32 or F16"):
         export_lora(adapter, tmp_path / "x.gguf", type="Q8_0")
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
