@@ -89,7 +89,7 @@ def test_split_models_are_refused(monkeypatch):
     split = SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False)
     guards.require_whole_models(split)
     monkeypatch.setattr(guards, "n_processes", lambda: 2)
-    with pytest.raises(ConfigError, match="FSDP or DeepSpeed"):
+    with pytest.raises(ConfigError, match="fsdp and deepspeed are not supported"):
         guards.require_whole_models(split)
 
 
