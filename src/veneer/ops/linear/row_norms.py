@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from veneer.errors import ShapeError
 from veneer.ops.dispatch import implementation
+from veneer.ops.reference import row_norms as reference
 
 
 def row_norms(
@@ -35,5 +37,7 @@ def row_norms(
             f"B is {(o, rank)}, so row_sq must be ({o},), wa {(rank, o)} and A have {rank} rows; given "
             f"{tuple(row_sq.shape)}, {tuple(wa.shape)} and {tuple(a.shape)}"
         )
+    if backend is None and (torch.compiler.is_compiling() or not b.is_cuda):
+        return reference.row_norms(row_sq, wa, a, b, scale, least)  # torch.compile reads no choice of a kernel
     norms: Tensor = implementation("row_norms.row_norms", b.device, backend)(row_sq, wa, a, b, scale, least)
     return norms
