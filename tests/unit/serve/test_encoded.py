@@ -112,7 +112,7 @@ def test_what_an_encoder_with_a_decoder_has_not_is_refused(tokenizer, tmp_path):
         llm.embed(PROMPTS[0])
     prefix = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)
     get_peft_model(made("t5"), prefix).save_pretrained(tmp_path / "prefix")
-    with pytest.raises(CompositionError, match="the adapter acts on a part of one"):
+    with pytest.raises(CompositionError, match="the adapter acts on a part of a sequence"):
         llm.generate(PROMPTS[0], lora_request=LoRARequest("p", 1, str(tmp_path / "prefix")))
     without_start = made("bart")
     for settings in (without_start.config, without_start.generation_config):
