@@ -105,7 +105,8 @@ class LiveAdapter:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Where each factor of an adapter in training lies in its packed block, so that later packings only copy values.
+    """Offsets of the factors of an adapter in training within its packed block, so that later packings only copy
+    values.
 
     ``factors`` are views of the adapter's parameters, each with its offset in the block in bytes. The table is valid as
     long as ``config`` and the parameters' addresses stay the same: an optimizer changes values in place. ``blocks`` are

@@ -168,11 +168,13 @@ def _run_member(job: Job, base: PreTrainedModel, kind: type[RunTrainer], stop: S
     The other members train on, because a member's own rewards, tools and environments may raise any error. If a member
     fails before it trains, its error is raised.
     """
+    output = Path(job.member.recipe.output)
+    before = record_of(output)
     try:
         return run_job(job, base, kind, stop)
     except Exception as error:
-        record = record_of(Path(job.member.recipe.output))
-        if record is None or record.get("reason") != reason_of(error):
+        record = record_of(output)
+        if record is None or record == before or record.get("reason") != reason_of(error):
             raise
         return JobEnd(record)
 

@@ -47,7 +47,7 @@ LARGEST = 4096
 """Products are measured with sides up to this; larger ones run at the same rate."""
 ROWS = 1024
 COLD_BYTES, COOL_BYTES, MOST_COPIES = 128 << 20, 32 << 20, 256
-"""What lies in memory alone, and what a core's own cache no longer holds."""
+"""Sizes of copies: one too large for any cache, and one too large for a core's own; and the most copies measured."""
 STRETCH, MEASURED, LONGEST_MEASURED = 5e-4, 0.1, 1.0
 """Seconds: of a stretch of runs at least, of five stretches or more, and of fewer, which is what there is where others
 use the cores: threads spin where they wait for each other, and a product may take a hundred times as long.

@@ -46,7 +46,7 @@ def read_data(part: DataPart, seed: int, reader: RowReader | PreferenceReader | 
 
 
 class _Only(NamedTuple):
-    """Which tokens of rows are trained: only completions, only the assistant's turns, or all if both are False."""
+    """Tokens of rows that are trained: only completions, only the assistant's turns, or all if both are False."""
 
     completion: bool
     assistant: bool

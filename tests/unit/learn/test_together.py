@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from veneer.errors import ConfigError, Interrupted, TrainingError
+from veneer.learn import together as learn_together
 from veneer.learn.rollouts import Rollouts
 from veneer.learn.together import draw_together
 from veneer.recipe.recipe import parse_recipe
@@ -211,6 +213,18 @@ def test_a_member_that_is_refused_before_it_trains_ends_the_sweep(values, monkey
     monkeypatch.setattr(run, "describe_run", refused)
     with pytest.raises(ConfigError, match="two is refused"):
         together(values, {"members": [{"name": "one"}, {"name": "two"}]})
+
+
+def test_the_record_of_an_earlier_failure_is_not_that_of_a_refusal(tmp_path, monkeypatch):
+    def refused(*given: Any) -> None:
+        raise ConfigError("two is refused")
+
+    (tmp_path / "run.json").write_text(json.dumps({"status": "failed", "recipe": {}, "reason": "two is refused"}))
+    monkeypatch.setattr(learn_together, "run_job", refused)
+    job: Any = SimpleNamespace(member=SimpleNamespace(recipe=SimpleNamespace(output=str(tmp_path))))
+    nothing: Any = None
+    with pytest.raises(ConfigError, match="two is refused"):
+        learn_together._run_member(job, nothing, nothing, nothing)
 
 
 def test_members_share_one_copy_of_the_base_if_each_would_keep_one(values, monkeypatch):

@@ -42,7 +42,8 @@ def test_the_second_signal_ends_the_process_at_once(tmp_path, number, code):
     process = started(script, stdout=tmp_path / "log")
     assert process.pid is not None
     try:
-        for said in ("ready", f"{signal.Signals(number).name}: the run stops after this step, with a checkpoint; a second"):
+        name = signal.Signals(number).name
+        for said in ("ready", f"{name}: the run stops after this step, with a checkpoint; a second"):
             while said not in (told := (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""):
                 assert process.is_alive(), told
                 time.sleep(0.01)

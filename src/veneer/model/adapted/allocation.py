@@ -15,7 +15,7 @@ from veneer.records.sites import Site
 
 @dataclass(frozen=True)
 class Allocation:
-    """How the parameters of a new adapter are created.
+    """Manner in which the parameters of a new adapter are created.
 
     If ``values``, they get the method's initial values; otherwise they are left uninitialized, to be loaded. If
     ``widen``, they are float32 beside a 16-bit base; otherwise they have the base's dtype.

@@ -28,7 +28,9 @@ _CUTS = (9, 4)  # tokens of the proof, in two stretches
 
 
 class Way(enum.Enum):
-    """How a model computes the next tokens of a sequence: on its cache, all at once or one by one, or without one."""
+    """Ways in which a model computes the next tokens of a sequence: with its cache, all at once or one by one, or
+    without one.
+    """
 
     AT_ONCE = "its next tokens in one pass"
     ONE_BY_ONE = "its next tokens one by one"

@@ -59,7 +59,7 @@ class BlockNorms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sublayer:
-    """Where a bottleneck adapter of one half of a block acts.
+    """Place of a bottleneck adapter at one half of a block.
 
     ``input_path`` is the module whose first input is the half's input, after a norm that precedes it. ``output_path``
     is the module whose first output is added to the residual stream; a norm that follows the half is included.

@@ -55,8 +55,8 @@ def checkpoint_as_needed(model: nn.Module) -> None:
 
 
 class ActivationPlan:
-    """How a model's blocks keep activations in the current pass: everything, or part of it, or nothing. The choice is
-    the same for all blocks.
+    """Choice of the activations that a model's blocks keep in the current pass: everything, a part or nothing. All
+    blocks keep the same.
 
     ``n_logits`` is the size of the vocabulary: float32 logits and their gradients need memory besides the activations.
     ``traced(hidden)`` returns the bytes that a block keeps for each token, or None if only a run can show it.

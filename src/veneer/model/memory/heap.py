@@ -15,8 +15,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 """Parameters of `mallopt`, as malloc.h numbers them: they are the process's, as is what follows."""
 KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: -1}
 USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}
-"""Where glibc arrives by itself once a block of 32 MB was freed; after a call of `mallopt` it moves nothing itself.
-They stand at the end whatever the environment (``MALLOC_*``) had said."""
+"""Values that glibc reaches by itself once a block of 32 MB was freed. After a call of `mallopt` it changes none
+itself, so they are set at the end, whatever the environment (``MALLOC_*``) had said."""
 
 MAPPED = {MMAP_MAX: 65536, MMAP_THRESHOLD: 128 << 10, TRIM_THRESHOLD: 128 << 10}
 """Thresholds with which glibc begins. Once they are set, no freed block moves them."""

@@ -24,7 +24,7 @@ UNIT_EPS = 1e-6  # added to the square of a query's or key's length, as in trans
 
 
 class Inner(NamedTuple):
-    """What the products in front compute of n tokens: queries, keys and values in one, gates z, b and a."""
+    """Products of the layer's input for n tokens: queries, keys and values in one, gates z, b and a."""
 
     qkv: Tensor
     z: Tensor

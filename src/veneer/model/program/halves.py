@@ -39,8 +39,8 @@ _PATHS = ("path", "act", "conv", "correction", "input_path", "output_path")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tables:
-    """How a model lays out its tables of cosines and sines. ``pairs``: each angle stands twice side by side.
-    ``sin_first``: the table of sines comes before that of cosines.
+    """Layout of a model's tables of cosines and sines. ``pairs``: each angle stands twice side by side. ``sin_first``:
+    the table of sines comes before that of cosines.
     """
 
     pairs: bool = False

@@ -75,7 +75,7 @@ class PassKind(NamedTuple):
 
 
 class StepPlace(NamedTuple):
-    """Where to add a version's changes of an operation in the program in C++ (``step``): the version's number, and the
+    """Place in the program in C++ (``step``) for a version's changes of an operation: the version's number, and the
     index (``at``) of the operation's first instruction.
     """
 

@@ -29,7 +29,7 @@ Kept = tuple[Tensor | None, ...]
 
 
 class Keep(NamedTuple):
-    """What an operation must keep for the backward pass. ``output``: its output, because a backward pass reads it.
+    """Needs of an operation's backward pass. ``output``: it reads the operation's output.
 
     ``again``: the backward pass runs the operation again, so values that this recomputes are not kept. ``source``: the
     backward pass recomputes its source. ``owns``: no other operation reads its source, in either pass.

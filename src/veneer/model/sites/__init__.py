@@ -1,1 +1,1 @@
-"""Where adapters act in a model, one file for each kind: layers, prefixes, prompts, bottlenecks."""
+"""Places in a model at which adapters act, one file for each kind: layers, prefixes, prompts, bottlenecks."""

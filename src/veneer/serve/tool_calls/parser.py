@@ -64,7 +64,7 @@ Event = Text | Begun | Arguments | Ended
 
 
 class _Place(enum.Enum):
-    """Where a parser is in a text: outside calls, in the arguments of a call, or after them."""
+    """State of a parser within a text: outside calls, in the arguments of a call, or after them."""
 
     TEXT = "text"
     ARGUMENTS = "arguments"

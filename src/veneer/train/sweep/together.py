@@ -65,7 +65,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class JobEnd:
-    """How a job ended: the content of ``run.json``, and the loss if the run is paused, else None."""
+    """End of a job: the content of ``run.json``, and the loss if the run is paused, else None."""
 
     record: dict[str, Any]
     loss: float | None = None
