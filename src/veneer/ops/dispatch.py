@@ -15,6 +15,7 @@ import torch
 from veneer.errors import BackendError
 
 BACKENDS = ("triton", "cpu", "reference")
+MOST_ROWS_BY_CODES = 16  # on a GPU torch multiplies more rows faster, with the weight decoded whole
 _DEVICES = {"triton": "cuda", "cpu": "cpu"}
 _PRODUCTS = ("attention", "grouped_low_rank", "pairs", "paged_attention")  # families whose kernels multiply tiles
 _TENSOR_CORES = (8, 0)  # the first compute capability of which Triton uses them

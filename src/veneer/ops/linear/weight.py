@@ -5,11 +5,10 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from veneer.ops.dispatch import MOST_ROWS_BY_CODES
 from veneer.ops.linear.layer import Weight
 from veneer.ops.matmul import add_matmul, matmul
 from veneer.ops.traced import is_watched
-
-FEW_ROWS = 16  # kernels multiply so few by a weight's codes on a GPU
 
 
 def product(x: Float[Tensor, "n i"], read: Float[Tensor, "n i"], weight: Weight) -> Float[Tensor, "n o"]:
@@ -37,12 +36,12 @@ def add_transposed(
 
 def _decoded(weight: Weight, rows: Float[Tensor, "n _"]) -> Weight:
     """Return the weight for a product with rows. On a GPU, a stored weight is decoded whole if there are more than
-    `FEW_ROWS` rows.
+    `MOST_ROWS_BY_CODES` rows.
 
     It stays as it is if it sets a ``compute_dtype`` other than the rows' dtype, because its own product then converts
     the rows. So it does if ops are watched: selective checkpointing keeps products, and no decoded weight.
     """
-    if isinstance(weight, Tensor) or not rows.is_cuda or len(rows) <= FEW_ROWS or is_watched():
+    if isinstance(weight, Tensor) or not rows.is_cuda or len(rows) <= MOST_ROWS_BY_CODES or is_watched():
         return weight
     own = getattr(weight, "compute_dtype", None)
     return weight.dense(rows.dtype) if own in (None, rows.dtype) else weight

@@ -14,14 +14,13 @@ import triton.language as tl
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from veneer.ops.dispatch import slow_products
+from veneer.ops.dispatch import MOST_ROWS_BY_CODES, slow_products
 from veneer.ops.four_bit import FourBitLayout
 from veneer.ops.four_bit_codes import NESTED, code_table
 from veneer.ops.reference.four_bit import SMALLEST_ABSMAX, thresholds
 from veneer.ops.triton.launch import block, launch, launch_exact
 
 _TILE = 4096
-_FEW_ROWS = 16  # more are multiplied faster by torch, with the weight decoded whole
 _LEAST = tl.constexpr(SMALLEST_ABSMAX)
 
 
@@ -75,7 +74,7 @@ def matmul_4bit(
     args = x, packed, absmax, _table(layout.quant_type, x.device), out, len(x), o, i
     forms = {
         "BLOCK_SIZE": layout.block_size,
-        "ROWS": _FEW_ROWS,
+        "ROWS": MOST_ROWS_BY_CODES,
         "OUTPUTS": outputs,
         "BYTES": 32 if x.dtype == torch.float32 else 64,
     }
@@ -94,18 +93,17 @@ def matmul_t_4bit(
     o, i = layout.shape
     out = dy.new_empty(len(dy), i)
     args = dy, packed, absmax, _table(layout.quant_type, dy.device), out, len(dy), o, i
-    forms = {"BLOCK_SIZE": layout.block_size, "ROWS": _FEW_ROWS, "OUTPUTS": 64, "BYTES": 16}
+    forms = {"BLOCK_SIZE": layout.block_size, "ROWS": MOST_ROWS_BY_CODES, "OUTPUTS": 64, "BYTES": 16}
     launch(_transposed_kernel, (triton.cdiv(i // 2, 16),), *args, **forms)
     return out
 
 
 def _is_few(x: Tensor, layout: FourBitLayout) -> bool:
-    """Return True if the kernel that reads codes multiplies x: x has 1 to `_FEW_ROWS` rows, and each row of the weight
-    begins with a whole byte.
-
-    It is False on GPUs for which Triton's products are refused (`slow_products`).
+    """Return True if the kernel that reads codes multiplies x: x has 1 to `MOST_ROWS_BY_CODES` rows, and each row of
+    the weight begins with a whole byte. It is False on GPUs for which Triton's products are refused
+    (`slow_products`).
     """
-    return 0 < len(x) <= _FEW_ROWS and layout.shape[1] % 2 == 0 and not slow_products()
+    return 0 < len(x) <= MOST_ROWS_BY_CODES and layout.shape[1] % 2 == 0 and not slow_products()
 
 
 @cache

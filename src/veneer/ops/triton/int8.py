@@ -8,12 +8,11 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int8
 from torch import Tensor
 
-from veneer.ops.dispatch import slow_products
+from veneer.ops.dispatch import MOST_ROWS_BY_CODES, slow_products
 from veneer.ops.reference.int8 import INVERSE_127
 from veneer.ops.triton.launch import block, launch, launch_exact, warps
 
 _WIDEST = 2048
-_FEW_ROWS = 16  # more are multiplied faster by torch, with the weight decoded whole
 _INVERSE_127 = tl.constexpr(INVERSE_127)
 _ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken off, it rounds to whole numbers, ties to even
 
@@ -41,7 +40,7 @@ def dequantize_int8(
 def matmul_int8(
     x: Float[Tensor, "rows i"], codes: Int8[Tensor, "o i"], absmax: Float32[Tensor, " o"]
 ) -> Float[Tensor, "rows o"]:
-    if not 0 < len(x) <= _FEW_ROWS or slow_products():
+    if not 0 < len(x) <= MOST_ROWS_BY_CODES or slow_products():
         return x @ dequantize_int8(codes, absmax, x.dtype).T
     o, i = codes.shape
     return _product(x, (codes, absmax), o, i, transposed=False)
@@ -50,7 +49,7 @@ def matmul_int8(
 def matmul_t_int8(
     dy: Float[Tensor, "rows o"], codes: Int8[Tensor, "o i"], absmax: Float32[Tensor, " o"]
 ) -> Float[Tensor, "rows i"]:
-    if not 0 < len(dy) <= _FEW_ROWS or slow_products():
+    if not 0 < len(dy) <= MOST_ROWS_BY_CODES or slow_products():
         return dy @ dequantize_int8(codes, absmax, dy.dtype)
     o, i = codes.shape
     return _product(dy, (codes, absmax), i, o, transposed=True)
@@ -59,7 +58,7 @@ def matmul_t_int8(
 def _product(x: Tensor, weight: tuple[Tensor, Tensor], wide: int, deep: int, transposed: bool) -> Tensor:
     """Multiply ``x`` by the weight: ``wide`` results a row, each a sum of ``deep`` products."""
     out = x.new_empty(len(x), wide)
-    forms = {"TRANSPOSED": transposed, "ROWS": _FEW_ROWS, "WIDE": 32, "DEEP": 128}
+    forms = {"TRANSPOSED": transposed, "ROWS": MOST_ROWS_BY_CODES, "WIDE": 32, "DEEP": 128}
     launch(_product_kernel, (triton.cdiv(wide, 32),), x, *weight, out, len(x), wide, deep, **forms)
     return out
 
