@@ -17,7 +17,7 @@ STAGES = (
     "tiles of attention",
 )
 TRAINED = ("dense", "nf4", "paged", "dropout", "dora", "packed", "galore", "int8", "dpo")
-KERNELS = ("attention", "four_bit", "norms", "head", "int8", "pairs", "paged_attention", "draws")
+KERNELS = ("attention", "four_bit", "norms", "head", "int8", "pairs", "paged_attention", "draws", "fused")
 STEPS = (
     ("1b", "dense"), ("1b", "nf4"), ("1b", "dropout"), ("8b", "nf4"), ("8b", "dense"), ("1b", "dora"),
     ("1b", "liger"),

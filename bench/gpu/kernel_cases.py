@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,7 @@ from veneer.ops.cross_entropy import HeadOptions, linear_cross_entropy
 from veneer.ops.dropout import drop
 from veneer.ops.four_bit import FourBitLayout, dequantize_4bit, matmul_4bit, quantize_4bit
 from veneer.ops.int8 import dequantize_int8, matmul_int8, quantize_int8
-from veneer.ops.paged_attention import DTYPES, PagedRows, PagedStore, append, paged_attention
+from veneer.ops.paged_attention import PagedRows, PagedStore, append, paged_attention
 from veneer.ops.pairs import FactorPair, PackedPairs, Segment, Segments, add_pairs
 from veneer.ops.sample import RowRule, draw
 
@@ -86,7 +86,7 @@ class Maker:
         return self.frozen(*shape).requires_grad_()
 
 
-def _norms(make: Maker) -> Iterator[Case]:
+def norms(make: Maker) -> Iterator[Case]:
     d, how = make.sizes.width, {"backend": make.backend}
     inputs = [make.trained(make.sizes.tokens, d), make.trained(d), make.trained(d)]
     yield Case(
@@ -103,7 +103,7 @@ def _norms(make: Maker) -> Iterator[Case]:
     )
 
 
-def _elementwise(make: Maker) -> Iterator[Case]:
+def elementwise(make: Maker) -> Iterator[Case]:
     s, how = make.sizes, {"backend": make.backend}
     pair = [make.trained(s.tokens, s.inner), make.trained(s.tokens, s.inner)]
     yield Case(
@@ -125,11 +125,11 @@ def _elementwise(make: Maker) -> Iterator[Case]:
         name="rotary, q and k",
         inputs=qk,
         ours=lambda q, k: rotary(q, k, cos, sin, **how),
-        peer=lambda q, k: (_turned(q, cos, sin), _turned(k, cos, sin)),
+        peer=lambda q, k: (turned(q, cos, sin), turned(k, cos, sin)),
     )
 
 
-def _dropout(make: Maker) -> Case:
+def dropout(make: Maker) -> Case:
     """torch draws other masks, so that its values say nothing."""
     x, mask = make.frozen(make.sizes.tokens, make.sizes.width), (0.05, 2**63 + 29, 2**40)
     return Case(
@@ -141,14 +141,14 @@ def _dropout(make: Maker) -> Case:
     )
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As transformers turns them: whole tables, halves swapped by a copy."""
     c, s = (torch.cat([t, t], dim=-1).unsqueeze(1).to(x.dtype) for t in (cos, sin))
     first, second = x.chunk(2, dim=-1)
     return x * c + torch.cat([-second, first], dim=-1) * s
 
 
-def _head(make: Maker) -> Case:
+def head(make: Maker) -> Case:
     s = make.sizes
     weight = make.frozen(s.classes, s.width, scale=s.width**-0.5)
     labels = torch.randint(0, s.classes, (s.tokens,), device=make.device)
@@ -169,7 +169,7 @@ def _qkv(make: Maker) -> list[Tensor]:
     return [make.trained(s.tokens, heads, s.head_dim) for heads in (s.heads, s.kv_heads, s.kv_heads)]
 
 
-def _attention_of_a_batch(make: Maker) -> Case:
+def attention_of_a_batch(make: Maker) -> Case:
     s = make.sizes
     bounds = torch.arange(0, s.tokens + 1, s.length, device=make.device)
 
@@ -183,7 +183,7 @@ def _attention_of_a_batch(make: Maker) -> Case:
     return Case(name="attention, causal", inputs=_qkv(make), ours=ours, peer=peer)
 
 
-def _packed_attention(make: Maker) -> Case:
+def packed_attention(make: Maker) -> Case:
     """Sequences of uneven lengths, each token seeing a quarter of a row back; torch needs a dense mask for it."""
     s = make.sizes
     ends = [0, s.length // 3, s.length, s.length + 5, 2 * s.length, s.tokens]
@@ -217,7 +217,7 @@ def _their_state(absmax: Tensor, w: Tensor) -> Any:
     return state
 
 
-def _four_bit(make: Maker) -> Iterator[Case]:
+def four_bit(make: Maker) -> Iterator[Case]:
     s, how = make.sizes, {"backend": make.backend}
     w = make.frozen(s.inner, s.width)
     packed, absmax = quantize_4bit(w, "nf4", **how)
@@ -258,7 +258,7 @@ def _four_bit(make: Maker) -> Iterator[Case]:
         )
 
 
-def _int8(make: Maker) -> Iterator[Case]:
+def int8(make: Maker) -> Iterator[Case]:
     s, how = make.sizes, {"backend": make.backend}
     w = make.frozen(s.inner, s.width)
     codes, absmax = quantize_int8(w, **how)
@@ -286,7 +286,7 @@ def _int8(make: Maker) -> Iterator[Case]:
         )
 
 
-def _blockwise(make: Maker) -> Case:
+def blockwise(make: Maker) -> Case:
     x, code = make.frozen(make.sizes.inner, make.sizes.width), dynamic_map().to(make.device)
 
     def ours(x: Tensor) -> tuple[Tensor, ...]:
@@ -308,7 +308,7 @@ def _blockwise(make: Maker) -> Case:
     return Case(name="8-bit blocks, both ways", inputs=[x], ours=ours, exact=exact, **_peer(theirs, reference))
 
 
-def _grouped(make: Maker) -> Case:
+def grouped(make: Maker) -> Case:
     """Eight adapters of two ranks over the rows of a batch; the peer picks each adapter's rows and multiplies."""
     s = make.sizes
     ranks = [8, 16] * 4
@@ -329,7 +329,7 @@ def _grouped(make: Maker) -> Case:
     return Case(name="8 adapters in one pass", inputs=[make.trained(s.tokens, s.width), *factors], ours=ours, peer=peer)
 
 
-def _pairs_of_versions(make: Maker) -> Case:
+def pairs_of_versions(make: Maker) -> Case:
     """Two tokens of each version, at layers that share their input; the peer multiplies version by version."""
     s, n_versions = make.sizes, make.sizes.sequences
     outs = (s.width, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim)
@@ -338,9 +338,7 @@ def _pairs_of_versions(make: Maker) -> Case:
         PackedPairs.pack([FactorPair(a, b, 0.5) for a, b in each], outs, dtype=make.dtype, backend="reference")
         for each in factors
     ]
-    segments = Segments.of([Segment(pairs, 2 * k, 2 * k + 2) for k, pairs in enumerate(packed)])
-    if make.device.type != "cpu":  # as serving sends it, with the other numbers of a step
-        segments = replace(segments, table=segments.table.to(make.device))
+    segments = segments_of(packed, make.device)
 
     def ours(x: Tensor) -> tuple[Tensor, ...]:
         ys = [x.new_zeros(len(x), o) for o in outs]
@@ -359,17 +357,29 @@ def _pairs_of_versions(make: Maker) -> Case:
     return Case(name="pairs of many versions", inputs=[make.frozen(2 * n_versions, s.width)], ours=ours, peer=peer)
 
 
-def _paged_attention(make: Maker) -> Case:
-    """A token of each of many sequences, whose keys are in pages; the peer has them in one piece."""
+def segments_of(packed: list[PackedPairs], device: torch.device) -> Segments:
+    """Two rows of each version; their table is on the device, as serving sends it with the other numbers of a step."""
+    segments = Segments.of([Segment(pairs, 2 * k, 2 * k + 2) for k, pairs in enumerate(packed)])
+    return segments if device.type == "cpu" else replace(segments, table=segments.table.to(device))
+
+
+def filled_pages(make: Maker) -> tuple[PagedStore, tuple[Tensor, Tensor], list[range]]:
+    """Pages of keys and values of whole sequences, these keys and values in one piece, and each sequence's pages."""
     s, n = make.sizes, make.sizes.sequences
-    store = PagedStore.zeros(
-        n * -(-s.length // 16), 16, (1, s.kv_heads, s.head_dim), dtype=make.dtype, device=make.device
-    )
+    heads = (1, s.kv_heads, s.head_dim)
+    store = PagedStore.zeros(n * -(-s.length // 16), 16, heads, dtype=make.dtype, device=make.device)
     n_pages = store.n_pages // n
     tables = [range(k * n_pages, (k + 1) * n_pages) for k in range(n)]
     k, v = (make.frozen(n * s.length, s.kv_heads, s.head_dim) for _ in range(2))
-    append(store, 0, k, v, _rows_on(make.device, [(t, 0, s.length) for t in tables], store), backend=make.backend)
-    rows = _rows_on(make.device, [(t, s.length - 1, 1) for t in tables], store)
+    append(store, 0, k, v, rows_on(make.device, [(t, 0, s.length) for t in tables], store), backend=make.backend)
+    return store, (k, v), tables
+
+
+def of_pages(make: Maker) -> Case:
+    """A token of each of many sequences, whose keys are in pages; the peer has them in one piece."""
+    s, n = make.sizes, make.sizes.sequences
+    store, (k, v), tables = filled_pages(make)
+    rows = rows_on(make.device, [(t, s.length - 1, 1) for t in tables], store)
 
     def peer(q: Tensor) -> Tensor:
         keys, values = (x.to(q.dtype).unflatten(0, (n, s.length)).transpose(1, 2) for x in (k, v))
@@ -380,13 +390,13 @@ def _paged_attention(make: Maker) -> Case:
     return Case(name="attention to pages", inputs=[make.frozen(n, s.heads, s.head_dim)], ours=ours, peer=peer)
 
 
-def _rows_on(device: torch.device, sequences: list[tuple[range, int, int]], store: PagedStore) -> PagedRows:
+def rows_on(device: torch.device, sequences: list[tuple[range, int, int]], store: PagedStore) -> PagedRows:
     rows = PagedRows.of(sequences, store)
     sent = (x.to(device) for x in (rows.pages, rows.first_page, rows.first_row, rows.position))
     return PagedRows(*sent, rows.n_rows)
 
 
-def _draws(make: Maker) -> Case:
+def draws(make: Maker) -> Case:
     """Tokens by temperature, top_k and top_p: the peer draws others, so the reference is what must be equalled."""
     logits = make.frozen(make.sizes.sequences, make.sizes.classes, scale=4.0)
     rules = [RowRule(temperature=0.7, top_k=20, top_p=0.8, key=(3, i)) for i in range(len(logits))]
@@ -401,22 +411,3 @@ def _draws(make: Maker) -> Case:
     ours = lambda x: draw(x, rules, backend=make.backend).tokens  # noqa: E731
     exact = lambda: (draw(logits.cpu(), rules, backend="reference").tokens,)  # noqa: E731
     return Case(name="draws", inputs=[logits], ours=ours, peer=peer, exact=exact)
-
-
-def _of_served_dtypes(make: Maker, case: Callable[[Maker], Case]) -> Iterator[Case]:
-    """The kernels of pages and pairs have no float16."""
-    if make.dtype in DTYPES:
-        yield case(make)
-
-
-FAMILIES: dict[str, Callable[[Maker], Iterable[Case]]] = {
-    "attention": lambda make: [_attention_of_a_batch(make), _packed_attention(make)],
-    "four_bit": _four_bit,
-    "norms": lambda make: [*_norms(make), *_elementwise(make)],
-    "head": lambda make: [_head(make), _dropout(make)],
-    "int8": lambda make: [*_int8(make), _blockwise(make)],
-    "pairs": lambda make: [_grouped(make), *_of_served_dtypes(make, _pairs_of_versions)],
-    "paged_attention": lambda make: _of_served_dtypes(make, _paged_attention),
-    "draws": lambda make: [_draws(make)],
-}
-"""The ops by the kernels that they share, in order of worth."""

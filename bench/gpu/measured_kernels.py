@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.kernel_cases import CHECKED, FAMILIES, TIMED, TINY, Case, Maker, Sizes
+from bench.gpu.families import FAMILIES
+from bench.gpu.kernel_cases import CHECKED, TIMED, TINY, Case, Maker, Sizes
 from bench.gpu.runner import figure
 from bench.gpu.timing import in_turns, peak_bytes, replayed
 

@@ -26,9 +26,9 @@ for name in [name for name in sys.modules if name.partition(".")[0] in ("bitsand
     del sys.modules[name]
 sys.modules["bitsandbytes"] = sys.modules["peft"] = None  # an import of one is an ImportError now
 import torch
-from bench.gpu import kernel_cases, steps
+from bench.gpu import families, kernel_cases, steps
 make = kernel_cases.Maker(torch.device("cpu"), torch.float32, None, kernel_cases.TINY)
-print(*{case.peer_name for family in ("four_bit", "int8") for case in kernel_cases.FAMILIES[family](make)})
+print(*{case.peer_name for family in ("four_bit", "int8") for case in families.FAMILIES[family](make)})
 """
 SAID = 'from bench.gpu.runner import figure; figure("product", ms=2.5, peer_ms=5.0)'
 
@@ -146,7 +146,7 @@ def test_the_cases_are_in_order_of_stages_and_have_names_of_their_own() -> None:
 
 def test_every_family_of_kernels_is_a_case() -> None:
     pytest.importorskip("triton", reason="needs the package triton")
-    from bench.gpu.kernel_cases import FAMILIES
+    from bench.gpu.families import FAMILIES
 
     assert list(FAMILIES) == list(KERNELS)
 

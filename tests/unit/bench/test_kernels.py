@@ -97,12 +97,12 @@ def test_an_optimizer(name: str, script: Script, monkeypatch: pytest.MonkeyPatch
 def test_cases_of_a_gpu(script: Script) -> None:
     """Each kernel's case of `bench.gpu` holds on the CPU, and does not where its values are a tenth too large."""
     pytest.importorskip("triton")
-    holds, cases = script("measured_kernels").holds, script("kernel_cases")
+    measured, cases, families = (script(name) for name in ("measured_kernels", "kernel_cases", "families"))
     make = cases.Maker(torch.device("cpu"), torch.float32, None, cases.TINY)
-    for case in (case for family in cases.FAMILIES.values() for case in family(make)):
-        assert holds(case)[0], case.name
+    for case in (case for family in families.FAMILIES.values() for case in family(make)):
+        assert measured.holds(case)[0], case.name
         wrong = replace(case, ours=lambda *given, right=case.ours: stretched(right(*given)))
-        assert not holds(wrong)[0], case.name
+        assert not measured.holds(wrong)[0], case.name
 
 
 @pytest.mark.parametrize("name", ["NF4", "Q4_K"])
