@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from veneer.model.fused.head import defers_logits
 from veneer.model.fused.layout import LayoutMask
 from veneer.model.fused.saved_bytes import SavedBytes, traced_bytes, weights_of
 from veneer.model.memory.available import available_bytes
 from veneer.model.memory.checkpointing import checkpoint_fully, selective_contexts
 from veneer.model.memory.offload import ActivationOffload
+from veneer.ops.cross_entropy import chunk_rows
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ def checkpoint_as_needed(model: nn.Module) -> None:
     blocks: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None) or 0
-    plan = ActivationPlan(len(blocks), vocabulary, functools.partial(traced_bytes, model))
+    seen = functools.partial(traced_bytes, model), functools.partial(defers_logits, model)
+    plan = ActivationPlan(len(blocks), vocabulary, *seen)
     for index, block in enumerate(blocks):
         block._gradient_checkpointing_func = BlockActivations(plan, block, index)
 
@@ -59,13 +62,18 @@ class ActivationPlan:
     blocks keep the same.
 
     ``n_logits`` is the size of the vocabulary: float32 logits and their gradients need memory besides the activations.
-    ``traced(hidden)`` returns the bytes that a block keeps for each token, or None if only a run can show it.
+    ``traced(hidden)`` returns the bytes that a block keeps for each token, or None if only a run can show it. If
+    ``defers()`` is True, the pass computes logits chunk by chunk.
     """
 
     def __init__(
-        self, n_blocks: int, n_logits: int, traced: Callable[[Tensor], float | None] = lambda hidden: None
+        self,
+        n_blocks: int,
+        n_logits: int,
+        traced: Callable[[Tensor], float | None] = lambda hidden: None,
+        defers: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.n_blocks, self.n_logits, self._traced = n_blocks, n_logits, traced
+        self.n_blocks, self.n_logits, self._traced, self._defers = n_blocks, n_logits, traced, defers
         self.way: Way = "kept"
         self.block_bytes: float | None = None  # a token, of one block
         self._logged: Way | None = None
@@ -83,7 +91,7 @@ class ActivationPlan:
             return
         n_tokens = hidden.numel() // hidden.shape[-1]
         blocks = n_tokens * self.block_bytes * self.n_blocks
-        logits = n_tokens * self.n_logits * 2.0 * torch.float32.itemsize
+        logits = self._logits_bytes(hidden, n_tokens)
         free = available_bytes(hidden.device)
         # Part of a pass that was kept the allocator may hold already: it is not free, and need not be.
         room = free if n_tokens <= self._most_kept else SHARE * free
@@ -98,6 +106,16 @@ class ActivationPlan:
                 _REASONS[self.way], f"{n_tokens:,}", (blocks + logits) / 1e9, free / 1e9,
             )  # fmt: skip
             self._logged = self.way
+
+    def _logits_bytes(self, hidden: Tensor, n_tokens: int) -> int:
+        """Return the bytes of the logits and of their gradients that a pass holds at a time.
+
+        The gradients of a chunk overwrite its logits, in the dtype of the hidden states.
+        """
+        if not self._defers():
+            return n_tokens * self.n_logits * 2 * torch.float32.itemsize
+        row_bytes = max(1, self.n_logits) * hidden.element_size()
+        return min(n_tokens, max(1, chunk_rows(row_bytes, hidden.device))) * row_bytes
 
     @contextmanager
     def measuring(self, block: nn.Module, hidden: Tensor) -> Iterator[None]:

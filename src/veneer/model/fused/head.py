@@ -71,3 +71,8 @@ def deferred_logits(model: nn.Module) -> Iterator[bool]:
     finally:
         restore_class(module)
         del vars(module)["frozen_head"]
+
+
+def defers_logits(model: nn.Module) -> bool:
+    """Return True if a model is in the context of `deferred_logits`, and its head is frozen."""
+    return isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), _Deferring)

@@ -148,6 +148,35 @@ def test_the_choice_follows_the_memory_that_is_free_and_is_logged(
     assert "15 tokens would keep about 0.00 GB" in caplog.text
 
 
+def test_deferred_logits_count_by_their_chunk(free: dict[str, int]) -> None:
+    """A head that is frozen makes few rows of logits at a time, in its own dtype; one that trains makes all."""
+    rows = 16
+    free["bytes"], way = 0, {}
+    for deferred in (True, False):
+        plan = ActivationPlan(n_blocks=7, n_logits=(32 << 20) // (4 * rows), defers=lambda: deferred)
+        plan.block_bytes = 100.0
+        for n_tokens in (rows - 5, 10 * rows):
+            logits = min(n_tokens, rows) * plan.n_logits * 4 if deferred else n_tokens * plan.n_logits * 8
+            for spare in (0, -2):
+                free["bytes"] = 2 * (n_tokens * 7 * 100 + logits) + spare
+                plan._most_kept = 0
+                plan.begin(torch.empty(n_tokens, 2))
+                way[deferred, n_tokens, spare] = plan.way
+    assert {spare: {way[key] for key in way if key[2] == spare} for spare in (0, -2)} == {0: {"kept"}, -2: {"selective"}}
+
+
+def test_a_pass_with_a_frozen_head_counts_no_more_than_a_chunk(free: dict[str, int]) -> None:
+    for trained in (False, True):
+        model = make(fused=True)
+        model.get_output_embeddings().weight.requires_grad_(trained)
+        checkpoint_as_needed(model)
+        plan, asked = plan_of(model), []
+        counted = plan._defers
+        plan._defers = lambda counted=counted, asked=asked: asked.append(counted()) or asked[-1]
+        gradients(model, loss_of(model))
+        assert asked == [not trained]
+
+
 def test_on_a_gpu_there_is_no_way_between(free: dict[str, int]) -> None:
     plan = ActivationPlan(n_blocks=7, n_logits=11)
     plan.block_bytes = 100.0
