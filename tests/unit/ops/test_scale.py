@@ -55,6 +55,23 @@ def test_backward(n, d, dtype, scaled, with_z, with_bias, backend):
             assert ((got - exact.sum(0)).abs() <= 4e-7 * exact.abs().sum(0)).all()
 
 
+@pytest.mark.usefixtures("own_checks")
+@pytest.mark.parametrize(("n", "d"), [(8192, 1024), (300, 1000), (8192, 14336), (40, 4096)])
+def test_programs_of_few_columns_share_the_rows(n, d, monkeypatch):
+    """A key layer's columns alone would keep 32 of 132 processors busy. Programs are as many as there is work for."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    from veneer.ops.triton import scale as kernels
+
+    grids = []
+    monkeypatch.setattr(kernels, "processors", lambda x: 132)
+    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *args, **options: grids.append(grid))
+    dy = torch.empty(n, d)
+    kernels.backward(dy, dy, torch.ones(d), torch.empty(n, d), True)
+    [(tiles, parts)] = grids
+    assert tiles == -(-d // 32)
+    assert 132 <= tiles * parts <= 2 * 132 or parts in (1, -(-n // 64))
+
+
 def test_in_place_and_between_other_columns(backend):
     z, dy, scale, bias = draw(33, 75, torch.bfloat16)
     expected = scale_columns(z, scale, bias, backend="reference")

@@ -1,6 +1,7 @@
 """Columns scaled and shifted in Triton.
 
-In the backward pass a program takes some columns and all rows, so its sums need no other program's.
+In the backward pass a program takes some columns of some rows. If rows are split over programs, their partial sums are
+added in a fixed order.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from veneer.ops.reference import scale as reference
 from veneer.ops.rows import put_back, with_rows
-from veneer.ops.triton.launch import block, is_served, launch
+from veneer.ops.triton.launch import block, is_served, launch, processors
 
 _WIDEST = 1024
 _COLUMNS, _ROWS = 32, 64  # of a program's tile, backward
@@ -40,13 +41,19 @@ def backward(
     n, d = dy.shape
     rows = with_rows(dy)
     seen, written = (rows if given is None else with_rows(given) for given in (z, dz))
-    dscale, dbias = torch.empty(2, d, dtype=torch.float32, device=dy.device)
+    tiles = triton.cdiv(d, _COLUMNS)
+    height = _ROWS * triton.cdiv(n, _ROWS * max(1, 2 * processors(dy) // tiles))
+    parts = triton.cdiv(n, height)
+    sums = torch.empty(parts, 2, d, dtype=torch.float32, device=dy.device)
     forms = {"SCALED": scale is not None, "SCALE_GRAD": z is not None, "BIAS_GRAD": with_bias}
     factor = rows if scale is None else scale.contiguous()
-    places = (*(part for t in (rows, seen, written) for part in (t, t.stride(0))), factor, dscale, dbias, n, d)
-    launch(_backward_kernel, (triton.cdiv(d, _COLUMNS),), *places, **forms, COLUMNS=_COLUMNS, ROWS=_ROWS)
+    places = (*(part for t in (rows, seen, written) for part in (t, t.stride(0))), factor, sums, n, d, height)
+    launch(_backward_kernel, (tiles, parts), *places, **forms, COLUMNS=_COLUMNS, ROWS=_ROWS)
     if dz is not None:
         put_back(written, dz)
+    if z is None and not with_bias:
+        return None, None
+    dscale, dbias = sums[0] if parts == 1 else sums.sum(0)
     return None if z is None else dscale, dbias if with_bias else None
 
 
@@ -78,10 +85,10 @@ def _backward_kernel(
     dz,
     dz_stride,
     scale,
-    dscale,
-    dbias,
+    sums,
     n,
     d,
+    height,
     SCALED: tl.constexpr,
     SCALE_GRAD: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
@@ -94,7 +101,8 @@ def _backward_kernel(
     bias_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
     if SCALED:
         factor = tl.load(scale + columns, mask=within, other=0.0).to(tl.float32)
-    for first in range(0, n, ROWS):
+    part = tl.program_id(1)
+    for first in range(part * height, tl.minimum(n, (part + 1) * height), ROWS):
         rows = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = (rows < n)[:, None] & within[None, :]
         gradient = tl.load(dy + rows[:, None] * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -106,7 +114,8 @@ def _backward_kernel(
         if SCALED:
             out = (gradient * factor[None, :]).to(dz.dtype.element_ty)
             tl.store(dz + rows[:, None] * dz_stride + columns[None, :], out, mask=inside)
+    own = sums + part.to(tl.int64) * 2 * d
     if SCALE_GRAD:
-        tl.store(dscale + columns, scale_sum, mask=within)
+        tl.store(own + columns, scale_sum, mask=within)
     if BIAS_GRAD:
-        tl.store(dbias + columns, bias_sum, mask=within)
+        tl.store(own + d + columns, bias_sum, mask=within)
