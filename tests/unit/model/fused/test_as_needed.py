@@ -153,7 +153,7 @@ def test_deferred_logits_count_by_their_chunk(free: dict[str, int]) -> None:
     rows = 16
     free["bytes"], way = 0, {}
     for deferred in (True, False):
-        plan = ActivationPlan(n_blocks=7, n_logits=(32 << 20) // (4 * rows), defers=lambda: deferred)
+        plan = ActivationPlan(n_blocks=7, n_logits=(32 << 20) // (4 * rows), defers=lambda deferred=deferred: deferred)
         plan.block_bytes = 100.0
         for n_tokens in (rows - 5, 10 * rows):
             logits = min(n_tokens, rows) * plan.n_logits * 4 if deferred else n_tokens * plan.n_logits * 8
@@ -162,7 +162,10 @@ def test_deferred_logits_count_by_their_chunk(free: dict[str, int]) -> None:
                 plan._most_kept = 0
                 plan.begin(torch.empty(n_tokens, 2))
                 way[deferred, n_tokens, spare] = plan.way
-    assert {spare: {way[key] for key in way if key[2] == spare} for spare in (0, -2)} == {0: {"kept"}, -2: {"selective"}}
+    assert {spare: {way[key] for key in way if key[2] == spare} for spare in (0, -2)} == {
+        0: {"kept"},
+        -2: {"selective"},
+    }
 
 
 def test_a_pass_with_a_frozen_head_counts_no_more_than_a_chunk(free: dict[str, int]) -> None:
