@@ -108,6 +108,8 @@ def _elementwise_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     for activation in ("gelu_tanh",) if quick else ("silu", "gelu", "gelu_tanh"):
         yield f"glu {activation}", lambda a=activation: glu.glu_forward(x, x, a)
         yield f"glu {activation} backward", lambda a=activation: glu.glu_backward(x, x, x, a, (False, False))
+    yield "glu clamped", lambda: glu.clamped_forward(x)
+    yield "glu clamped backward", lambda: glu.clamped_backward(x[:, :768], x)
     first_row: tuple[int | torch.Tensor, ...] = (2**40,) if quick else (0, 2**40, torch.zeros(64, dtype=torch.int64))
     for rows in first_row:
         yield f"dropout {type(rows).__name__}", lambda r=rows: dropout.drop(x, 3277, 2**63 + 5, r)
@@ -213,10 +215,12 @@ def _paged_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
             rows = PagedRows.of([(range(20), 100, n), (range(20, 30), 0, 1)], store)
             q, kv = torch.empty(n + 1, 9, features, dtype=dtype), torch.empty(n + 1, 3, features, dtype=dtype)
             for numbers in ((0.125, 128, 30.0),) if quick else ((0.125, 0, 0.0), (0.125, 128, 30.0)):
-                args = store, 1, q, rows, *numbers, None
+                args = store, 1, q, rows, *numbers, None, None
                 yield f"paged attention {features} {n} rows {numbers[1:]}", lambda a=args: paged_attention.attend(*a)
-            args = store, 1, q, rows, 0.125, 0, 0.0, torch.empty(9, 304)
+            args = store, 1, q, rows, 0.125, 0, 0.0, torch.empty(9, 304), None
             yield f"paged attention {features} {n} rows biased", lambda a=args: paged_attention.attend(*a)
+            args = store, 1, q, rows, 0.125, 128, 0.0, None, torch.empty(9)
+            yield f"paged attention {features} {n} rows with sinks", lambda a=args: paged_attention.attend(*a)
         yield f"pages written {features}", lambda a=(store, 1, kv, kv, rows): paged_attention.append(*a)
         angles = torch.empty(1, len(q), features // 2)
         turned = store, 1, (q, kv, kv), rows, (angles, angles), False

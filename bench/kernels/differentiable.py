@@ -49,9 +49,10 @@ def attention(
     cu_seqlens: Tensor,
     options: AttentionOptions = PLAIN,
     forks: Sequence[Fork] = (),
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention within each packed sequence, with gradients in q, k and v (n, heads, head_dim)."""
-    return _Attention.apply(q, k, v, cu_seqlens, (options, forks))
+    return _Attention.apply(q, k, v, cu_seqlens, (options, forks, sinks))
 
 
 def grouped_low_rank(
@@ -146,11 +147,16 @@ class _Rotary(torch.autograd.Function):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, how: tuple[AttentionOptions, Sequence[Fork]]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        how: tuple[AttentionOptions, Sequence[Fork], Tensor | None],
     ) -> Tensor:
         out, lse = attention_forward(q, k, v, cu_seqlens, *how)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-        ctx.how = how
+        ctx.how = how[:2]
         return out
 
     @staticmethod

@@ -5,9 +5,9 @@
 
 namespace veneer {
 
-// The first three have gated units; the first five stand in feed-forward parts without a gate, all of them in bottlenecks.
+// The first three and the last have gated units; the first five stand in feed-forward parts without a gate, all of them in bottlenecks.
 enum class Activation : int {
-  silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu_squared = 4, tanh = 5, sigmoid = 6, leaky_relu = 7, identity = 8
+  silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu_squared = 4, tanh = 5, sigmoid = 6, leaky_relu = 7, identity = 8, swiglu_oai = 9
 };
 
 namespace {

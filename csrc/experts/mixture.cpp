@@ -97,8 +97,10 @@ struct Sorted {
   }
 };
 
-void multiply(const PanelMatrix& weight, int64_t n, Dtype dtype, const void* x, void* y, char* scratch, const PanelMatrix* after) {
-  PackedProduct call{weight, n, {const_cast<void*>(x), weight.i, dtype}, {y, weight.o, dtype}, {nullptr, 0, dtype}, scratch, after};
+void multiply(const ExpertStack& stack, int64_t expert, int64_t n, Dtype dtype, const void* x, void* y, char* scratch, const PanelMatrix* after) {
+  const PanelMatrix weight = stack.of(expert);
+  char* bias = stack.bias == nullptr ? nullptr : stack.bias + expert * weight.o * size_of(dtype);
+  PackedProduct call{weight, n, {const_cast<void*>(x), weight.i, dtype}, {y, weight.o, dtype}, {bias, 0, dtype}, scratch, after};
   packed_kernels().matmul(call);
 }
 
@@ -117,12 +119,14 @@ struct Run {
     for (int64_t r = 0; r < t.n; ++r)
       std::memcpy(x + r * d * bytes, static_cast<const char*>(rows.x.data) + sorted.tokens[t.start + r] * rows.x.stride * bytes, d * bytes);
     const PanelMatrix down = m.down.of(t.expert);
-    multiply(m.inner.of(t.expert), t.n, rows.dtype, x, inner, scratch, &down);
+    multiply(m.inner, t.expert, t.n, rows.dtype, x, inner, scratch, &down);
     add_pairs(t, true, x, inner, scratch);
-    glu_kernels().forward({t.n, width, rows.dtype, m.activation}, {inner, 2 * width}, {inner + width * bytes, 2 * width}, {acted, width});
+    const GluSizes sizes{t.n, width, rows.dtype, m.activation};
+    if (m.activation == Activation::swiglu_oai) glu_kernels().clamped_forward(sizes, {inner, 2 * width}, {acted, width});
+    else glu_kernels().forward(sizes, {inner, 2 * width}, {inner + width * bytes, 2 * width}, {acted, width});
     const PanelMatrix next = m.inner.of(sorted.tasks[number + apart < sorted.n_tasks ? number + apart : number].expert);
     char* y = out + t.start * down.o * bytes;
-    multiply(down, t.n, rows.dtype, acted, y, scratch, &next);
+    multiply(m.down, t.expert, t.n, rows.dtype, acted, y, scratch, &next);
     add_pairs(t, false, acted, y, scratch);
   }
 
@@ -148,7 +152,7 @@ struct Run {
 }  // namespace
 
 ExpertStack stack_at(Dtype dtype, const std::vector<int64_t>& n) {
-  return {{n[0], n[1], n[2], dtype, reinterpret_cast<void*>(n[3]), Coding(n[5]), n[6]}, n[4]};
+  return {{n[0], n[1], n[2], dtype, reinterpret_cast<void*>(n[3]), Coding(n[5]), n[6]}, n[4], reinterpret_cast<char*>(n[7])};
 }
 
 int64_t mixture_bytes(const Mixture& m, const MixtureRows& rows) {

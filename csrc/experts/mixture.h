@@ -10,10 +10,12 @@
 
 namespace veneer {
 
-// A linear layer of every expert: panels of the first one, those of the next lie so many bytes behind.
+// A linear layer of every expert: panels of the first one, those of the next lie so many bytes behind. The biases are in the dtype
+// of the rows.
 struct ExpertStack {
   PanelMatrix first;
   int64_t bytes;
+  char* bias;  // (experts, o), or null
 
   PanelMatrix of(int64_t expert) const {
     PanelMatrix m = first;
@@ -22,12 +24,12 @@ struct ExpertStack {
   }
 };
 
-// `numbers`: o, i, depth, address of the first expert's panels, bytes to the next one's, coding and unit.
+// `numbers`: o, i, depth, address of the first expert's panels, bytes to the next one's, coding, unit and address of the biases.
 ExpertStack stack_at(Dtype dtype, const std::vector<int64_t>& numbers);
 
 struct Mixture {
   int64_t n_experts, k;
-  ExpertStack inner, down;  // inner: gate and up, one below the other
+  ExpertStack inner, down;  // inner: gate and up, one below the other, or row by row where the activation is swiglu_oai
   Activation activation;
 };
 

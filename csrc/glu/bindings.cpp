@@ -25,6 +25,20 @@ void bind_glu(nb::module_& m) {
                                rows_at(dup, dup_stride), rows_at(h, h_stride));
       },
       release());
+  m.def(
+      "glu_clamped_forward",
+      [](int64_t n, int64_t d, int dtype, uintptr_t inner, int64_t inner_stride, uintptr_t h, int64_t h_stride) {
+        glu_kernels().clamped_forward({n, d, Dtype(dtype), Activation::swiglu_oai}, rows_at(inner, inner_stride), rows_at(h, h_stride));
+      },
+      release());
+  m.def(
+      "glu_clamped_backward",
+      [](int64_t n, int64_t d, int dtype, uintptr_t dh, int64_t dh_stride, uintptr_t inner, int64_t inner_stride, uintptr_t dinner,
+         int64_t dinner_stride, uintptr_t h, int64_t h_stride) {
+        glu_kernels().clamped_backward({n, d, Dtype(dtype), Activation::swiglu_oai}, rows_at(dh, dh_stride), rows_at(inner, inner_stride),
+                                       rows_at(dinner, dinner_stride), rows_at(h, h_stride));
+      },
+      release());
 }
 
 }  // namespace veneer

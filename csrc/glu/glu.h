@@ -21,6 +21,10 @@ struct GluKernels {
   // Outputs may be the inputs' memory, each its own.
   void (*backward)(const GluSizes& sizes, const Rows& dh, const Rows& gate, const Rows& up,
                    const Rows& dgate, const Rows& dup, const Rows& h);
+  // Clamped units, whatever the activation of the sizes: gate and up alternate in rows of 2 d values.
+  void (*clamped_forward)(const GluSizes& sizes, const Rows& inner, const Rows& h);
+  // dinner may be the memory of inner, and h that of dh.
+  void (*clamped_backward)(const GluSizes& sizes, const Rows& dh, const Rows& inner, const Rows& dinner, const Rows& h);
 };
 
 VENEER_KERNELS(GluKernels, glu)

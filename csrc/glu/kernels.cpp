@@ -38,6 +38,79 @@ void backward_typed(const GluSizes& sizes, const Rows& dh, const Rows& gate, con
   });
 }
 
+// Clamped gated unit of gpt-oss: (up + 1) · gate · sigmoid(alpha · gate), gate at most `limit`, up within ± `limit`.
+constexpr float alpha = 1.702f, limit = 7.0f;
+
+struct Alternating {
+  lanes even, odd;
+};
+
+// Of 2 n values.
+template <class T>
+inline Alternating take_alternating(const T* from, int64_t n) {
+  const int64_t first = 2 * n < width ? 2 * n : width;
+  float values[2 * width], even[width], odd[width];
+  store(values, take(from, first));
+  store(values + width, first < 2 * n ? take(from + width, 2 * n - width) : lanes{});
+  for (int64_t i = 0; i < width; ++i) {
+    even[i] = values[2 * i];
+    odd[i] = values[2 * i + 1];
+  }
+  return {load(even), load(odd)};
+}
+
+template <class T>
+inline void put_alternating(T* to, const Alternating& x, int64_t n) {
+  float values[2 * width], even[width], odd[width];
+  store(even, x.even);
+  store(odd, x.odd);
+  for (int64_t i = 0; i < width; ++i) {
+    values[2 * i] = even[i];
+    values[2 * i + 1] = odd[i];
+  }
+  const int64_t first = 2 * n < width ? 2 * n : width;
+  put(to, load(values), first);
+  if (first < 2 * n) put(to + width, load(values + width), 2 * n - width);
+}
+
+inline Alternating clamped(const Alternating& x) {
+  const lanes gate = x.even > limit ? splat(limit) : x.even, up = x.odd > limit ? splat(limit) : x.odd;
+  return {gate, up < -limit ? splat(-limit) : up};
+}
+
+template <class T>
+void clamped_forward_typed(const GluSizes& sizes, const Rows& inner, const Rows& h) {
+  parallel_for(sizes.n, (grain_values + sizes.d - 1) / sizes.d, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const T* in = row_of<const T>(inner, r);
+      T* out = row_of<T>(h, r);
+      each_register(sizes.d, [=](int64_t c, int64_t n) {
+        const Alternating x = clamped(take_alternating(in + 2 * c, n));
+        put(out + c, (x.odd + 1.0f) * x.even * sigmoid(alpha * x.even).value, n);
+      });
+    }
+  });
+}
+
+template <class T>
+void clamped_backward_typed(const GluSizes& sizes, const Rows& dh, const Rows& inner, const Rows& dinner, const Rows& h) {
+  parallel_for(sizes.n, (grain_values + sizes.d - 1) / sizes.d, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const T *dout = row_of<const T>(dh, r), *in = row_of<const T>(inner, r);
+      T *din = row_of<T>(dinner, r), *out = row_of<T>(h, r);
+      each_register(sizes.d, [=](int64_t c, int64_t n) {
+        const Alternating given = take_alternating(in + 2 * c, n), x = clamped(given);
+        const lanes gradient = take(dout + c, n);
+        const Sigmoid s = sigmoid(alpha * x.even);
+        const lanes value = x.even * s.value, slope = s.value * (1.0f + alpha * x.even * s.rest);
+        const lanes dgate = gradient * (x.odd + 1.0f) * slope, dup = gradient * value;
+        put_alternating(din + 2 * c, {given.even > limit ? lanes{} : dgate, (given.odd > limit) | (given.odd < -limit) ? lanes{} : dup}, n);
+        put(out + c, (x.odd + 1.0f) * value, n);
+      });
+    }
+  });
+}
+
 template <class F>
 void with_types(const GluSizes& sizes, const F& f) {
   const bool wide = sizes.dtype == Dtype::float32;
@@ -59,9 +132,18 @@ void backward(const GluSizes& sizes, const Rows& dh, const Rows& gate, const Row
   });
 }
 
+void clamped_forward(const GluSizes& sizes, const Rows& inner, const Rows& h) {
+  sizes.dtype == Dtype::float32 ? clamped_forward_typed<float>(sizes, inner, h) : clamped_forward_typed<bf16>(sizes, inner, h);
+}
+
+void clamped_backward(const GluSizes& sizes, const Rows& dh, const Rows& inner, const Rows& dinner, const Rows& h) {
+  sizes.dtype == Dtype::float32 ? clamped_backward_typed<float>(sizes, dh, inner, dinner, h)
+                                : clamped_backward_typed<bf16>(sizes, dh, inner, dinner, h);
+}
+
 }  // namespace
 
-const GluKernels glu = {forward, backward};
+const GluKernels glu = {forward, backward, clamped_forward, clamped_backward};
 
 }  // namespace VENEER_ISA
 }  // namespace veneer

@@ -42,11 +42,11 @@ void bind_paged_attention(nb::module_& m) {
       [](uintptr_t data, int dtype, int64_t block, int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t layer,
          int64_t n_sequences, uintptr_t pages, uintptr_t first_page, uintptr_t first_row, uintptr_t position,
          int64_t q_heads, uintptr_t q, int64_t q_row, int64_t q_head, uintptr_t out, int64_t out_row, int64_t out_head,
-         float scale, int64_t window, float softcap, uintptr_t bias, int64_t positions) {
+         float scale, int64_t window, float softcap, uintptr_t bias, int64_t positions, uintptr_t sinks) {
         PagedCall call{store_at(data, dtype, block, layers, kv_heads, head_dim), layer,
                        batch_at(n_sequences, pages, first_page, first_row, position), q_heads,
                        rows_at(q, q_row, q_head), rows_at(out, out_row, out_head), q_heads / kv_heads * q_head,
-                       {scale, window, softcap, reinterpret_cast<const float*>(bias), positions}, nullptr, 1};
+                       {scale, window, softcap, reinterpret_cast<const float*>(bias), positions, reinterpret_cast<const float*>(sinks)}, nullptr, 1};
         require_bias(call.options, call.batch);
         call.n_threads = threads_for(call);
         call.scratch = static_cast<char*>(workspace(paged_attention_kernels().scratch_bytes(call)));

@@ -456,7 +456,7 @@ struct Worker {
         merge(whole.sums + r * layout.d, whole.top[r], whole.total[r], part.sums + r * layout.d, part.top[r], part.total[r],
               layout.d);
     }
-    for (int64_t r = 0; r < n_rows(task); ++r) write_row(task, r, whole.sums + r * layout.d, whole.total[r]);
+    for (int64_t r = 0; r < n_rows(task); ++r) write_row(task, r, whole.sums + r * layout.d, whole.top[r], whole.total[r]);
   }
 
   int64_t n_rows(const Task& task) const { return task.n_queries * layout.group; }
@@ -580,12 +580,14 @@ struct Worker {
         const float *other = first + i * layout.part_values, *others = other + layout.rows * layout.d;
         merge(first + r * layout.d, tops[r], totals[r], other + r * layout.d, others[r], others[layout.rows + r], layout.d);
       }
-      write_row(task, r, first + r * layout.d, totals[r]);
+      write_row(task, r, first + r * layout.d, tops[r], totals[r]);
     }
   }
 
-  void write_row(const Task& task, int64_t r, const float* sums, float total) const {
-    T* out = row_at<T>(call.out, row_of(task, r), head_of(task, r));
+  void write_row(const Task& task, int64_t r, const float* sums, float top, float total) const {
+    const int64_t head = head_of(task, r);
+    T* out = row_at<T>(call.out, row_of(task, r), head);
+    if (call.options.sinks != nullptr) total += std::exp(call.options.sinks[head] - top);
     const float share = 1.0f / total;
     each_register(call.store.head_dim, [=](int64_t c, int64_t n) { put(out + c, load(sums + c) * share, n); });
   }

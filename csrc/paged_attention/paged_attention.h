@@ -39,6 +39,8 @@ struct PagedOptions {
   // values, a multiple of 16. Null: none; it excludes a cap.
   const float* bias;
   int64_t positions;
+  // A logit of each query head that is one more term of the softmax's sum, without a value. Null: none.
+  const float* sinks;
 };
 
 struct PagedCall {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -61,24 +61,48 @@ def attention_forward(
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"],
     options: AttentionOptions,
     forks: Sequence[Fork] = (),
+    sinks: Float32[Tensor, " q_heads"] | None = None,
 ) -> tuple[Float[Tensor, "n q_heads head_dim"], Float[Tensor, "q_heads n"]]:
     """Return causal softmax attention within each packed sequence, and the log of each query's softmax sum (float32).
 
     Sequence i holds the tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``; a batch (b, t) of whole rows is
     ``arange(0, b * t + 1, t)``. Query head h reads key head ``h // (q_heads // kv_heads)``. Softmax is in float32. The
     backward needs q, k, v and these two outputs (Dao 2023, arXiv 2307.08691). Only the last axis must be contiguous.
-    A sequence within the ``branches`` of a `Fork` also attends to that fork's ``stem``.
+    A sequence within the ``branches`` of a `Fork` also attends to that fork's ``stem``. ``sinks`` are a logit of each
+    query head: one more term of its softmax's sum, without a value (gpt-oss, arXiv 2508.10925, section 2.2). The
+    backward pass reads them from the two outputs; they get no gradient, and exclude the options' slopes.
 
-    Raises ShapeError if shapes or cu_seqlens do not fit.
+    Raises ShapeError if shapes or cu_seqlens do not fit, and ConfigError for sinks beside slopes.
     """
     _check(q, k, v, cu_seqlens)
+    if sinks is not None:
+        check_sinks(sinks, q)
+        if options.slopes is not None:
+            raise ConfigError("slopes shift a query's scores, which sinks do not follow: leave one of them out")
     kernel = implementation("attention.attention_forward", q.device, options.backend)
     numbers, width = _numbers(q, options), q.shape[-1]
     qkv = _biased((q, k, v), cu_seqlens, options, forks)
     out, lse = kernel(*qkv, cu_seqlens, *numbers)
     if forks:
         join_stems(qkv, out, lse, forks, cu_seqlens.tolist(), ScoreForm(*numbers))
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks)
     return out if options.slopes is None else out[..., :width].contiguous(), lse
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the outputs and logs of sums of softmaxes that have the sinks as one more term."""
+    share = torch.sigmoid(lse - sinks[:, None])  # of all other terms in the sum
+    return (out * share.T[..., None]).to(out.dtype), torch.logaddexp(lse, sinks[:, None])
+
+
+def check_sinks(sinks: Tensor, q: Tensor) -> None:
+    """Raise ShapeError if sinks are not one float32 number for each head of q (n, heads, head_dim)."""
+    if sinks.shape != (q.shape[1],) or sinks.dtype != torch.float32 or not sinks.is_contiguous():
+        raise ShapeError(
+            f"sinks must be contiguous float32 of ({q.shape[1]},), one for each query head; given "
+            f"{tuple(sinks.shape)} {sinks.dtype}"
+        )
 
 
 def attention_backward(

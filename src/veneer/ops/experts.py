@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import implementation
-from veneer.ops.glu import ACTIVATIONS
+from veneer.ops.glu import UNITS
 from veneer.ops.packed import ROWS, PackedWeight
 from veneer.ops.packed_codes import PackedCodes
 from veneer.ops.pairs import PackedPairs
@@ -75,12 +75,14 @@ class Router:
 class PackedStack:
     """Packed weights ``W (experts, o, i)`` of one linear layer of all experts, in one tensor of panels.
 
-    ``first`` is the first expert's weight; its panels are the beginning of ``panels``.
+    ``first`` is the first expert's weight; its panels are the beginning of ``panels``. ``bias`` (experts, o), if there
+    is one, is contiguous and in the dtype of the rows.
     """
 
     panels: Tensor
     n_experts: int
     first: PackedWeight | PackedCodes
+    bias: Tensor | None = None
 
     @classmethod
     def of(cls, weights: Iterable[PackedWeight] | Iterable[PackedCodes]) -> PackedStack:
@@ -97,10 +99,10 @@ class PackedStack:
     @classmethod
     def pack(cls, weights: Float[Tensor, "experts o i"]) -> PackedStack:
         """Pack dense weights as a copy, one expert at a time, so that no second copy is made."""
-        first = PackedWeight.pack(weights[0])
+        first = PackedWeight.pack(weights[0].contiguous())
         panels = first.panels.new_empty(len(weights), len(first.panels))
         for own, weight in zip(panels, weights, strict=True):
-            own.copy_(PackedWeight.pack(weight).panels)
+            own.copy_(PackedWeight.pack(weight.contiguous()).panels)
         flat = panels.flatten()
         return cls(flat, len(weights), replace(first, panels=flat[: len(first.panels)]))
 
@@ -164,7 +166,8 @@ def mix(
     ``shared`` is added to the sum, times the sigmoid of ``shared_gate`` if that is given. ``segments`` are the rows of
     adapters, in order; their pairs are in the dtype of the stacks.
 
-    ``stacks`` are those of gate and up, one below the other (2 · width, d), and of down (d, width). Products, the
+    ``stacks`` are those of gate and up (2 · width, d), and of down (d, width). ``activation`` is one of
+    `veneer.ops.glu.UNITS`, which says how the rows of gate and up lie. Products, the
     activation and the sum are float32, each rounded once to x's dtype. Raises ShapeError and ConfigError.
     """
     _check(x, ids, weights, stacks, activation)
@@ -182,8 +185,8 @@ def mix(
 
 
 def _check(x: Tensor, ids: Tensor, weights: Tensor, stacks: tuple[PackedStack, PackedStack], activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"activation {activation!r} is unknown; there are {list(ACTIVATIONS)}")
+    if activation not in UNITS:
+        raise ConfigError(f"activation {activation!r} is unknown; there are {list(UNITS)}")
     inner, down = stacks
     n_experts, d, width = down.shape
     if inner.shape != (n_experts, 2 * width, d) or inner.dtype != down.dtype:
@@ -191,6 +194,12 @@ def _check(x: Tensor, ids: Tensor, weights: Tensor, stacks: tuple[PackedStack, P
             f"stacks of a mixture are (experts, 2 width, d) and (experts, d, width) of one dtype; given {inner.shape} "
             f"{inner.dtype} and {down.shape} {down.dtype}"
         )
+    for own, wide in ((inner.bias, 2 * width), (down.bias, d)):
+        if own is not None and (own.shape != (n_experts, wide) or own.dtype != x.dtype or not own.is_contiguous()):
+            raise ShapeError(
+                f"a bias of experts must be contiguous ({n_experts}, {wide}) of {x.dtype}; given {tuple(own.shape)} "
+                f"{own.dtype}"
+            )
     if x.ndim != 2 or x.shape[1] != d or x.dtype not in ROWS:
         raise ShapeError(f"x must be (n, {d}) of float32 or bfloat16; given {tuple(x.shape)} {x.dtype}")
     alike = ids.ndim == 2 and len(ids) == len(x) and ids.shape == weights.shape

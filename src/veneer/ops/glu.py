@@ -9,6 +9,9 @@ from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import implementation
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+SWIGLU_OAI = "swiglu_oai"
+UNITS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, SWIGLU_OAI: 9}
+"""Gated units of experts, with their numbers in csrc/core/activations.h."""
 
 
 def glu_forward(
@@ -44,6 +47,36 @@ def glu_backward(
     kernel = implementation("glu.glu_backward", gate.device, backend)
     dgate, dup, h = kernel(dh, gate, up, activation, (owns_inputs, owns_dh))
     return dgate, dup, h
+
+
+def unit_forward(inner: Float[Tensor, "n two_d"], unit: str, *, backend: str | None = None) -> Float[Tensor, "n d"]:
+    """Return the gated unit, one of `UNITS`, of a layer's output that holds gate and up.
+
+    For one of `ACTIVATIONS`, gate comes before up. For ``swiglu_oai`` they alternate, and the unit is ``(up + 1) · gate
+    · sigmoid(1.702 · gate)`` with gate at most 7 and up within ± 7 (gpt-oss, arXiv 2508.10925, section 2.1). Computed
+    in float32, rounded once. Raises ConfigError for an unknown unit.
+    """
+    if unit != SWIGLU_OAI:
+        return glu_forward(*_halves(inner), unit, backend=backend)
+    out: Tensor = implementation("glu.clamped_forward", inner.device, backend)(inner)
+    return out
+
+
+def unit_backward(
+    dh: Float[Tensor, "n d"], inner: Float[Tensor, "n two_d"], unit: str, *, backend: str | None = None
+) -> None:
+    """Write the gradient with respect to ``inner`` into it, and the output of `unit_forward` into dh, which has its
+    dtype.
+    """
+    if unit != SWIGLU_OAI:
+        glu_backward(dh, *_halves(inner), unit, owns_dh=True, owns_inputs=True, backend=backend)
+    else:
+        implementation("glu.clamped_backward", inner.device, backend)(dh, inner)
+
+
+def _halves(inner: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = inner.chunk(2, dim=1)
+    return gate, up
 
 
 def _check(gate: Tensor, up: Tensor, activation: str) -> None:

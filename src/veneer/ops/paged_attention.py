@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from veneer.errors import ConfigError, ShapeError
-from veneer.ops.attention import AttentionOptions
+from veneer.ops.attention import AttentionOptions, check_sinks
 from veneer.ops.dispatch import implementation
 from veneer.ops.memory import discard_pages, empty_pages
 
@@ -231,6 +231,7 @@ def paged_attention(
     rows: PagedRows,
     options: AttentionOptions = PLAIN,
     bias: Float[Tensor, "q_heads n_positions"] | None = None,
+    sinks: Float32[Tensor, " q_heads"] | None = None,
 ) -> Float[Tensor, "n q_heads head_dim"]:
     """Return softmax attention of each row's queries to its sequence up to the row itself, in one layer.
 
@@ -240,7 +241,8 @@ def paged_attention(
 
     ``bias`` (ALiBi) has a float32 value for each position, padded to a multiple of 16 positions. A score is changed by
     the value at its key's position minus that at its query's. ``bias`` replaces the options' slopes, and excludes their
-    soft cap. Raises ShapeError.
+    soft cap. ``sinks`` are a logit of each query head: one more term of the softmax's sum, without a value (gpt-oss,
+    arXiv 2508.10925, section 2.2). Raises ShapeError.
     """
     _check(store, layer, {"q": (q, (rows.n_rows, q.shape[1] if q.ndim == 3 else 0, store.head_dim))})
     if q.shape[1] == 0 or q.shape[1] % store.kv_heads:
@@ -250,10 +252,12 @@ def paged_attention(
         )
     if bias is not None:
         _check_bias(bias, q, rows, options)
+    if sinks is not None:
+        check_sinks(sinks, q)
     scale = store.head_dim**-0.5 if options.scale is None else options.scale
     numbers = (scale, options.window or 0, options.softcap or 0.0)
     attend = implementation("paged_attention.attend", q.device, options.backend)
-    out: Tensor = attend(store, layer, q, rows, *numbers, bias)
+    out: Tensor = attend(store, layer, q, rows, *numbers, bias, sinks)
     return out
 
 

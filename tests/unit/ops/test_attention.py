@@ -24,7 +24,7 @@ def draw(bounds, q_heads, kv_heads, head_dim):
     return [q, k, v, torch.randn(n, q_heads, head_dim, generator=generator)]
 
 
-def dense(q, k, v, bounds, options):
+def dense(q, k, v, bounds, options, sinks=None):
     """Every sequence by itself, with a dense mask, in q's dtype (probabilities too)."""
     group = q.shape[1] // k.shape[1]
     outs = []
@@ -39,7 +39,10 @@ def dense(q, k, v, bounds, options):
         if options.slopes is not None:
             scores = scores - torch.tensor(options.slopes, dtype=scores.dtype)[:, None, None] * ahead
         hidden = (ahead < 0) | (ahead >= (options.window or stop))
-        outs.append((scores.masked_fill(hidden, float("-inf")).softmax(-1) @ vs).transpose(0, 1))
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, len(t), 1)], dim=-1)
+        outs.append((scores.softmax(-1)[..., : len(t)] @ vs).transpose(0, 1))
     return torch.cat(outs)
 
 
@@ -49,14 +52,14 @@ def results(function, tensors, dtype):
     return [out.detach(), *torch.autograd.grad(out, leaves, tensors[3].to(dtype))]
 
 
-def compare(tensors, bounds, options, dtype, slack=8.0):
+def compare(tensors, bounds, options, dtype, slack=8.0, sinks=None):
     """``slack`` multiplies the rounding of the largest value: dP and
     its row sum come from different sums and cancel, and where scores are large, their own rounding dominates."""
     tensors = [t.to(dtype) for t in tensors]
     cu = torch.tensor(bounds, dtype=torch.int32)
-    ours = results(lambda q, k, v: attention(q, k, v, cu, options), tensors, dtype)
-    plain = results(lambda q, k, v: dense(q, k, v, bounds, options), tensors, dtype)
-    exact = results(lambda q, k, v: dense(q, k, v, bounds, options), tensors, torch.float64)
+    ours = results(lambda q, k, v: attention(q, k, v, cu, options, sinks=sinks), tensors, dtype)
+    plain = results(lambda q, k, v: dense(q, k, v, bounds, options, sinks), tensors, dtype)
+    exact = results(lambda q, k, v: dense(q, k, v, bounds, options, sinks), tensors, torch.float64)
     for name, got, theirs, truth in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
         error, allowed = (got.double() - truth).abs(), (theirs.double() - truth).abs()
         floor = (slack if dtype == torch.float32 else 1) * torch.finfo(dtype).eps * truth.abs().max()
@@ -88,6 +91,14 @@ def test_output_and_gradients(case, dtype, backend):
     if backend == "triton" and dtype == torch.float32:
         bounds = SHORTER.get(bounds[-1], bounds)
     compare(draw(bounds, q_heads, kv_heads, head_dim), bounds, AttentionOptions(**options, backend=backend), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"window": 5, "softcap": 2.5}])
+def test_sinks_take_a_share_of_the_softmax(options, dtype, backend):
+    """One far below the scores, one far above, and some among them."""
+    bounds, sinks = [0, 1, 24, 47], torch.tensor([-40.0, 25.0, 0.3, -1.7, 2.1, 0.0])
+    compare(draw(bounds, 6, 3, 24), bounds, AttentionOptions(**options, backend=backend), dtype, sinks=sinks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,6 +159,11 @@ def test_errors():
         attention(q, k, k, torch.tensor([0, 5]))
     with pytest.raises(ShapeError, match="multiple of kv_heads"):
         attention(q, k[:, :0], k[:, :0], torch.tensor([0, 5]))
+    with pytest.raises(ConfigError, match="slopes shift a query's scores"):
+        attention(q, q, q, torch.tensor([0, 5]), AttentionOptions(slopes=(0.5,) * 3), sinks=torch.zeros(3))
+    for sinks in (torch.zeros(2), torch.zeros(3).double()):
+        with pytest.raises(ShapeError, match=r"sinks must be contiguous float32 of \(3,\)"):
+            attention(q, q, q, torch.tensor([0, 5]), sinks=sinks)
     for wrong in ([0, 4], [1, 5], [0, 3, 2, 5], [5]):
         with pytest.raises(ShapeError, match="cu_seqlens"):
             attention(q, q, q, torch.tensor(wrong))

@@ -61,6 +61,32 @@ def test_the_sum_over_experts(dtype, n, activation, backend):
     assert (y.double() - right).abs().max() <= 8 * UNIT[dtype] * right.abs().max()
 
 
+@pytest.mark.looped("n", [1, 2, 11, 211])
+@pytest.mark.looped("dtype", [torch.float32, torch.bfloat16])
+def test_experts_with_biases_and_clamped_units(dtype, n, backend):
+    """gpt-oss: gates alternate with the values that they multiply."""
+    x, ids, weights, gate_up, down = draw_mixture(dtype, n)
+    biases = draw(N_EXPERTS, 2 * WIDTH, dtype=dtype, seed=4), draw(N_EXPERTS, D, dtype=dtype, seed=5)
+    packed = stacks(3 * gate_up, down, backend=backend)
+    packed = tuple(replace(stack, bias=bias) for stack, bias in zip(packed, biases, strict=True))
+    y = mix(x, ids, weights, packed, "swiglu_oai", backend=backend)
+    right = torch.zeros(x.shape, dtype=torch.float64)
+    for row, own in enumerate(x.double()):
+        for place, number in enumerate(ids[row].tolist()):
+            inner = ((3 * gate_up)[number].double() @ own + biases[0][number].double()).to(dtype).double()
+            gate, up = inner[::2].clamp(max=7), inner[1::2].clamp(-7, 7)
+            acted = ((up + 1) * gate * torch.sigmoid(1.702 * gate)).to(dtype).double()
+            out = (down[number].double() @ acted + biases[1][number].double()).to(dtype).double()
+            right[row] += weights[row, place].double() * out
+    assert (y.double() - right).abs().max() <= 8 * UNIT[dtype] * right.abs().max()
+    if backend != "reference":
+        alone = mix(x[-1:], ids[-1:], weights[-1:], packed, "swiglu_oai", backend=backend)
+        assert torch.equal(alone, y[-1:])
+    for wrong in (biases[0].double(), biases[0][:, 1:]):
+        with pytest.raises(ShapeError, match="bias of experts must be contiguous"):
+            mix(x, ids, weights, (replace(packed[0], bias=wrong), packed[1]), "swiglu_oai", backend=backend)
+
+
 @pytest.mark.looped("gated", [True, False])
 @pytest.mark.looped("dtype", [torch.float32, torch.bfloat16])
 def test_a_shared_expert_is_added_before_the_rounding(dtype, gated, backend):

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from bench.kernels.differentiable import glu
 from veneer.errors import ConfigError, ShapeError
-from veneer.ops.glu import ACTIVATIONS, glu_backward
+from veneer.ops.glu import ACTIVATIONS, SWIGLU_OAI, glu_backward, unit_backward, unit_forward
 
 OP = "glu.glu_forward"
 TORCH = {"silu": functional.silu, "gelu": functional.gelu, "gelu_tanh": partial(functional.gelu, approximate="tanh")}
@@ -59,6 +59,27 @@ def test_halves_of_one_buffer_overwritten(activation, owns_inputs, owns_dh, back
         assert torch.allclose(got.double(), wanted, rtol=2e-6, atol=2e-5)
     for given, was, is_owned in zip((*halves, dh), before, owned, strict=True):
         assert is_owned or torch.equal(given, was)
+
+
+@pytest.mark.looped("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.looped("shape", [(1, 1), (3, 17), (2, 131), (5, 1536)])
+def test_clamped_units_of_alternating_gates(shape, dtype, backend):
+    """Values on both sides of the bounds; rows that lie within wider ones."""
+    gate, up, dh = draw(shape, dtype)
+    up[..., -1:] = -9.0
+    wide = torch.stack([gate, 2 * up], dim=-1).flatten(-2)
+    inner = torch.nn.functional.pad(wide, (3, 5))[:, 3:-5]
+    leaf = inner.double().requires_grad_()
+    g, u = leaf[:, ::2].clamp(max=7), leaf[:, 1::2].clamp(-7, 7)
+    right = (u + 1) * g * torch.sigmoid(1.702 * g)
+    right.backward(dh.double())
+    h = unit_forward(inner, SWIGLU_OAI, backend=backend)
+    given, slopes = dh.clone(), inner.clone()
+    unit_backward(given, slopes, SWIGLU_OAI, backend=backend)
+    unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-21
+    assert h.dtype == dtype
+    for got, wanted in ((h, right), (given, right), (slopes, leaf.grad)):
+        assert (got.double() - wanted).abs().max() <= unit * wanted.abs().max() + 1e-20
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

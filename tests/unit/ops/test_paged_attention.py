@@ -39,8 +39,8 @@ def equality(backend):
 class Cache:
     """Sequences with K, V and queries of all their positions, and pages to put them into, in a mixed-up order."""
 
-    def __init__(self, lengths, heads, dtype, block, backend, bias=None):
-        (q_heads, kv_heads, d), self.bias = heads, bias
+    def __init__(self, lengths, heads, dtype, block, backend, bias=None, sinks=None):
+        (q_heads, kv_heads, d), self.bias, self.sinks = heads, bias, sinks
         generator = torch.Generator().manual_seed(sum(lengths) + d)
         draw = partial(torch.randn, generator=generator)
         self.q, self.k, self.v = ([draw(n, h, d).to(dtype) for n in lengths] for h in (q_heads, kv_heads, kv_heads))
@@ -60,7 +60,8 @@ class Cache:
         with_backend = AttentionOptions(
             scale=options.scale, window=options.window, softcap=options.softcap, backend=self.backend
         )
-        return paged_attention(self.store, LAYER, q, rows, with_backend, self.bias).split([b - a for _, a, b in parts])
+        answers = paged_attention(self.store, LAYER, q, rows, with_backend, self.bias, self.sinks)
+        return answers.split([b - a for _, a, b in parts])
 
     def exact(self, s, options):
         """All rows of a sequence in float64, and what the roundings of probabilities and results may change."""
@@ -74,7 +75,11 @@ class Cache:
             scores = scores + (own[:, None] - own[:, :, None])
         behind = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
         seen = (behind >= 0) & (behind < (options.window or len(behind)))
-        p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if self.sinks is not None:
+            own = self.sinks.double()[:, None, None].expand(-1, scores.shape[1], 1)
+            scores = torch.cat([scores, own], dim=-1)
+        p = scores.softmax(-1)[..., : q.shape[1]]
         unit = 2.0**-8 if self.store.data.dtype == torch.bfloat16 else 2.0**-18
         y = p @ v
         return y.transpose(0, 1), unit * (1.01 * p @ v.abs() + y.abs()).transpose(0, 1)
@@ -127,6 +132,22 @@ def test_scores_have_a_bias_by_position(heads, window, dtype, backend):
     assert equality(backend)(again[2], answers[2][-1])
     with pytest.raises(AssertionError):
         _require_exact(cache, answers, AttentionOptions(scale=0.3, window=17))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 21])
+def test_sinks_take_a_share_of_the_softmax(window, dtype, backend):
+    """One far below the scores, one far above, and some among them; a last token alone and in a crowd, to the bit."""
+    options, lengths = AttentionOptions(window=window), (1, 20, 37)
+    cache = Cache(lengths, (6, 2, 40), dtype, 16, backend, sinks=torch.tensor([-40.0, 25.0, 0.3, -1.7, 2.1, 0.0]))
+    steps = [[(1, 0, 18), (2, 0, 18)], [(2, 18, 34), (0, 0, 1)], [(2, 34, 36), (1, 18, 20)], [(2, 36, 37)]]
+    answers = [[] for _ in lengths]
+    for parts in steps:
+        for (s, _, _), answer in zip(parts, cache.step(parts, options), strict=True):
+            answers[s].append(answer)
+    _require_exact(cache, answers, options)
+    again = cache.step([(s, n - 1, n) for s, n in enumerate(lengths)], options)
+    assert equality(backend)(again[2], answers[2][-1])
 
 
 @pytest.mark.parametrize(
@@ -254,6 +275,9 @@ def test_what_does_not_fit_is_refused():
     for bias in (torch.zeros(4, 12), torch.zeros(4, 0), torch.zeros(3, 16), torch.zeros(4, 16).double()):
         with pytest.raises(ShapeError, match=r"bias must be contiguous float32 of at least \(4, 16\)"):
             paged_attention(store, 0, q, rows, bias=bias)
+    for sinks in (torch.zeros(3), torch.zeros(4, 1), torch.zeros(4).double()):
+        with pytest.raises(ShapeError, match=r"sinks must be contiguous float32 of \(4,\)"):
+            paged_attention(store, 0, q, rows, sinks=sinks)
     with pytest.raises(ShapeError, match="without a softcap"):
         paged_attention(store, 0, q, rows, AttentionOptions(softcap=1.5), torch.zeros(4, 16))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from veneer.model.adapted.experts import hold_stack
 from veneer.model.quantized.packed_stack import PackedCodedStack, packed_coded
-from veneer.model.quantized.stack import CodedStack, PackedParameterStack
+from veneer.model.quantized.stack import CodedStack, PackedParameterStack, as_maps
 from veneer.ops.experts import PackedStack
 from veneer.ops.packed import ROWS
 
@@ -53,6 +54,11 @@ def _fits(module: nn.Module, name: str, dtype: torch.dtype) -> bool:
 
 def _packed(module: nn.Module, name: str, dtype: torch.dtype) -> PackedStack | None:
     own = module._modules.get(name)
+    bias = module._parameters.get(f"{name}_bias")
     if isinstance(own, CodedStack):
-        return packed_coded(own, dtype)
-    return PackedStack.pack(cast(Tensor, module._parameters[name]))
+        packed = packed_coded(own, dtype)
+    else:
+        packed = PackedStack.pack(as_maps(module, cast(Tensor, module._parameters[name])))
+    if packed is None or bias is None:
+        return packed
+    return replace(packed, bias=bias.detach().to(dtype).contiguous())

@@ -63,11 +63,15 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
-    """One linear layer of every expert, in one parameter (experts, out, in) without biases."""
+    """One linear layer of every expert, in one parameter (experts, out, in). ``bias``: the parameter (experts, out)
+    of this name with ``_bias`` behind it is added. ``transposed``: it is stored (experts, in, out).
+    """
 
     role: Role
     path: str
     shape: tuple[int, int, int]
+    bias: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +106,8 @@ class Attention:
     ``qkv``: the layers of roles q, k, v, or one of role qkv that computes all three, in the layout ``heads``.
     ``q_norm`` and ``k_norm`` act before the rotation, over the axes of their shape. A norm of shape (head_dim,) acts on
     each head with one weight for all. One of (heads, head_dim) has a weight for each head. One of (heads · head_dim,)
-    acts on all heads at once. ``clip``: the bound of q, k and v at the outputs of their layers.
+    acts on all heads at once. ``clip``: the bound of q, k and v at the outputs of their layers. ``sinks``: path of a
+    parameter with a logit for each head, which is one more term of the softmax's sum and has no value; or empty.
     """
 
     path: str
@@ -118,6 +123,7 @@ class Attention:
     k_norm: Norm | None = None
     clip: float | None = None
     temperature: Temperature | None = None
+    sinks: str = ""
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -231,7 +237,8 @@ class FeedForward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """Weighted sum of the ``top_k`` gated feed-forward parts with the highest values of a router.
+    """Weighted sum of the ``top_k`` gated feed-forward parts with the highest values of a router. ``activation`` is one
+    of `veneer.ops.activation.KINDS` or ``swiglu_oai`` (`veneer.ops.glu.UNITS`).
 
     The values are the softmax of its scores, or the sigmoid of each. ``normalized``: those of the chosen ones are
     divided by their sum. ``n_groups``, ``kept_groups`` and ``scale`` are as in `veneer.ops.experts.Router`.

@@ -19,6 +19,7 @@ from veneer.model.blueprint.rotary import Rotary
 from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
 
 Q_K_V: tuple[Role, ...] = ("q", "k", "v")
+SINKS = "sinks"
 
 
 def window_of(attention: nn.Module) -> int | None:
@@ -64,7 +65,8 @@ def _read(source: BlockSource, module: nn.Module, layer: int) -> Attention | Str
     scale = _scale(module)
     _require_usual(module)
     rotary = _rotary(source, module, layer, heads)
-    rest = _rest(source, module, qkv)
+    sinks = _sinks(source, module, heads)
+    rest = _rest(source, module, qkv, sinks)
     cap, clip = getattr(module, "attn_logit_softcapping", None), _clip(source, module)
     return rest or Attention(
         path=source.path(module),
@@ -80,6 +82,7 @@ def _read(source: BlockSource, module: nn.Module, layer: int) -> Attention | Str
         k_norm=k_norm,
         clip=None if clip is None else float(clip),
         temperature=read_temperature(source),
+        sinks=f"{source.path(module)}.{sinks}" if sinks else "",
     )
 
 
@@ -191,11 +194,20 @@ def _alibi(source: BlockSource, heads: HeadLayout, scale: float) -> Alibi | None
     return Alibi(n_heads=heads.n_heads, scale=scale if rounded else 1.0, rounded=rounded)
 
 
-def _rest(source: BlockSource, module: nn.Module, qkv: tuple[Linear, ...]) -> Strange | None:
+def _sinks(source: BlockSource, module: nn.Module, heads: HeadLayout) -> str:
+    """Return the name of the parameter with a logit for each head that joins its softmax (gpt-oss), or an empty
+    string. Sinks beside ALiBi are not known.
+    """
+    held = module._parameters.get(SINKS)
+    known = held is not None and held.shape == (heads.n_heads,) and not source.family.alibi(source.config)
+    return SINKS if known else ""
+
+
+def _rest(source: BlockSource, module: nn.Module, qkv: tuple[Linear, ...], sinks: str) -> Strange | None:
     """Return the submodules other than projections and norms as one `Strange` part, which the description cannot
     express. Return None if there are none.
     """
     start = len(source.path(module)) + 1
     names = (*(linear.path[start:] for linear in qkv), *_norm_names(source, module))
     known = [*(getattr(module, name) for name in names), _out(source, module)]
-    return next(undescribed(source, module, known), None)
+    return next(undescribed(source, module, known, (sinks,)), None)

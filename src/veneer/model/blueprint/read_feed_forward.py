@@ -14,7 +14,9 @@ from veneer.model.blueprint.read_forward import named_activation
 from veneer.model.blueprint.source import BlockSource, all_of, first, has_all, undescribed
 from veneer.model.quantized.stack import map_shape, parameter_names
 from veneer.ops.activation import KINDS, activation_forward
+from veneer.ops.glu import SWIGLU_OAI, unit_forward
 
+STRANGE = (AttributeError, TypeError, RuntimeError)  # of a function with other arguments or shapes
 MULTIPLIERS = ("gate_multiplier", "down_multiplier")  # Falcon-H1's, of gate and of the output
 
 
@@ -67,7 +69,7 @@ def activation_of(act: Any) -> str | None:
         return None
     try:
         given = act(x)
-    except (TypeError, RuntimeError):  # one that takes more than a tensor
+    except STRANGE:
         return None
     return next((kind for kind in KINDS if torch.allclose(given, activation_forward(x, kind), atol=1e-6)), None)
 
@@ -76,7 +78,7 @@ def _experts(source: BlockSource, module: nn.Module) -> Experts | Strange:
     path = source.path(module)
     experts, router = getattr(module, EXPERTS), getattr(module, cast(str, first(module, ROUTERS)))
     stacks = _stacks(source, experts)
-    activation, shared = activation_of(getattr(experts, "act_fn", None)), _shared(source, module)
+    activation, shared = _unit_of(experts), _shared(source, module)
     score = cast("Tensor | None", router._parameters.get("weight"))
     if source.family.experts is None:
         return Strange(path=path, reason="how its experts are chosen and weighted is not known for this family")
@@ -88,7 +90,9 @@ def _experts(source: BlockSource, module: nn.Module) -> Experts | Strange:
     rest = next(undescribed(source, module, [experts, router, *all_of(module, (*SHARED, SHARED_GATE))]), None)
     return rest or Experts(
         path=path,
-        router=Linear(role="router", path=source.path(router), out_features=n_experts, in_features=width, bias=False),
+        router=Linear(
+            role="router", path=source.path(router), out_features=n_experts, in_features=width, bias=_has_bias(router)
+        ),
         n_experts=n_experts,
         top_k=int(router.top_k),
         normalized=bool(getattr(router, "norm_topk_prob", True)),
@@ -106,12 +110,34 @@ def _stacks(source: BlockSource, experts: nn.Module) -> tuple[Stack, Stack] | No
     if not all(name in parameter_names(experts) for name in STACKS):
         return None
     shapes = [cast("tuple[int, int, int]", map_shape(experts, name)) for name in STACKS]
-    if any(len(shape) != 3 for shape in shapes) or getattr(experts, "is_transposed", False):
+    if any(len(shape) != 3 for shape in shapes):
         return None
     paths = [f"{source.path(experts)}.{name}" for name in STACKS]
     roles: tuple[Role, Role] = ("gate_up", "down")
-    gate_up, down = (Stack(role=r, path=p, shape=s) for r, p, s in zip(roles, paths, shapes, strict=True))
+    biases = [experts._parameters.get(f"{name}_bias") is not None for name in STACKS]
+    each, turned = zip(roles, paths, shapes, biases, strict=True), bool(getattr(experts, "is_transposed", False))
+    gate_up, down = (Stack(role=r, path=p, shape=s, bias=bias, transposed=turned) for r, p, s, bias in each)
     return gate_up, down
+
+
+def _unit_of(experts: Any) -> str | None:
+    """Return the name in `veneer.ops.glu.UNITS` of the gated unit that experts compute, judged by its outputs. Return
+    None for any other.
+    """
+    if getattr(experts, "is_concatenated", True):
+        return activation_of(getattr(experts, "act_fn", None))
+    x = torch.linspace(-11, 11, 64, dtype=torch.float64).view(16, 4)
+    x = torch.cat([x, x.flip(1)])
+    try:
+        given = experts._apply_gate(x)
+    except STRANGE:
+        return None
+    known = given.shape == (32, 2) and torch.allclose(given, unit_forward(x, SWIGLU_OAI), atol=1e-6)
+    return SWIGLU_OAI if known else None
+
+
+def _has_bias(router: nn.Module) -> bool:
+    return router._parameters.get("bias") is not None
 
 
 def _sigmoid(source: BlockSource, module: nn.Module, router: Any) -> dict[str, Any]:

@@ -132,8 +132,11 @@ class Acting:
             return None
         if module.copies or module.adapter_state.routed() is not None:
             return None
-        record = acting_record(module, "weight")
-        return LinearLayer(weight=matrix, records=() if record is None else (record,))
+        record, bias = acting_record(module, "weight"), module._parameters.get("bias")
+        if bias is not None and bias.requires_grad:
+            return None
+        records = () if record is None else (record,)
+        return LinearLayer(weight=matrix, bias=None if bias is None else bias.to(self.dtype), records=records)
 
     def masked(self, path: str, layer: LinearLayer, x: Tensor) -> LinearLayer:
         """Return the layer with dropout masks on the inputs of its records, for the rows and positions of x."""
@@ -171,10 +174,13 @@ def bottlenecks(block: nn.Module, kind: SublayerKind) -> ResidualAdapters | None
 
 
 def _is_router(module: nn.Module) -> bool:
-    """Return True if a module's only parameter is a matrix, by which it multiplies its input to compute scores."""
+    """Return True if a module's parameters are a matrix, by which it multiplies its input to compute scores, and
+    perhaps a bias.
+    """
     matrix = module._parameters.get("weight")
     plain = not isinstance(module, InPlace) or isinstance(module, AdaptedParameters)
-    return plain and len(module._parameters) == 1 and matrix is not None and matrix.ndim == 2
+    known = module._parameters.keys() <= {"weight", "bias"}
+    return plain and known and matrix is not None and matrix.ndim == 2
 
 
 def _owner(method: object) -> object:

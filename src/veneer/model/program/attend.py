@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.model.blueprint.heads import HeadLayout
 from veneer.model.blueprint.parts import Attention
@@ -26,25 +27,27 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class AttendWeights:
-    """Norms of queries and keys, cosines and sines of the rotation by position (``turns``), and the bias of scores
-    (heads, positions). Each is None if attention has none.
+    """Norms of queries and keys, cosines and sines of the rotation by position (``turns``), the bias of scores (heads,
+    positions) and the sinks of the softmax (heads,), in float32. Each is None if attention has none.
     """
 
     q_norm: NormWeights | None
     k_norm: NormWeights | None
     turns: tuple[Tensor, Tensor] | None
     bias: Tensor | None
+    sinks: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class AttendTraining:
-    """Norms of queries and keys, and options of the attention kernels, with the window that the attention module has
-    now.
+    """Norms of queries and keys, options of the attention kernels with the window that the attention module has now,
+    and the sinks of the softmax (heads,) in float32.
     """
 
     q_norm: ActingNorm | None
     k_norm: ActingNorm | None
     options: AttentionOptions
+    sinks: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +75,9 @@ class Attend(Trained):
         part = self.attention
         q_norm, k_norm = (None if n is None else NormWeights(to.model, n, {}) for n in (part.q_norm, part.k_norm))
         turns = None if part.rotary is None else to.turns[part.rotary]
-        return AttendWeights(q_norm, k_norm, turns, None if part.alibi is None else to.biases[part.alibi])
+        sinks = _sinks(to.model.get_submodule, part)
+        bias = None if part.alibi is None else to.biases[part.alibi]
+        return AttendWeights(q_norm, k_norm, turns, bias, None if sinks is None else sinks.detach().float())
 
     def forward(self, weights: AttendWeights, rows: PassRows, frame: Frame) -> None:
         source = self.source.read(frame)
@@ -89,7 +94,7 @@ class Attend(Trained):
         if rows.written is not None:
             rows.written.append((k.clone(), v.clone()))  # their memory may be the next layer's too
         q = self._warmed(q, rows)
-        attended = rows.cache.attend(self.layer, q, rows.rows, self.attention, weights.bias)
+        attended = rows.cache.attend(self.layer, q, rows.rows, self.attention, (weights.bias, weights.sinks))
         frame[self.target.name] = attended if gates is None else attended * gates.sigmoid().flatten(1)
 
     def _heads(self, weights: AttendWeights, ys: list[Tensor]) -> Heads:
@@ -130,6 +135,7 @@ class Attend(Trained):
             part.softcap or 0.0,
             weights.bias,
             0 if weights.bias is None else weights.bias.shape[1],
+            weights.sinks,
             step.first_of(self.target),
         )
         return True
@@ -153,17 +159,21 @@ class Attend(Trained):
         q_norm, k_norm = (None if norm is None else at.norm(norm) for norm in (part.q_norm, part.k_norm))
         if len(part.norms) != (q_norm is not None) + (k_norm is not None):
             return None
+        sinks = _sinks(at.module, part)
+        if sinks is not None and sinks.requires_grad:
+            return None
         window = window_of(at.module(part.path))
         slopes = alibi_slopes(part.heads.n_heads) if part.alibi else None
         options = AttentionOptions(scale=part.scale, window=window, softcap=part.softcap, slopes=slopes)
-        return AttendTraining(q_norm, k_norm, options)
+        return AttendTraining(q_norm, k_norm, options, None if sinks is None else sinks.float())
 
     def train(self, weights: AttendTraining, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
         source = self.source.read(frame)
         gates = self.attention.heads.gates(source)
         gates = None if gates is None else gates.contiguous()  # kept alone, without the queries
         qkv, kept = self._turned(weights, run, source)
-        attended, lse = attention_forward(*qkv, run.positions.cu_seqlens, weights.options, run.positions.forks)
+        at = run.positions
+        attended, lse = attention_forward(*qkv, at.cu_seqlens, weights.options, at.forks, weights.sinks)
         self.target.write(frame, [_gated(attended, gates)])
         return (attended, gates, lse) if keep.source else (attended, gates, lse, *qkv, *kept)
 
@@ -216,6 +226,12 @@ class Attend(Trained):
         if cos is not None and sin is not None and part is not None:
             q, k = (x.view(*run.size[:2], *x.shape[1:]).transpose(1, 2) for x in (q, k))
             rotate_both(q, k, cos, sin, interleaved=part.interleaved, inverse=inverse)
+
+
+def _sinks(module: Callable[[str], nn.Module], part: Attention) -> Tensor | None:
+    """Return the sinks of attention's softmax, or None if there are none. ``module`` returns the module at a path."""
+    owner, _, name = part.sinks.rpartition(".")
+    return module(owner)._parameters[name] if name else None
 
 
 def _gated(attended: Tensor, gates: Tensor | None) -> Tensor:

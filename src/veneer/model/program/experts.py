@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from veneer.model.program.stretch import ActingStretch, Keep, Kept, Tape, Traine
 from veneer.model.quantized.stack import place_of, stack_of
 from veneer.ops.cpu.step import StepProgram
 from veneer.ops.experts import MOST_EXPERTS, Router, mix, route
-from veneer.ops.glu import ACTIVATIONS
+from veneer.ops.glu import UNITS
 from veneer.ops.linear.experts import ChosenExperts, ExpertLayers, KeptOfExperts, TrainedExperts, route_backward
 from veneer.ops.linear.layer import Weight
 from veneer.quant.dense import DenseWeight
@@ -133,15 +133,21 @@ class MixExperts(Trained):
             return None
         if place_of(module, "down_proj")[1] != at.dtype:
             return None
-        names = [stack.path.rpartition(".")[2] for stack in self.stacks]
+        names = [name for name, _ in self._named()]
         records = [acting_record(module, name) for name in names]
         if not all(record is None or record.is_low_rank for record in records):
             return None
         stacks = [stack_of(module, name) for name in names]
         weights = ([_weight(stack.expert(n)) for n in range(self.experts.n_experts)] for stack in stacks)
-        inner, down = (ExpertLayers(own, _pair(record)) for own, record in zip(weights, records, strict=True))
+        biases = (module._parameters[f"{name}_bias"] if stack.bias else None for name, stack in self._named())
+        each = zip(weights, records, biases, strict=True)
+        inner, down = (ExpertLayers(own, _pair(record), _as(at.dtype, bias)) for own, record, bias in each)
         experts = TrainedExperts(inner, down, self.experts.activation)
         return ActingExperts(experts, _bias(at.module, self.experts))
+
+    def _named(self) -> Iterator[tuple[str, Stack]]:
+        """Yield the stacks by the names of their parameters."""
+        return ((stack.path.rpartition(".")[2], stack) for stack in self.stacks)
 
     def tensors_of(self, weights: ActingExperts) -> tuple[Tensor, ...]:
         return weights.experts.tensors
@@ -187,7 +193,7 @@ class MixExperts(Trained):
 
 def is_known(part: Experts) -> bool:
     """Return True if `MixExperts` can compute the experts of a description."""
-    return part.activation in ACTIVATIONS and part.n_experts <= MOST_EXPERTS
+    return part.activation in UNITS and part.n_experts <= MOST_EXPERTS
 
 
 def _bias(module: Callable[[str], nn.Module], part: Experts) -> Tensor | None:
@@ -210,6 +216,10 @@ def _is_frozen(module: nn.Module) -> bool:
         cls = base_of(cls)
     own = (each for each in module._parameters.values() if each is not None)
     return mixins <= {CodedExperts, AdaptedParameters} and not any(each.requires_grad for each in own)
+
+
+def _as(dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
 
 
 def _pair(record: LinearDelta | None) -> Pair | None:

@@ -34,7 +34,7 @@ from veneer.model.program.product import Product
 from veneer.model.program.stretch import Trained, TrainedStretch
 from veneer.model.program.wide_product import WideProduct
 
-_PATHS = ("path", "act", "conv", "correction", "input_path", "output_path")
+_PATHS = ("path", "act", "conv", "correction", "sinks", "input_path", "output_path")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,10 +29,13 @@ class PagedCache(Protocol):
         The keys' memory may hold anything afterwards.
         """
 
-    def attend(self, layer: int, queries: Tensor, rows: Any, part: Attention, bias: Tensor | None) -> Tensor:
+    def attend(
+        self, layer: int, queries: Tensor, rows: Any, part: Attention, extra: tuple[Tensor | None, Tensor | None]
+    ) -> Tensor:
         """Return the attention of queries (n, heads, width) to their sequences, as (n, heads · width).
 
-        The rows' own keys must have been appended. ``bias`` (heads, positions) is that of `Alibi.bias`.
+        The rows' own keys must have been appended. ``extra`` holds the bias (heads, positions) of `Alibi.bias`, and the
+        sinks (heads,) of the softmax, both float32.
         """
 
     def convolve(self, layer: int, given: GatedInput, weights: ConvKernel, rows: Any) -> Tensor:

@@ -117,7 +117,8 @@ class PackedParameterStack(PackedExpertStack):
         self.like, self._learns = torch.empty_like(parameter, device="meta"), parameter.requires_grad
 
     def put_back(self, experts: nn.Module, name: str) -> None:
-        give_parameter(experts, name, nn.Parameter(self.stack().dense(), requires_grad=self._learns))
+        weights = as_maps(experts, self.stack().dense()).contiguous()
+        give_parameter(experts, name, nn.Parameter(weights, requires_grad=self._learns))
 
 
 def holds_stacks(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.experts import ExpertSegment, PackedStack, Router, Shared
-from veneer.ops.glu import ACTIVATIONS
+from veneer.ops.glu import UNITS
 from veneer.ops.memory import address
 from veneer.ops.packed import ROWS
 from veneer.ops.packed_codes import PackedCodes
@@ -54,7 +54,7 @@ def mix(
         DTYPES[inner.dtype],
         stack_numbers(inner, address(inner.panels)),
         stack_numbers(down, address(down.panels)),
-        ACTIVATIONS.index(activation),
+        UNITS[activation],
         len(x),
         DTYPES[x.dtype],
         address(x),
@@ -95,4 +95,5 @@ def stack_numbers(stack: PackedStack, panels: int) -> list[int]:
     """Return a stack's numbers for csrc/experts. ``panels`` is the address of its panels."""
     first = stack.first
     coding = (first.coding_number, first.unit) if isinstance(first, PackedCodes) else (0, 0)
-    return [*first.shape, first.depth, panels, first.panels.nbytes, *coding]
+    bias = 0 if stack.bias is None else address(stack.bias)
+    return [*first.shape, first.depth, panels, first.panels.nbytes, *coding, bias]

@@ -41,6 +41,24 @@ def glu_backward(
     return results[0], results[1], results[2]
 
 
+def clamped_forward(inner: Tensor) -> Tensor:
+    if not is_served(inner):
+        return reference.clamped_forward(inner)
+    h = torch.empty(len(inner), inner.shape[1] // 2, dtype=inner.dtype)
+    kernels().glu_clamped_forward(*h.shape, DTYPES[h.dtype], *_places([with_rows(inner), h]))
+    return h
+
+
+def clamped_backward(dh: Tensor, inner: Tensor) -> None:
+    if not is_served(inner):
+        reference.clamped_backward(dh, inner)
+        return
+    rows = [with_rows(dh), with_rows(inner)]
+    kernels().glu_clamped_backward(*dh.shape, DTYPES[dh.dtype], *_places([*rows, rows[1], rows[0]]))
+    for row, given in zip(rows, (dh, inner), strict=True):
+        put_back(row, given)
+
+
 def _sizes(rows: Tensor, activation: str) -> tuple[int, int, int, int]:
     return rows.shape[0], rows.shape[1], DTYPES[rows.dtype], ACTIVATIONS.index(activation)
 

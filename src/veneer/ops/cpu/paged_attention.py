@@ -32,11 +32,22 @@ def attend(
     window: int,
     softcap: float,
     bias: Tensor | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype)
     biases = (0, 0) if bias is None else (address(bias), bias.shape[1])
     kernels().paged_attention_attend(
-        *_store(store), layer, *_rows(rows), q.shape[1], *_heads(q), *_heads(out), scale, window, softcap, *biases
+        *_store(store),
+        layer,
+        *_rows(rows),
+        q.shape[1],
+        *_heads(q),
+        *_heads(out),
+        scale,
+        window,
+        softcap,
+        *biases,
+        0 if sinks is None else address(sinks),
     )
     return out
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from veneer.ops.cpu.experts import router_numbers, stack_numbers
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.experts import PackedStack, Router
-from veneer.ops.glu import ACTIVATIONS as GATED
+from veneer.ops.glu import UNITS
 from veneer.ops.memory import address
 from veneer.ops.packed import PackedWeight
 from veneer.ops.packed_codes import PackedCodes
@@ -145,7 +145,7 @@ class StepProgram:
         """
         panels = [stack_numbers(stack, address(stack.panels)) for stack in stacks]
         self._kept.append(stacks)
-        self.add("experts", router_numbers(router), router.scale, bias, *panels, GATED.index(activation), at)
+        self.add("experts", router_numbers(router), router.scale, bias, *panels, UNITS[activation], at)
 
     def _sent(self, part: Part) -> Any:
         if isinstance(part, Tensor):

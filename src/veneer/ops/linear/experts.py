@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from veneer.ops.experts import Router
-from veneer.ops.glu import glu_backward, glu_forward
+from veneer.ops.glu import unit_backward, unit_forward
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run, add_grouped_low_rank, grouped_low_rank_backward
 from veneer.ops.linear.layer import Weight
 from veneer.ops.linear.weight import add_transposed, product
@@ -84,10 +84,13 @@ class ChosenExperts:
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayers:
-    """Frozen linear layer of every expert, and the low-rank ``pair`` that is added to each of them, stacked."""
+    """Frozen linear layer of every expert, the low-rank ``pair`` that is added to each of them, stacked, and their
+    frozen ``bias`` (experts, o), None if there is none.
+    """
 
     weights: Sequence[Weight]
     pair: Pair | None = None
+    bias: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -112,15 +115,17 @@ class ExpertLayers:
         return LowRankGroup(pair.a.unbind(), b.unbind(), (pair.scale,) * len(b))
 
     def forward(
-        self, x: Float[Tensor, "choices i"], chosen: ChosenExperts
+        self, x: Float[Tensor, "choices i"], chosen: ChosenExperts, shares: Float[Tensor, "choices 1"] | None = None
     ) -> tuple[Float[Tensor, "choices o"], Tensor | None]:
         """Return the outputs for rows sorted by expert, and their products with A (None without pairs), in the form in
-        which `backward` reads them.
+        which `backward` reads them. ``shares`` multiply the bias.
         """
         y, group = x.new_empty(len(x), self.shape[0]), self.group
         for number, rows, wide in chosen.each():
             own = x[wide]
             y[rows] = product(own, operand(own), self.weights[number])[: rows.stop - rows.start]
+            if self.bias is not None:
+                y[rows] += self.bias[number] if shares is None else (shares[rows] * self.bias[number]).to(y.dtype)
         return y, None if group is None else add_grouped_low_rank(x, [group], chosen.runs, [y])
 
     def backward(
@@ -137,6 +142,15 @@ class ExpertLayers:
         each = zip(self.tensors, (das, dbs), strict=True)
         found = (torch.stack(cast("list[Tensor]", own)).to(t.dtype) if t.requires_grad else None for t, own in each)
         return dx.add_(cast(Tensor, added)), tuple(found)
+
+    def slopes(self, dy: Float[Tensor, "choices o"], chosen: ChosenExperts) -> Float[Tensor, " choices"] | float:
+        """Return the gradient with respect to the shares of the bias, given that of the outputs; 0 without a bias."""
+        if self.bias is None:
+            return 0.0
+        found = dy.new_empty(len(dy), dtype=torch.promote_types(dy.dtype, torch.float32))
+        for number, rows, _ in chosen.each():
+            found[rows] = dy[rows].to(found.dtype) @ self.bias[number].to(found.dtype)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +176,8 @@ class ExpertGradients:
 class TrainedExperts:
     """Gated feed-forward layers of the experts, with the pairs of adapters.
 
-    ``inner`` are gate and up as one matrix, ``down`` the second layers; ``activation`` is applied between them.
+    ``inner`` are gate and up as one matrix, ``down`` the second layers. ``activation``, one of `veneer.ops.glu.UNITS`,
+    is applied between them.
     """
 
     inner: ExpertLayers
@@ -179,12 +194,12 @@ class TrainedExperts:
     ) -> tuple[Float[Tensor, "n d"], KeptOfExperts]:
         """Return the weighted sums of the experts' outputs, and the tensors that `backward` reads.
 
-        Weights multiply the inputs of the second layers instead of their outputs, so that the backward pass need not
-        keep the outputs.
+        Weights multiply the inputs and biases of the second layers instead of their outputs, so that the backward pass
+        need not keep the outputs.
         """
         hidden, first = self.inner.forward(x[chosen.tokens], chosen)
-        acted = glu_forward(*_halves(hidden), self.activation)
-        out, second = self.down.forward((acted * chosen.sorted(weights)).to(x.dtype), chosen)
+        acted, share = unit_forward(hidden, self.activation), chosen.sorted(weights)
+        out, second = self.down.forward((acted * share).to(x.dtype), chosen, share)
         return chosen.summed(out), KeptOfExperts(hidden, (first, second))
 
     def backward(
@@ -197,22 +212,18 @@ class TrainedExperts:
     ) -> ExpertGradients:
         """Return all gradients.
 
-        The gradient in a weight is ⟨downᵀ dy, act(gate) · up⟩, so that the experts' outputs need not be kept.
+        The gradient in a weight is ⟨downᵀ dy, act(gate) · up⟩ + ⟨dy, bias⟩, so that the experts' outputs need not be
+        kept.
         """
-        share, dtype, width = chosen.sorted(weights), dy.dtype, self.down.shape[1]
-        acted = glu_forward(*_halves(kept.hidden), self.activation)
-        through, second = self.down.backward(dy[chosen.tokens], (acted * share).to(dtype), kept.us[1], chosen)
-        dweights = (through.float() * acted.float()).sum(1)
+        share, dtype, dout = chosen.sorted(weights), dy.dtype, dy[chosen.tokens]
+        acted = unit_forward(kept.hidden, self.activation)
+        through, second = self.down.backward(dout, (acted * share).to(dtype), kept.us[1], chosen)
+        dweights = (through.float() * acted.float()).sum(1) + self.down.slopes(dout, chosen)
         dinner, dacted = kept.hidden.clone(), (through * share).to(dtype)
-        del through, acted
-        glu_backward(dacted, dinner[:, :width], dinner[:, width:], self.activation, owns_dh=True, owns_inputs=True)
+        del through, acted, dout
+        unit_backward(dacted, dinner, self.activation)
         dx, first = self.inner.backward(dinner, x[chosen.tokens], kept.us[0], chosen)
         return ExpertGradients(chosen.summed(dx), dweights[chosen.places], (*first, *second))
-
-
-def _halves(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    gate, up = hidden.chunk(2, dim=1)
-    return gate, up
 
 
 def route_backward(

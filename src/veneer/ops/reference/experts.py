@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from veneer.ops.experts import ExpertSegment, PackedStack, Router, Shared
-from veneer.ops.glu import glu_forward
+from veneer.ops.glu import unit_forward
 from veneer.ops.pairs import Segment, add_pairs
 
 
@@ -40,11 +40,10 @@ def mix(
     out = x.new_zeros(*ids.shape, down.shape[1])
     for number in torch.unique(ids).tolist():
         row, place = torch.where(ids == number)
-        hidden = inner.expert(number).matmul(x[row], backend="reference")
+        hidden = inner.expert(number).matmul(x[row], onto=_biases(inner, number, len(row)), backend="reference")
         _add_pairs(hidden, x[row], row, number, 0, segments)
-        gated, up = hidden.chunk(2, dim=-1)
-        acted = glu_forward(gated, up, activation, backend="reference")
-        y = down.expert(number).matmul(acted, backend="reference")
+        acted = unit_forward(hidden, activation, backend="reference")
+        y = down.expert(number).matmul(acted, onto=_biases(down, number, len(row)), backend="reference")
         _add_pairs(y, acted, row, number, 1, segments)
         out[row, place] = y
     beside, gate = shared
@@ -52,6 +51,11 @@ def mix(
     if beside is not None:
         total += beside.float() if gate is None else gate.float().sigmoid() * beside.float()
     return total.to(x.dtype)
+
+
+def _biases(stack: PackedStack, number: int, n: int) -> Tensor | None:
+    """Return the bias of one expert for each of n rows, or None."""
+    return None if stack.bias is None else stack.bias[number].expand(n, -1)
 
 
 def _add_pairs(y: Tensor, x: Tensor, row: Tensor, number: int, layer: int, segments: Sequence[ExpertSegment]) -> None:

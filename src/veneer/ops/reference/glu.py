@@ -28,6 +28,30 @@ def glu_backward(
     return dgate, dup, h
 
 
+ALPHA, LIMIT = 1.702, 7.0
+
+
+def clamped_forward(inner: Tensor) -> Tensor:
+    gate, up = _clamped(inner)
+    return ((up + 1) * gate * torch.sigmoid(ALPHA * gate)).to(inner.dtype)
+
+
+def clamped_backward(dh: Tensor, inner: Tensor) -> None:
+    gate, up = _clamped(inner)
+    dh_wide, share = dh.to(gate.dtype), torch.sigmoid(ALPHA * gate)
+    dgate = dh_wide * (up + 1) * share * (1 + ALPHA * gate * (1 - share))
+    dgate = dgate.masked_fill(inner[..., ::2] > LIMIT, 0)
+    dup = (dh_wide * gate * share).masked_fill(inner[..., 1::2].abs() > LIMIT, 0)
+    dh.copy_((up + 1) * gate * share)
+    inner.copy_(torch.stack([dgate, dup], dim=-1).flatten(-2))
+
+
+def _clamped(inner: Tensor) -> tuple[Tensor, Tensor]:
+    """Return gate and up, which alternate in the last axis, in float32 or wider and within their bounds."""
+    wide = inner.to(torch.promote_types(inner.dtype, torch.float32))
+    return wide[..., ::2].clamp(max=LIMIT), wide[..., 1::2].clamp(-LIMIT, LIMIT)
+
+
 def _value_and_slope(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Return the activation and its derivative."""
     if activation == "silu":

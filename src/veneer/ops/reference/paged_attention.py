@@ -40,6 +40,7 @@ def attend(
     window: int,
     softcap: float,
     bias: Tensor | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     out = q.new_empty(q.shape)
     for pages, position, first, stop in rows.sequences():
@@ -55,7 +56,10 @@ def attend(
             scores = scores + (bias[:, None, start:end] - bias[:, position:end, None])
         behind = (torch.arange(position, end)[:, None] - torch.arange(start, end)).to(q.device)
         seen = (behind >= 0) & (behind < window) if window else behind >= 0
-        p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(-1, stop - first, 1)], dim=-1)
+        p = scores.softmax(-1)[..., : end - start]
         out[first:stop] = (p @ v).transpose(0, 1).to(q.dtype)
     return out
 

@@ -50,9 +50,10 @@ def attend(
     window: int,
     softcap: float,
     bias: Tensor | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     if store.head_dim > _MOST_FEATURES:
-        return reference.attend(store, layer, q, rows, scale, window, softcap, bias)
+        return reference.attend(store, layer, q, rows, scale, window, softcap, bias, sinks)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = q.shape[1] // store.kv_heads
     width, keys, n_warps = _tile(q, group, rows)
@@ -62,11 +63,21 @@ def attend(
     heads = q, *q.stride()[:2], out, *out.stride()[:2]
     numbers = group, scale, window, softcap or 1.0, q if bias is None else bias, 0 if bias is None else bias.shape[1]
     sizes = {"ROWS": height, "WIDTH": width, "KEYS": keys, "WINDOW": window > 0, "SOFTCAP": softcap > 0}
-    sizes["BIASED"] = bias is not None
+    sizes |= {"BIASED": bias is not None, "SUNK": sinks is not None}
     options = {"num_warps": n_warps, "num_stages": 2}
     place = _place(store, layer)
     launch(
-        _attend_kernel, grid, store.data, *place, *_numbers(rows), *heads, *numbers, **sizes, **_forms(store), **options
+        _attend_kernel,
+        grid,
+        store.data,
+        *place,
+        *_numbers(rows),
+        *heads,
+        *numbers,
+        q if sinks is None else sinks,
+        **sizes,
+        **_forms(store),
+        **options,
     )
     return out
 
@@ -298,12 +309,14 @@ def _attend_kernel(
     softcap,
     bias,
     n_biases,
+    sinks,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIASED: tl.constexpr,
+    SUNK: tl.constexpr,
     D: tl.constexpr,
     PADDED: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -328,8 +341,7 @@ def _attend_kernel(
             of_rows = tl.load(of_heads + position + rows, mask=there_rows, other=0.0)
         own = data + layer_at + head * 2 * head_values
         own_pages = pages + tl.load(first_page + sequence)
-        most = tl.full([WIDTH], float("-inf"), tl.float32)
-        total = tl.zeros([WIDTH], tl.float32)
+        most, total = tl.full([WIDTH], float("-inf"), tl.float32), tl.zeros([WIDTH], tl.float32)
         mixed = tl.zeros([WIDTH, FEATURES], tl.float32)
         oldest, end = position * 0, position + tl.minimum(n_rows, first + ROWS)
         if WINDOW:
@@ -347,9 +359,8 @@ def _attend_kernel(
             ahead = (position + rows)[:, None] - keys[None, :]
             scores, _ = scored(product, ahead, scale, window, softcap, WINDOW, SOFTCAP)
             if BIASED:
-                of_keys = tl.load(
-                    of_heads[:, None] + keys[None, :], mask=there_rows[:, None] & seen[None, :], other=0.0
-                )
+                both = there_rows[:, None] & seen[None, :]
+                of_keys = tl.load(of_heads[:, None] + keys[None, :], mask=both, other=0.0)
                 scores += (of_keys - of_rows[:, None]) * LOG2E
             new_most = tl.maximum(most, tl.max(scores, axis=1))
             shift = tl.where(new_most == float("-inf"), 0.0, new_most)  # of a query that has seen no key yet
@@ -358,5 +369,7 @@ def _attend_kernel(
             total = total * factor + tl.sum(p, axis=1)
             mixed = tl.dot(p.to(v_tile.dtype), v_tile, mixed * factor[:, None], input_precision="ieee")
             most = new_most
+        if SUNK:
+            total += tl.exp2(tl.load(sinks + heads).to(tl.float32) * LOG2E - most)
         to = (start + rows) * out_row + heads * out_head
         tl.store(out + to[:, None] + features[None, :], (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)

@@ -99,10 +99,15 @@ class PageCache:
         kernel.append_turned(self.store, layer, heads, rows, tables, interleaved=interleaved)
 
     def attend(
-        self, layer: int, queries: Tensor, rows: kernel.PagedRows, part: Attention, bias: Tensor | None
+        self,
+        layer: int,
+        queries: Tensor,
+        rows: kernel.PagedRows,
+        part: Attention,
+        extra: tuple[Tensor | None, Tensor | None],
     ) -> Tensor:
         options = AttentionOptions(scale=part.scale, window=part.window, softcap=part.softcap)
-        return kernel.paged_attention(self.store, layer, queries, rows, options, bias).flatten(1)
+        return kernel.paged_attention(self.store, layer, queries, rows, options, *extra).flatten(1)
 
     def convolve(self, layer: int, given: GatedInput, weights: ConvKernel, rows: kernel.PagedRows) -> Tensor:
         return windowed_conv(cast(WindowStore, self.windows), layer, given, weights, rows)
@@ -180,15 +185,18 @@ class SlotCache:
         rotate_both(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin, interleaved=interleaved)
         self.append(layer, k, v, rows)
 
-    def attend(self, layer: int, queries: Tensor, rows: SlotRows, part: Attention, bias: Tensor | None) -> Tensor:
-        out, seen = torch.empty_like(queries), rows.within(part.window)
+    def attend(
+        self, layer: int, queries: Tensor, rows: SlotRows, part: Attention, extra: tuple[Tensor | None, Tensor | None]
+    ) -> Tensor:
+        (bias, sinks), seen = extra, rows.within(part.window)
+        out = torch.empty_like(queries)
         for number, group in enumerate(rows.step.groups):
             keys, values = (x.transpose(1, 2) for x in self.store.read(layer, group.slots))
             own = queries[group.rows].transpose(1, 2) * part.scale
             mask = seen.of(number, group)[:, None]
             if bias is not None:
                 mask = _biases(bias, group.positions, mask.shape[-1]).masked_fill(~mask, -math.inf)
-            mixed = attend(own, keys, values, mask, part.softcap, None)
+            mixed = attend(own, keys, values, mask, part.softcap, sinks)
             out[group.rows] = mixed.transpose(1, 2)
         return out.flatten(1)
 

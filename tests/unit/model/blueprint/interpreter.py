@@ -11,7 +11,7 @@ from torch.nn.functional import linear as matmul
 
 from veneer.model.blueprint.alibi import Alibi
 from veneer.model.blueprint.decoder import Block, Decoder
-from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Linear, Norm, ShortConv, Strange
+from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Linear, Norm, ShortConv, Stack, Strange
 from veneer.ops.activation import activation_forward
 
 Weights = Mapping[str, Tensor]
@@ -75,7 +75,11 @@ def attend(part: Attention | ShortConv, weights: Weights, x: Tensor) -> Tensor:
     if part.alibi is not None:
         scores = scores + alibi(part.alibi, positions)
     hidden = (distance < 0) | (distance >= (part.window or n_tokens))
-    mixed = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if part.sinks:
+        sinks = weights[part.sinks][:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    mixed = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1)[..., :n_tokens], v)
     return project(part.out, weights, mixed.flatten(2))
 
 
@@ -122,8 +126,17 @@ def feed(part: FeedForward | Experts, weights: Weights, x: Tensor) -> Tensor:
 def acted(inner: Tensor, activation: str, gated: bool) -> Tensor:
     if not gated:
         return activation_forward(inner, activation)
+    if activation == "swiglu_oai":
+        gate, up = inner[..., ::2].clamp(max=7), inner[..., 1::2].clamp(-7, 7)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
     gate, up = inner.chunk(2, -1)
     return activation_forward(gate, activation) * up
+
+
+def through_stack(part: Stack, weights: Weights, sum_of: str, x: Tensor) -> Tensor:
+    weight = weights[part.path].mT if part.transposed else weights[part.path]
+    y = torch.einsum(sum_of, x, weight)
+    return y + weights[f"{part.path}_bias"] if part.bias else y
 
 
 def mixture(part: Experts, weights: Weights, x: Tensor) -> Tensor:
@@ -138,8 +151,8 @@ def mixture(part: Experts, weights: Weights, x: Tensor) -> Tensor:
     if part.normalized:
         ratings = ratings / ratings.sum(-1, keepdim=True)
     ratings = ratings * part.scale
-    inner = torch.einsum("btd,eid->btei", x, weights[part.gate_up.path])
-    outputs = torch.einsum("btei,edi->bted", acted(inner, part.activation, True), weights[part.down.path])
+    inner = through_stack(part.gate_up, weights, "btd,eid->btei", x)
+    outputs = through_stack(part.down, weights, "btei,edi->bted", acted(inner, part.activation, True))
     y = (ratings[..., None] * outputs.gather(2, chosen[..., None].expand(*chosen.shape, x.shape[-1]))).sum(2)
     if part.shared is not None:
         shared = feed(part.shared, weights, x)

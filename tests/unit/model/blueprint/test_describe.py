@@ -30,7 +30,7 @@ from veneer import LoraConfig, get_peft_model
 from veneer.errors import DescriptionError
 from veneer.model.blueprint.decoder import Decoder
 from veneer.model.blueprint.describe import describe, describe_config
-from veneer.model.blueprint.parts import Experts, Linear, ShortConv, Strange
+from veneer.model.blueprint.parts import Attention, Experts, Linear, ShortConv, Strange
 
 from .families import FAMILIES, SIZES, WIDE, model_of, rope
 
@@ -67,7 +67,12 @@ def shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
             found[f"{part.conv}.weight"] = (part.width, 1, part.kernel)
             found |= {f"{part.conv}.bias": (part.width,)} if part.bias else {}
         if isinstance(block.feed_forward, Experts):
-            found |= {stack.path: stack.shape for stack in (block.feed_forward.gate_up, block.feed_forward.down)}
+            for stack in (block.feed_forward.gate_up, block.feed_forward.down):
+                n_experts, o, i = stack.shape
+                found[stack.path] = (n_experts, i, o) if stack.transposed else stack.shape
+                found |= {f"{stack.path}_bias": (n_experts, o)} if stack.bias else {}
+        if isinstance(block.attention, Attention) and block.attention.sinks:
+            found[block.attention.sinks] = (block.attention.heads.n_heads,)
     return found
 
 
@@ -121,7 +126,8 @@ def test_roles_of_a_block() -> None:
          "model.layers.0.self_attn", "the norms q_layernorm and k_layernorm"),
         (HunYuanDenseV1Config(**WIDE), "model.layers.0.self_attn", "holds key_layernorm, query_layernorm"),
         (DeepseekV3Config(num_hidden_layers=1, hidden_size=42), "model.layers.0.self_attn", "no q, k, v and o"),
-        (GptOssConfig(num_hidden_layers=1, num_local_experts=3), "model.layers.0.self_attn", "it holds sinks"),
+        (GptOssConfig(num_hidden_layers=1, num_local_experts=3, swiglu_limit=9.0),
+         "model.layers.0.mlp", "its experts or their router are of another form"),
         (MambaConfig(hidden_size=42, num_hidden_layers=2), "backbone.layers.0.mixer", "it keeps a state"),
         (MoshiConfig(ffn_dim=58, audio_vocab_size=89, **SIZES),
          "model.layers.0.mlp", "no feed-forward part of known form"),

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.unit.model.blueprint.families import WIDE
 from tests.unit.serve.conftest import make_model, save_adapter
-from transformers import Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import GptOssConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from veneer import LoraConfig
 from veneer.contract.file import WEIGHTS_FILE
@@ -26,6 +26,14 @@ from .test_native_step import Run, isa, kinds, pair_of, step_with, threads  # no
 MIXTURES = {
     "shared": Qwen2MoeConfig(
         num_experts=7, num_experts_per_tok=3, moe_intermediate_size=28, shared_expert_intermediate_size=20, **WIDE
+    ),
+    "gpt_oss": GptOssConfig(
+        num_local_experts=5,
+        num_experts_per_tok=3,
+        sliding_window=5,
+        initializer_range=0.3,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        **WIDE,
     ),
     "plain": Qwen3MoeConfig(num_experts=6, num_experts_per_tok=4, moe_intermediate_size=26, **WIDE),
 }
@@ -45,9 +53,12 @@ def made(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def folders_of(at: Path, family: str) -> dict[str, Path]:
+    configs = {name: {"target_parameters": ["all-experts"], **own} for name, own in CONFIGS.items()}
+    if family == "gpt_oss":
+        configs["router"]["target_parameters"] = ["mlp.router.weight", "experts.gate_up_proj"]
     return {
-        name: save_adapter(at / name, LoraConfig(**{"target_parameters": ["all-experts"], **own}), MIXTURES[family], n)
-        for n, (name, own) in enumerate(CONFIGS.items())
+        name: save_adapter(at / name, LoraConfig(**own), MIXTURES[family], n)
+        for n, (name, own) in enumerate(configs.items())
     }
 
 

@@ -16,7 +16,7 @@ from veneer.ops.linear.experts import ExpertLayers
 from veneer.serve.runners import program_runner
 from veneer.serve.runners.program_runner import proved
 
-MIXTURES = [family for family in FAMILIES if "experts" in family or family in ("dots1", "mixtral", "olmoe")]
+MIXTURES = [family for family in FAMILIES if "experts" in family or family in ("dots1", "gpt_oss", "mixtral", "olmoe")]
 HALF = [torch.bfloat16, torch.float16]
 
 

@@ -1,5 +1,5 @@
-"""Mixtures of experts, chosen and weighted by a softmax over the router's scores: Mixtral, Qwen, OLMoE, Granite."""
+"""Mixtures of experts, chosen and weighted by a softmax over scores: Mixtral, Qwen, OLMoE, Granite, gpt-oss."""
 
 from veneer.model.blueprint.family import Family
 
-FAMILY = Family(model_types=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"), experts="softmax")
+FAMILY = Family(model_types=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss"), experts="softmax")
