@@ -96,9 +96,9 @@ def _clamped_backward_kernel(inner, inner_stride, dh, dh_stride, d, BLOCK: tl.co
     share = tl.sigmoid(1.702 * gate)
     dgate = gradient * (up + 1.0) * share * (1.0 + 1.702 * gate * (1.0 - share))
     dup = gradient * gate * share
-    to, kind = inner + row * inner_stride + 2 * columns, inner.dtype.element_ty
-    tl.store(to, tl.where(gate_moves, dgate, 0.0).to(kind), mask=inside)
-    tl.store(to + 1, tl.where(up_moves, dup, 0.0).to(kind), mask=inside)
+    to = inner + row * inner_stride + 2 * columns
+    tl.store(to, tl.where(gate_moves, dgate, 0.0).to(inner.dtype.element_ty), mask=inside)
+    tl.store(to + 1, tl.where(up_moves, dup, 0.0).to(inner.dtype.element_ty), mask=inside)
     tl.store(dh + row * dh_stride + columns, ((up + 1.0) * gate * share).to(dh.dtype.element_ty), mask=inside)
 
 

@@ -53,6 +53,35 @@ def test_outputs_and_gradients(dtype, normalized):
     assert len(list(chosen.each())) == N_EXPERTS - 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_and_clamped_units(dtype):
+    """gpt-oss: gates alternate with the values that they multiply, and the weights' gradients see the second bias."""
+    x, scores, dy = draw(N, D, dtype=dtype), draw(N, N_EXPERTS, dtype=dtype), draw(N, D, dtype=dtype, seed=1)
+    router = Router(n_experts=N_EXPERTS, top_k=TOP_K)
+    scale = 0.8 if dtype == torch.float32 else 0.15  # within the bounds, to which 16 bits round values from outside
+    stacks = scale * draw(N_EXPERTS, 2 * WIDTH, D, dtype=dtype), 0.3 * draw(N_EXPERTS, D, WIDTH, dtype=dtype)
+    biases = draw(N_EXPERTS, 2 * WIDTH, dtype=dtype, seed=2), draw(N_EXPERTS, D, dtype=dtype, seed=3)
+    own_x, own_scores = (each.double().requires_grad_() for each in (x, scores))
+    best, ids = own_scores.topk(TOP_K)
+    inner = torch.einsum("nd,eod->neo", own_x, stacks[0].double()) + biases[0].double()
+    gate, up = inner[..., ::2].clamp(max=7), inner[..., 1::2].clamp(-7, 7)
+    every = torch.einsum("neo,edo->ned", (up + 1) * gate * torch.sigmoid(1.702 * gate), stacks[1].double())
+    every = (every + biases[1].double()).gather(1, ids[:, :, None].expand(-1, -1, D))
+    y = (every * best.softmax(-1)[:, :, None]).sum(1)
+    y.backward(dy.double())
+
+    layers = (ExpertLayers(stack.unbind(), bias=bias) for stack, bias in zip(stacks, biases, strict=True))
+    experts, (ids, weights) = TrainedExperts(*layers, "swiglu_oai"), route(scores, router)
+    chosen = ChosenExperts.of(ids, N_EXPERTS, x)
+    found, kept = experts.forward(x, chosen, weights)
+    grads = experts.backward(dy, x, kept, chosen, weights)
+    dscores = route_backward(grads.weights, scores, ids, router)
+    unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-22
+    for one, right in ((found, y), (grads.x, own_x.grad), (dscores, own_scores.grad)):
+        assert one.dtype == dtype
+        assert (one.double() - right).abs().max() <= 4 * unit * right.abs().max()
+
+
 def drawn_pair(o, i, scale, dtype):
     """A and B in the layout that PEFT's form has: the experts of B side by side."""
     a, b = draw(N_EXPERTS, RANK, i, dtype=dtype), draw(o, RANK, N_EXPERTS, dtype=dtype).permute(2, 0, 1)
