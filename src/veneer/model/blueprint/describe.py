@@ -130,7 +130,7 @@ def _head(source: BlockSource, head: nn.Module | None, table: nn.Module) -> Head
     if head is None or not is_linear(head):
         return None
     config: Any = source.config
-    cap = getattr(config, "final_logit_softcapping", None)
+    cap, scaling = getattr(config, "final_logit_softcapping", None), _named(source, "logits_scaling")
     own, embedded = (
         module.weight if isinstance(module, CodedModule) else module._parameters.get("weight")
         for module in (head, table)
@@ -138,7 +138,7 @@ def _head(source: BlockSource, head: nn.Module | None, table: nn.Module) -> Head
     return Head(
         linear=read_linear(source, head, "head"),
         tied=own is embedded,
-        scale=_named(source, "logit_scale") / _named(source, "logits_scaling"),
+        scale=_named(source, "logit_scale") * (scaling if source.family.multiplies_logits else 1 / scaling),
         softcap=None if cap is None else float(cap),
     )
 

@@ -86,6 +86,13 @@ class Names:
             attention_post="post_self_attn_layernorm",
             feed_forward_post="post_mlp_layernorm",
         ),
+        NormNames(attention="input_layernorm", feed_forward="pre_feedforward_layernorm"),
+        NormNames(
+            attention="input_layernorm",
+            feed_forward="post_attention_layernorm",
+            attention_post="post_norm1",
+            feed_forward_post="post_norm2",
+        ),
         NormNames(
             attention=None,
             feed_forward=None,

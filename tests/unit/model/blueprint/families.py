@@ -32,6 +32,7 @@ from transformers import (
     GraniteConfig,
     GraniteMoeConfig,
     HeliumConfig,
+    HyperCLOVAXConfig,
     Lfm2Config,
     Lfm2MoeConfig,
     LlamaConfig,
@@ -60,6 +61,7 @@ from transformers import (
     SolarOpenConfig,
     StableLmConfig,
     Starcoder2Config,
+    VaultGemmaConfig,
 )
 
 from veneer.model.blueprint.names import CORRECTIONS
@@ -143,6 +145,10 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         attention_multiplier=0.2, logits_scaling=2.9, **SIZES,
     ),
     "helium": HeliumConfig(**WIDE),
+    "hyperclovax": HyperCLOVAXConfig(
+        embedding_multiplier=1.7, residual_multiplier=0.3, attention_multiplier=0.2, logits_scaling=2.9, **SIZES
+    ),
+    "hyperclovax, without post-norms": HyperCLOVAXConfig(use_post_norm=False, residual_multiplier=0.3, **SIZES),
     "lfm2": Lfm2Config(layer_types=["conv", "full_attention"] * 2, conv_bias=True, conv_L_cache=4, **SIZES),
     "lfm2 experts": Lfm2MoeConfig(
         layer_types=["conv", "full_attention"] * 2, conv_L_cache=3, num_experts=6, num_experts_per_tok=3,
@@ -197,6 +203,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "stablelm": StableLmConfig(use_qkv_bias=True, **WIDE, **rope(PARTIAL)),
     "stablelm, parallel": StableLmConfig(use_parallel_residual=True, **WIDE, **rope(PARTIAL)),
     "starcoder2": Starcoder2Config(sliding_window=5, **WIDE),
+    "vaultgemma": VaultGemmaConfig(attn_logit_softcapping=3.0, layer_types=TURNS, **GEMMA),
 }  # fmt: skip
 
 

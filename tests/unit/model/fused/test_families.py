@@ -41,9 +41,9 @@ TYPES: dict[str, PreTrainedConfig] = {
 NEW = [
     "bloom", "bloom, 3 heads", "cohere", "cohere, normed heads", "cohere2", "ernie4_5", "exaone4", "falcon",
     "falcon, groups", "falcon, groups, one norm", "falcon, all heads, serial", "glm", "glm4", "gptj",
-    "gptj, whole heads", "granite", "helium", "mpt", "nemotron", "olmo", "olmo, clipped", "olmo2", "olmo3", "opt",
-    "qwen2 experts", "qwen3 experts", "smollm3", "solar experts", "dots1", "exaone experts", "glm4 experts",
-    "gpt_oss",
+    "gptj, whole heads", "granite", "helium", "hyperclovax", "mpt", "nemotron", "olmo", "olmo, clipped", "olmo2",
+    "olmo3", "opt", "qwen2 experts", "qwen3 experts", "smollm3", "solar experts", "dots1", "exaone experts",
+    "glm4 experts", "gpt_oss", "vaultgemma",
 ]  # fmt: skip
 BY_MASK = ("bloom", "bloom, 3 heads", "gpt_oss", "mpt", "opt")  # their own masks take no positions
 BORDERS = {"cohere, normed heads": "attention", "olmo, clipped": "attention"}
