@@ -21,6 +21,7 @@ from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError
 from veneer.learn.report import write_run_page
 from veneer.plain.group import n_on_this_machine
+from veneer.plain.outlasting import outlasting_readers
 from veneer.plain.progress import draws_bars, waits_told
 from veneer.plain.units import size
 from veneer.plan.before import planned_facts, remember_run, require_room, with_shard
@@ -85,7 +86,7 @@ def carried_out(wanted: Recipe | Sweep, asked: TrainOptions) -> None:
     if not is_main():
         logging.getLogger().setLevel(logging.ERROR)  # what the others would say is the same
     console = Console(soft_wrap=True, quiet=not is_main())
-    with without_bars(), _rows_counted_in_terminals():
+    with outlasting_readers(), without_bars(), _rows_counted_in_terminals():
         if asked.show_sample:
             _show_sample(wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe, console)
         elif isinstance(wanted, Recipe) and asked.show_rollouts is not None:
