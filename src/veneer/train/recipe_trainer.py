@@ -124,7 +124,8 @@ def _make_task_trainer(
 
 
 def _encoding_told(rows: Rows, *, draws: bool = False) -> AbstractContextManager[None]:
-    """Enter a context that prints lines while rows are tokenized; in a terminal, datasets shows bars instead.
+    """Enter a context that prints lines while the trainer attaches the adapter and tokenizes rows. In a terminal,
+    datasets shows bars instead.
 
     ``draws``: the trainer generates its answers and tokenizes no row in advance. The lines then name the building of
     the trainer and its engine.
@@ -135,7 +136,7 @@ def _encoding_told(rows: Rows, *, draws: bool = False) -> AbstractContextManager
         return nullcontext()
     known = [part for part in (rows.train, rows.eval) if isinstance(part, Dataset)]
     n_rows = f"{sum(map(len, known)):,} rows" if known else "the rows"
-    return waits_told(f"tokenizing {n_rows}")
+    return waits_told(f"attaching the adapter and tokenizing {n_rows}")
 
 
 def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
