@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.model.conftest import NEOX, SIZES, WIDE, base
+from tests.unit.model.conftest import NEOX, SIZES, base
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BitNetConfig,
     GPTNeoXJapaneseConfig,
-    GptOssConfig,
     Ministral3Config,
     MoshiConfig,
     Qwen3Config,
@@ -96,12 +96,7 @@ def ministral(original: int, dtype: torch.dtype, scale: float) -> Any:
             GPTNeoXJapaneseConfig(intermediate_multiple_size=1, **NEOX),
             "it has no attribute with the scale of its scores",
         ),
-        (
-            GptOssConfig(
-                num_local_experts=3, num_experts_per_tok=2, pad_token_id=0, **{**WIDE, "intermediate_size": 60}
-            ),
-            "it holds sinks",
-        ),
+        (BitNetConfig(pad_token_id=0, **SIZES), "it holds attn_sub_norm"),
         (MoshiConfig(ffn_dim=58, audio_vocab_size=89, pad_token_id=0, **SIZES), "feed-forward part of known form"),
         (
             Qwen3Config(layer_types=["full_attention", "chunked_attention"], **SIZES),

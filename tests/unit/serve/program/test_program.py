@@ -187,8 +187,10 @@ def test_a_model_without_a_program_is_served_all_the_same(tokenizer, caplog):
     config.rope_parameters = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 523.0}
     llm = LLM(transformers.LlamaForCausalLM(config).eval(), tokenizer=tokenizer, max_model_len=31)
     assert isinstance(llm.engine.runner, ProgramRunner)
-    sinks = transformers.GptOssConfig(**SHAPE | {"num_local_experts": 3, "num_experts_per_tok": 2})
-    model = transformers.GptOssForCausalLM(sinks).eval()
+    other_units = transformers.GptOssConfig(
+        **SHAPE | {"num_local_experts": 3, "num_experts_per_tok": 2, "swiglu_limit": 9.0}
+    )
+    model = transformers.GptOssForCausalLM(other_units).eval()
     with caplog.at_level("WARNING", logger="veneer.serve"):
         llm = LLM(model, tokenizer=tokenizer)
     assert isinstance(llm.engine.runner, GeneralRunner)
