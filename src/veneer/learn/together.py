@@ -6,7 +6,7 @@ Each is a trainer of its own, and one engine draws for all of them, in one batch
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -27,7 +27,7 @@ from veneer.store.source import load_tokenizer
 from veneer.train.base_model import device_of, load_base
 from veneer.train.interrupt import Stop
 from veneer.train.preference.trainer import without_old_names
-from veneer.train.record.record import reason_of, record_of
+from veneer.train.record.record import RUN_FILE, reason_of, record_of
 from veneer.train.run import Tell
 from veneer.train.run_trainer import RunTrainer
 from veneer.train.sweep.coroutines import Coroutine, ask
@@ -166,17 +166,28 @@ def _run_member(job: Job, base: PreTrainedModel, kind: type[RunTrainer], stop: S
     record, which holds the error.
 
     The other members train on, because a member's own rewards, tools and environments may raise any error. If a member
-    fails before it trains, its error is raised.
+    fails before it trains, its error is raised. Its record is then that of an earlier run, or absent.
     """
     output = Path(job.member.recipe.output)
-    before = record_of(output)
+    before = _written(output)
     try:
         return run_job(job, base, kind, stop)
     except Exception as error:
         record = record_of(output)
-        if record is None or record == before or record.get("reason") != reason_of(error):
+        if record is None or _written(output) == before or record.get("reason") != reason_of(error):
             raise
         return JobEnd(record)
+
+
+def _written(output: Path) -> tuple[int, int] | None:
+    """Return what distinguishes one writing of a run's record from another: the file's inode and its time in ns.
+
+    The contents do not: a resumed run may fail at the same step for the same reason. None if there is no record.
+    """
+    with suppress(FileNotFoundError):
+        found = (output / RUN_FILE).stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
 
 
 def draw_together(jobs: Sequence[Job], tell: Tell, stop: Stop) -> list[JobEnd]:

@@ -202,6 +202,15 @@ def test_a_member_that_fails_leaves_and_goes_on_with_a_resume(values):
     assert (resumed["failing"]["status"], resumed["failing"]["results"]["steps"]) == ("finished", 4)
 
 
+def test_a_member_that_fails_again_for_the_same_reason_leaves_again(values):
+    part = {"members": [{"name": "failing", "rewards": [values["rewards"][0].replace("spread", "failing")]}]}
+    values["training"] |= {"save_strategy": "steps", "save_steps": 1}
+    first = together(values, part)["failing"]
+    Path(values["rewards"][0].partition(":")[0]).write_text(REWARDS.replace("len(calls) == 2", "len(calls) == 1"))
+    again = together(values, part, resume=True)["failing"]
+    assert (again["status"], again["step"], again["reason"]) == ("failed", 1, first["reason"])
+
+
 def test_a_member_that_is_refused_before_it_trains_ends_the_sweep(values, monkeypatch):
     described = run.describe_run
 
