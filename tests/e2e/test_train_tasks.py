@@ -171,7 +171,7 @@ def test_dpo_killed_and_resumed_is_the_run_that_was_not(project: Path) -> None:
     assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize("task", ["grpo", "rloo"])
+@pytest.mark.parametrize("task", ["grpo", "rloo", "best_of"])
 def test_rollouts_are_shown_before_a_run_and_after_it(project: Path, task: str) -> None:
     def told(*command: Any, status: int = 0) -> str:
         found = CliRunner().invoke(app, [*map(str, command)])

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from veneer.cli.pages.options import unset
+from veneer.data.tasks import OF_REWARDS
 from veneer.errors import ConfigError
 from veneer.plain.group import group_size, join_slurm, starts_processes
 from veneer.plain.libraries import libraries_loading
@@ -19,7 +20,6 @@ from veneer.ray.place import RayCluster, place_of, require_ray
 from veneer.recipe.adapter import names_of
 from veneer.recipe.commented import commented_recipe
 from veneer.recipe.distill_checks import BASE
-from veneer.recipe.distributed_part import GENERATING
 from veneer.recipe.early import refuse_early
 from veneer.recipe.known import declared_methods
 from veneer.recipe.readers import refuse_rows
@@ -44,7 +44,7 @@ _ShowSample = Annotated[
 ]
 _ShowRollouts = Annotated[
     int | None,
-    unset("N", "Draw and reward N answers (of grpo and rloo), print them and leave.", "--show-rollouts"),
+    unset("N", "Draw and reward N answers (of grpo, rloo and best_of), print them and leave.", "--show-rollouts"),
 ]
 _BeyondMemory = Annotated[
     bool, typer.Option("--beyond-memory", help="Train although the plan says that memory will not do.")
@@ -139,10 +139,10 @@ def _require_rollouts(n: int, values: Mapping[str, Any]) -> None:
     if n < 1:
         raise ConfigError(f"--show-rollouts {n} must be at least 1")
     task = values.get("task", "sft")
-    if task not in GENERATING or PART in values:
+    if task not in OF_REWARDS or PART in values:
         which = "a sweep" if PART in values else f"task {task}"
         raise ConfigError(
-            f"--show-rollouts: {which} draws no answers to learn from; {' and '.join(GENERATING)} do. --show-sample "
+            f"--show-rollouts: {which} draws no answers to learn from; {', '.join(OF_REWARDS)} do. --show-sample "
             "shows a row"
         )
 

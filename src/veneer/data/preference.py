@@ -8,23 +8,22 @@ from typing import Any, Literal
 
 from veneer.data.column_templates import fields_of, fill_template
 from veneer.data.files import raise_all
+from veneer.data.tasks import OF_REWARDS
 from veneer.errors import DataError
 
-Task = Literal["dpo", "kto", "reward", "grpo", "rloo"]
+Task = Literal["dpo", "kto", "reward", "grpo", "rloo", "best_of"]
 
 FORMS: Mapping[str, str] = {
     "dpo": "prompt, chosen and rejected (or chosen and rejected that begin with the same prompt)",
     "kto": "prompt, completion and label (true or false), or prompt, chosen and rejected",
     "reward": "chosen and rejected, with or without prompt",
-    "grpo": "prompt, and whatever columns the reward functions read",
-    "rloo": "prompt, and whatever columns the reward functions read",
+    **dict.fromkeys(OF_REWARDS, "prompt, and whatever columns the reward functions read"),
 }
 _COLUMNS: Mapping[str, tuple[frozenset[str], ...]] = {
     "dpo": (frozenset({"chosen", "rejected"}),),
     "kto": (frozenset({"prompt", "completion", "label"}), frozenset({"chosen", "rejected"})),
     "reward": (frozenset({"chosen", "rejected"}),),
-    "grpo": (frozenset({"prompt"}),),
-    "rloo": (frozenset({"prompt"}),),
+    **dict.fromkeys(OF_REWARDS, (frozenset({"prompt"}),)),
 }
 _BESIDE = ("tools", "chat_template_kwargs", "margin", "ref_chosen_logps", "ref_rejected_logps")  # TRL's
 _READ = ("prompt", "chosen", "rejected", "completion", "label")
@@ -99,7 +98,9 @@ def _value_problem(column: str, value: Any, row: Mapping[str, Any]) -> str | Non
 
 def _other_task(columns: set[str], task: Task) -> str:
     fits = [
-        other for other, forms in _COLUMNS.items() if other not in (task, "rloo") and any(f <= columns for f in forms)
+        other
+        for other, forms in _COLUMNS.items()
+        if other not in (task, *OF_REWARDS[1:]) and any(f <= columns for f in forms)
     ]
     if {"messages"} & columns or {"prompt", "completion"} <= columns:
         fits = [other for other in fits if other != "grpo"] + ["sft"]
@@ -126,7 +127,7 @@ class PreferenceReader:
 
     def unread(self, columns: Iterable[str], form: str) -> list[str]:
         """Return the columns that nothing reads. A task with reward functions reads all columns."""
-        if form in ("grpo", "rloo"):
+        if form in OF_REWARDS:
             return []
         read = {*_READ, *_BESIDE, *fields_of(self.prompt or "")}
         return [name for name in columns if name not in read and not name.endswith("_ids")]

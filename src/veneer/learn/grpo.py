@@ -6,7 +6,7 @@ import asyncio
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import trl
 from datasets import Dataset
@@ -15,6 +15,7 @@ from trl.chat_template_utils import parse_response
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
+from veneer.data.preference import Task
 from veneer.errors import DataError, TrainingError
 from veneer.learn.config import GRPOConfig
 from veneer.learn.conversation import Conversation, Rollout, RolloutLimits, RolloutTools, Speech
@@ -40,7 +41,7 @@ class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
     2024, arXiv:2402.03300. Raises ConfigError, DataError or TrainingError if the run is impossible as configured.
     """
 
-    task = "grpo"
+    task: ClassVar[Task] = "grpo"
     settings = GRPOConfig
     reward_funcs: list[Any]
 

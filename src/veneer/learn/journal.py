@@ -114,7 +114,7 @@ def read_journal(run: Path) -> Iterator[Line]:
     paths = sorted((run / FOLDER).glob("*_of_*.jsonl"))
     if not paths:
         raise FormatError(
-            f"{run} holds no journal of rollouts: grpo and rloo write one into {FOLDER}/ if the engine draws "
+            f"{run} holds no journal of rollouts: grpo, rloo and best_of write one into {FOLDER}/ if the engine draws "
             "(rollouts.journal)"
         )
     for path in paths:

@@ -200,10 +200,10 @@ class DrawingTrainer(PreferenceTrainer):
         with self._divergence_told():
             self._recalled = self._in_journal(len(inputs))
             found: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        self.weigh(found)
         if self.policy is None or not self.policy.has_drawn:
             return found
         found["sampling_per_token_logps"] = self.policy.logprobs(found["completion_ids"])
-        self._without_rounding(found["advantages"])
         if self.journal is not None and self.model.training and self._recalled is None:
             self.journal.write(self._draw_number(), self._lines(found["advantages"]))
         if (mass := self.policy.kept_mass) < 1:
@@ -316,8 +316,9 @@ class DrawingTrainer(PreferenceTrainer):
         lines[0]["metrics"] = self._told_metrics
         return lines
 
-    def _without_rounding(self, advantages: Tensor) -> None:
-        """Set the advantages of groups with equal rewards to exactly 0, in place: TRL's mean has a rounding error."""
+    def weigh(self, found: dict[str, Any]) -> None:
+        """Set the advantages of a draw's groups with equal rewards to exactly 0: TRL's mean has a rounding error."""
+        advantages = found["advantages"]
         if self._rewards is None or (self.beta and self.task == "rloo"):  # its rewards have the distance to a reference
             return
         n = self.num_generations if self.model.training else self.num_generations_eval
@@ -367,8 +368,7 @@ class DrawingTrainer(PreferenceTrainer):
             self._loss_of = None
         scored, self._scored = self._scored, None
         is_first = self._step % self._steps_of_a_draw() < self.args.gradient_accumulation_steps
-        counted = _drawn(inputs)
-        rows = self._learning(inputs)
+        counted, rows = _drawn(inputs), self._learning(inputs)
         if rows is not None:
             counted = counted & torch.zeros_like(counted).index_fill(0, rows, True)
         if scored is not None and "sampling_per_token_logps" in inputs and is_first and counted.any():

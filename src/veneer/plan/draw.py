@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.token_scores import kept_logits
 from veneer.contract import MethodConfig
+from veneer.data.tasks import OF_REWARDS
 from veneer.errors import DescriptionError
 from veneer.evaluate.scoring import context_length
 from veneer.learn.policy import ONLY_ON_CPUS, keeps_one_copy
@@ -65,12 +66,12 @@ def draw_of(task: str, args: Any, batch: Batch) -> DrawSize | None:
         n, longest = n_rows * steps, args.max_completion_length
         prompt = max(1, batch.length - longest)
         return DrawSize(n_answers=n, n_prompts=n, prompt=prompt, n_tokens=longest, n_batches=steps / args.lmbda)
-    if task not in ("grpo", "rloo"):
+    if task not in OF_REWARDS:
         return None
     n, of_engine = n_rows * args.steps_per_generation, args.rollout_engine != "generate"
     n_batches = args.steps_per_generation * args.num_iterations
     is_known = of_engine and not (args.bf16 or args.fp16)  # the engine's log-probabilities are then the old policy's
-    scores_old = task == "rloo" or of_engine or steps % n_batches != 0
+    scores_old = task == "rloo" or (task == "grpo" and of_engine) or steps % n_batches != 0
     return DrawSize(
         n_answers=n, n_prompts=-(-n // args.num_generations),
         prompt=batch.n_shared, n_tokens=batch.length - batch.n_shared,

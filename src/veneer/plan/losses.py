@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.token_scores import PreferenceScoring
 from veneer.data.encoding import IGNORED
+from veneer.data.tasks import OF_REWARDS
 from veneer.learn.distill import taught_loss
 from veneer.recipe.adapter import FROM
 from veneer.train.loss import token_loss
@@ -26,7 +27,7 @@ def reference_of(task: str, adapter: Mapping[str, Any], model: PreTrainedModel, 
 
     The trainer also holds a reference if the reference log-probabilities are computed once before the run.
     """
-    if task in ("sft", "distill") or (task in ("grpo", "rloo") and not args.beta):
+    if task in ("sft", "distill") or (task in OF_REWARDS and not args.beta):
         return None
     return Reference(model, PreferenceScoring(details=False), fresh=FROM not in adapter)
 
@@ -37,7 +38,7 @@ def loss_of(task: str, reference: Reference | None, args: Any, n_taught: int = 0
         return trained_tokens
     if task == "distill":
         return lambda model, inputs: distilled(model, inputs, args, n_taught)
-    if task in ("grpo", "rloo"):
+    if task in OF_REWARDS:
         return lambda model, inputs: rewarded(model, inputs, args)
     asked = None if args.precompute_ref_log_probs else reference
     passes = pairs if task == "dpo" else labelled

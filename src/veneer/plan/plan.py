@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from veneer.data.tasks import OF_REWARDS
 from veneer.errors import ConfigError
 from veneer.model.modules.experts import told_experts
 from veneer.model.modules.snapshot import look_at
@@ -113,7 +114,7 @@ def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     n_rows = ROWS[task] * args.per_device_train_batch_size
     prompts = prompt_lengths(task, recipe.model.source, recipe.data)
-    if task in ("grpo", "rloo"):
+    if task in OF_REWARDS:
         return _answers(args, max(prompts, default=SEQUENCE))
     length = args.max_length or context or 1024
     if context is not None and length > context:

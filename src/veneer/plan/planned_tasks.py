@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from veneer.data.tasks import OF_REWARDS
 from veneer.errors import ConfigError
 
-ROWS = {"sft": 1, "dpo": 2, "kto": 1, "grpo": 1, "rloo": 1, "distill": 1}
+ROWS = {"sft": 1, "dpo": 2, "kto": 1, "grpo": 1, "rloo": 1, "best_of": 1, "distill": 1}
 """The tasks that are planned, with the rows that a row of their data becomes in a batch."""
 _NOT_PLANNED = {
     "reward": "a head of its own in place of the vocabulary's",
@@ -13,7 +14,7 @@ _NOT_PLANNED = {
 
 def length_key(task: str) -> str:
     """Return the training setting that bounds the length of a task's rows."""
-    return "max_completion_length" if task in ("grpo", "rloo") else "max_length"
+    return "max_completion_length" if task in OF_REWARDS else "max_length"
 
 
 def require_planned(task: str, method: str) -> None:

@@ -16,6 +16,7 @@ from veneer.data.chat import with_template
 from veneer.data.encoding import Encoder, kind_of
 from veneer.data.files import numbered_rows
 from veneer.data.named_files import names_a_file
+from veneer.data.tasks import OF_REWARDS
 from veneer.errors import VeneerError
 from veneer.plan.presets import hub_id_of
 from veneer.plan.step import Batch
@@ -77,7 +78,7 @@ def filled(full: Batch, recipe: Recipe) -> Batch:
     It is returned unchanged if the rows are in no file or in several, or if they cannot be read here.
     """
     data, most = recipe.data, recipe.training_config().per_device_train_batch_size
-    if recipe.task in ("grpo", "rloo") or full.packed or data.more or not _is_file(data):
+    if recipe.task in OF_REWARDS or full.packed or data.more or not _is_file(data):
         return full
     try:
         n_rows = sum(1 for _ in itertools.islice(numbered_rows(Path(data.train), []), min(data.limit or most, most)))
@@ -93,7 +94,7 @@ def prompt_lengths(task: Task, source: str, data: DataPart) -> Sequence[int]:
     Return an empty sequence for tasks without prompts, or if the rows are in no file or cannot be read here. A run
     reports the reason.
     """
-    if task not in ("dpo", "grpo", "rloo", "distill") or hub_id_of(source) is not None:
+    if task not in ("dpo", *OF_REWARDS, "distill") or hub_id_of(source) is not None:
         return ()
     return _prompt_lengths(task, source, data.model_dump_json())
 

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from veneer.data.tasks import OF_REWARDS
 from veneer.errors import ConfigError
 
 PLANNED = ("auto", "ddp", "fsdp")  # strategies that a plan can count without the machines
-GENERATING = ("grpo", "rloo")
 GENERATING_METRICS = ("exact-match", "regex")
 OF_DDP = ("ddp_find_unused_parameters", "ddp_broadcast_buffers")
 CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
@@ -131,7 +131,7 @@ def layout_problems(values: Mapping[str, Any]) -> list[str]:
     found = []
     if _part(values, "adapter").get("method") == "full":
         found.append("adapter.method: full trains every weight, and only frozen weights can be sharded")
-    if values.get("task") in GENERATING:
+    if values.get("task") in OF_REWARDS:
         found.append(f"task: {values['task']} generates text, {_GATHERS}")
     if _part(values, "metric").get("name") in GENERATING_METRICS:
         found.append(f"metric.name: {values['metric']['name']} generates text, {_GATHERS}: set it to 'labels'")

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import veneer
 from veneer.recipe.key_checks import AllowedKeys
 
-Task = Literal["sft", "dpo", "kto", "reward", "grpo", "rloo", "distill"]
+Task = Literal["sft", "dpo", "kto", "reward", "grpo", "rloo", "best_of", "distill"]
 TASKS: tuple[Task, ...] = get_args(Task)
 OF_ANSWERS: tuple[Task, ...] = ("sft", "distill")
 """Tasks whose rows hold answers, and are read alike."""
@@ -43,6 +43,7 @@ KEYS: Mapping[Task, TaskKeys] = {
     "reward": TaskKeys("RewardTrainer", "RewardConfig", _ALL),
     "grpo": TaskKeys("GRPOTrainer", "GRPOConfig", _ALL | {"response_template"}, rewards=True, rate=0.1),
     "rloo": TaskKeys("RLOOTrainer", "RLOOConfig", _ALL, rewards=True, rate=0.1),
+    "best_of": TaskKeys("BestOfTrainer", "BestOfConfig", _ALL, rewards=True),
     "distill": TaskKeys("DistillTrainer", "DistillConfig", _ALL | {"completion"}),
 }
 

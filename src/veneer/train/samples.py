@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from veneer.data.chat import with_template
 from veneer.data.dataset import columns_of, encode_all
 from veneer.data.encoding import IGNORED, Encoder, kind_of
+from veneer.data.tasks import OF_REWARDS
 from veneer.errors import DataError
 from veneer.recipe.parts import DataPart
 from veneer.recipe.readers import preference_reader
@@ -64,7 +65,7 @@ def _first_row(part: DataPart, seed: int, tokenizer: PreTrainedTokenizerBase, lo
 def _by_part(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sample]:
     rows = read_data(recipe.data, recipe.seed, preference_reader(recipe.data, recipe.task))
     first = Dataset.from_list([rows.train[0]])
-    if recipe.task in ("grpo", "rloo"):
+    if recipe.task in OF_REWARDS:
         return {"the prompt, to which the model's own answers are rewarded": _prompt(first[0]["prompt"], tokenizer)}
     args = recipe.training_config()
     encoded = _encoded(recipe.task, first, tokenizer, args)

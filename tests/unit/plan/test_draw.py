@@ -13,6 +13,7 @@ from tests.unit.plan.conftest import Make
 
 from bench.training.measured import measured_model
 from veneer.adapters.shared_rows import shared_rows
+from veneer.data.tasks import OF_REWARDS
 from veneer.errors import ConfigError
 from veneer.plan.architecture import config_of
 from veneer.plan.draw import ENGINE, PAGES
@@ -38,7 +39,7 @@ def drawing(recipe: Make, tiny: Path, tmp_path: Path) -> Any:
     def make(task: str = "grpo", parts: dict[str, Any] | None = None, **training: Any) -> Recipe:
         values = recipe({"method": "lora", "r": 5, "target_modules": "all-linear"}).model_dump(exclude_unset=True)
         values |= {"task": task, "data": {"train": str(tmp_path / "rows.jsonl")}}
-        if task in ("grpo", "rloo"):
+        if task in OF_REWARDS:
             values["training"] = {"num_generations": 3, "max_completion_length": 17}
             values |= {"rewards": [{"function": "exact-match", "column": "chosen"}]}
         return parse_recipe(
@@ -146,6 +147,9 @@ def test_answers_are_scored_as_often_as_the_run_does(drawing: Any) -> None:
         n[name] = plan.draw.n_scores
         assert (plan.apart["score"].flops > 0) == (plan.draw.n_scores > 0)
     assert n == {"16 bits": 1, "exact": 0, "reference": 1, "generate": 0}
+    best = plan_recipe(drawing("best_of")).draw
+    assert best is not None
+    assert best.n_scores == 0  # its loss has no old policy
 
 
 def test_a_shared_prompt_is_computed_once_for_a_pair(drawing: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 import veneer
 from models import llama_config
 from veneer import DPOConfig, GRPOConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from veneer.data.tasks import OF_REWARDS
 from veneer.errors import ConfigError
 from veneer.recipe.recipe import load_recipe, parse_recipe
 from veneer.recipe.tasks import TASKS, settings_of, trainer_of
@@ -32,7 +33,7 @@ REWARDS = [{"function": "exact-match", "column": "answer", "weight": 0.7}, "rege
 def values(task="dpo", **changes):
     base = {
         "task": task, "model": {"source": "base"}, "data": {"train": "rows.jsonl"}, "output": "runs/x",
-        **({"rewards": ["exact-match"]} if task in ("grpo", "rloo") else {}),
+        **({"rewards": ["exact-match"]} if task in OF_REWARDS else {}),
         **(DISTILL if task == "distill" else {}),
     }  # fmt: skip
     return {**base, **changes}
@@ -43,7 +44,7 @@ def test_every_task_has_a_trainer_and_settings_of_its_own(task):
     recipe = parse_recipe(values(task))
     args = recipe.training_config()
     assert isinstance(args, settings_of(task))
-    assert args.learning_rate == pytest.approx(2e-4 if task in ("sft", "reward", "distill") else 2e-5)
+    assert args.learning_rate == pytest.approx(2e-4 if task in ("sft", "reward", "best_of", "distill") else 2e-5)
     assert trainer_of(task).__name__ in veneer.__all__
 
 
@@ -51,8 +52,8 @@ def test_every_task_has_a_trainer_and_settings_of_its_own(task):
     ("changes", "message"),
     [
         ({"task": "dop"}, r"task: 'dop' does not fit: it must be 'sft', 'dpo', 'kto', 'reward', "),
-        ({"task": "sft", "training": {"beta": 0.2}}, "beta: belongs to task dpo, kto, grpo, rloo, distill, and"),
-        ({"training": {"num_generations": 4}}, "num_generations: belongs to task grpo, rloo, and the task"),
+        ({"task": "sft", "training": {"beta": 0.2}}, "beta: belongs to task dpo, kto, grpo, rloo, best_of, distill"),
+        ({"training": {"num_generations": 4}}, "num_generations: belongs to task grpo, rloo, best_of, and"),
         ({"training": {"bta": 0.2}}, "training.bta: unknown key; the nearest is 'beta'"),
         ({"training": {"packing": True}}, "training.packing: belongs to task sft"),
         ({"data": {"train": "r", "train_on": "answers"}}, "data.train_on: belongs to task sft, and the task"),
@@ -65,12 +66,14 @@ def test_every_task_has_a_trainer_and_settings_of_its_own(task):
         ({**DISTILL, "training": {"lmbda": -0.5}}, "training.lmbda: -0.5 must be between 0 and 1"),
         ({**DISTILL, "training": {"teacher_prompt": "x"}}, "training.teacher_prompt: set it in distill"),
         ({**DISTILL, "adapter": {"method": "full"}}, "adapter.method: full has no adapter, which distillation trains"),
-        ({**DISTILL, "rewards": ["regex"]}, "rewards: belongs to task grpo, rloo, and the task here is distill"),
-        ({"rewards": ["regex"]}, "rewards: belongs to task grpo, rloo, and the task here is dpo"),
+        ({**DISTILL, "rewards": ["regex"]}, "rewards: belongs to task grpo, rloo, best_of, and .* is distill"),
+        ({"rewards": ["regex"]}, "rewards: belongs to task grpo, rloo, best_of, and .* is dpo"),
         ({"task": "grpo"}, "rewards: is missing; grpo learns from rewards"),
-        ({"rollouts": {"engine": "engine"}}, "rollouts: belongs to task grpo, rloo, and the task here is dpo"),
+        ({"rollouts": {"engine": "engine"}}, "rollouts: belongs to task grpo, rloo, best_of, and .* is dpo"),
         ({**GRPO, "rollouts": {"engine": "vllm"}}, "rollouts.engine: .*'auto', 'engine' or 'generate'"),
         ({**GRPO, "training": {"rollout_engine": "auto"}}, "rollout_engine: .*in rollouts, as engine"),
+        ({**GRPO, "training": {"reward_floor": 1}}, "reward_floor: belongs to task best_of, and the task here is grpo"),
+        ({**GRPO, "task": "best_of", "training": {"beta": 0.2}}, "beta=0.2 has no effect on the likelihood"),
         ({"task": "kto", "training": {"per_device_train_batch_size": 1}}, "leaves KTO nothing to estimate its KL term"),
         ({"task": "grpo", "rewards": ["exact-mach"]}, "'exact-mach' is no reward.*the nearest is 'exact-match'"),
         ({"task": "grpo", "rewards": ["regex"]}, "the reward function regex: pattern: is missing"),

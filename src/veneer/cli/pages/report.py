@@ -14,7 +14,7 @@ from veneer.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ReportArguments:
-    """Write a page with the curves of a run of grpo or rloo, and answers to read: RUN/report.html.
+    """Write a page with the curves of a run of grpo, rloo or best_of, and answers to read: RUN/report.html.
 
     Example: veneer report runs/grpo --answers 20
     """

@@ -15,7 +15,7 @@ from veneer.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesArguments:
-    """Show the rollouts of a run of grpo or rloo, with their rewards.
+    """Show the rollouts of a run of grpo, rloo or best_of, with their rewards.
 
     Example: veneer samples runs/grpo --step 40 --below 0.2
     """
