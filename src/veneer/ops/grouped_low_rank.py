@@ -68,25 +68,27 @@ class AdapterRuns:
         return found.to(device)
 
 
+Factors = tuple[Tensor | None, ...] | Tensor
+"""Factor of each adapter's pair on one layer, or its gradient: a stack, or None where an adapter has no pair."""
+
+
 @dataclass(frozen=True, slots=True)
 class LowRankGroup:
     """Low-rank pairs of all adapters on one layer: ``a[k] (r_k, i)``, ``b[k] (o, r_k)`` and their scales.
 
-    ``a[k]`` and ``b[k]`` are None if adapter k has no pair there. ``masks[k]`` drops values of the x that a[k] reads;
-    without masks nothing is dropped.
+    ``a[k]`` and ``b[k]`` are None if adapter k has no pair there. If all adapters have pairs of one rank, ``a`` and
+    ``b`` may be stacks (adapters, r, i) and (adapters, o, r), and so are their gradients. ``masks[k]`` drops values of
+    the x that a[k] reads; without masks nothing is dropped.
     """
 
-    a: tuple[Tensor | None, ...]
-    b: tuple[Tensor | None, ...]
+    a: Factors
+    b: Factors
     scales: tuple[float, ...]
     masks: tuple[Mask | None, ...] = ()
 
     def mask_of(self, adapter: int) -> Mask | None:
         """Return the mask on the input of one adapter's a, if there is any."""
         return self.masks[adapter] if self.masks else None
-
-
-Gradients = tuple[Tensor | None, ...]
 
 
 def add_grouped_low_rank(
@@ -119,11 +121,19 @@ def grouped_low_rank_backward(
     *,
     input_grad: bool = True,
     backend: str | None = None,
-) -> tuple[Float[Tensor, "n i"] | None, list[Gradients], list[Gradients]]:
+) -> tuple[Float[Tensor, "n i"] | None, list[Factors], list[Factors]]:
     """Return the gradients of `add_grouped_low_rank` in x (None unless ``input_grad``), and in each group's a and b.
 
     ``u`` is the tensor that `add_grouped_low_rank` returned. Gradients in a and b are in at least float32.
     """
     kernel = implementation("grouped_low_rank.backward", x.device, backend)
     dx, das, dbs = kernel(dys, x, u, groups, rows, input_grad)
-    return dx, das, dbs
+    das = [_as_given(group.a, da) for group, da in zip(groups, das, strict=True)]
+    return dx, das, [_as_given(group.b, db) for group, db in zip(groups, dbs, strict=True)]
+
+
+def _as_given(factors: Factors, gradients: Factors) -> Factors:
+    """Return the gradients as a stack if the factors are one."""
+    if isinstance(factors, Tensor) and not isinstance(gradients, Tensor):
+        return torch.stack([gradient for gradient in gradients if gradient is not None])
+    return gradients

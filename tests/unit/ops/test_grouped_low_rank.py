@@ -117,6 +117,26 @@ def test_a_layer_on_which_no_adapter_has_a_pair(backend):
     assert (das[0], dbs[0]) == ((None,), (None,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stacks_are_the_pairs_of_a_group_and_so_are_their_gradients(backend, dtype):
+    n, r, i, o = 4, 3, 29, 31
+    x, dy = torch.randn(11, i).to(dtype), torch.randn(11, o).to(dtype)
+    a, b = torch.randn(n, r, i), torch.randn(o, r, n).permute(2, 0, 1)  # as PEFT keeps B of experts
+    rows = AdapterRuns((Run(1, 0, 2), Run(3, 2, 7), Run(0, 8, 11)), 11)
+    found = []
+    for group in (LowRankGroup(a, b, (0.7,) * n), LowRankGroup(a.unbind(), b.unbind(), (0.7,) * n)):
+        y = torch.ones(11, o, dtype=dtype)
+        u = add_grouped_low_rank(x, [group], rows, [y], backend=backend)
+        dx, [da], [db] = grouped_low_rank_backward([dy], x, u, [group], rows, backend=backend)
+        found.append((y, dx, da, db))
+    stacks, pairs = found
+    assert torch.equal(stacks[0], pairs[0])
+    assert torch.equal(stacks[1], pairs[1])
+    assert torch.equal(stacks[2], torch.stack(pairs[2]))
+    assert torch.equal(stacks[3], torch.stack(pairs[3]))
+    assert not stacks[2][2].any()
+
+
 def test_gradcheck(backend):
     tensors, scales, rows, _ = draw((4, 29, 31, (2, 3)), torch.float64, torch.float64)
     leaves = [t.requires_grad_() for t in tensors]

@@ -11,7 +11,7 @@ from torch import Tensor
 from veneer.ops.cpu.dtypes import is_served
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.dropout import Mask
-from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup
+from veneer.ops.grouped_low_rank import AdapterRuns, Factors, LowRankGroup
 from veneer.ops.memory import address
 from veneer.ops.reference import grouped_low_rank as reference
 from veneer.ops.rows import same_dtype, with_rows
@@ -31,14 +31,15 @@ def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Se
 
 def backward(
     dys: Sequence[Tensor], x: Tensor, u: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, input_grad: bool
-) -> tuple[Tensor | None, list[Gradients], list[Gradients]]:
+) -> tuple[Tensor | None, list[Factors], list[Factors]]:
     if u.dtype != torch.uint8:
         return reference.backward(dys, x, u, groups, rows, input_grad)
     x, dys = with_rows(x), [with_rows(same_dtype(dy, x)) for dy in dys]
     factors = _factors(groups)
     fresh = torch.empty if _reach_all(groups, rows) else torch.zeros
     dx = fresh(x.shape, dtype=x.dtype) if input_grad else None
-    grads = [None if f is None else torch.empty(f.shape, dtype=torch.float32) for f in factors]
+    found = [_fresh(side) for group in groups for side in (group.a, group.b)]
+    grads = _pairwise(found)
     kernels().grouped_low_rank_backward(
         *_given(x, groups, factors, rows, dys),
         address(x),
@@ -48,19 +49,36 @@ def backward(
         0 if dx is None else address(dx),
         [0 if g is None else address(g) for g in grads],
     )
-    das, dbs = iter(grads[0::2]), iter(grads[1::2])
-    sizes = [len(group.scales) for group in groups]
-    return dx, [tuple(next(das) for _ in range(n)) for n in sizes], [tuple(next(dbs) for _ in range(n)) for n in sizes]
+    return dx, found[0::2], found[1::2]
 
 
 def _factors(groups: Sequence[LowRankGroup]) -> list[Tensor | None]:
     """Return the factors a and b of every adapter on every layer, each contiguous."""
-    pairs = (pair for group in groups for pair in zip(group.a, group.b, strict=True))
-    return [None if f is None else f.contiguous() for pair in pairs for f in pair]
+    return _pairwise([_contiguous(side) for group in groups for side in (group.a, group.b)])
+
+
+def _pairwise(factors: Sequence[Factors]) -> list[Tensor | None]:
+    """Return the factors a and b of every adapter in turn, given all a and all b of each layer."""
+    each = [side.unbind() if isinstance(side, Tensor) else side for side in factors]
+    return [f for a, b in zip(each[0::2], each[1::2], strict=True) for pair in zip(a, b, strict=True) for f in pair]
+
+
+def _contiguous(side: Factors) -> Factors:
+    if isinstance(side, Tensor):
+        return side.flatten(1).contiguous().view(side.shape)  # of two axes torch copies in tiles: PEFT's B is turned
+    return tuple(None if f is None else f.contiguous() for f in side)
+
+
+def _fresh(side: Factors) -> Factors:
+    if isinstance(side, Tensor):
+        return torch.empty(side.shape, dtype=torch.float32)
+    return tuple(None if f is None else torch.empty(f.shape, dtype=torch.float32) for f in side)
 
 
 def _reach_all(groups: Sequence[LowRankGroup], rows: AdapterRuns) -> bool:
     """Return True if every row has an adapter with a pair on at least one of the layers."""
+    if any(isinstance(group.a, Tensor) for group in groups):
+        return sum(stop - start for _, start, stop in rows.runs) == rows.n_rows
     reached = [any(group.a[k] is not None for group in groups) for k in range(len(groups[0].a))]
     return sum(stop - start for k, start, stop in rows.runs if reached[k]) == rows.n_rows
 

@@ -18,7 +18,7 @@ from veneer.ops.experts import Router
 from veneer.ops.glu import unit_backward, unit_forward
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run, add_grouped_low_rank, grouped_low_rank_backward
 from veneer.ops.linear.layer import Weight
-from veneer.ops.linear.weight import add_transposed, product
+from veneer.ops.linear.weight import product, transposed_product
 from veneer.ops.matmul import operand
 from veneer.ops.traced import Traced
 from veneer.records.terms.pair import Pair
@@ -65,6 +65,7 @@ class ChosenExperts:
         """Yield each chosen expert: its number, the slice of its choices, and the slice of the choices to compute.
 
         The latter may run on into the choices of the next experts, so that its length is a multiple of `ROWS_AT_ONCE`.
+        What is computed there the next experts write over.
         """
         for number, (start, stop) in enumerate(self.bounds):
             if start < stop:
@@ -78,7 +79,7 @@ class ChosenExperts:
         """Sum the rows of each token's choices, in the order of choice and in float32."""
         total = rows.new_zeros(len(self.places), rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
         for place in range(self.places.shape[1]):
-            total += rows[self.places[:, place]]
+            total += rows.index_select(0, self.places[:, place])
         return total.to(rows.dtype)
 
 
@@ -111,8 +112,7 @@ class ExpertLayers:
         pair = self.pair
         if pair is None:
             return None
-        b = pair.b.contiguous()  # PEFT's form has the experts side by side
-        return LowRankGroup(pair.a.unbind(), b.unbind(), (pair.scale,) * len(b))
+        return LowRankGroup(pair.a, pair.b, (pair.scale,) * len(pair.b))
 
     def forward(
         self, x: Float[Tensor, "choices i"], chosen: ChosenExperts, shares: Float[Tensor, "choices 1"] | None = None
@@ -123,7 +123,7 @@ class ExpertLayers:
         y, group = x.new_empty(len(x), self.shape[0]), self.group
         for number, rows, wide in chosen.each():
             own = x[wide]
-            y[rows] = product(own, operand(own), self.weights[number])[: rows.stop - rows.start]
+            product(own, operand(own), self.weights[number], y[wide])
             if self.bias is not None:
                 y[rows] += self.bias[number] if shares is None else (shares[rows] * self.bias[number]).to(y.dtype)
         return y, None if group is None else add_grouped_low_rank(x, [group], chosen.runs, [y])
@@ -133,14 +133,14 @@ class ExpertLayers:
     ) -> tuple[Float[Tensor, "choices i"], tuple[Tensor | None, ...]]:
         """Return the gradients in the sorted rows and in `tensors`."""
         dx, group = dy.new_empty(len(dy), self.shape[1]), self.group
-        for number, rows, wide in chosen.each():
+        for number, _, wide in chosen.each():
             own = dy[wide]
-            dx[rows] = add_transposed(None, own, operand(own), self.weights[number])[: rows.stop - rows.start]
+            transposed_product(own, operand(own), self.weights[number], dx[wide])
         if group is None or u is None:
             return dx, ()
-        added, [das], [dbs] = grouped_low_rank_backward([dy], x, u, [group], chosen.runs)
-        each = zip(self.tensors, (das, dbs), strict=True)
-        found = (torch.stack(cast("list[Tensor]", own)).to(t.dtype) if t.requires_grad else None for t, own in each)
+        added, [da], [db] = grouped_low_rank_backward([dy], x, u, [group], chosen.runs)
+        each = zip(self.tensors, cast("tuple[Tensor, Tensor]", (da, db)), strict=True)
+        found = (own.to(t.dtype) if t.requires_grad else None for t, own in each)
         return dx.add_(cast(Tensor, added)), tuple(found)
 
     def slopes(self, dy: Float[Tensor, "choices o"], chosen: ChosenExperts) -> Float[Tensor, " choices"] | float:
@@ -197,7 +197,7 @@ class TrainedExperts:
         Weights multiply the inputs and biases of the second layers instead of their outputs, so that the backward pass
         need not keep the outputs.
         """
-        hidden, first = self.inner.forward(x[chosen.tokens], chosen)
+        hidden, first = self.inner.forward(x.index_select(0, chosen.tokens), chosen)
         acted, share = unit_forward(hidden, self.activation), chosen.sorted(weights)
         out, second = self.down.forward((acted * share).to(x.dtype), chosen, share)
         return chosen.summed(out), KeptOfExperts(hidden, (first, second))
@@ -215,14 +215,14 @@ class TrainedExperts:
         The gradient in a weight is ⟨downᵀ dy, act(gate) · up⟩ + ⟨dy, bias⟩, so that the experts' outputs need not be
         kept.
         """
-        share, dtype, dout = chosen.sorted(weights), dy.dtype, dy[chosen.tokens]
+        share, dtype, dout = chosen.sorted(weights), dy.dtype, dy.index_select(0, chosen.tokens)
         acted = unit_forward(kept.hidden, self.activation)
         through, second = self.down.backward(dout, (acted * share).to(dtype), kept.us[1], chosen)
         dweights = (through.float() * acted.float()).sum(1) + self.down.slopes(dout, chosen)
         dinner, dacted = kept.hidden.clone(), (through * share).to(dtype)
         del through, acted, dout
         unit_backward(dacted, dinner, self.activation)
-        dx, first = self.inner.backward(dinner, x[chosen.tokens], kept.us[0], chosen)
+        dx, first = self.inner.backward(dinner, x.index_select(0, chosen.tokens), kept.us[0], chosen)
         return ExpertGradients(chosen.summed(dx), dweights[chosen.places], (*first, *second))
 
 

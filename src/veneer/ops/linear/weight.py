@@ -11,12 +11,16 @@ from veneer.ops.matmul import add_matmul, matmul
 from veneer.ops.traced import is_watched
 
 
-def product(x: Float[Tensor, "n i"], read: Float[Tensor, "n i"], weight: Weight) -> Float[Tensor, "n o"]:
-    """Return ``W x``. ``read`` is x as `ops.matmul.operand` gives it."""
+def product(
+    x: Float[Tensor, "n i"], read: Float[Tensor, "n i"], weight: Weight, out: Float[Tensor, "n o"] | None = None
+) -> Float[Tensor, "n o"]:
+    """Return ``W x``, written into ``out`` if it is given. ``read`` is x as `ops.matmul.operand` gives it."""
     weight = _decoded(weight, x)
     if isinstance(weight, Tensor):
-        return matmul(read, weight.T, x.dtype)
+        return matmul(read, weight.T, x.dtype, out)
     y = weight.matmul(x)
+    if out is not None:
+        return out.copy_(y)
     # who watches (selective checkpointing) keeps what it sees, and this is written into
     return y.clone() if is_watched() else y
 
@@ -32,6 +36,14 @@ def add_transposed(
     if isinstance(weight, Tensor):
         return matmul(read, weight, dy.dtype) if dx is None else add_matmul(dx, read, weight)
     return weight.matmul_t(dy) if dx is None else dx.add_(weight.matmul_t(dy))
+
+
+def transposed_product(
+    dy: Float[Tensor, "n o"], read: Float[Tensor, "n o"], weight: Weight, out: Float[Tensor, "n i"]
+) -> Float[Tensor, "n i"]:
+    """Return ``Wᵀ dy``, written into ``out``. ``read`` is dy as `ops.matmul.operand` gives it."""
+    weight = _decoded(weight, dy)
+    return matmul(read, weight, dy.dtype, out) if isinstance(weight, Tensor) else out.copy_(weight.matmul_t(dy))
 
 
 def _decoded(weight: Weight, rows: Float[Tensor, "n _"]) -> Weight:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from veneer.ops.dropout import Mask
-from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup
+from veneer.ops.grouped_low_rank import AdapterRuns, Factors, LowRankGroup
 
 
 def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Sequence[Tensor]) -> Tensor:
@@ -23,10 +23,10 @@ def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Se
 
 def backward(
     dys: Sequence[Tensor], x: Tensor, u: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, input_grad: bool
-) -> tuple[Tensor | None, list[Gradients], list[Gradients]]:
+) -> tuple[Tensor | None, list[Factors], list[Factors]]:
     """Return the gradients in x, or None unless ``input_grad``, and in every a and b in at least float32."""
     dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if input_grad else None
-    das, dbs = [], []
+    das, dbs = list[Factors](), list[Factors]()
     for group, dy in zip(groups, dys, strict=True):
         da, db = ([None if f is None else _zeros(x, f) for f in factors] for factors in (group.a, group.b))
         for k, own, a, b, scale in _parts(x, group, rows):

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup, Run
+from veneer.ops.grouped_low_rank import AdapterRuns, Factors, LowRankGroup, Run
 from veneer.ops.matmul import add_matmul, converted, matmul
 from veneer.ops.reference import grouped_low_rank as reference
 from veneer.ops.rows import same_dtype, with_rows
@@ -41,7 +41,7 @@ def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Se
 
 def backward(
     dys: Sequence[Tensor], x: Tensor, u: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, input_grad: bool
-) -> tuple[Tensor | None, list[Gradients], list[Gradients]]:
+) -> tuple[Tensor | None, list[Factors], list[Factors]]:
     if not _serves(x, groups):
         return reference.backward(dys, x, u, groups, rows, input_grad)
     if _is_alone(groups, rows):
@@ -86,7 +86,7 @@ def _add_alone(x: Tensor, groups: Sequence[LowRankGroup], ys: Sequence[Tensor]) 
 
 def _alone_backward(
     dys: Sequence[Tensor], x: Tensor, groups: Sequence[LowRankGroup], input_grad: bool
-) -> tuple[Tensor | None, list[Gradients], list[Gradients]]:
+) -> tuple[Tensor | None, list[Factors], list[Factors]]:
     dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if input_grad else None
     das, dbs = [], []
     for group, given, a, b in zip(groups, dys, *_of_alone(groups, x.dtype), strict=True):
@@ -167,7 +167,7 @@ def _is_empty(group: LowRankGroup) -> bool:
     return all(a is None for a in group.a)
 
 
-def _stacked(factors: Sequence[Tensor | None], x: Tensor) -> Tensor:
+def _stacked(factors: Factors | list[Tensor | None], x: Tensor) -> Tensor:
     """Stack factors (r, width) as (adapters, rank, width) in x's dtype, with zeros for None."""
     given = [f for f in factors if f is not None]
     rank = block(max(f.shape[0] for f in given), least=16)
