@@ -1,12 +1,14 @@
 """Mixtures beside their bounds: the experts of a layer alone, and a greedy step of decoding of a whole mixture.
 
 The experts alone are timed by transformers' grouped products, by veneer's op, and as a dense layer of equal active
-size. The bound of the op is what the distinct experts that rows hit take at the rate of a copy, or their products at
-the rate of a large packed product, whichever is more, measured in the same run. A step is timed as it is served, with
-the model's own module for its experts, and of a dense model of equal active size. That most rows agree is seen to
-before they are timed. Times are CPU milliseconds of one thread, in turns, medians; weights are random.
+size. The bound of the op is what the distinct experts that rows hit take at the rate of a product of one row, or their
+products at the rate of a large packed product, whichever is more, measured in the same run. A step is timed as it is
+served, with the model's own module for its experts, and of a dense model of equal active size; then with adapters on
+attention and experts, the rows divided among them. Its bound is that of all weights and factors that its rows hit. That
+most rows agree is seen to before they are timed. Times are CPU milliseconds of one thread, and of a served step also
+milliseconds of the clock in brackets, in turns, medians; weights are random.
 
-    python -m bench.serving.mixtures [--dtype bfloat16] [--rows 1,16,32,1024] [--rounds 5]
+    python -m bench.serving.mixtures [--dtype bfloat16] [--rows 1,16,32,1024] [--rounds 5] [--adapters 16]
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -24,17 +27,22 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from bench.report import Rows, quiet_libraries
 from veneer.model.batch.paged import Stretch
+from veneer.model.blueprint.parts import Stack
+from veneer.model.program import experts
+from veneer.model.program.experts import MixExperts
+from veneer.model.program.version import Effects
 from veneer.ops.cpu.module import description
 from veneer.ops.experts import PackedStack, Router, mix, route
 from veneer.ops.glu import glu_forward
 from veneer.ops.packed import PackedWeight
+from veneer.records.deltas import LinearDelta
 from veneer.serve.program.interpreter import Interpreter
 from veneer.serve.program.kv_cache import make_cache
 from veneer.serve.program.step import Piece, step_of
 from veneer.serve.runners.program_runner import proved
 
 CPU = torch.device("cpu")
-CONTEXT = 8
+CONTEXT, RANK = 8, 16
 AGREES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 LEAST_SECONDS = 0.2  # of a timing
 
@@ -72,11 +80,15 @@ def main() -> None:
             for n in rows:
                 table.add(f"{size}, {n} rows", *half.row(n, rates, args.rounds))
         print("a step of decoding")
-        table = Rows(names, ("own module", "veneer", "own / veneer", "dense", "veneer / dense"))
+        columns = ("own module", "veneer", "own / veneer", "bound", "veneer / bound", "dense", "veneer / dense")
+        table = Rows([f"{name}, {args.adapters} adapters" for name in names], columns)
         for size in SIZES:
-            model = Model(size, dtype)
+            model = Model(size, dtype, args.adapters)
             for n in (n for n in rows if n <= 64):
-                table.add(f"{size}, {n} rows", *model.row(n, args.rounds))
+                table.add(f"{size}, {n} rows", *model.row(n, 0, rates, args.rounds))
+                table.add(
+                    f"{size}, {n} rows, {args.adapters} adapters", *model.row(n, args.adapters, rates, args.rounds)
+                )
 
 
 def parse() -> argparse.Namespace:
@@ -84,26 +96,33 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rows", default="1,16,32,1024")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--adapters", type=int, default=16)
     return parser.parse_args()
 
 
 def cpu_ms(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
     """CPU milliseconds of each run, in turns."""
-    calls, found = [], [list[float]() for _ in runs]
+    return [cpu for cpu, _ in times(runs, rounds)]
+
+
+def times(runs: Sequence[Callable[[], Any]], rounds: int) -> list[tuple[float, float]]:
+    """CPU milliseconds of each run and those of the clock, in turns."""
+    calls, found = [], [list[tuple[float, float]]() for _ in runs]
     for run in runs:
         run()
-        calls.append(max(1, int(LEAST_SECONDS / max(1e-6, _seconds(run, 1)))))
+        calls.append(max(1, int(LEAST_SECONDS / max(1e-6, _seconds(run, 1)[0]))))
     for _ in range(rounds):
         for run, n, own in zip(runs, calls, found, strict=True):
-            own.append(1e3 * _seconds(run, n) / n)
-    return [median(own) for own in found]
+            own.append(_seconds(run, n))
+    each = zip(found, calls, strict=True)
+    return [(1e3 * median(cpu for cpu, _ in own) / n, 1e3 * median(wall for _, wall in own) / n) for own, n in each]
 
 
-def _seconds(run: Callable[[], Any], n: int) -> float:
-    start = time.process_time()
+def _seconds(run: Callable[[], Any], n: int) -> tuple[float, float]:
+    cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(n):
         run()
-    return time.process_time() - start
+    return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def measured_rates(dtype: torch.dtype, rounds: int) -> tuple[float, float]:
@@ -177,28 +196,73 @@ def config_of(size: Size, *, dense: bool = False) -> Any:
 class Model:
     """A mixture as it is served and with its own module for its experts, and a dense model of equal active size."""
 
-    def __init__(self, size: Size, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, size: Size, dtype: torch.dtype, n_adapters: int) -> None:
+        self.size, self.dtype = size, dtype
         mixture, dense = (
             AutoModelForCausalLM.from_config(config_of(size, dense=each)).to(dtype).eval() for each in (False, True)
         )
         served = proved(mixture, 200)
         own = Interpreter(mixture, served.program, served._packed)
         self.sides = served, own, proved(dense, 200)
+        for side in self.sides:
+            for number in range(n_adapters):
+                side.take(str(number), side.packed(self._adapter(side, number)))
 
-    def row(self, n: int, rounds: int) -> list[str]:
-        served, own, dense = (self._step(side, n) for side in self.sides)
+    def _adapter(self, side: Interpreter, number: int) -> Effects:
+        drawn = torch.Generator().manual_seed(number)
+        head, stacks = side.program.head.linear.path, list[Stack]()
+        for operation in side.program.operations:
+            stacks += operation.stacks if isinstance(operation, MixExperts) else ()
+        shapes = {path: (x.out_features, x.in_features) for path, x in side.program.linears.items() if path != head}
+        shapes |= {stack.path: stack.shape for stack in stacks}
+
+        def pair(*first: int, o: int, i: int) -> LinearDelta:
+            a, b = ((torch.randn(*first, *s, generator=drawn) * 0.02).to(self.dtype) for s in ((RANK, i), (o, RANK)))
+            return LinearDelta.pair(a=a, b=b)
+
+        return Effects(linear={path: pair(*first, o=o, i=i) for path, (*first, o, i) in shapes.items()})
+
+    def row(self, n: int, n_adapters: int, rates: tuple[float, float], rounds: int) -> list[str]:
+        served, own, dense = (self._step(side, n, n_adapters) for side in self.sides)
         require_alike(served(), own(), self.dtype)
-        ours, theirs, like = cpu_ms([served, own, dense], rounds)
-        ratios = f"{theirs / ours:.1f}", f"{ours / like:.1f}"
-        return [f"{theirs:.2f}", f"{ours:.2f}", ratios[0], f"{like:.2f}", ratios[1]]
+        bound = self._bound_ms(own, n, n_adapters, rates)
+        ours, theirs, like = times([served, own, dense], rounds)
+        cells = f"{theirs[0]:.2f}", f"{ours[0]:.2f} ({ours[1]:.2f})", f"{theirs[0] / ours[0]:.1f}"
+        return [*cells, f"{bound:.2f}", f"{ours[0] / bound:.2f}", f"{like[0]:.2f}", f"{ours[0] / like[0]:.1f}"]
 
-    def _step(self, side: Interpreter, n: int) -> Callable[[], Tensor]:
+    def _bound_ms(self, run: Callable[[], Tensor], n: int, n_adapters: int, rates: tuple[float, float]) -> float:
+        """The time of the values that the rows hit, at the rate of a product of one row, or of their products."""
+        chosen, size = list[Tensor](), self.size
+
+        def watched(*given: Any) -> tuple[Tensor, Tensor]:
+            ids, weights = route(*given)
+            chosen.append(ids)
+            return ids, weights
+
+        with mock.patch.object(experts, "route", watched):
+            run()
+        versions = torch.arange(n) * n_adapters // n
+        hit = sum(len(torch.unique(ids)) for ids in chosen)
+        pairs = sum(len({(int(versions[r]), e) for r, row in enumerate(ids.tolist()) for e in row}) for ids in chosen)
+        linears = self.sides[0].program.linears.values()
+        rest = sum(x.out_features * x.in_features for x in linears)
+        wide = sum(x.out_features + x.in_features for x in linears) - 512 - size.hidden
+        of_expert = 3 * size.width * size.hidden
+        of_pair = RANK * (3 * size.width + 2 * size.hidden)
+        values, products = rest + hit * of_expert, n * (rest + len(chosen) * size.top_k * of_expert)
+        if n_adapters:
+            values += pairs * of_pair + min(n, n_adapters) * RANK * wide
+            products += n * (len(chosen) * size.top_k * of_pair + RANK * wide)
+        return 1e3 * max(values * self.dtype.itemsize / rates[0], 2 * products / rates[1])
+
+    def _step(self, side: Interpreter, n: int, n_adapters: int) -> Callable[[], Tensor]:
         cache, drawn = make_cache(side.program, 2 * n + 2, 16, side.dtype, CPU), torch.Generator().manual_seed(n)
         ids = torch.randint(0, 512, (n * (CONTEXT + 1),), generator=drawn)
         before = [Piece(Stretch((row,), 0, CONTEXT), None, range(0)) for row in range(n)]
         side.run(step_of(before, cache, CPU), ids[n:])
-        step = step_of([Piece(Stretch((row,), CONTEXT, 1), None, range(1)) for row in range(n)], cache, CPU)
+        versions = [str(row * n_adapters // n) if n_adapters else None for row in range(n)]
+        pieces = [Piece(Stretch((row,), CONTEXT, 1), versions[row], range(1)) for row in range(n)]
+        step = step_of(pieces, cache, CPU)
         return lambda: side.run(step, ids[:n])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from veneer.store.adapter.records import StoredAdapter, read_records
 from veneer.store.adapter.skeleton import without_storage
 from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.keys import KeyValue
-from veneer.store.gguf.names import gguf_name, text_name
+from veneer.store.gguf.names import places_of, text_name
 from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
 from veneer.store.model_config import model_config
 
+Part = Callable[[Tensor], Tensor]
 _EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
 
 
@@ -104,44 +105,53 @@ def _tensors(stored: StoredAdapter, family: GgufFamily, config: Any) -> tuple[di
     found: dict[str, Tensor] = {}
     refused: dict[str, list[str]] = {}
     for path, record in stored.updates.items():
-        text = text_name(f"{path}.weight")
-        name = text and gguf_name(family, config, text)
-        reasons = list(_reasons(name, record, config))
+        places = _places(path, family, config)
+        reasons = list(_reasons([name for name, _ in places], record, config))
         for reason in reasons:
             refused.setdefault(reason, []).append(path)
-        if not reasons and name is not None:
-            found |= dict(_factors(name, record, family, config))
+        for name, part in places if not reasons else ():
+            found |= dict(_factors(name, part, record, family, config))
     problems = [f"{_first(paths)} {reason}" for reason, paths in refused.items()]
     return found, ([f"it trains whole modules or rows: {_first(stored.others)}"] if stored.others else []) + problems
+
+
+def _places(path: str, family: GgufFamily, config: Any) -> list[tuple[str, Part]]:
+    """Return the file's tensors that a record of a module or a parameter changes, and the function that selects each
+    one's rows of B. Gate and up of experts are two tensors there.
+    """
+    texts = (text_name(name) for name in (f"{path}.weight", path))
+    return next((found for text in texts if text and (found := places_of(family, config, text, "model"))), [])
 
 
 def _first(paths: Sequence[str]) -> str:
     return paths[0] if len(paths) == 1 else f"{paths[0]} (and {len(paths) - 1} more)"
 
 
-def _reasons(name: str | None, record: LinearDelta, config: Any) -> Iterator[str]:
-    if name is None:
+def _reasons(names: Sequence[str], record: LinearDelta, config: Any) -> Iterator[str]:
+    if not names:
         yield "has no name in the format"
     pair = record.low_rank
     if record.changes:
         yield "is changed as a whole"
     elif pair is None and record.only_scales:
         yield "is scaled or shifted without low-rank factors"
-    elif pair is not None and pair.is_stacked:
-        yield "holds the experts of a layer in one parameter"
     if not record.only_adds:
         yield "scales or rotates inputs or outputs"
     if record.bias is not None:
         yield "trains a bias"
-    if name in (_EMBEDDINGS, _HEAD) and config.tie_word_embeddings:
+    if {_EMBEDDINGS, _HEAD}.intersection(names) and config.tie_word_embeddings:
         yield "is tied (embeddings and head are one), on which llama.cpp aborts at the first token"
 
 
-def _factors(name: str, record: LinearDelta, family: GgufFamily, config: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield A, and B with all scales folded in. A of an embedding is transposed."""
+def _factors(
+    name: str, part: Part, record: LinearDelta, family: GgufFamily, config: Any
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield A, and the tensor's part of B with all scales folded in. A of an embedding is transposed. Factors of
+    experts are stacks.
+    """
     a, b = record.factors(torch.float32)
     yield f"{name}.lora_a", (a.T if name == _EMBEDDINGS else a).contiguous()
-    yield f"{name}.lora_b", laid_out_rows(family, config, name, b).contiguous()
+    yield f"{name}.lora_b", laid_out_rows(family, config, name, part(b)).contiguous()
 
 
 def _invocation(method: MethodConfig) -> list[KeyValue]:

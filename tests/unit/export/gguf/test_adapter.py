@@ -66,6 +66,17 @@ LORAS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "embeddings": (
         "mistral", LoraConfig(r=3, lora_alpha=7, target_modules=["embed_tokens", "lm_head"]), {},
     ),
+    "experts": (
+        "qwen3_moe",
+        LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"], target_parameters=["all-experts", "mlp.gate.weight"]),
+        {},
+    ),
+    "experts beside a shared one": (
+        "qwen2_moe", LoraConfig(r=2, lora_alpha=5, target_modules="all-linear", target_parameters=["all-experts"]), {},
+    ),
+    "experts of a layer, down alone": (
+        "mixtral", LoraConfig(r=3, lora_alpha=7, target_modules=[], target_parameters=["1.mlp.experts.down_proj"]), {},
+    ),
 }  # fmt: skip
 
 

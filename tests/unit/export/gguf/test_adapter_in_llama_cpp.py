@@ -18,7 +18,13 @@ xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed"
 IDS = [(i * 29 + 7) % (VOCAB - 3) for i in range(23)]
 
 
-@pytest.mark.parametrize("case", ["rslora, patterns", "pissa", "conv1d, square too", "embeddings"])
+CASES = [
+    "rslora, patterns", "pissa", "conv1d, square too", "embeddings", "experts", "experts beside a shared one",
+    "experts of a layer, down alone",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_probabilities_are_those_of_the_adapted_model(tmp_path: Path, case: str) -> None:
     import transformers
