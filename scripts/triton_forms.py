@@ -35,6 +35,7 @@ from triton.runtime.jit import JITFunction
 
 import veneer.ops.triton as package
 from veneer.ops.adamw import AdamWStep, Moment8bit
+from veneer.ops.dropout import Mask
 from veneer.ops.four_bit import FourBitLayout
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
 from veneer.ops.paged_attention import PagedRows, PagedStore
@@ -114,6 +115,9 @@ def _elementwise_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     for rows in first_row:
         yield f"dropout {type(rows).__name__}", lambda r=rows: dropout.drop(x, 3277, 2**63 + 5, r)
         yield f"dropout {type(rows).__name__}, added", lambda r=rows: dropout.add_dropped(x, x, 3277, 5, r)
+    for masks in ([Mask(0.1, 2**63 + 5 + k, torch.zeros(64, dtype=torch.int64)) for k in range(n)] for n in (1, 3, 6)):
+        yield f"dropout of {len(masks)} layers", lambda m=masks: dropout.drop_each(x, m)
+        yield f"dropout of {len(masks)} layers, summed", lambda m=masks: dropout.kept_sum(x.expand(len(m), *x.shape), m)
     vector = torch.empty(1536)
     for rank in (16,) if quick else (3, 16, 256):
         factors = (

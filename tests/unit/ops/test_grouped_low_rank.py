@@ -261,6 +261,28 @@ def test_dropout_on_all_rows_of_one_adapter(dtype, backend):
     assert (dx - total).abs().max() <= (2e-6 if dtype == torch.float32 else 0.012) * total.abs().max()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_adapter_on_many_layers(masked, backend):
+    """Six layers of different ranks. One has no mask, one drops all, and two have ids of their own."""
+    generator = torch.Generator().manual_seed(17)
+    n, i, ranks, ids = 19, 77, (3, 1, 5, 2, 5, 4), torch.arange(19) * 5 + 2**32 - 7
+    outs, p = [11 + 2 * rank for rank in ranks], (0.25, 0.6, 0.0, 1.0, 0.3, 0.5)
+    x, *dys = (torch.randn(n, d, generator=generator) for d in (i, *outs))
+    pairs = [[torch.randn(s, generator=generator) for s in ((r, i), (o, r))] for r, o in zip(ranks, outs, strict=True)]
+    masks = [Mask(p[k], 3 + 2**40 * k, ids if k < 4 else ids + 1) if p[k] else None for k in range(6)]
+    own = [(mask,) if masked else () for mask in masks]
+    groups = [LowRankGroup((a,), (b,), (0.7 + k,), own[k]) for k, (a, b) in enumerate(pairs)]
+    rows, ys = AdapterRuns((Run(0, 0, n),), n), [torch.ones(n, o) for o in outs]
+    exact = layer_gradients(x.double(), in_dtype(groups, torch.float64), [y.double() for y in ys], dys, rows)
+    u = add_grouped_low_rank(x, groups, rows, ys, backend=backend)
+    dx, das, dbs = grouped_low_rank_backward(dys, x, u, groups, rows, backend=backend)
+    ours = [*ys, dx, *(f for da, db in zip(das, dbs, strict=True) for f in (*da, *db))]
+    for index, (got, truth) in enumerate(zip(ours, exact, strict=True)):
+        assert got.shape == truth.shape
+        assert (got - truth).abs().max() <= 3e-6 * truth.abs().max(), index
+    assert grouped_low_rank_backward(dys, x, u, groups, rows, input_grad=False, backend=backend)[0] is None
+
+
 @pytest.mark.skipif("cpu" not in backends(OP), reason="the C++ module was not built")
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_number_of_threads_changes_no_bit(masked):

@@ -7,6 +7,7 @@ contiguous, so most tiles have rows of one adapter. Factors are stacked and padd
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import cast
 
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from veneer.ops.dropout import Mask
 from veneer.ops.grouped_low_rank import AdapterRuns, Factors, LowRankGroup, Run
 from veneer.ops.matmul import add_matmul, converted, matmul
 from veneer.ops.reference import grouped_low_rank as reference
@@ -26,11 +28,10 @@ _WIDTH = 64
 
 
 def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Sequence[Tensor]) -> Tensor:
+    if _serves(x, groups) and _is_alone(groups, rows):
+        return _add_alone(with_rows(x), groups, ys)
     if not _serves(x, groups) or not is_served(*ys) or any(y.stride(1) != 1 for y in ys):
         return reference.forward(x, groups, rows, ys)
-    if _is_alone(groups, rows):
-        _add_alone(with_rows(x), groups, ys)
-        return x.new_empty(0)
     x, owner = with_rows(x), _owner(rows, x.device)
     for group, y in zip(groups, ys, strict=True):
         if not _is_empty(group):
@@ -45,7 +46,7 @@ def backward(
     if not _serves(x, groups):
         return reference.backward(dys, x, u, groups, rows, input_grad)
     if _is_alone(groups, rows):
-        return _alone_backward(dys, with_rows(x), groups, input_grad)
+        return _alone_backward(dys, with_rows(x), u, groups, input_grad)
     x, owner = with_rows(x), _owner(rows, x.device)
     dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if input_grad else None
     das, dbs = [], []
@@ -79,43 +80,68 @@ def _is_alone(groups: Sequence[LowRankGroup], rows: AdapterRuns) -> bool:
     return all_rows and all(len(group.a) == 1 and group.a[0] is not None for group in groups)
 
 
-def _add_alone(x: Tensor, groups: Sequence[LowRankGroup], ys: Sequence[Tensor]) -> None:
-    for group, y, a, b in zip(groups, ys, *_of_alone(groups, x.dtype), strict=True):
-        add_matmul(y, _read_alone(x, group) @ a.T, b.T, group.scales[0])
+def _add_alone(x: Tensor, groups: Sequence[LowRankGroup], ys: Sequence[Tensor]) -> Tensor:
+    """Return ``A drop(x)`` of each of k layers, (k, n, largest rank)."""
+    a, bs = _of_alone(groups, x.dtype)
+    u = torch.bmm(_read_alone(x, groups), a.mT)
+    for group, y, own, b in zip(groups, ys, u, bs, strict=True):
+        add_matmul(y, own[:, : b.shape[1]], b.T, group.scales[0])
+    return u
 
 
 def _alone_backward(
-    dys: Sequence[Tensor], x: Tensor, groups: Sequence[LowRankGroup], input_grad: bool
+    dys: Sequence[Tensor], x: Tensor, u: Tensor, groups: Sequence[LowRankGroup], input_grad: bool
 ) -> tuple[Tensor | None, list[Factors], list[Factors]]:
-    dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if input_grad else None
-    das, dbs = [], []
-    for group, given, a, b in zip(groups, dys, *_of_alone(groups, x.dtype), strict=True):
-        dy, read = same_dtype(given, x), _read_alone(x, group)
-        du = matmul(dy, b, x.dtype, scale=group.scales[0])
-        das.append(du.T @ read)
-        dbs.append(matmul(dy.T, read @ a.T, x.dtype, scale=group.scales[0]))
-        mask = group.mask_of(0)
-        if dx is None:
-            continue
-        if mask is None:
-            dx += du @ a
-        else:
-            dropout.add_dropped(dx, du @ a, mask.threshold, mask.key, mask.ids)
-    wide = converted([*das, *dbs], [torch.promote_types(x.dtype, torch.float32)] * 2 * len(groups))
+    a, bs = _of_alone(groups, x.dtype)
+    du, dbs = _room(u.shape, bs, x), []
+    for group, given, own_u, own_du, b in zip(groups, dys, u, du, bs, strict=True):
+        dy, rank, scale = same_dtype(given, x), b.shape[1], group.scales[0]
+        matmul(dy, b, x.dtype, out=own_du[:, :rank], scale=scale)
+        dbs.append(matmul(dy.T, own_u[:, :rank], x.dtype, scale=scale))
+    joined = torch.bmm(du.mT, _read_alone(x, groups))
+    factors = [*(da[: b.shape[1]] for da, b in zip(joined, bs, strict=True)), *dbs]
+    wide = converted(factors, [torch.promote_types(x.dtype, torch.float32)] * len(factors))
     das, dbs = wide[: len(groups)], wide[len(groups) :]
-    return None if dx is None else dx.to(x.dtype), [(da,) for da in das], [(db,) for db in dbs]
+    dx = _summed(torch.bmm(du, a), groups) if input_grad else None
+    return dx, [(da,) for da in das], [(db,) for db in dbs]
 
 
-def _of_alone(groups: Sequence[LowRankGroup], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the factors a and b of the only adapter on each layer, in ``dtype``."""
-    factors = [cast(Tensor, side[0]) for side in (*(group.a for group in groups), *(group.b for group in groups))]
-    found = converted(factors, [dtype] * len(factors))
-    return found[: len(groups)], found[len(groups) :]
+def _of_alone(groups: Sequence[LowRankGroup], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Return the factors of the only adapter in ``dtype``: a of all layers (k, largest rank, i), with zeros after an
+    a of lower rank, and b of each.
+    """
+    ones, others = (
+        [cast(Tensor, side[0]) for side in sides] for sides in zip(*((g.a, g.b) for g in groups), strict=True)
+    )
+    joined = _room((len(ones), max(map(len, ones)), ones[0].shape[1]), others, ones[0].new_empty(0, dtype=dtype))
+    parts = [place[: len(a)] for place, a in zip(joined, ones, strict=True)]
+    return joined, converted(others, [dtype] * len(others), beside=zip(parts, ones, strict=True))
 
 
-def _read_alone(x: Tensor, group: LowRankGroup) -> Tensor:
-    mask = group.mask_of(0)
-    return x if mask is None else mask.drop(x, backend="triton")
+def _room(shape: Sequence[int], bs: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Return memory for parts of the layers' ranks, with zeros if ranks differ."""
+    return like.new_empty(shape) if len({b.shape[1] for b in bs}) == 1 else like.new_zeros(shape)
+
+
+def _read_alone(x: Tensor, groups: Sequence[LowRankGroup]) -> Tensor:
+    """Return what the a of each layer reads, (k, n, i)."""
+    masks = _masks_alone(groups)
+    return x.expand(len(groups), *x.shape) if masks is None else dropout.drop_each(x, masks)
+
+
+def _summed(parts: Tensor, groups: Sequence[LowRankGroup]) -> Tensor:
+    """Return the gradient in x of `_read_alone`, given that in its result."""
+    masks = _masks_alone(groups)
+    if masks is not None:
+        return dropout.kept_sum(parts, masks)
+    return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def _masks_alone(groups: Sequence[LowRankGroup]) -> list[Mask] | None:
+    """Return the mask on each layer, one that keeps all where a layer has none; None if no layer has one."""
+    masks = [group.mask_of(0) for group in groups]
+    first = next((mask for mask in masks if mask is not None), None)
+    return None if first is None else [replace(first, p=0.0) if mask is None else mask for mask in masks]
 
 
 @lru_cache(maxsize=64)
