@@ -28,7 +28,7 @@ from veneer.store.adapter.records import StoredAdapter, read_records
 from veneer.store.adapter.skeleton import without_storage
 from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.keys import KeyValue
-from veneer.store.gguf.names import places_of, text_name
+from veneer.store.gguf.names import leaf_of, places_of, text_name
 from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
 from veneer.store.model_config import model_config
 
@@ -150,8 +150,9 @@ def _factors(
     experts are stacks.
     """
     a, b = record.factors(torch.float32)
+    rows = part(b.mT).mT if b.ndim == 3 and leaf_of(name) in family.turned else part(b)  # as the parameter lies
     yield f"{name}.lora_a", (a.T if name == _EMBEDDINGS else a).contiguous()
-    yield f"{name}.lora_b", laid_out_rows(family, config, name, part(b)).contiguous()
+    yield f"{name}.lora_b", laid_out_rows(family, config, name, rows).contiguous()
 
 
 def _invocation(method: MethodConfig) -> list[KeyValue]:

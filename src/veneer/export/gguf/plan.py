@@ -161,7 +161,7 @@ def laid_out(family: GgufFamily, config: Any, name: str, tensor: Tensor) -> Tens
     """Return a model's tensor, given in torch's layout, in the file's layout."""
     leaf = leaf_of(name)
     if leaf in family.turned:
-        tensor = tensor.T
+        tensor = tensor.mT
     return _valued(family, leaf, family.rows(leaf, tensor, config))
 
 
@@ -239,7 +239,9 @@ def assembled_blocks(
     else:
         parts = (sources[0].part(block) for block in blocks(sources[0].name))
         places = places_of_rows(family, leaf, shape[0], plan.config)
-        if leaf in family.turned or not torch.equal(places, torch.arange(shape[0])):
+        if len(shape) == 3 and leaf in family.turned:
+            parts = (part.mT for part in parts)
+        elif leaf in family.turned or not torch.equal(places, torch.arange(shape[0])):
             parts = iter((_gathered(parts, shape, None if leaf in family.turned else places),))
     for part in parts:
         yield _valued(family, leaf, part)

@@ -172,6 +172,9 @@ def _fill_rotary(values: dict[str, Any], family: GgufFamily, contents: GgufConte
     parameters = _at(values, str(family.rotary))
     if family.partial_rotary:
         parameters["partial_rotary_factor"] = _share(width, head)
+    for name in gguf_rope.OF_SCALING:
+        parameters.pop(name, None)  # the class's own
+    parameters["rope_type"] = "default"
     frequencies = parameters["rope_theta"] ** -(torch.arange(0, width, 2).float() / width)
     parameters |= gguf_rope.rotary_scaling(pairs, contents.factors, frequencies, values["max_position_embeddings"])
 

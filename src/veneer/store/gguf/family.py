@@ -61,9 +61,10 @@ class GgufFamily:
     - ``scalings``: rotary scalings that the runtime computes.
     - ``rotary_width``: ``rope.dimension_count`` is written.
     - ``rows(leaf, tensor, config)``: puts the output rows of a tensor, or of LoRA's B of it, in the file's order.
-    - ``turned``: names of tensors whose weights are stored as (in, out).
+    - ``turned``: names of tensors whose weights the model has as (in, out), or of experts as (n, in, out).
     - ``plus_one``: norms are stored as their difference from one.
-    - ``parts(name)``: the tensors that hold a parameter, if it is split into several, or is stacked with others in one.
+    - ``parts(name)``: the tensors that hold a parameter, if it is split into several, or is stacked with others in one,
+      each with the function that returns a view of its values in the parameter.
     - ``head``: a file "may" hold an untied head, "must" hold the head even if it is tied, or the head is "never" read.
     """
 

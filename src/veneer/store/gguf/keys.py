@@ -51,8 +51,8 @@ def said_of(family: GgufFamily, config: Any) -> Said:
     if length is not None:
         found = [replace(pair, value=length) if pair.key == LENGTH.key else pair for pair in found]
     pairs = tuple(replace(pair, key=prefix + pair.key) for pair in found)
-    notes = () if length is None else (_CUT.format(length=length, longest=config.max_position_embeddings),)
-    return Said(pairs=pairs, factors=scaling.factors, problems=problems, notes=notes)
+    cut = () if length is None else (_CUT.format(length=length, longest=config.max_position_embeddings),)
+    return Said(pairs=pairs, factors=scaling.factors, problems=problems, notes=(*cut, *scaling.notes))
 
 
 def value_of(entry: Field, config: Any) -> Any:
@@ -128,7 +128,7 @@ def _scaling(family: GgufFamily, config: Any) -> Scaling:
             problems.append(f"rotary scaling {sliding['rope_type']!r} of the layers with windows has no key")
     if not family.partial_rotary and rotary_width(family, config) != head_width(config):
         problems.append(f"partial_rotary_factor {parameters['partial_rotary_factor']} has no key in this family")
-    return Scaling(found.pairs, found.factors, tuple(problems))
+    return Scaling(found.pairs, found.factors, tuple(problems), found.notes)
 
 
 def _unsaid(family: GgufFamily, config: Any) -> Iterator[str]:

@@ -53,6 +53,24 @@ def experts(name: str) -> Iterator[Part]:
         yield f"ffn_{EXPERT_LAYERS[found[1]]}_exps.weight", lambda tensor: tensor
 
 
+def alternating_experts(name: str) -> Iterator[Part]:
+    """Yield as `experts` does, for stacks (n, in, out) with biases (n, out) in which gate and up alternate; and the
+    attention's sinks.
+    """
+    # Here, as in `experts`.
+    from veneer.model.blueprint.names import EXPERTS, STACKS
+
+    of_experts, (gate_up, down) = EXPERTS, STACKS
+    if name.endswith(".self_attn.sinks"):
+        yield "attn_sinks.weight", lambda tensor: tensor
+    for end, suffix in (("", "weight"), ("_bias", "bias")):
+        if name.endswith(f".{of_experts}.{gate_up}{end}"):
+            yield f"ffn_gate_exps.{suffix}", lambda tensor: tensor[..., ::2]
+            yield f"ffn_up_exps.{suffix}", lambda tensor: tensor[..., 1::2]
+        elif name.endswith(f".{of_experts}.{down}{end}"):
+            yield f"ffn_down_exps.{suffix}", lambda tensor: tensor
+
+
 def no_windows(config: Any) -> Iterator[str]:
     """Yield a problem if a config has sliding windows, for a family whose windows the runtime does not support."""
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):

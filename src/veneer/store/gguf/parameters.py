@@ -18,7 +18,7 @@ from veneer.ops.ggml_types import GGML_TYPES
 from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.header import GgufTensor
 from veneer.store.gguf.names import leaf_of, places_of
-from veneer.store.gguf.rows import places_of_rows, stored_rows
+from veneer.store.gguf.rows import joined, places_of_rows, stored_rows
 
 Places = dict[str, list[str]]
 """The tensors of a file by the names of the model's parameters; several where a parameter is made of several."""
@@ -73,9 +73,8 @@ class GgufParameter:
 
     def read(self) -> Tensor:
         """Return the parameter. Raises FormatError if the file is truncated."""
-        parts = [self._in_order(torch.cat(list(self._rows(tensor, math.inf)))) for tensor in self.tensors]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return (whole.T.contiguous() if self.is_turned else whole).reshape(self.shape)
+        parts = [(each.name, self._in_order(torch.cat(list(self._rows(each, math.inf))))) for each in self.tensors]
+        return joined(self.family, self.name, self.shape, parts).contiguous()
 
     def blocks(self, n_values: int) -> Iterator[Tensor]:
         """Yield the rows (k, …) of the parameter in order, in blocks of about ``n_values`` values.

@@ -17,7 +17,7 @@ from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import FACTOR_TENSORS
 from veneer.store.gguf.names import leaf_of, places_of
 from veneer.store.gguf.registry import laid_out_family
-from veneer.store.gguf.rows import places_of_rows
+from veneer.store.gguf.rows import joined, places_of_rows
 
 
 def rebuilt_model(
@@ -76,14 +76,8 @@ def _fill(
                 missing.append(name)
                 continue
             used.update(places)
-            parts = [_in_order(family, config, target, _values(stored[target])) for target in places]
-            whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-            if whole.shape != parameter.shape:
-                raise FormatError(
-                    f"the file's {' and '.join(places)} give the shape {tuple(whole.shape)}, but the model's {name} "
-                    f"has {tuple(parameter.shape)}"
-                )
-            parameter.copy_(whole.to(parameter.dtype))
+            parts = [(each, _in_order(family, config, each, _values(stored[each]))) for each in places]
+            parameter.copy_(joined(family, name, tuple(parameter.shape), parts))
     if missing:
         raise FormatError(f"it lacks the tensors of {missing[:5]}; it is not a whole model")
     return used

@@ -20,7 +20,14 @@ KEYS = frozenset(
         "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow",
     )
 )  # fmt: skip
+OF_SCALING = ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate")
+"""Settings of rotary scalings that a config's class may have by itself."""
 _YARN = {"yarn_attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+
+_ROUNDED = (
+    "YaRN's truncate false has no key: the runtime rounds the bounds between kept and scaled frequencies, so that "
+    "answers to long texts may differ a little"
+)
 
 
 def rotary_scaling(
@@ -156,11 +163,12 @@ def _llama3(factors: Tensor, frequencies: Tensor) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """Rotary scaling in a file: values by key, tensors of factors by name, and problems."""
+    """Rotary scaling in a file: values by key, tensors of factors by name, problems, and notes for the file's user."""
 
     pairs: Mapping[str, Any] = field(default_factory=dict)
     factors: Mapping[str, Tensor] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def said_scaling(
@@ -187,16 +195,19 @@ def said_scaling(
 
 
 def _said_yarn(parameters: Mapping[str, Any], config: Any, mscale: bool) -> Scaling:
-    unsaid = {"truncate": True} if mscale else {"mscale": None, "mscale_all_dim": None, "truncate": True}
+    usual = {"mscale": None, "mscale_all_dim": None, "beta_fast": 32.0, "beta_slow": 1.0}
+    usual["attention_factor"] = 1 + 0.1 * math.log(max(1.0, parameters["factor"]))
     problems = tuple(
-        f"YaRN's {name} {parameters[name]} has no key"
-        for name, usual in unsaid.items()
-        if parameters.get(name, usual) not in (usual, None)
+        f"YaRN's {name} {parameters[name]} has no key that the runtime reads for this family"
+        for name, value in (() if mscale else usual.items())
+        if parameters.get(name) is not None and (value is None or not math.isclose(parameters[name], value))
     )
+    notes = () if parameters.get("truncate", True) else (_ROUNDED,)
     length = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
     pairs = {SCALING + "type": "yarn", SCALING + "factor": float(parameters["factor"]), ORIGINAL_LENGTH: int(length)}
     given = {SCALING + key: parameters.get(name) for key, name in _YARN.items()}
-    return Scaling(pairs | {key: float(value) for key, value in given.items() if value is not None}, problems=problems)
+    pairs |= {key: float(value) for key, value in given.items() if value is not None}
+    return Scaling(pairs, {}, problems, notes)
 
 
 def _said_factors(parameters: Mapping[str, Any], width: int) -> Tensor:

@@ -74,6 +74,11 @@ LORAS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "experts beside a shared one": (
         "qwen2_moe", LoraConfig(r=2, lora_alpha=5, target_modules="all-linear", target_parameters=["all-experts"]), {},
     ),
+    "experts of gpt-oss": (
+        "gpt_oss",
+        LoraConfig(r=3, lora_alpha=7, target_modules=["v_proj"], target_parameters=["all-experts", "router.weight"]),
+        {},
+    ),
     "experts of a layer, down alone": (
         "mixtral", LoraConfig(r=3, lora_alpha=7, target_modules=[], target_parameters=["1.mlp.experts.down_proj"]), {},
     ),

@@ -20,7 +20,7 @@ IDS = [(i * 29 + 7) % (VOCAB - 3) for i in range(23)]
 
 CASES = [
     "rslora, patterns", "pissa", "conv1d, square too", "embeddings", "experts", "experts beside a shared one",
-    "experts of a layer, down alone",
+    "experts of a layer, down alone", "experts of gpt-oss",
 ]  # fmt: skip
 
 

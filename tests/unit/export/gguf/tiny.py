@@ -53,6 +53,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {**DECODER, "rope_parameters": PLAIN, "head_dim": 32}),
     "qwen2_moe": ("qwen2_moe", {**EXPERTS, "num_experts": 5, "shared_expert_intermediate_size": 96}),
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "num_experts": 6, "head_dim": 32, "norm_topk_prob": True}),
+    "olmoe": ("olmoe", {
+        **DECODER, "num_key_value_heads": HEADS, "num_experts": 6, "num_experts_per_tok": 3, "rope_parameters": PLAIN,
+    }),
+    "gpt_oss": ("gpt_oss", {
+        **DECODER, "head_dim": 32, "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 64,
+        "sliding_window": 9, "rope_parameters": YARN,
+    }),
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 7.0, "final_logit_softcapping": 5.0}),
     "gemma3": ("gemma3_text", {
         **GEMMA, "num_hidden_layers": 7, "rope_parameters": {

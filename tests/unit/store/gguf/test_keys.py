@@ -51,6 +51,13 @@ def test_a_config_comes_back_from_its_keys(name: str) -> None:
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
          "partial_rotary_factor 0.5"),
         ("llama-yarn", {"rope_parameters": {**YARN, "mscale": 0.7}}, "mscale 0.7"),
+        ("llama-yarn", {"rope_parameters": {**YARN, "beta_fast": 20.0}}, "beta_fast 20.0"),
+        ("qwen2", {"rope_parameters": {**YARN, "beta_slow": 2.0}}, "beta_slow 2.0"),
+        ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.3}}, "attention_factor 1.3"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit 5.0"),
+        ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "do not alternate"),
+        ("olmoe", {"clip_qkv": 3.0}, "clip_qkv 3.0"),
+        ("olmoe", {"num_key_value_heads": 2}, "fewer heads of keys"),
         ("ministral3", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}}, "mscale 0.7"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, "sliding windows"),
         ("qwen3", {"attention_bias": True}, "attention_bias True"),
@@ -74,6 +81,12 @@ def test_what_has_no_key_is_refused(name: str, changes: dict[str, Any], reason: 
     problems = said_of(by_model_type()[config.model_type], config).problems
     assert len(problems) == 1
     assert reason in problems[0]
+
+
+def test_bounds_of_yarn_that_the_runtime_rounds_are_a_note() -> None:
+    config = config_of("gpt_oss", rope_parameters={**YARN, "truncate": False})
+    [note] = said_of(by_model_type()["gpt_oss"], config).notes
+    assert "truncate false has no key" in note
 
 
 @pytest.mark.parametrize(("name", "window"), [("mistral", 50), ("mixtral", 50), ("ministral3", 50), ("phi3", 899)])
