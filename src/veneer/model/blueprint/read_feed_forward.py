@@ -148,7 +148,7 @@ def _sigmoid(source: BlockSource, module: nn.Module, router: Any) -> dict[str, A
     correction = "".join(f"{source.path(owner)}.{name}" for owner, name in owners[:1])
     grouped = hasattr(router, "num_group")
     groups = {"n_groups": int(router.num_group), "kept_groups": int(router.topk_group)} if grouped else {}
-    scale = float(router.routed_scaling_factor)
+    scale = float(getattr(router, "routed_scaling_factor", 1.0))
     return {"values": "sigmoid", **groups, "scale": scale, "correction": correction, "wide_scores": grouped}
 
 
