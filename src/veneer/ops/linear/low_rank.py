@@ -2,7 +2,7 @@
 
 ``core`` and ``b_scale`` are multiplied into B when B is rounded for the product. That takes o r multiplications; on
 the activations it would take n r and n o. On a CPU the pair's scale is multiplied into B too. On a GPU the
-products apply the scale, and one launch rounds all factors.
+products apply the scale, one launch rounds all factors, and the backward pass keeps them: ``r (i + o)`` numbers a pair.
 """
 
 from __future__ import annotations
@@ -41,43 +41,48 @@ def add_low_rank(
 ) -> Tensor:
     """Add ``scale * b_scale * B (core * A x)`` to ``zs``, the outputs of layers, in place.
 
-    Return one tensor for `low_rank_backward` (its ``u``): ``A x`` of all layers.
+    Return one tensor for `low_rank_backward` (its ``kept``): ``A x`` of all layers, on a GPU behind rounded factors.
     ``read`` is x as `ops.matmul.operand` gives it. `LinearLayer.goes_by_rows` is True for all layers, or for none.
     """
     if layers[0].goes_by_rows:
         return add_grouped_low_rank(x, [_group(layer) for layer in layers], layers[0].runs_of(len(x)), zs)
-    a, bs, scales = _rounded(layers, x.dtype)
-    u = matmul(read, a.T, x.dtype)
+    if x.is_cuda:
+        kept = _with_factors(x, layers)
+        u, a, bs, scales = _operands(kept, len(x), layers)
+        matmul(read, a.T, x.dtype, out=u)
+    else:
+        a, bs, scales = _rounded(layers, x.dtype)
+        kept = u = matmul(read, a.T, x.dtype)
     for z, b, scale, span in zip(zs, bs, scales, _spans(layers), strict=True):
         add_matmul(z, u[:, span], b.T, scale)
-    return u
+    return kept
 
 
 def low_rank_backward(
     dzs: Sequence[tuple[Float[Tensor, "n _"], Float[Tensor, "n _"]]],
     x: Float[Tensor, "n i"],
-    u: Tensor,
+    kept: Tensor,
     layers: Sequence[LinearLayer],
     input_grad: bool,
 ) -> LowRankGradients:
-    """Return the gradients of `add_low_rank`. ``u`` is the tensor that it returned.
+    """Return the gradients of `add_low_rank`. ``kept`` is the tensor that it returned.
 
     ``dzs``: the gradient with respect to each layer's output, and the `ops.matmul.operand` of this gradient.
     """
     if layers[0].goes_by_rows:
-        return _of_rows([dz for dz, _ in dzs], x, u, layers, input_grad)
-    du, dx = input_gradients(dzs, u, layers, input_grad)
-    return LowRankGradients(dx, factor_gradients(dzs, du, x, u, layers))
+        return _of_rows([dz for dz, _ in dzs], x, kept, layers, input_grad)
+    du, dx = input_gradients(dzs, kept, layers, input_grad)
+    return LowRankGradients(dx, factor_gradients(dzs, du, x, kept, layers))
 
 
 def input_gradients(
-    dzs: Sequence[tuple[Tensor, Tensor]], u: Tensor, layers: Sequence[LinearLayer], input_grad: bool
+    dzs: Sequence[tuple[Tensor, Tensor]], kept: Tensor, layers: Sequence[LinearLayer], input_grad: bool
 ) -> tuple[Tensor, Float[Tensor, "n i"] | None]:
     """Return the gradient with respect to ``A x`` of all layers and, if ``input_grad``, the gradient with respect to x.
 
-    One record must act on all rows. ``dzs`` as in `low_rank_backward`.
+    One record must act on all rows. ``dzs`` and ``kept`` as in `low_rank_backward`.
     """
-    a, bs, scales = _rounded(layers, u.dtype)
+    u, a, bs, scales = _operands(kept, len(dzs[0][0]), layers)
     du = torch.empty_like(u)
     for b, scale, span, (_, read) in zip(bs, scales, _spans(layers), dzs, strict=True):
         matmul(read, b, u.dtype, out=du[:, span], scale=scale)
@@ -85,10 +90,15 @@ def input_gradients(
 
 
 def factor_gradients(
-    dzs: Sequence[tuple[Tensor, Tensor]], du: Tensor, x: Float[Tensor, "n i"], u: Tensor, layers: Sequence[LinearLayer]
+    dzs: Sequence[tuple[Tensor, Tensor]],
+    du: Tensor,
+    x: Float[Tensor, "n i"],
+    kept: Tensor,
+    layers: Sequence[LinearLayer],
 ) -> list[list[FactorGradients]]:
     """Return the gradients in the factors of each layer's record. ``du`` is the first result of `input_gradients`."""
     pairs, spans = [_pair_of(layer) for layer in layers], _spans(layers)
+    u = _parts(kept, len(x), pairs)[0] if kept.is_cuda else kept
     da = matmul(du.T, x, x.dtype) if any(pair.a.requires_grad for pair in pairs) else None
     wanted = [(k, "a", pair.a, cast(Tensor, da)[spans[k]]) for k, pair in enumerate(pairs) if pair.a.requires_grad]
     wanted += [
@@ -168,17 +178,47 @@ def _group(layer: LinearLayer) -> LowRankGroup:
     return LowRankGroup(a, b, tuple(_scale_of(layer, k) for k in range(len(pairs))), layer.masks)
 
 
-def _rounded(layers: Sequence[LinearLayer], dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[float]]:
-    """Return the A of all layers, stacked, and each layer's B, both in ``dtype``, and the number by which each layer's
-    product must be multiplied.
+def _operands(
+    kept: Tensor, n_rows: int, layers: Sequence[LinearLayer]
+) -> tuple[Tensor, Tensor, list[Tensor], list[float]]:
+    """Return ``A x`` of all layers, which `add_low_rank` kept, and the factors and numbers that `_rounded` returns.
 
-    This is the pair's scale on a GPU. On a CPU it is 1, because the scale is already in B.
+    The numbers are the pairs' scales on a GPU.
+    """
+    if not kept.is_cuda:
+        return kept, *_rounded(layers, kept.dtype)
+    return *_parts(kept, n_rows, [_pair_of(layer) for layer in layers]), [_scale_of(layer, 0) for layer in layers]
+
+
+def _with_factors(x: Float[Tensor, "n i"], layers: Sequence[LinearLayer]) -> Tensor:
+    """Return memory for the factors of all layers in x's dtype, which one launch writes, and for ``A x`` behind them.
+    Scales are not in the factors.
+    """
+    pairs = [_pair_of(layer) for layer in layers]
+    rank = sum(pair.rank for pair in pairs)
+    kept = x.new_empty(rank * (len(x) + x.shape[1]) + sum(pair.b.numel() for pair in pairs))
+    _, a, bs = _parts(kept, len(x), pairs)
+    places = [*torch.split(a, [pair.rank for pair in pairs]), *bs]
+    torch._foreach_copy_(places, [*(pair.a for pair in pairs), *(pair.plain_b for pair in pairs)])
+    return kept
+
+
+def _parts(
+    kept: Tensor, n_rows: int, pairs: Sequence[Pair]
+) -> tuple[Float[Tensor, "n r"], Float[Tensor, "r i"], list[Tensor]]:
+    """Return views of the memory that `_with_factors` returned: ``A x``, the stacked A, and each layer's B."""
+    rank, i = sum(pair.rank for pair in pairs), pairs[0].a.shape[1]
+    a, *bs, u = torch.split(kept, [rank * i, *(pair.b.numel() for pair in pairs), rank * n_rows])
+    return u.view(n_rows, rank), a.view(rank, i), [b.view(pair.b.shape) for b, pair in zip(bs, pairs, strict=True)]
+
+
+def _rounded(layers: Sequence[LinearLayer], dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[float]]:
+    """Return for a CPU the A of all layers, stacked, and each layer's B, both in ``dtype``, and the number by which
+    each layer's product must be multiplied. This is 1, because the scale is already in B.
     """
     factors, scales = [_pair_of(layer).a for layer in layers], [_scale_of(layer, 0) for layer in layers]
     joined = factors[0].new_empty(sum(map(len, factors)), factors[0].shape[1], dtype=dtype)
     parts, bs = torch.split(joined, [len(a) for a in factors]), [_pair_of(layer).plain_b for layer in layers]
-    if joined.is_cuda:
-        return joined, converted(bs, [dtype] * len(bs), beside=zip(parts, factors, strict=True)), scales
     torch._foreach_copy_(list(parts), factors)
     return joined, converted(torch._foreach_mul(bs, scales), [dtype] * len(bs)), [1.0] * len(bs)
 

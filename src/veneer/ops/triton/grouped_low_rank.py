@@ -81,18 +81,23 @@ def _is_alone(groups: Sequence[LowRankGroup], rows: AdapterRuns) -> bool:
 
 
 def _add_alone(x: Tensor, groups: Sequence[LowRankGroup], ys: Sequence[Tensor]) -> Tensor:
-    """Return ``A drop(x)`` of each of k layers, (k, n, largest rank)."""
-    a, bs = _of_alone(groups, x.dtype)
-    u = torch.bmm(_read_alone(x, groups), a.mT)
+    """Return memory of which `_parts_alone` are ``A drop(x)`` of each layer, and the factors in x's dtype."""
+    ones, others = _of_alone(groups)
+    size = len(ones) * max(map(len, ones)) * (x.shape[1] + len(x)) + sum(b.numel() for b in others)
+    kept = _room((size,), others, x)
+    u, a, bs = _parts_alone(kept, len(x), groups)
+    places = [*(place[: len(one)] for place, one in zip(a, ones, strict=True)), *bs]
+    torch._foreach_copy_(places, [*ones, *others])
+    torch.bmm(_read_alone(x, groups), a.mT, out=u)
     for group, y, own, b in zip(groups, ys, u, bs, strict=True):
         add_matmul(y, own[:, : b.shape[1]], b.T, group.scales[0])
-    return u
+    return kept
 
 
 def _alone_backward(
-    dys: Sequence[Tensor], x: Tensor, u: Tensor, groups: Sequence[LowRankGroup], input_grad: bool
+    dys: Sequence[Tensor], x: Tensor, kept: Tensor, groups: Sequence[LowRankGroup], input_grad: bool
 ) -> tuple[Tensor | None, list[Factors], list[Factors]]:
-    a, bs = _of_alone(groups, x.dtype)
+    u, a, bs = _parts_alone(kept, len(x), groups)
     du, dbs = _room(u.shape, bs, x), []
     for group, given, own_u, own_du, b in zip(groups, dys, u, du, bs, strict=True):
         dy, rank, scale = same_dtype(given, x), b.shape[1], group.scales[0]
@@ -106,16 +111,20 @@ def _alone_backward(
     return dx, [(da,) for da in das], [(db,) for db in dbs]
 
 
-def _of_alone(groups: Sequence[LowRankGroup], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """Return the factors of the only adapter in ``dtype``: a of all layers (k, largest rank, i), with zeros after an
-    a of lower rank, and b of each.
+def _of_alone(groups: Sequence[LowRankGroup]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the a and the b of the only adapter on each layer."""
+    return [cast(Tensor, group.a[0]) for group in groups], [cast(Tensor, group.b[0]) for group in groups]
+
+
+def _parts_alone(kept: Tensor, n_rows: int, groups: Sequence[LowRankGroup]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return views of the memory that `_add_alone` returned: ``A drop(x)`` of k layers (k, n, largest rank), a of all
+    layers (k, largest rank, i), with zeros after an a of lower rank, and b of each.
     """
-    ones, others = (
-        [cast(Tensor, side[0]) for side in sides] for sides in zip(*((g.a, g.b) for g in groups), strict=True)
-    )
-    joined = _room((len(ones), max(map(len, ones)), ones[0].shape[1]), others, ones[0].new_empty(0, dtype=dtype))
-    parts = [place[: len(a)] for place, a in zip(joined, ones, strict=True)]
-    return joined, converted(others, [dtype] * len(others), beside=zip(parts, ones, strict=True))
+    ones, others = _of_alone(groups)
+    k, rank, i = len(ones), max(map(len, ones)), ones[0].shape[1]
+    a, *bs, u = torch.split(kept, [k * rank * i, *(b.numel() for b in others), k * n_rows * rank])
+    own = [part.view(b.shape) for part, b in zip(bs, others, strict=True)]
+    return u.view(k, n_rows, rank), a.view(k, rank, i), own
 
 
 def _room(shape: Sequence[int], bs: Sequence[Tensor], like: Tensor) -> Tensor:
