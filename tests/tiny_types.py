@@ -287,10 +287,10 @@ def _greedy(model: PreTrainedModel, ids: list[int], *, use_cache: bool = True) -
 def _planned(empty: PreTrainedModel, llm: LLM) -> str:
     pages = llm.engine.scheduler.pages
     try:
-        kept = kept_in_serving(empty, pages.block)
+        kept, block = kept_in_serving(empty)
     except (*_UNFIT, VeneerError) as error:
         return f"no: {_short(error)}"
-    page = kept.position * 16 or kept.sequence
+    page = kept.position * block + kept.page or kept.sequence
     n_fixed = -(-kept.sequence // page) if kept.position else 0
     if (page, n_fixed) == (pages.page_bytes, pages.n_fixed):
         return "equal"

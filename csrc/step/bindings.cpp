@@ -108,6 +108,17 @@ class StepProgram {
     add<ConvInstruction>(d, kernel, layer, pointer<float>(weight), pointer<float>(bias), source, target);
   }
 
+  // `sizes`: key heads, value heads, their widths, the kernel's length; `weights`: addresses of the kernel, its bias (0: none), the
+  // norm, rates and biases; `parts`: register, first value and values from head to head of q, k, v, z, b and a.
+  void add_delta(const Numbers& sizes, float eps, float beta_scale, const Numbers& weights, int64_t layer,
+                 const std::vector<Numbers>& parts, int target) {
+    const auto weight = [&](size_t i) { return pointer<float>(weights[i]); };
+    std::vector<DeltaInstruction::Part> places;
+    for (const Numbers& part : parts) places.push_back({static_cast<int>(part[0]), part[1], part[2]});
+    add<DeltaInstruction>(DeltaSizes{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], dtype_, eps, beta_scale},
+                          DeltaWeights{weight(0), weight(1), weight(2), weight(3), weight(4)}, layer, std::move(places), target);
+  }
+
   void add_activation(int activation, int64_t d, int source, int target) { add<ActivationInstruction>(Activation(activation), d, source, target); }
 
   // `router`: experts, how many are chosen, whether by sigmoids, whether normalized, groups and those kept. `at`: registers of
@@ -161,7 +172,7 @@ class StepProgram {
   }
 
   // Instructions [first, last). `registers`: address and stride of each; `store`: address, tokens of a page, layers, heads,
-  // values of a head, and address and layers of short convolutions; `batch`: sequences, then addresses; `runs`: version, first row and the row behind the last, of each;
+  // values of a head, address and layers of short convolutions, and those of states; `batch`: sequences, then addresses; `runs`: version, first row and the row behind the last, of each;
   // `given`: addresses of positions and of ids, how many rows are picked, addresses of these and of their tokens.
   void run(int64_t first, int64_t last, int64_t n, const Numbers& registers, const Numbers& store, const Numbers& batch,
            const Numbers& runs, const Numbers& given) {
@@ -178,7 +189,8 @@ class StepProgram {
                                pointer<int64_t>(batch[4])};
     const Pass pass{n, dtype_, rows.data(), pages, sequences, tables.data(), versions.data(), static_cast<int64_t>(versions.size()),
                     blocks_.data(), pointer<int64_t>(given[1]), pointer<int64_t>(given[3]), given[2], const_cast<int64_t*>(pointer<int64_t>(given[4])),
-                    scratch_, rows_, threads_, const_cast<char*>(pointer<char>(store[5])), store[6]};
+                    scratch_, rows_, threads_, const_cast<char*>(pointer<char>(store[5])), store[6],
+                    const_cast<float*>(pointer<float>(store[7])), store[8]};
     seconds_.resize(instructions_.size());
     with_standing_team([&] {
       for (int64_t i = first; i < last; ++i) {
@@ -243,6 +255,7 @@ void bind_step(nb::module_& m) {
       .def("add_head", &StepProgram::add_head)
       .def("add_glu", &StepProgram::add_glu)
       .def("add_conv", &StepProgram::add_conv)
+      .def("add_delta", &StepProgram::add_delta)
       .def("add_activation", &StepProgram::add_activation)
       .def("add_experts", &StepProgram::add_experts)
       .def("add_change", &StepProgram::add<ChangeInstruction, int64_t, int, int>)

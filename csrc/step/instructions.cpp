@@ -75,6 +75,17 @@ void ConvInstruction::run(const Pass& pass) const {
                           {third(0), third(2), third(1)}, pass.registers[target_]);
 }
 
+void DeltaInstruction::run(const Pass& pass) const {
+  const auto part = [&](size_t i) {
+    Rows rows = pass.registers[parts_[i].source];
+    rows.data = static_cast<char*>(rows.data) + parts_[i].first * pass.bytes();
+    return DeltaPart{rows, parts_[i].apart};
+  };
+  delta_kernels().in_pages(sizes_, weights_, {pass.states, pass.state_layers, pass.store.block, layer_}, pass.batch,
+                           {part(0), part(1), part(2), part(3), part(4), part(5)}, pass.registers[target_],
+                           pass.scratch.at_least(delta_kernels().scratch_bytes(sizes_)));
+}
+
 void ActivationInstruction::run(const Pass& pass) const {
   activation_kernels().forward({pass.n, d_, pass.dtype, activation_}, pass.registers[source_], pass.registers[target_]);
 }

@@ -8,6 +8,7 @@
 
 #include "conv/conv.h"
 #include "core/panels.h"
+#include "delta/delta.h"
 #include "experts/mixture.h"
 #include "glu/glu.h"
 #include "step/pass.h"
@@ -192,6 +193,24 @@ class ConvInstruction final : public Instruction {  // between two gates: the so
   int64_t d_, kernel_, layer_;
   const float *weight_, *bias_;
   int source_, target_;
+};
+
+class DeltaInstruction final : public Instruction {
+ public:
+  struct Part {
+    int source;
+    int64_t first, apart;  // the first head's first value, and values from one key head to the next
+  };
+  DeltaInstruction(const DeltaSizes& sizes, const DeltaWeights& weights, int64_t layer, std::vector<Part> parts, int target)
+      : sizes_(sizes), weights_(weights), layer_(layer), parts_(std::move(parts)), target_(target) {}
+  void run(const Pass& pass) const override;
+
+ private:
+  DeltaSizes sizes_;
+  DeltaWeights weights_;
+  int64_t layer_;
+  std::vector<Part> parts_;  // q, k, v, z, b, a
+  int target_;
 };
 
 class ActivationInstruction final : public Instruction {

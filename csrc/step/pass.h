@@ -65,6 +65,8 @@ struct Pass {
   ThreadMemory& threads;
   char* windows = nullptr;  // of short convolutions, in pages of their own with the numbers of those in the store
   int64_t window_layers = 0;
+  float* states = nullptr;  // of scans, in pages as well
+  int64_t state_layers = 0;
 
   int64_t bytes() const { return dtype == Dtype::float32 ? 4 : 2; }  // of a value
   Rows from_row(const Rows& rows_, int64_t r) const {

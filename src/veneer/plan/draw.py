@@ -27,6 +27,7 @@ from veneer.plan.work import CountWork, Work
 from veneer.serve.start import STEP_TOKENS, EngineOptions
 
 ENGINE, PAGES = "engine's weights", "keys and values"
+
 _OPTIONS = EngineOptions()
 
 
@@ -47,12 +48,12 @@ class DrawSize:
     n_scores: int = 0
     by_engine: bool = True
 
-    @property
-    def n_positions(self) -> int:
-        """Tokens in the cache when all answers are complete. The engine has whole pages, with each prompt only once."""
+    def n_positions(self, block: int) -> int:
+        """Return the tokens in the cache when all answers are complete. The engine has whole pages of ``block`` tokens,
+        with each prompt only once.
+        """
         if not self.by_engine:
             return self.n_answers * (self.prompt + self.n_tokens)
-        block = _OPTIONS.block_size
         own = -(-(self.prompt % block + self.n_tokens) // block) * block
         return self.n_prompts * (self.prompt // block * block) + self.n_answers * own
 
@@ -84,7 +85,8 @@ class TracedDraw:
 
     If ``packs``, as on CPUs, the engine packs a copy of the base's weights; on a GPU it reads the base's own.
     ``n_processes`` train together. ``is_one``: the packed weights are the only copy. ``weights`` are the engine's
-    packed tensors. ``kept`` are the bytes that a token and a sequence take in the cache. If the engine has no program
+    packed tensors. ``kept`` are the bytes that a token, a page of ``block`` tokens and a
+    sequence take in the cache. If the engine has no program
     for the base, transformers generates. ``work``, after `run`, is the work of generating the answers and of scoring
     them.
     """
@@ -96,6 +98,7 @@ class TracedDraw:
         args: Any,
         config: MethodConfig | None,
         kept: KeptBytes,
+        block: int,
         *,
         n_processes: int = 1,
         packs: bool = True,
@@ -113,7 +116,8 @@ class TracedDraw:
                 )
                 self.weights = _packed(base, program, self.is_one) if packs else []
         self.draw, self._position = draw, kept.position
-        self.n_cached = draw.n_positions * kept.position + draw.n_answers * kept.sequence
+        n_positions = draw.n_positions(block)
+        self.n_cached = n_positions * kept.position + draw.n_answers * kept.sequence + n_positions // block * kept.page
         if not draw.by_engine:  # it grows by copies of one layer at a time
             n_blocks: int = base.config.get_text_config().num_hidden_layers
             self.n_cached = self.n_cached * (n_blocks + 1) // n_blocks

@@ -94,14 +94,14 @@ def trace(
     """
     live, counted, args, adapter = LiveBytes(), CountWork(), recipe.training_config(), adapter_of(recipe.adapter)
     draw, fresh = draw_of(recipe.task, args, batch), None if FROM in recipe.adapter else adapter
-    kept = KeptBytes(0) if draw is None else kept_in_engine(config, recipe.model)
+    kept, block = (KeptBytes(0), 1) if draw is None else kept_in_engine(config, recipe.model)
     with tracing(counted.kernel, isa) as mode:
         base = traced_base(config, recipe.model, frozen=adapter is not None)
         coded, n_base = list(_coded(base)), n_parameters(base)
         drawing = (
             None
             if draw is None
-            else TracedDraw(base, draw, args, fresh, kept, n_processes=n_processes, packs=isa is None)
+            else TracedDraw(base, draw, args, fresh, kept, block, n_processes=n_processes, packs=isa is None)
         )
         n_base -= n_parameters(base)  # a packed weight is no parameter
         model = ready_to_train(base, adapter)

@@ -24,7 +24,7 @@ from veneer.ops.traced import Traced, tracing
 from veneer.plain.units import size
 from veneer.plan.model import CPU, make_traced, meta_base
 from veneer.recipe.parts import ModelPart
-from veneer.serve.program.kv_cache import numbers_per_position
+from veneer.serve.program.kv_cache import kept_in_pages, page_size
 from veneer.serve.start import EngineOptions
 
 
@@ -93,27 +93,25 @@ def serving_of(
             )
         )
     value = (torch.bfloat16 if model.dtype not in (torch.float32, torch.float16) else model.dtype).itemsize
-    kept = kept_in_serving(model, options.block_size)
+    kept, block = kept_in_serving(model)
     return Serving(
         base=base,
         reserve=memory - base - room,
         room=room,
-        page=kept.position * options.block_size,
-        block=options.block_size,
+        page=kept.position * block + kept.page,
+        block=block,
         sequence=kept.sequence,
         adapter=n_adapter * value,
     )
 
 
-def kept_in_engine(config: PreTrainedConfig, part: ModelPart) -> KeptBytes:
-    """Return the bytes that an engine on a recipe's base keeps, as `kept_in_serving` does, for pages of the default
-    size.
-    """
-    return kept_in_serving(meta_base(config, part, prepared=False, frozen=False), EngineOptions().block_size)
+def kept_in_engine(config: PreTrainedConfig, part: ModelPart) -> tuple[KeptBytes, int]:
+    """Return the bytes that an engine on a recipe's base keeps, and the tokens of a page, as `kept_in_serving` does."""
+    return kept_in_serving(meta_base(config, part, prepared=False, frozen=False))
 
 
-def kept_in_serving(model: PreTrainedModel, block: int) -> KeptBytes:
-    """Return the bytes that a served sequence of a model on the meta device keeps, in pages of ``block`` tokens.
+def kept_in_serving(model: PreTrainedModel) -> tuple[KeptBytes, int]:
+    """Return the bytes that a served sequence of a model on the meta device keeps, and the tokens of a page by default.
 
     They are the bytes of the engine's program, of layers in pages, or of transformers' own cache, whichever the engine
     chooses for this model. Each is measured on tensors without values. The model has traced tensors from then on.
@@ -122,11 +120,12 @@ def kept_in_serving(model: PreTrainedModel, block: int) -> KeptBytes:
     """
     try:
         program = compile_program(describe(model), context_length(model) or 2048)
-        return KeptBytes(numbers_per_position(program, block, model.dtype, CPU) * model.dtype.itemsize)
+        block = page_size(program, None)
+        return kept_in_pages(program, block, model.dtype, CPU), block
     except DescriptionError:
         with tracing(), torch.no_grad(), _each_expert_taken():
             make_traced(model)
-            return _of_own_code(model)
+            return _of_own_code(model), page_size(None, None)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from veneer.plain.field_types import check
 from veneer.serve.adapters.block_store import BlockStore
 from veneer.serve.engine import Engine
 from veneer.serve.program.interpreter import Interpreter
-from veneer.serve.program.kv_cache import numbers_per_position
+from veneer.serve.program.kv_cache import kept_in_pages, page_size
 from veneer.serve.requests.checked import EngineSettings
 from veneer.serve.runners.general_runner import GeneralRunner
 from veneer.serve.runners.own_cache_runner import OwnCacheRunner
@@ -89,8 +89,9 @@ class EngineOptions(metaclass=Keywords):
 
     ``max_loras``: adapters that act in one step and, without ``max_cpu_loras``, that are kept loaded; None is no limit.
     ``max_lora_rank`` refuses larger ranks; None takes any, since nothing is padded. ``enforce_eager`` has no effect.
-    ``block_size``, the positions of a page, should be a multiple of 16 on a CPU. With any other, torch computes
-    attention, more slowly, and the last bits of a row may depend on the other rows. Difference from vLLM:
+    ``block_size``, the positions of a page, is 16 by default, and 256 for a model whose scans keep a state for each
+    page. It should be a multiple of 16 on a CPU. With any other, torch computes attention, more slowly, and the last
+    bits of a row may depend on the other rows. Difference from vLLM:
     ``enable_lora`` is on, since it costs nothing. ``enable_prefix_caching``: requests share the keys and values of
     equal beginnings, which is on unless it is False. ``speculative_config``: see `SpeculativeConfig`; answers are the
     same with it.
@@ -127,7 +128,7 @@ class EngineOptions(metaclass=Keywords):
     max_num_seqs: int = 128
     max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool | None = None
-    block_size: int = 16
+    block_size: int | None = None
     kv_cache_dtype: str = "auto"
     served_model_name: str | Collection[str] | None = None
     generation_config: str = "auto"
@@ -215,8 +216,9 @@ def start_engine(
             if program_alone
             else _program(loaded, longest, give_up=own, switched_off=options.general_runner)
         )
-        way, kept = _kept(loaded, interpreter, options.block_size)
-    pages = _pages(loaded, options, kept, longest, contexts_cached, at_once=way is None)
+        way, kept = _kept(loaded, interpreter, options)
+    block = page_size(None if interpreter is None else interpreter.program, options.block_size)
+    pages = _pages(loaded, options, kept, block, longest, contexts_cached, at_once=way is None)
     if options.max_model_len is None:
         longest = min(longest, pages.capacity(0))
     pool = AdapterPool(options.max_cpu_loras or options.max_loras, options.max_loras, pages)
@@ -231,7 +233,7 @@ def start_engine(
         why_general=why_not,
         base_names=tuple(dict.fromkeys(filter(None, _names(model, loaded, options)))) if compares_bases else (),
         prefix_caching=options.enable_prefix_caching is not False and way is None,
-        drafts=way is None,
+        drafts=way is None and pages.rewritable,
         **_settings_of(loaded, options),
     )
     return Engine(runner, scheduler, tokenizer, settings)
@@ -432,28 +434,28 @@ def _nf4() -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
-def _kept(model: PreTrainedModel, interpreter: Interpreter | None, block: int) -> tuple[Way | None, KeptBytes]:
+def _kept(
+    model: PreTrainedModel, interpreter: Interpreter | None, options: EngineOptions
+) -> tuple[Way | None, KeptBytes]:
     """Return the result of `way_of` for a model without a program. With a program, return None and the bytes of its
-    pages.
+    pages. Warn if the kernels cannot read such pages.
     """
-    return way_of(model) if interpreter is None else (None, KeptBytes(_position_bytes(model, interpreter, block)))
-
-
-def _position_bytes(model: PreTrainedModel, interpreter: Interpreter, block: int) -> int:
-    """Return the bytes of a position in pages. Warn if the kernels cannot read such pages."""
+    if interpreter is None:
+        return way_of(model)
+    block = page_size(interpreter.program, options.block_size)
     if block % UNIT and model.device.type == "cpu":
         _LOG.warning(
             "block_size=%d is no multiple of %d: torch computes attention, more slowly than the kernels, and the last "
             "bits of a row may depend on the rows beside it", block, UNIT,
         )  # fmt: skip
-    numbers = numbers_per_position(interpreter.program, block, model.dtype, model.device)
-    return int(model.dtype.itemsize) * numbers
+    return None, kept_in_pages(interpreter.program, block, model.dtype, model.device)
 
 
 def _pages(
     model: PreTrainedModel,
     options: EngineOptions,
     kept: KeptBytes,
+    block: int,
     longest: int,
     contexts_cached: int | None,
     *,
@@ -463,9 +465,10 @@ def _pages(
 
     On a CPU, a page takes memory when it is used. Elsewhere pages take it at the start if ``at_once``.
     """
-    block = options.block_size if kept.position else longest
-    page_bytes = kept.position * block or kept.sequence
+    block = block if kept.position or kept.page else longest
+    page_bytes = kept.position * block + kept.page or kept.sequence
     n_fixed = -(-kept.sequence // page_bytes) if kept.position else 0
+    rewritable = not kept.page
     each = -(-longest // block) + n_fixed
     wanted = options.max_num_seqs * each
     room = options.kv_cache_memory_bytes or int(options.gpu_memory_utilization * free_memory(model.device))
@@ -481,8 +484,10 @@ def _pages(
         cached = max(each, room // _CACHED_SHARE // page_bytes)
     if taken_at_once:  # so adapters get what is beside them, and no page that goes makes room for one
         n_bytes = n_pages + room - n_pages * page_bytes
-        return Pages(n_pages, block, page_bytes=1, n_bytes=n_bytes, most_cached=cached)
-    return Pages(n_pages, block, page_bytes=page_bytes, n_bytes=room, most_cached=cached, n_fixed=n_fixed)
+        return Pages(n_pages, block, page_bytes=1, n_bytes=n_bytes, most_cached=cached, rewritable=rewritable)
+    return Pages(
+        n_pages, block, page_bytes=page_bytes, n_bytes=room, most_cached=cached, n_fixed=n_fixed, rewritable=rewritable
+    )
 
 
 def free_memory(device: torch.device) -> int:

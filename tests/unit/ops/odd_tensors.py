@@ -35,6 +35,7 @@ from veneer.ops.paged_attention import PagedRows, PagedStore
 from veneer.ops.pairs import FactorPair, PackedPairs, Segment, Segments
 from veneer.ops.scaled import ScaledCodes
 from veneer.ops.state.conv import ConvKernel, GatedInput
+from veneer.ops.state.delta import DeltaInput, DeltaWeights, StateShape, StateStore
 from veneer.ops.state.windows import WindowStore
 from veneer.ops.terms import PackedTerm
 from veneer.records.terms.form import Form
@@ -155,6 +156,11 @@ def serving_cases(x, w, wide):
     yield "paged_attention.attend", (store, 0, heads, Plain(step), *numbers, torch.randn(HEADS, 16), torch.randn(HEADS))
     pairs = PackedPairs.pack([FactorPair(torch.randn(R, D), torch.randn(OUT, R), 0.5)], [OUT], dtype=torch.float32)
     yield "pairs.add", (x, Plain(Segments.of([Segment(pairs, 0, N)])), [wide])
+    shape = StateShape(1, HEADS, 4, D // HEADS, 3)
+    inner = DeltaInput(*(torch.randn(N, 1, width) for width in (4, 4, D, D, HEADS, HEADS)))
+    held = ConvKernel(torch.randn(shape.conv_width, 3), None, "silu"), torch.randn(D // HEADS), 1e-6
+    states, own = StateStore.zeros(1, 1, 16, shape), DeltaWeights(*held, torch.rand(HEADS), torch.randn(HEADS))
+    yield "delta.delta_in_pages", (states, 0, inner, Plain(own), Plain(PagedRows.of([([0], 0, N)], states)))
     yield "step.add_norm", (w,)
     yield "step.add_product", (flat_panels,)
 
@@ -185,6 +191,8 @@ tree.register_pytree_node(
     lambda t, w: replace(w, codes=t[0], scales=t[1], zeros=t[2], overall=t[3]),
 )
 tree.register_pytree_node(GatedInput, lambda g: ([g.x, g.before, g.after], None), lambda t, _: GatedInput(*t))
+tree.register_pytree_node(DeltaInput, lambda d: (list(d.tensors), None), lambda t, _: DeltaInput(*t))
+tree.register_pytree_node(StateStore, lambda s: ([s.data], s), lambda t, s: replace(s, data=t[0]))
 tree.register_pytree_node(WindowStore, lambda s: ([s.data], s), lambda t, s: replace(s, data=t[0]))
 tree.register_pytree_node(PagedStore, lambda s: ([s.data], s), lambda t, s: replace(s, data=t[0]))
 tree.register_pytree_node(Moment8bit, lambda m: ([m.codes, m.absmax], None), lambda parts, _: Moment8bit(*parts))

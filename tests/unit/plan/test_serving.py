@@ -55,10 +55,10 @@ def test_a_plan_counts_what_the_engine_counts(kind):
     pages = LLM(model, tokenizer=byte_tokenizer(), max_model_len=64).engine.scheduler.pages
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    planned = kept_in_serving(empty, 16)
+    planned, block = kept_in_serving(empty)
     assert isinstance(planned, KeptBytes)
-    fixed = -(-planned.sequence // (16 * planned.position)) if planned.position else 0
-    assert (16 * planned.position or planned.sequence) == pages.page_bytes
+    fixed = -(-planned.sequence // (block * planned.position)) if planned.position else 0
+    assert (block * planned.position + planned.page or planned.sequence) == pages.page_bytes
     assert fixed == pages.n_fixed
 
 

@@ -101,7 +101,7 @@ def test_a_plan_counts_the_bytes_of_the_prompt_and_of_the_answer():
         assert found.position == (2 * 2 * d + d) * 4  # keys and values of two layers, and the encoder's state
         with torch.device("meta"):
             empty = Seq2Seq.from_config(TYPES[kind]()).eval()
-        assert kept_in_serving(empty, 16) == found
+        assert kept_in_serving(empty) == (found, 16)
 
 
 def test_what_an_encoder_with_a_decoder_has_not_is_refused(tokenizer, tmp_path):

@@ -149,7 +149,7 @@ def test_sequences_that_are_preempted_or_aborted_give_their_caches_back(tokenize
 
 
 def test_a_step_that_was_interrupted_is_run_again(tokenizer):
-    model = made("qwen3_5_text")
+    model = made("falcon_h1")
     own = greedy(model, tokenizer, PROMPTS[1])
     llm = LLM(model, tokenizer=tokenizer)
     runner, seen = llm.engine.runner, []

@@ -39,12 +39,13 @@ class Way(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class KeptBytes:
-    """Bytes that a sequence keeps in memory: those for each ``position``, and those for a ``sequence``
-    of any length.
+    """Bytes that a sequence keeps in memory: those for each ``position``, those for a ``sequence`` of any length, and
+    those of a ``page`` besides its positions.
     """
 
     position: int
     sequence: int = 0
+    page: int = 0
 
 
 @dataclass(slots=True)

@@ -186,7 +186,7 @@ def _attention(layer: int, block: Block, seen: Register, stream: Register) -> It
     if isinstance(part, DeltaNet):
         inner, mixed = _outputs("inner", part.inner), Register("mixed", (part.width,))
         yield Product(linears=part.inner, source=seen, target=inner)
-        yield GatedDelta(part=part, source=inner, target=mixed)
+        yield GatedDelta(layer=layer, part=part, source=inner, target=mixed)
         yield from half.joined(part.out, mixed, block.norms.attention_post)
         return
     qkv, mixed = _outputs("qkv", part.qkv), Register("mixed", (part.heads.n_heads * part.heads.head_dim,))

@@ -20,6 +20,7 @@ from veneer.model.program.linears import Linears
 from veneer.model.program.rows import PassRows
 from veneer.model.program.version import Version
 from veneer.ops.cpu.step import StepProgram
+from veneer.ops.state.delta import StateShape
 
 STREAM = "h"
 Frame = dict[str, Any]
@@ -63,6 +64,17 @@ class Window(NamedTuple):
     def n_numbers(self) -> int:
         """Number of values of a token."""
         return self.width
+
+
+class PageState(NamedTuple):
+    """State of a scan, which is kept for each page: that after the last token written into the page."""
+
+    shape: StateShape
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of a page's state."""
+        return 4 * self.shape.n_numbers
 
 
 class PassKind(NamedTuple):
@@ -131,8 +143,8 @@ class Operation(ABC):
         return (self,)
 
     @property
-    def state(self) -> Keys | Window | None:
-        """The values that the operation stores for each token, or None."""
+    def state(self) -> Keys | Window | PageState | None:
+        """The values that the operation stores for each token or page, or None."""
         return None
 
     def bind(self, to: Binding) -> Any:

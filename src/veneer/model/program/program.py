@@ -13,13 +13,13 @@ from functools import cached_property
 from veneer.errors import DescriptionError
 from veneer.model.blueprint.alibi import Alibi
 from veneer.model.blueprint.decoder import Decoder, Embedding, Head
-from veneer.model.blueprint.parts import Attention, DeltaNet, Linear, Norm, Stack
+from veneer.model.blueprint.parts import Attention, Linear, Norm, Stack
 from veneer.model.blueprint.rotary import DynamicScaling, LongRopeScaling, Rotary
 from veneer.model.program.embed import Embed
 from veneer.model.program.halves import block_operations
 from veneer.model.program.logits import Logits, Pick
 from veneer.model.program.norm import Normalize
-from veneer.model.program.operation import STREAM, Keys, Operation, Register, Window
+from veneer.model.program.operation import STREAM, Keys, Operation, PageState, Register, Window
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Program:
     def windows(self) -> tuple[Window, ...]:
         """The values that each short convolution stores for a token."""
         return tuple(each.state for each in self.operations if isinstance(each.state, Window))
+
+    @property
+    def page_states(self) -> tuple[PageState, ...]:
+        """The state that each scan stores for a page."""
+        return tuple(each.state for each in self.operations if isinstance(each.state, PageState))
 
     @property
     def numbers_per_position(self) -> int:
@@ -126,8 +131,6 @@ def _unsaid(decoder: Decoder, n_positions: int) -> Iterator[str]:
     positions = decoder.embedding.positions
     if positions is not None and n_positions + positions.offset > positions.rows:
         yield f"{positions.path} has {positions.rows} positions, and sequences may have {n_positions}"
-    scans = (block.attention for block in decoder.blocks if isinstance(block.attention, DeltaNet))
-    yield from (f"{part.path} keeps a state for which there are no pages" for part in scans)
     for part in decoder.attentions:
         scaling = None if part.rotary is None else part.rotary.scaling
         depends = isinstance(scaling, DynamicScaling | LongRopeScaling)

@@ -13,10 +13,13 @@ from veneer.ops.grouped_low_rank import AdapterRuns
 from veneer.ops.paged_attention import Heads
 from veneer.ops.pairs import Segments
 from veneer.ops.state.conv import ConvKernel, GatedInput
+from veneer.ops.state.delta import DeltaInput, DeltaWeights
 
 
 class PagedCache(Protocol):
-    """Pages that store the keys and values of all attention layers, and the inputs of short convolutions."""
+    """Pages that store the keys and values of all attention layers, the inputs of short convolutions, and the states of
+    scans.
+    """
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: Any) -> None:
         """Write the keys and values (n, kv_heads, width) of a pass's rows to their positions in the pages."""
@@ -40,6 +43,9 @@ class PagedCache(Protocol):
 
     def convolve(self, layer: int, given: GatedInput, weights: ConvKernel, rows: Any) -> Tensor:
         """Return the short convolution (n, width) of a pass's rows, whose inputs are written into the pages."""
+
+    def scan(self, layer: int, given: DeltaInput, weights: DeltaWeights, rows: Any) -> Tensor:
+        """Return the gated delta rule (n, width) of a pass's rows, whose states are written into the pages."""
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from veneer.ops.cpu.delta import delta_sizes, delta_values
 from veneer.ops.cpu.experts import router_numbers, stack_numbers
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.experts import PackedStack, Router
@@ -25,6 +26,7 @@ from veneer.ops.packed import PackedWeight
 from veneer.ops.packed_codes import PackedCodes
 from veneer.ops.paged_attention import PagedRows, PagedStore
 from veneer.ops.pairs import PackedPairs
+from veneer.ops.state.delta import DeltaWeights, StateShape, StateStore
 from veneer.ops.state.windows import WindowStore
 from veneer.ops.terms import TERM_KINDS, LayerTerms, PackedTerm
 
@@ -147,6 +149,17 @@ class StepProgram:
         self._kept.append(stacks)
         self.add("experts", router_numbers(router), router.scale, bias, *panels, UNITS[activation], at)
 
+    def add_delta(
+        self, shape: StateShape, weights: DeltaWeights, layer: int, parts: list[list[int]], target: int
+    ) -> None:
+        """Add the gated delta rule of a layer of the states in pages.
+
+        ``parts``: for queries, keys, values, gates z, b and a each the number of a tensor, the first head's first
+        value, and the values from one key head to the next.
+        """
+        held = list(delta_values(weights, self.dtype))
+        self.add("delta", delta_sizes(shape), weights.eps, weights.beta_scale, held, layer, parts, target)
+
     def _sent(self, part: Part) -> Any:
         if isinstance(part, Tensor):
             self._kept.append(part)
@@ -206,7 +219,7 @@ class StepProgram:
         self,
         part: range,
         registers: list[int],
-        pages: tuple[PagedStore, WindowStore | None, PagedRows] | None,
+        pages: tuple[PagedStore, WindowStore | None, StateStore | None, PagedRows] | None,
         rows: StepRows,
         runs: Sequence[tuple[int, int, int]],
     ) -> None:
@@ -216,7 +229,7 @@ class StepProgram:
         the last). Raises IndexError for an id outside a table of embeddings, or a position outside the rotation
         tables.
         """
-        store, batch = _pages(*pages) if pages else ([0] * 7, [0] * 5)
+        store, batch = _pages(*pages) if pages else ([0] * 9, [0] * 5)
         self._program.run(
             part.start,
             part.stop,
@@ -234,11 +247,17 @@ def places(registers: Sequence[Tensor]) -> list[int]:
     return [number for register in registers for number in (address(register), register.stride(0))]
 
 
-def _pages(store: PagedStore, windows: WindowStore | None, rows: PagedRows) -> tuple[list[int], list[int]]:
+def _pages(
+    store: PagedStore, windows: WindowStore | None, states: StateStore | None, rows: PagedRows
+) -> tuple[list[int], list[int]]:
     tables = (rows.pages, rows.first_page, rows.first_row, rows.position)
     sizes = [address(store.data), store.block, store.n_layers, store.kv_heads, store.head_dim]
-    sizes += [0, 0] if windows is None else [address(windows.data), windows.data.shape[1]]
+    sizes += [n for held in (windows, states) for n in ([0, 0] if held is None else _layers_of(held.data))]
     return sizes, [len(rows.position), *map(address, tables)]
+
+
+def _layers_of(pages: Tensor) -> list[int]:
+    return [address(pages), pages.shape[1]]
 
 
 def _at(x: Tensor | None) -> int:

@@ -114,8 +114,8 @@ def _effects_of(
     if config.virtual_tokens:
         if stored.others or config.modules_to_save:
             raise UnsaidError(f"virtual tokens with {', '.join(stored.others[:3]) or config.modules_to_save}")
-        if program.windows:
-            raise UnsaidError("virtual tokens, which leave nothing for short convolutions")
+        if program.windows or program.page_states:
+            raise UnsaidError("virtual tokens, which leave nothing for convolutions and scans")
         return found
     if stored.others or plan.copied or plan.rows:
         _put_others(found, lookup.model, program, stored, _Others(config, plan, tensors))

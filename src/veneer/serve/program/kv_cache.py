@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from veneer.model.batch.own_cache import KeptBytes
 from veneer.model.batch.paged import KeysValues, PagedStep, SeenKeys, SlotStore, Stretch, attend
 from veneer.model.blueprint.parts import Attention
 from veneer.model.program.program import Program
@@ -22,6 +23,7 @@ from veneer.ops.attention import AttentionOptions
 from veneer.ops.dispatch import backends
 from veneer.ops.rotary import rotate_both
 from veneer.ops.state.conv import ConvKernel, GatedInput
+from veneer.ops.state.delta import DeltaInput, DeltaWeights, StateStore, delta_in_pages
 from veneer.ops.state.windows import WindowStore, windowed_conv
 
 
@@ -46,14 +48,33 @@ class KVCache(PagedCache, Protocol):
 
 def make_cache(program: Program, n_pages: int, block: int, dtype: torch.dtype, device: torch.device) -> KVCache:
     """Return empty pages for a program, which take memory when they are written to."""
-    heads, windows = _heads_in_pages(program, block, dtype, device), None
+    heads, windows, states = _heads_in_pages(program, block, dtype, device), None, None
+    if program.page_states:
+        states = StateStore.zeros(n_pages, len(program.page_states), block, program.page_states[0].shape, device=device)
     if program.windows:
         sizes = (n_pages, len(program.windows), block, program.windows[0].width)
         windows = WindowStore.zeros(*sizes, dtype=dtype, device=device)
     if heads is None:
-        return SlotCache(SlotStore(n_pages, block), windows)
+        return SlotCache(SlotStore(n_pages, block), windows, states)
     shape = (len(program.states), *heads)
-    return PageCache(kernel.PagedStore.zeros(n_pages, block, shape, dtype=dtype, device=device), windows)
+    return PageCache(kernel.PagedStore.zeros(n_pages, block, shape, dtype=dtype, device=device), windows, states)
+
+
+def page_size(program: Program | None, given: int | None) -> int:
+    """Return the tokens of a page: the ``given`` number, or by default 16, and 256 if scans keep a state for each page.
+
+    Such a state is as large as the keys of hundreds of tokens.
+    """
+    return given or (_STATE_PAGE if program is not None and program.page_states else _PAGE)
+
+
+def kept_in_pages(program: Program, block: int, dtype: torch.dtype, device: torch.device) -> KeptBytes:
+    """Return the bytes that a position and a page take in the pages of `make_cache`."""
+    states = sum(state.n_bytes for state in program.page_states)
+    return KeptBytes(numbers_per_position(program, block, dtype, device) * dtype.itemsize, page=states)
+
+
+_PAGE, _STATE_PAGE = 16, 256
 
 
 def numbers_per_position(program: Program, block: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -78,13 +99,14 @@ def _heads_in_pages(program: Program, block: int, dtype: torch.dtype, device: to
 
 @dataclass(frozen=True, slots=True)
 class PageCache:
-    """Cache in the kernels' pages, and ``windows`` of short convolutions.
+    """Cache in the kernels' pages, ``windows`` of short convolutions, and ``states`` of scans.
 
     ``tables`` keeps the page tables of the last step for reuse.
     """
 
     store: kernel.PagedStore
     windows: WindowStore | None = None
+    states: StateStore | None = None
     tables: kernel.PageTables = field(default_factory=kernel.PageTables)
 
     def rows(self, stretches: Sequence[Stretch]) -> kernel.PagedRows:
@@ -112,13 +134,16 @@ class PageCache:
     def convolve(self, layer: int, given: GatedInput, weights: ConvKernel, rows: kernel.PagedRows) -> Tensor:
         return windowed_conv(cast(WindowStore, self.windows), layer, given, weights, rows)
 
+    def scan(self, layer: int, given: DeltaInput, weights: DeltaWeights, rows: kernel.PagedRows) -> Tensor:
+        return delta_in_pages(cast(StateStore, self.states), layer, given, weights, rows)
+
     def slots(self) -> SlotStore:
         return SlotsInPages(self.store)
 
     def discard(self, pages: Sequence[int]) -> None:
-        self.store.discard(pages)
-        if self.windows is not None:
-            self.windows.discard(pages)
+        for store in (self.store, self.windows, self.states):
+            if store is not None:
+                store.discard(pages)
 
 
 class SlotsInPages(SlotStore):
@@ -144,7 +169,7 @@ class SlotsInPages(SlotStore):
 class SlotRows:
     """Rows of a pass by slots. ``seen``: the keys that they attend to, by window, computed on first use.
 
-    ``paged`` are the same rows by pages, for short convolutions; None if the program has none.
+    ``paged`` are the same rows by pages, for short convolutions and scans; None if the program has neither.
     """
 
     step: PagedStep
@@ -166,13 +191,17 @@ class SlotCache:
 
     store: SlotStore
     windows: WindowStore | None = None
+    states: StateStore | None = None
 
     def rows(self, stretches: Sequence[Stretch]) -> SlotRows:
-        paged = None if self.windows is None else kernel.PagedRows.of(stretches, self.store)
+        paged = None if self.windows is None and self.states is None else kernel.PagedRows.of(stretches, self.store)
         return SlotRows(PagedStep.of(self.store, stretches, torch.device("cpu")), paged)
 
     def convolve(self, layer: int, given: GatedInput, weights: ConvKernel, rows: SlotRows) -> Tensor:
         return windowed_conv(cast(WindowStore, self.windows), layer, given, weights, cast(Any, rows.paged))
+
+    def scan(self, layer: int, given: DeltaInput, weights: DeltaWeights, rows: SlotRows) -> Tensor:
+        return delta_in_pages(cast(StateStore, self.states), layer, given, weights, cast(Any, rows.paged))
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: SlotRows) -> None:
         self.store.write(layer, rows.step.slots, keys, values)
@@ -204,11 +233,12 @@ class SlotCache:
         return self.store
 
     def discard(self, pages: Sequence[int]) -> None:
-        """Free these pages of short convolutions. Those of keys and values are plain tensors, which cannot be freed by
-        pages.
+        """Free these pages of short convolutions and scans. Those of keys and values are plain tensors, which cannot be
+        freed by pages.
         """
-        if self.windows is not None:
-            self.windows.discard(pages)
+        for store in (self.windows, self.states):
+            if store is not None:
+                store.discard(pages)
 
 
 def _biases(bias: Tensor, queries: Tensor, n_keys: int) -> Tensor:

@@ -203,7 +203,11 @@ class NativeStretch:
         if not self.place:
             return
         native, given = self.native, frame["given"]
-        pages = (rows.cache.store, rows.cache.windows, rows.rows) if isinstance(rows.cache, PageCache) else None
+        pages = (
+            (rows.cache.store, rows.cache.windows, rows.cache.states, rows.rows)
+            if isinstance(rows.cache, PageCache)
+            else None
+        )
         runs = [(native.numbers[rows.versions[place]], start, stop) for place, start, stop in rows.runs.runs]
         n = len(rows.positions)
         # Alive until C++ has read them: a register that is written under the same name replaces them in the frame.

@@ -227,6 +227,8 @@ class ProgramRunner(DrawingRunner):
     def compute(self, plan: StepPlan, greedy: Collection[str]) -> Computed:
         if self.device.type != "cpu" and any(s.request_id not in greedy and wanted(s) for s in plan.sequences):
             greedy = ()  # then all tokens come back by one read
+        if self.interpreter.program.page_states:
+            greedy = ()  # a pass on states is not repeated if a logit is not finite
         # Reading a prefix runs the model itself once, which must not see what a pass through it has set.
         with self._modules if self.general is not None or isinstance(self.model, PeftModel) else nullcontext():
             general = frozenset[str]() if self.general is None else self.general.loaded

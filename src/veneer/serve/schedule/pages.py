@@ -34,6 +34,9 @@ class Pages:
     """Allocator of ``n_pages`` pages of ``block`` positions and ``page_bytes`` bytes, with a page table for each
     holder.
 
+    If pages are not ``rewritable``, they keep a state after their last position, and no position is written twice: a
+    partly filled page is taken over whole or not at all.
+
     A holder is a sequence. It has ``n_fixed`` pages besides those of its positions. A page takes memory when it is
     first held. It keeps that memory when it is free, until the bytes are needed elsewhere. Bytes of ``n_bytes`` that
     pages do not take can be lent to others, such as adapters (`lend`). If ``n_bytes`` is None, it is the size of all
@@ -58,10 +61,12 @@ class Pages:
         worth: Eviction | None = None,
         most_cached: int | None = None,
         n_fixed: int = 0,
+        rewritable: bool = True,
     ) -> None:
         if n_pages < 1 or block < 1:
             raise ConfigError(f"{n_pages} pages of {block} positions: there must be at least one of each")
         self.n_pages, self.block, self.page_bytes, self.n_fixed = n_pages, block, page_bytes, n_fixed
+        self.rewritable = rewritable
         self.n_bytes = n_pages * page_bytes if n_bytes is None else n_bytes
         self.n_lent = 0
         self.shed: list[int] = []
@@ -229,7 +234,7 @@ class Pages:
 
         Returns the number of its leading positions that equal those of ``wanted``; 0 if there is no such page.
         """
-        found = self._cache.take_tail(wanted)
+        found = self._cache.take_tail(wanted, whole=not self.rewritable)
         if found is None:
             return 0
         page, n = found

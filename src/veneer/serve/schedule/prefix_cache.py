@@ -187,14 +187,16 @@ class PrefixCache:
         self.idle(page)
         return replaced
 
-    def take_tail(self, wanted: Tail) -> tuple[int, int] | None:
+    def take_tail(self, wanted: Tail, *, whole: bool = False) -> tuple[int, int] | None:
         """Take the cached tail (partly filled page) with the parent and owner of ``wanted`` out of the cache.
 
-        Return its page, and the number of its leading positions that equal those of ``wanted``. If none do, return None
-        and leave the tail in the cache.
+        Return its page, and the number of its leading positions that equal those of ``wanted``. If none do, or not all
+        although the tail is taken ``whole``, return None and leave the tail in the cache.
         """
         block = self._blocks.get(wanted.key)
         n = 0 if block is None or block.tail is None else block.tail.n_common(wanted)
+        if whole and block is not None and block.tail is not None and n < block.tail.n_positions:
+            return None
         return None if block is None or not n else (self._drop(block), n)
 
     def clear(self) -> list[int]:

@@ -72,11 +72,13 @@ class PrefixSharing:
         else:
             self._put(request, first)
 
-    def give_up(self, request: Request) -> None:
-        """Take all pages from a request. Those that a later request can reuse stay in the cache."""
+    def give_up(self, request: Request, *, keeps_tail: bool = True) -> None:
+        """Take all pages from a request. Those that a later request can reuse stay in the cache, its partly filled page
+        if ``keeps_tail``.
+        """
         last = request.n_front_there + request.n_computed
         first = last // self.pages.block * self.pages.block
-        keeps = request.root is not None and first < last and request.finish_reason != "error"
+        keeps = keeps_tail and request.root is not None and first < last and request.finish_reason != "error"
         self.pages.release(request.id, self._tail(request, first, last) if keeps else None, self._owner(request))
         self._put(request, 0)
 
@@ -103,13 +105,13 @@ class PrefixSharing:
         request.n_published = n
         return self._freed(request, keys[first:])
 
-    def leave(self, request: Request) -> list[Request]:
-        """Take all pages from a request that leaves the batch.
+    def leave(self, request: Request, *, keeps_tail: bool = True) -> list[Request]:
+        """Take all pages from a request that leaves the batch, as `give_up` does.
 
         Return the requests that waited for a block that it was to compute; their wait has ended.
         """
         freed = self._freed(request, request.known_keys[request.n_published :])
-        self.give_up(request)
+        self.give_up(request, keeps_tail=keeps_tail)
         return freed
 
     def _limit(self, request: Request) -> int:

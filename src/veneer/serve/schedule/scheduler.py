@@ -247,6 +247,15 @@ class Scheduler:
                 touched.append(request)
         return touched
 
+    def restart(self, plan: StepPlan) -> None:
+        """Let the requests of an interrupted step wait, and compute them again from their last full page on.
+
+        Their last, partly filled pages may hold the step's tokens or not.
+        """
+        planned = {sequence.request_id for sequence in plan.sequences}
+        for request in [request for request in self.running if request.id in planned]:
+            self._preempt(request, keeps_tail=False)
+
     def _reserve(self, request: Request, n: int, planned: dict[Request, int]) -> bool:
         """Reserve pages for n tokens, preempting other requests if needed. Return False if there are too few pages, or
         if this request itself was preempted.
@@ -283,7 +292,7 @@ class Scheduler:
             return False
         return self.pages.grow(request.id, n_positions)
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: Request, *, keeps_tail: bool = True) -> None:
         self.running.remove(request)
         if request.version is not None:
             self.pool.release(request.version)
@@ -291,7 +300,7 @@ class Scheduler:
         request.n_preempted += 1
         self.n_preemptions += 1
         self.clients.back(self.clients[request.client])
-        self._wait([request, *self.sharing.leave(request)])
+        self._wait([request, *self.sharing.leave(request, keeps_tail=keeps_tail)])
 
     def _wait(self, requests: Collection[Request]) -> None:
         for request in requests:
