@@ -50,24 +50,40 @@ struct Step {  // of a head's state by a token
 
 // `count` registers of columns of a head's state: what key and query read of them, then their change.
 template <int count>
-inline void change_columns(const DeltaSizes& sizes, const Step& step, const Token& token, const float* v, int64_t c, int64_t n) {
+inline void change_columns(const DeltaSizes& sizes, const Step& step, const Token& token, const float* v, int64_t c) {
   lanes by_key[count]{}, by_query[count]{};
   float* state = step.state + c;
   for (int64_t i = 0; i < sizes.k_width; ++i)
     for (int j = 0; j < count; ++j) {
-      const lanes x = take(state + i * sizes.v_width + j * width, n);
+      const lanes x = load(state + i * sizes.v_width + j * width);
       by_key[j] += token.k[i] * x;
       by_query[j] += token.q[i] * x;
     }
   for (int j = 0; j < count; ++j) {
-    by_key[j] = step.beta * (take(v + c + j * width, n) - step.decay * by_key[j]);
-    put(token.out + c + j * width, step.decay * by_query[j] + step.reads * by_key[j], n);
+    by_key[j] = step.beta * (load(v + c + j * width) - step.decay * by_key[j]);
+    store(token.out + c + j * width, step.decay * by_query[j] + step.reads * by_key[j]);
   }
   for (int64_t i = 0; i < sizes.k_width; ++i)
     for (int j = 0; j < count; ++j) {
       float* x = state + i * sizes.v_width + j * width;
-      put(x, step.decay * take(x, n) + token.k[i] * by_key[j], n);
+      store(x, step.decay * load(x) + token.k[i] * by_key[j]);
     }
+}
+
+// The same for less than a register of columns.
+inline void change_some(const DeltaSizes& sizes, const Step& step, const Token& token, const float* v, int64_t c, int64_t n) {
+  lanes by_key{}, by_query{};
+  for (int64_t i = 0; i < sizes.k_width; ++i) {
+    const lanes x = load_some(step.state + i * sizes.v_width + c, n);
+    by_key += token.k[i] * x;
+    by_query += token.q[i] * x;
+  }
+  by_key = step.beta * (load_some(v + c, n) - step.decay * by_key);
+  store_some(token.out + c, step.decay * by_query + step.reads * by_key, n);
+  for (int64_t i = 0; i < sizes.k_width; ++i) {
+    float* x = step.state + i * sizes.v_width + c;
+    store_some(x, step.decay * load_some(x, n) + token.k[i] * by_key, n);
+  }
 }
 
 // The tokens of one page of a sequence at one key head, which owns its channels of the convolution and its value heads.
@@ -139,9 +155,9 @@ struct Piece {
   void scan(const Step& step, const float* v) const {
     constexpr int most = 4;
     int64_t c = 0;
-    for (; c + most * width <= sizes.v_width; c += most * width) change_columns<most>(sizes, step, token, v, c, width);
-    for (; c < sizes.v_width; c += width)
-      change_columns<1>(sizes, step, token, v, c, c + width <= sizes.v_width ? width : sizes.v_width - c);
+    for (; c + most * width <= sizes.v_width; c += most * width) change_columns<most>(sizes, step, token, v, c);
+    for (; c + width <= sizes.v_width; c += width) change_columns<1>(sizes, step, token, v, c);
+    if (c < sizes.v_width) change_some(sizes, step, token, v, c, sizes.v_width - c);
   }
 
   void finish(int64_t g, int64_t r) const {

@@ -210,12 +210,8 @@ class Engine:
             self._stats.admit(self.scheduler.admitted)
         self._make_way()
         if plan.sequences:
-            try:
+            with self.scheduler.once(plan):
                 self._commit(plan, self._run(plan))
-            except BaseException:
-                if not self.scheduler.pages.rewritable:  # the step cannot be repeated on them
-                    self.scheduler.restart(plan)
-                raise
         elif (stuck := self.scheduler.stuck()) is not None:
             self._end_stuck(stuck)
         if self._preloads and not self.scheduler.has_work:  # nothing is going on that could make a place

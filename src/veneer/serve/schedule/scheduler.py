@@ -23,7 +23,8 @@ Invariants:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from veneer.errors import ConfigError
@@ -247,14 +248,18 @@ class Scheduler:
                 touched.append(request)
         return touched
 
-    def restart(self, plan: StepPlan) -> None:
-        """Let the requests of an interrupted step wait, and compute them again from their last full page on.
-
-        Their last, partly filled pages may hold the step's tokens or not.
+    @contextmanager
+    def once(self, plan: StepPlan) -> Iterator[None]:
+        """Enter a context in which a step is computed. If it is interrupted and pages are not rewritable, its requests
+        go on from their last full pages: the pages behind may hold the step's tokens or not.
         """
-        planned = {sequence.request_id for sequence in plan.sequences}
-        for request in [request for request in self.running if request.id in planned]:
-            self._preempt(request, keeps_tail=False)
+        try:
+            yield
+        except BaseException:
+            planned = () if self.pages.rewritable else [sequence.request_id for sequence in plan.sequences]
+            for request in [request for request in self.running if request.id in planned]:
+                self._preempt(request, keeps_tail=False)
+            raise
 
     def _reserve(self, request: Request, n: int, planned: dict[Request, int]) -> bool:
         """Reserve pages for n tokens, preempting other requests if needed. Return False if there are too few pages, or

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 
@@ -66,14 +67,27 @@ class Guesses:
 
 
 class TokenArena:
-    """Pages whose bytes are the tokens themselves, each with the version that computed it."""
+    """Pages whose bytes are the tokens themselves, each with the version that computed it.
 
-    def __init__(self, block: int) -> None:
-        self.block, self.slots = block, dict[int, object]()
+    ``ends`` are the numbers of positions up to the last one that was written to each page, where a state is.
+    """
+
+    def __init__(self, block: int, *, states: bool = False) -> None:
+        self.block, self.states, self.slots = block, states, dict[int, object]()
+        self.ends = dict[int, int]()
+
+    def go_on(self, pages: tuple[int, ...], first: int, stop: int) -> None:
+        """Write the positions from ``first`` to ``stop``; the state before them must be that of the position before."""
+        assert not first or self.ends[pages[(first - 1) // self.block]] == first
+        for number in range(first // self.block, -(-stop // self.block)):
+            self.ends[pages[number]] = min(stop, (number + 1) * self.block)
 
     def run(self, plan: StepPlan) -> Sampled:
         drawn, scored = {}, {}
         for s in plan.sequences:
+            if self.states:
+                first = s.n_front_there if s.n_front_there < s.n_front else s.start
+                self.go_on(s.pages, first, s.start + len(s.tokens))
             at = [page * self.block + i for page in s.pages for i in range(self.block)]
             fronts = range(s.n_front_there, s.n_front)
             self.slots.update({at[i]: ("front", s.version, i) for i in fronts})
@@ -105,16 +119,16 @@ class Serving(RuleBasedStateMachine):
         n_pages=st.integers(6, 14), block=st.integers(2, 5), n_resident=st.sampled_from([None, 1, 2, 3]),
         n_acting=st.sampled_from([None, 1, 2]), max_seqs=st.integers(1, 6), budget=st.integers(1, 9),
         page_bytes=st.integers(3, 17), more_bytes=st.integers(0, 130),
-        n_fixed=st.sampled_from([0, 0, 1, 2]),
+        n_fixed=st.sampled_from([0, 0, 1, 2]), states=st.booleans(),
     )  # fmt: skip
-    def begin(self, n_pages, block, n_resident, n_acting, max_seqs, budget, page_bytes, more_bytes, n_fixed):
-        n_bytes = n_pages * page_bytes + more_bytes
-        self.pages = Pages(n_pages, block, page_bytes=page_bytes, n_bytes=n_bytes, n_fixed=n_fixed)
+    def begin(self, n_pages, block, n_resident, n_acting, max_seqs, budget, page_bytes, more_bytes, n_fixed, states):
+        n_bytes, sizes = n_pages * page_bytes + more_bytes, {"page_bytes": page_bytes, "n_fixed": n_fixed}
+        self.pages = Pages(n_pages, block, n_bytes=n_bytes, rewritable=not states, **sizes)
         self.pool = AdapterPool(n_resident, n_acting, self.pages)
         self.budget, self.with_memory = budget, set[int]()
         self.loaded: dict[str, int] = {}  # what the runner has, with its bytes
         limits = Limits(max_seqs=max_seqs, max_batched_tokens=budget, max_model_len=self.pages.capacity(0))
-        self.scheduler, self.arena = Scheduler(self.pages, self.pool, limits), TokenArena(block)
+        self.scheduler, self.arena = Scheduler(self.pages, self.pool, limits), TokenArena(block, states=states)
         self.requests: list[Request] = []
         self.salts: dict[str, str | None] = {}
         self.broken: set[str] = set()
@@ -161,7 +175,8 @@ class Serving(RuleBasedStateMachine):
             ),
             version=version.id if version else None, n_front=n_front, scores_prompt=scores,
             client=client or name, priority=priority, streams=streams,
-            root=root_of(version.id if version else None, salt) if shares else None, draft=guesses,
+            root=root_of(version.id if version else None, salt) if shares else None,
+            draft=None if self.arena.states else guesses,
         )  # fmt: skip
         self.salts[request.id] = salt
         if room < 1:
@@ -228,8 +243,12 @@ class Serving(RuleBasedStateMachine):
             self.loaded[version] = n_bytes
             self.pool.loaded(version)
 
-    @rule(failing=st.sets(st.integers(0, 5), max_size=2), seconds=st.floats(1e-4, 3.0))
-    def step(self, failing=frozenset(), seconds=0.1):
+    @rule(
+        failing=st.sets(st.integers(0, 5), max_size=2),
+        seconds=st.floats(1e-4, 3.0),
+        interrupted=st.sampled_from([False, False, False, False, True]),
+    )
+    def step(self, failing=frozenset(), seconds=0.1, interrupted=False):
         while (version := self.scheduler.begin_load()) is not None:
             assert version in {r.version for r in self.scheduler.waiting}
         oldest = self.scheduler.running[0] if self.scheduler.running else None
@@ -239,6 +258,9 @@ class Serving(RuleBasedStateMachine):
         self.check(plan, oldest)
         self.check_wait(before, self.longest_wait(), preempted)
         self.with_memory |= {page for s in plan.sequences for page in s.pages}
+        if interrupted:
+            self.interrupt(plan)
+            return
         sampled = self.arena.run(plan)
         self.check_read(plan)
         n_read = sum(len(s.tokens) for s in plan.sequences if not s.decodes)
@@ -256,6 +278,14 @@ class Serving(RuleBasedStateMachine):
             self.scheduler.end(stuck, "error", ConfigError("no memory"))
             self.failed.add(stuck.id)
             self.told[stuck.id] += 1
+        self.pool.tidy()
+        self.make_way()
+
+    def interrupt(self, plan):
+        """All tokens of a step are in the pages, or only those of its first sequences, and nobody knows."""
+        with suppress(KeyboardInterrupt), self.scheduler.once(plan):
+            self.arena.run(StepPlan(plan.sequences[: (len(plan.sequences) + 1) // 2]))
+            raise KeyboardInterrupt
         self.pool.tidy()
         self.make_way()
 
