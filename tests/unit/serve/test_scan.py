@@ -164,3 +164,19 @@ def test_virtual_tokens_need_the_general_runner(tokenizer, tmp_path):
 def test_memory_for_less_than_a_page(tokenizer):
     with pytest.raises(ConfigError, match="do not hold one page of 256 positions"):
         LLM(made("qwen3_5_text"), tokenizer=tokenizer, kv_cache_memory_bytes=1000)
+
+
+def test_conversations_that_begin_alike_all_go_on_from_their_answers(tokenizer):
+    model = made("qwen3_5_text")
+    llm, fresh = LLM(model, tokenizer=tokenizer), LLM(model, tokenizer=tokenizer, enable_prefix_caching=False)
+    sampling = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    begin = tokenizer(LONG)["input_ids"]
+    asked = [[*begin, *more] for more in ([7], [7, 9], [8, 4, 6])]
+    for turn in range(3):
+        prompts = [{"prompt_token_ids": ids} for ids in asked]
+        found, alone = (each.generate(prompts, sampling, use_tqdm=False) for each in (llm, fresh))
+        answers = [list(output.outputs[0].token_ids) for output in found]
+        assert answers == [list(output.outputs[0].token_ids) for output in alone]
+        if turn:
+            assert [output.num_cached_tokens for output in found] == [len(ids) - 3 for ids in asked]
+        asked = [[*ids, *own, 5 + turn, 3] for ids, own in zip(asked, answers, strict=True)]

@@ -79,7 +79,7 @@ class Pages:
         self._told: dict[Hashable, tuple[int, ...]] = {}  # tables that have not changed since they were asked for
         self._n_tables: dict[int, int] = {}  # of each page that is in one
         self.worth, self._most_cached = worth or Eviction(), n_pages if most_cached is None else most_cached
-        self._cache = PrefixCache(self.worth, block, page_bytes)
+        self._cache = PrefixCache(self.worth, block, page_bytes, whole_tails=not rewritable)
 
     @property
     def n_held(self) -> int:
@@ -234,7 +234,7 @@ class Pages:
 
         Returns the number of its leading positions that equal those of ``wanted``; 0 if there is no such page.
         """
-        found = self._cache.take_tail(wanted, whole=not self.rewritable)
+        found = self._cache.take_tail(wanted)
         if found is None:
             return 0
         page, n = found

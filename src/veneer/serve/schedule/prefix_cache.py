@@ -63,8 +63,18 @@ class Tail(NamedTuple):
 
     @property
     def key(self) -> bytes:
-        """Key of this page in the cache, which keeps one tail for each parent and owner."""
+        """Key of this page in a cache that keeps one tail for each parent and owner."""
         return hashlib.sha256(self.parent + b"tail" + self.owner).digest()
+
+    @property
+    def keys(self) -> list[bytes]:
+        """Keys of the first 0, 1, … tokens in a cache that takes tails whole; the last one is this page's."""
+        hashed = hashlib.sha256(self.parent + b"tail" + self.owner)
+        found = [hashed.digest()]
+        for token in self.tokens:
+            hashed.update(array("q", (token,)).tobytes())
+            found.append(hashed.digest())
+        return found
 
     @property
     def n_positions(self) -> int:
@@ -103,12 +113,12 @@ class PrefixCache:
     - A key has one page, and a page at most one key.
     - A block's parent is in the cache.
     - A block that is held is never evicted, and any other is evicted before its parent.
-    - For each parent and owner, at most one tail (partly filled page) is kept. No request holds it: a request that
-      continues it takes it out of the cache and writes to it.
+    - For each parent and owner, at most one tail (partly filled page) is kept. If ``whole_tails``, it is one for each
+      content. No request holds it: a request that continues it takes it out of the cache and writes to it.
     """
 
-    def __init__(self, worth: Eviction, block: int, page_bytes: int) -> None:
-        self._worth, self._block, self._page_bytes = worth, block, page_bytes
+    def __init__(self, worth: Eviction, block: int, page_bytes: int, *, whole_tails: bool = False) -> None:
+        self._worth, self._block, self._page_bytes, self._whole_tails = worth, block, page_bytes, whole_tails
         self.n_idle = 0
         """Number of blocks that nobody holds."""
         self._blocks: dict[bytes, _Block] = {}
@@ -180,23 +190,26 @@ class PrefixCache:
         """Cache a partly filled page after its parent block; return the page of the tail that it replaces, if there is
         one.
         """
-        before = self._blocks.get(tail.key)
+        key = tail.keys[-1] if self._whole_tails else tail.key
+        before = self._blocks.get(key)
         replaced = None if before is None else self._drop(before)
-        self.add(tail.key, page, tail.parent if tail.n_full else None, version)
+        self.add(key, page, tail.parent if tail.n_full else None, version)
         self._of_page[page].tail = tail
         self.idle(page)
         return replaced
 
-    def take_tail(self, wanted: Tail, *, whole: bool = False) -> tuple[int, int] | None:
-        """Take the cached tail (partly filled page) with the parent and owner of ``wanted`` out of the cache.
+    def take_tail(self, wanted: Tail) -> tuple[int, int] | None:
+        """Take a cached tail (partly filled page) with the parent and owner of ``wanted`` out of the cache.
 
-        Return its page, and the number of its leading positions that equal those of ``wanted``. If none do, or not all
-        although the tail is taken ``whole``, return None and leave the tail in the cache.
+        Return its page, and the number of its leading positions that equal those of ``wanted``. If there is no tail of
+        which some do, or if none of which all do when tails are taken whole, return None and leave the cache as it is.
         """
-        block = self._blocks.get(wanted.key)
+        if self._whole_tails:
+            known = (self._blocks.get(key) for key in reversed(wanted.keys))
+            block = next((block for block in known if block is not None), None)
+        else:
+            block = self._blocks.get(wanted.key)
         n = 0 if block is None or block.tail is None else block.tail.n_common(wanted)
-        if whole and block is not None and block.tail is not None and n < block.tail.n_positions:
-            return None
         return None if block is None or not n else (self._drop(block), n)
 
     def clear(self) -> list[int]:
