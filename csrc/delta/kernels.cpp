@@ -153,7 +153,7 @@ struct Piece {
   }
 
   void scan(const Step& step, const float* v) const {
-    constexpr int most = 4;
+    constexpr int most = 8;
     int64_t c = 0;
     for (; c + most * width <= sizes.v_width; c += most * width) change_columns<most>(sizes, step, token, v, c);
     for (; c + width <= sizes.v_width; c += width) change_columns<1>(sizes, step, token, v, c);
