@@ -26,20 +26,7 @@ def told_bytes(held: object) -> int:
 
     Tensors on the meta device count too.
     """
-    found: dict[int, Tensor] = {}
-    seen: dict[int, object] = {}
-    left = [held]
-    while left:
-        each = left.pop()
-        if id(each) in seen or isinstance(each, type):
-            continue
-        seen[id(each)] = each
-        if isinstance(each, Tensor):
-            found[id(each)] = each
-        else:
-            left += each.values() if isinstance(each, Mapping) else each if isinstance(each, (list, tuple)) else ()
-            left += list(getattr(each, "__dict__", {}).values())
-    return sum(x.nbytes for x in found.values())
+    return sum(x.nbytes for x in _tensors(held))
 
 
 def in_own_memory(held: Held) -> Held:
@@ -106,15 +93,26 @@ def mapped(held: Held, change: Callable[[Tensor], Tensor]) -> Held:
 
 
 def _tensors(held: object) -> Iterator[Tensor]:
-    if isinstance(held, Tensor):
-        yield held
-    elif isinstance(held, Mapping):
-        yield from _tensors(list(held.values()))
-    elif isinstance(held, (list, tuple)):
-        for each in held:
-            yield from _tensors(each)
-    elif is_dataclass(held) and not isinstance(held, type):
-        for field in fields(held):
-            yield from _tensors(getattr(held, field.name))
-    elif hasattr(held, "__dict__"):
-        yield from _tensors(vars(held))
+    """Yield the tensors of an object, in order. An object that occurs twice, or holds itself, is read once."""
+    seen: dict[int, object] = {}  # the objects too: an id is another object's as soon as its own is gone
+    left = [held]
+    while left:
+        each = left.pop()
+        if id(each) in seen or isinstance(each, type):
+            continue
+        seen[id(each)] = each
+        if isinstance(each, Tensor):
+            yield each
+        else:
+            left += reversed(_parts(each))
+
+
+def _parts(held: object) -> list[Any]:
+    """Return the values of a mapping or sequence, the attributes of another object."""
+    if isinstance(held, Mapping):
+        return list(held.values())
+    if isinstance(held, (list, tuple)):
+        return list(held)
+    if hasattr(held, "__dict__"):
+        return list(vars(held).values())
+    return [getattr(held, field.name) for field in fields(held)] if is_dataclass(held) else []  # one with slots

@@ -16,7 +16,7 @@ from veneer.model.program.linears import VersionPacking
 from veneer.model.program.version import Effects
 from veneer.ops.linear.layer import NOTHING
 from veneer.ops.pairs import Middle
-from veneer.plain.tensor_tree import _tensors, bytes_of, mapped
+from veneer.plain.tensor_tree import bytes_of, mapped
 from veneer.serve.program.block import VersionBlock
 from veneer.serve.program.effects import Lookup, read_effects
 from veneer.serve.program.form import form_of
@@ -35,6 +35,13 @@ def interpreter(request: pytest.FixtureRequest) -> Interpreter:
     return proved(make_model().to(request.param), 100)
 
 
+def tensors(held: object) -> list[torch.Tensor]:
+    """Return the tensors of an object in order, each as often as it occurs."""
+    found = list[torch.Tensor]()
+    mapped(held, lambda x: found.append(x) or x)
+    return found
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_block_holds_what_was_packed(interpreter, method, adapters, tmp_path):
     """The same objects with the same values, all of whose memory is the block's."""
@@ -44,7 +51,7 @@ def test_a_block_holds_what_was_packed(interpreter, method, adapters, tmp_path):
     packing.packer.run()
     block = interpreter.packed(effects_of(interpreter, folder)).linears
     assert [form_of(own) for own in block] == [form_of(own) for own in packed]
-    found, expected = list(_tensors(list(block))), list(_tensors(packed))
+    found, expected = tensors(list(block)), tensors(packed)
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
     placed = [x for x in found if x.is_contiguous()]
     assert len(placed) == len(found) or method == "oft"  # whose rotations are transposed
@@ -124,7 +131,7 @@ def test_a_tensor_that_has_no_place_stays_beside_its_block(interpreter, tmp_path
         assert not any(x.is_contiguous() for record in each.linear.values() for x in record.tensors)
     first, second = (interpreter.packed(each).linears for each in effects)
     assert first.layout is not second.layout
-    beside = [x for own in first for x in _tensors(own) if own is not None]
+    beside = [x for own in first for x in tensors(own) if own is not None]
     assert first.nbytes == first.memory.nbytes + -first.memory.nbytes % mmap.PAGESIZE + bytes_of(beside)
 
 
