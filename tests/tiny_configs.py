@@ -126,6 +126,7 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     **{name: {"text_config": _THREE_AXES} for name in _OF_THREE_AXES},
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [16, 16], **_THREE_AXES}},
+    "kolibri1_1": {"index_layers": [1], "kv_source_layers": [0, 1], "head_dim": 16, "index_num_heads": 2},
     "reformer": {"axial_pos_embds": False, "attention_head_size": 8},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "roc_bert": {

@@ -1,8 +1,11 @@
 """Models with scans are served by their program: a page keeps the state after the last token written into it."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import transformers
+from tests.tiny_types import tiny_model
 from tests.unit.serve.conftest import END
 from tests.unit.serve.test_own_cache import DELTA, HEADS, PROMPTS, TYPES, WIDE, answers, greedy, made
 
@@ -180,3 +183,21 @@ def test_conversations_that_begin_alike_all_go_on_from_their_answers(tokenizer):
         if turn:
             assert [output.num_cached_tokens for output in found] == [len(ids) - 3 for ids in asked]
         asked = [[*ids, *own, 5 + turn, 3] for ids, own in zip(asked, answers, strict=True)]
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen3_5"])
+def test_an_adapter_of_a_model_with_images_runs_on_the_program_for_text(model_type, tokenizer, tmp_path):
+    """Its parts in the tower that reads images, and the projection's own weight, have no effect on tokens."""
+    model, _ = tiny_model(model_type)
+    towers = [name for name, _ in model.named_modules() if "projector" in name or "merger" in name]
+    adapted = get_peft_model(deepcopy(model), LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+    saved_alone = get_peft_model(
+        deepcopy(model), LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=towers[:1], init_lora_weights=False)
+    )
+    for name, each in (("a", adapted), ("b", saved_alone)):
+        each.save_pretrained(tmp_path / name)
+    llm = LLM(model, tokenizer=tokenizer, max_model_len=64)
+    own = [greedy(each.eval(), tokenizer, PROMPTS[1]) for each in (adapted, saved_alone)]
+    requests = [LoRARequest(name, i + 1, str(tmp_path / name)) for i, name in enumerate("ab")]
+    assert answers(llm, [PROMPTS[1]] * 2, lora_request=requests) == own
+    assert len(llm.engine.runner.interpreter.versions) == 2

@@ -1,5 +1,6 @@
 """Effects of an adapter on the operations of a program, read from its folder; no model is modified.
 
+Parts outside the text half of a model with images have none: requests consist of tokens.
 If the program cannot express a part of an adapter, `UnsaidError` says so, and the general runner serves the adapter.
 The general runner also reports invalid folders.
 """
@@ -109,7 +110,8 @@ def _effects_of(
     stored = replace(stored, others=tuple(key for key in stored.others if not is_of_head(key)))
     found = Effects()
     for path, record in stored.records.items():
-        _put(found, program, path, record)
+        if _reads_tokens(program, path) or not isinstance(record, LinearDelta | ResidualDelta):
+            _put(found, program, path, record)
     plan = places.plan
     if config.virtual_tokens:
         if stored.others or config.modules_to_save:
@@ -120,6 +122,12 @@ def _effects_of(
     if stored.others or plan.copied or plan.rows:
         _put_others(found, lookup.model, program, stored, _Others(config, plan, tensors))
     return found
+
+
+def _reads_tokens(program: Program, path: str) -> bool:
+    """Return True if a module is the head or in the text half: the module that holds the embedding."""
+    half = program.embedding.path.rpartition(".")[0]
+    return path == program.head.linear.path or f"{path}.".startswith(f"{half}." if half else "")
 
 
 def _put(found: Effects, program: Program, path: str, record: object) -> None:
@@ -177,7 +185,8 @@ def _put_others(
     for path, names in plan.copied.items():
         for name in names:
             key = copy_key(path, name, adapted=path in stored.records)
-            _put_whole(found, model, program, (path, name), tensors.get(key))
+            if _reads_tokens(program, path):
+                _put_whole(found, model, program, (path, name), tensors.get(key))
             left.discard(key)
     for place in plan.rows:
         keys = [rows_key(path) for path in (place.path, *place.followers)]

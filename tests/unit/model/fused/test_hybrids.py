@@ -29,6 +29,8 @@ DENSE: dict[str, tuple[dict[str, Any], list[bool]]] = {
         {"layer_types": ["linear_attention", "full_attention"], "mlp_only_layers": [0, 1]},
         [True, True, True, True],
     ),
+    "qwen3_next_experts": ({"layer_types": ["linear_attention", "full_attention"]}, [True, True, True, True]),
+    "qwen3_5_moe_text": ({"layer_types": ["linear_attention", "full_attention"]}, [True, True, True, True]),
     "qwen3_5_text": ({"layer_types": ["linear_attention", "full_attention"]}, [True, True, True, True]),
     "bamba": ({"attn_layer_indices": [1]}, [False, True, True, True]),
     "bailing_hybrid": (
