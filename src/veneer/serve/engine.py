@@ -59,6 +59,7 @@ class Engine:
 
     def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Any, settings: EngineSettings) -> None:
         self.runner, self.scheduler, self.pool = runner, scheduler, scheduler.pool
+        scheduler.sharing.is_apart = runner.keeps_apart
         self.tokenizer, self.settings = tokenizer, settings
         self.readers = Readers(PromptReader(tokenizer, scheduler.limits.max_model_len), settings.chat_template)
         served = GivenBase("".join(settings.base_names[:1]), settings.base_names[1:], settings.base)

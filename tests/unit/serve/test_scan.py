@@ -9,8 +9,17 @@ from tests.tiny_types import tiny_model
 from tests.unit.serve.conftest import END
 from tests.unit.serve.test_own_cache import DELTA, HEADS, PROMPTS, TYPES, WIDE, answers, greedy, made
 
-from veneer import LLM, IA3Config, LoraConfig, LoRARequest, PrefixTuningConfig, SamplingParams, get_peft_model
-from veneer.errors import ConfigError, TargetError
+from veneer import (
+    LLM,
+    IA3Config,
+    LoraConfig,
+    LoRARequest,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    SamplingParams,
+    get_peft_model,
+)
+from veneer.errors import ConfigError
 from veneer.serve.runners.program_runner import ProgramRunner
 
 LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
@@ -156,12 +165,26 @@ def test_a_step_that_was_interrupted_is_computed_again(when, tokenizer):
     assert again == own
 
 
-def test_virtual_tokens_need_the_general_runner(tokenizer, tmp_path):
-    saved(tmp_path, "qwen3_5_text", PrefixTuningConfig(num_virtual_tokens=3))
-    llm = LLM(made("qwen3_5_text"), tokenizer=tokenizer)
-    with pytest.raises(TargetError, match="general_runner=True"):
-        answers(llm, PROMPTS[:1], lora_request=LoRARequest("p", 1, str(tmp_path)))
-    assert END not in answers(llm, PROMPTS[:1])[0]
+@pytest.mark.parametrize("drafts", [None, {"method": "ngram", "num_speculative_tokens": 3}])
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2"])
+def test_virtual_tokens_take_a_cache_of_transformers_beside_the_program(kind, drafts, tokenizer, tmp_path):
+    """They share no pages, neither in a batch nor afterwards; all others do."""
+    configs = PrefixTuningConfig(num_virtual_tokens=3), PromptTuningConfig(num_virtual_tokens=5)
+    adapted = [saved(tmp_path / str(n), kind, config) for n, config in enumerate(configs)]
+    requests = [LoRARequest(str(n), n + 1, str(tmp_path / str(n))) for n in range(len(configs))]
+    prompts = [LONG, PROMPTS[2]]
+    own = [greedy(model, tokenizer, prompt, 20) for model in (*adapted, made(kind)) for prompt in prompts]
+    tight = {"block_size": 16, "max_num_batched_tokens": 40, "max_num_seqs": 3, "speculative_config": drafts}
+    llm = LLM(made(kind), tokenizer=tokenizer, **tight)
+    for _ in range(2):
+        asked = [request for request in (*requests, None) for _ in prompts]
+        assert answers(llm, prompts * 3, 20, lora_request=asked) == own
+    assert isinstance(llm.engine.runner, ProgramRunner)
+    assert llm.engine.runner.general.n_held == 0
+    [again] = llm.generate([LONG], SamplingParams(max_tokens=1), use_tqdm=False)
+    [apart] = llm.generate([LONG], SamplingParams(max_tokens=1), use_tqdm=False, lora_request=requests[0])
+    assert again.num_cached_tokens >= 16
+    assert apart.num_cached_tokens == 0
 
 
 def test_memory_for_less_than_a_page(tokenizer):

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from tests.unit.serve.conftest import END
 from tests.unit.serve.test_own_cache import PROMPTS, answers, greedy, made
 
-from veneer import LLM, LoraConfig, LoRARequest, PrefixTuningConfig, get_peft_model
-from veneer.errors import TargetError
+from veneer import LLM, LoraConfig, LoRARequest, get_peft_model
 from veneer.serve.runners.program_runner import ProgramRunner
 
 
@@ -47,11 +45,3 @@ def test_a_preempted_sequence_and_a_drafted_one_answer_as_alone(tokenizer):
 def test_a_row_has_its_bits_alone_and_in_a_crowd(tokenizer):
     llm = LLM(made("lfm2", torch.bfloat16), tokenizer=tokenizer)
     assert [answers(llm, [prompt], 12)[0] for prompt in PROMPTS] == answers(llm, PROMPTS, 12)
-
-
-def test_virtual_tokens_need_the_general_runner(tokenizer, tmp_path):
-    saved(tmp_path, PrefixTuningConfig(num_virtual_tokens=3))
-    llm = LLM(made("lfm2"), tokenizer=tokenizer)
-    with pytest.raises(TargetError, match="general_runner=True"):
-        answers(llm, PROMPTS[:1], lora_request=LoRARequest("p", 1, str(tmp_path)))
-    assert END not in answers(llm, PROMPTS[:1])[0]

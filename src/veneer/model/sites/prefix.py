@@ -87,6 +87,10 @@ class PrefixAdapters(VirtualTokens):
         each = [self.records(name) for name, _ in front.choices]
         for layer, records in zip(self.layers, zip(*each, strict=True), strict=True):
             put_prefix(cache, layer, rows_of(front, records, n_rows), dtype)
+        for layer in getattr(cache, "layers", ()):  # states count tokens too, since transformers 5.25
+            counter = getattr(layer, "cumulative_length_linear", None)
+            if counter is not None:
+                counter.add_(front.width)
         setattr(cache, MARK, front.mark)
 
     def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

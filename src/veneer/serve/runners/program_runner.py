@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,8 @@ from veneer.contract import MethodConfig
 from veneer.errors import DescriptionError, TargetError
 from veneer.model.adapted.packed_experts import pack_experts
 from veneer.model.adapted.state import base_alone
-from veneer.model.batch.paged import TOLERANCE, KeysValues, Stretch, require_pageable
+from veneer.model.batch.own_cache import proved_way
+from veneer.model.batch.paged import TOLERANCE, KeysValues, SlotStore, Stretch, require_pageable
 from veneer.model.blueprint.describe import describe
 from veneer.model.memory.give_back import give_back
 from veneer.model.modules.snapshot import look_at
@@ -51,7 +52,8 @@ from veneer.serve.program.effects import Lookup, UnsaidError, effects_of, read_e
 from veneer.serve.program.interpreter import Interpreter
 from veneer.serve.program.kv_cache import make_cache
 from veneer.serve.program.step import Piece, sent, step_of, step_on_host
-from veneer.serve.runners.general_runner import GeneralRunner, StoredFolder, StoredMix, stored_mix
+from veneer.serve.runners.general_runner import GeneralRunner, OwnCodeRunner, StoredFolder, StoredMix, stored_mix
+from veneer.serve.runners.own_cache_runner import OwnCacheRunner
 from veneer.serve.runners.runner import Computed, DrawingRunner, by_request, read, wanted
 from veneer.serve.schedule.step_plan import PlannedSequence, StepPlan
 from veneer.store.adapter.config import read_config
@@ -78,7 +80,7 @@ class ProgramAdapter:
 
 @dataclass(frozen=True, slots=True)
 class GeneralAdapter:
-    """Adapter for the general runner, with the reason."""
+    """Adapter for the model's own code, with the reason."""
 
     stored: StoredFolder | StoredMix
     reason: str
@@ -113,7 +115,7 @@ class ProgramRunner(DrawingRunner):
         self.device = model.device  # asked once: a model looks for its first parameter
         self.cache = make_cache(interpreter.program, n_pages, block, model.dtype, self.device)
         self.fronts: dict[str, list[KeysValues]] = {}
-        self.general: GeneralRunner | None = None
+        self.general: OwnCodeRunner | None = None
         self._lookup, self._layouts = Lookup(self.model), Layouts()
         self._modules = threading.Lock()  # the general runner changes them, and reading looks at them
 
@@ -199,9 +201,7 @@ class ProgramRunner(DrawingRunner):
         folders = adapter.stored.folders
         with self._modules:
             if self.general is None:
-                with base_alone(self.model):
-                    _require_pages(self.model)
-                self.general = GeneralRunner(self.model, self.cache.slots())
+                self.general = _own_code(self.model, self.cache.slots)
             for folder in folders:
                 _require_weights(self.model, folder)
             self._lookup = Lookup(self.model)
@@ -224,6 +224,13 @@ class ProgramRunner(DrawingRunner):
     def discard(self, pages: Sequence[int]) -> None:
         self.cache.discard(pages)
 
+    def release(self, request_ids: Sequence[Hashable]) -> None:
+        if self.general is not None:
+            self.general.release(request_ids)
+
+    def keeps_apart(self, version: str | None) -> bool:
+        return isinstance(self.general, OwnCacheRunner) and version in self.general.loaded
+
     def compute(self, plan: StepPlan, greedy: Collection[str]) -> Computed:
         if self.device.type != "cpu" and any(s.request_id not in greedy and wanted(s) for s in plan.sequences):
             greedy = ()  # then all tokens come back by one read
@@ -237,7 +244,7 @@ class ProgramRunner(DrawingRunner):
                 return self._by_program(plan.sequences, greedy)
             return self._by_both(self.general, plan, others)
 
-    def _by_both(self, runner: GeneralRunner, plan: StepPlan, others: tuple[PlannedSequence, ...]) -> Computed:
+    def _by_both(self, runner: OwnCodeRunner, plan: StepPlan, others: tuple[PlannedSequence, ...]) -> Computed:
         """Compute the logits and hidden states of a step. Those of ``others`` come from the general runner."""
         general = runner.loaded
         own = tuple(s for s in plan.sequences if s.version not in general)
@@ -318,15 +325,19 @@ def _page_of(n: int) -> int:
     return -(-n // UNIT) * UNIT
 
 
-def _require_pages(model: PreTrainedModel) -> None:
-    """Raise TargetError if the general runner cannot share the program's pages."""
-    try:
-        require_pageable(model)
-    except TargetError as error:
-        raise TargetError(
-            f"{type(model).__name__} cannot run this adapter beside its program, in the same pages: {error}. Start "
-            "with general_runner=True"
-        ) from error
+def _own_code(model: PreTrainedModel, slots: Callable[[], SlotStore]) -> OwnCodeRunner:
+    """Return a runner of the model's own code in the program's pages.
+
+    If its layers keep more than keys and values, each sequence has a cache of transformers' own.
+    """
+    with base_alone(model):
+        try:
+            require_pageable(model)
+        except TargetError as error:
+            way = proved_way(model)
+            _LOG.warning("%s: each request of such an adapter takes a pass of its own, without prefix cache", error)
+            return OwnCacheRunner(model, way)
+    return GeneralRunner(model, slots())
 
 
 def _require_weights(model: PreTrainedModel, folder: Path) -> None:

@@ -63,6 +63,9 @@ class Runner(Protocol):
         begin again or have ended.
         """
 
+    def keeps_apart(self, version: str | None) -> bool:
+        """Return True if requests of this version hold nothing in their pages, so that none can share them."""
+
     @property
     def loaded(self) -> frozenset[str]:
         """Versions that are loaded."""
@@ -130,6 +133,9 @@ class DrawingRunner(ABC):
 
     def release(self, request_ids: Sequence[Hashable]) -> None:  # noqa: B027
         """Do nothing: all memory is in pages."""
+
+    def keeps_apart(self, version: str | None) -> bool:
+        return False
 
     def begin(self, request_id: str, rule: DrawRule) -> None:
         self.sampler.begin(request_id, rule)

@@ -11,6 +11,7 @@ No torch. Invariants:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import takewhile
 
 from veneer.serve.schedule.pages import Owner, Pages
@@ -21,11 +22,12 @@ from veneer.serve.schedule.request import Request
 class PrefixSharing:
     """Blocks of the requests in the batch, by key, so that requests with equal beginnings compute a block once.
 
-    A request without a ``root`` shares nothing.
+    A request without a ``root`` shares nothing, nor does one whose version ``is_apart``.
     """
 
     def __init__(self, pages: Pages) -> None:
         self.pages = pages
+        self.is_apart: Callable[[str | None], bool] = lambda version: False
         self._computing: dict[bytes, Request] = {}  # full blocks of known tokens, by who will publish them
         self._parked: dict[bytes, dict[Request, None]] = {}  # who waits for a block
         self._awaited: dict[Request, bytes] = {}
@@ -66,7 +68,7 @@ class PrefixSharing:
         """
         block, last = self.pages.block, self._limit(request)
         first = self.pages.share(request.id, self.usable(request)) * block
-        if request.root is not None and first < last:
+        if self._shares(request) and first < last:
             tail = self._tail(request, first, min(first + block, last))
             self._put(request, first + self.pages.take_tail(request.id, tail))
         else:
@@ -78,7 +80,7 @@ class PrefixSharing:
         """
         last = request.n_front_there + request.n_computed
         first = last // self.pages.block * self.pages.block
-        keeps = keeps_tail and request.root is not None and first < last and request.finish_reason != "error"
+        keeps = keeps_tail and self._shares(request) and first < last and request.finish_reason != "error"
         self.pages.release(request.id, self._tail(request, first, last) if keeps else None, self._owner(request))
         self._put(request, 0)
 
@@ -86,7 +88,7 @@ class PrefixSharing:
         """Begin to compute the missing pages of a request, now that it is in the batch."""
         if request.n_cached is None:
             request.n_cached = request.n_computed
-        if request.root is not None:
+        if self._shares(request):
             self.pages.count_use(request.id)
             keys = request.keys(request.n_positions // self.pages.block, self.pages.block)
             for key in keys[self.pages.n_found(keys) :]:
@@ -98,7 +100,7 @@ class PrefixSharing:
         Return the requests that waited for one of these blocks; their wait has ended.
         """
         n = (request.n_front + request.n_computed) // self.pages.block
-        if request.root is None or n <= request.n_published:
+        if not self._shares(request) or n <= request.n_published:
             return []
         keys, first = request.keys(n, self.pages.block), request.n_published
         self.pages.publish(request.id, keys, first, self._owner(request))
@@ -114,6 +116,9 @@ class PrefixSharing:
         self.give_up(request, keeps_tail=keeps_tail)
         return freed
 
+    def _shares(self, request: Request) -> bool:
+        return request.root is not None and not self.is_apart(request.version)
+
     def _limit(self, request: Request) -> int:
         """Return the largest number of a request's positions that may come from the cache."""
         if request.scores_prompt and request.n_scored < len(request.prompt) - 1:
@@ -123,7 +128,7 @@ class PrefixSharing:
     def usable(self, request: Request) -> list[bytes]:
         """Return the keys of the blocks that a request may take from the cache instead of computing them."""
         block = self.pages.block
-        return [] if request.root is None else request.keys(self._limit(request) // block, block)
+        return request.keys(self._limit(request) // block, block) if self._shares(request) else []
 
     def _owner(self, request: Request) -> Owner:
         first = (request.n_front + request.acts_from) // self.pages.block if request.acts_from else 0
