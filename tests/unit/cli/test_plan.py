@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tests.pictures import check_picture
+from transformers import AutoModelForCausalLM
 
 from veneer.cli import plan_answers
 from veneer.errors import ConfigError
@@ -185,6 +187,20 @@ def test_every_preset_knows_its_id_on_the_hub(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     Path("llama-3-8b").mkdir()
     require_weights("llama-3-8b")
+
+
+MILLIONS = {
+    "gpt-oss-20b": 20_915, "gpt-oss-120b": 116_829, "mixtral-8x7b": 46_703, "olmoe-1b-7b": 6_919,
+    "qwen3-30b-a3b": 30_532, "qwen3-next-80b-a3b": 79_674, "qwen3.5-9b": 8_954, "lfm2-1.2b": 1_170,
+    "glm-4.5-air": 106_852,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MILLIONS)
+def test_a_mixture_or_hybrid_has_its_published_number_of_parameters(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(name))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == MILLIONS[name]
 
 
 def test_rows_that_a_plan_does_not_count_are_told(model_folder: Path, tmp_path: Path, veneer: Any) -> None:
