@@ -52,7 +52,9 @@ def matmul(
     place = out if out is not None and out.dtype == a.dtype else a.new_empty(a.shape[0], b.shape[1])
     # autocast passes by what is given a place; without beta what lies there is not read
     product = torch.mm(a, b, out=place) if scale == 1 else torch.addmm(place, a, b, beta=0, alpha=scale, out=place)
-    return product.to(dtype) if out is None or product is out else out.copy_(product)
+    if out is not None:
+        return out if product is out else out.copy_(product)
+    return product if product.dtype == dtype else product.to(dtype)
 
 
 def add_matmul(
@@ -83,5 +85,7 @@ def converted(
 def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return both factors in one dtype: the wider of b's dtype and the dtype of ``operand(a)``."""
     a = operand(a)
+    if a.dtype == b.dtype:  # most are: each call of torch takes as long as a short product
+        return a, b
     dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype), b.to(dtype)
