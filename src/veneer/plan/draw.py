@@ -117,7 +117,8 @@ class TracedDraw:
                 self.weights = _packed(base, program, self.is_one) if packs else []
         self.draw, self._position = draw, kept.position
         n_positions = draw.n_positions(block)
-        self.n_cached = n_positions * kept.position + draw.n_answers * kept.sequence + n_positions // block * kept.page
+        n_states = n_positions // block if draw.by_engine else draw.n_answers  # transformers has no pages
+        self.n_cached = n_positions * kept.position + draw.n_answers * kept.sequence + n_states * kept.page
         if not draw.by_engine:  # it grows by copies of one layer at a time
             n_blocks: int = base.config.get_text_config().num_hidden_layers
             self.n_cached = self.n_cached * (n_blocks + 1) // n_blocks

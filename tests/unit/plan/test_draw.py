@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from tests.models import byte_tokenizer
 from tests.unit.plan.conftest import Make
+from tests.unit.serve.test_own_cache import made
 
 from bench.training.measured import measured_model
 from veneer.adapters.shared_rows import shared_rows
@@ -133,6 +135,20 @@ def test_transformers_draws_without_an_engine(drawing: Any) -> None:
     assert ENGINE not in plan.peak.kinds
     assert PAGES in plan.phases["draw"].kinds
     assert PAGES not in plan.phases["forward"].kinds  # its cache ends with the draw
+
+
+@pytest.mark.parametrize(("engine", "n_positions"), [("generate", 5 + 17), ("engine", 256)])
+def test_a_state_of_a_scan_is_planned_for_each_answer(
+    engine: str, n_positions: int, drawing: Any, tmp_path: Path
+) -> None:
+    made("qwen3_5_text", torch.bfloat16).save_pretrained(tmp_path / "hybrid")
+    byte_tokenizer().save_pretrained(tmp_path / "hybrid")
+    plan = plan_recipe(drawing(parts={"model": {"source": str(tmp_path / "hybrid")}, "rollouts": {"engine": engine}}))
+    state = 4 * (2 * 8 * 4 + 3 * (2 * 8 + 8))  # matrices of two heads, and three inputs of the convolution
+    answer = n_positions * 2 * 2 * 16 + state  # keys and values of a head of 8, filled up
+    copies = {"generate": 3 / 2, "engine": 2}[engine]  # one layer of two grows at a time; or two draws
+    assert plan.draw is not None
+    assert plan.phases["draw"].kinds[PAGES] == copies * plan.draw.n_answers * answer
 
 
 def test_answers_are_scored_as_often_as_the_run_does(drawing: Any) -> None:
