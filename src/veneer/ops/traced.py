@@ -35,7 +35,14 @@ _FACTORIES = {
     _aten.rand.default,
     _aten.randn.default,
 }
-_SIZES = ("attention_scratch_bytes", "grouped_low_rank_u_bytes", "four_bit_has_product", "isa", "max_threads")
+_SIZES = (
+    "attention_scratch_bytes",
+    "scan_scratch_bytes",
+    "grouped_low_rank_u_bytes",
+    "four_bit_has_product",
+    "isa",
+    "max_threads",
+)
 """Functions of the kernels' module that tell sizes, and read no memory."""
 
 REPEATED = "repeated"

@@ -26,11 +26,15 @@ class MatrixProduct:
         return 2.0 * self.batch * self.m * self.k * self.n
 
 
+_SCANS = {"scan_forward": 4, "scan_backward": 10}
+"""Products of a token with a head's state in the kernels of csrc/scan; those within a chunk count as a part of one."""
+
+
 def kernel_products(name: str, arguments: tuple[Any, ...]) -> list[MatrixProduct]:
     """Return the matrix products that do the same work as a call of a kernel. Return none for kernels that are not
     listed here.
 
-    Listed are the kernels that apply linear maps or low-rank pairs to rows, or compute a map's matrix.
+    Listed are the kernels that apply linear maps or low-rank pairs to rows, compute a map's matrix, or scan.
     """
     if name == "terms_map":
         form, _, n = arguments[:3]
@@ -43,6 +47,9 @@ def kernel_products(name: str, arguments: tuple[Any, ...]) -> list[MatrixProduct
         return [MatrixProduct(o, r, i, "float32")] * (2 if name == "terms_entry_gradients" else 1)
     if name in ("grouped_low_rank_forward", "grouped_low_rank_backward"):
         return list(_of_pairs(arguments, backward=name.endswith("backward")))
+    if name in _SCANS:
+        (_, heads, k_width, v_width, _), bounds = arguments[:2]
+        return [MatrixProduct(bounds[-1], k_width, _SCANS[name] * v_width, "float32", heads)]
     return []
 
 

@@ -9,6 +9,7 @@ import torch
 
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run, add_grouped_low_rank, grouped_low_rank_backward
 from veneer.ops.linear.forms import entries, entry_gradients, form_gradients, map_rows, shape_of
+from veneer.ops.state.scan import ScanInput, scan
 from veneer.ops.traced import tracing
 from veneer.plan.products import MatrixProduct
 from veneer.plan.work import CountWork
@@ -81,3 +82,15 @@ def test_pairs_count_by_the_runs_that_take_them() -> None:
         grouped_low_rank_backward(ys, x, u, groups, rows, backend="cpu")
     products = counted.passes[0].products
     assert sum(p.flops * n for p, n in products.items()) == 2 * sum(p.flops for p in forward)
+
+
+def test_a_scan_counts_as_products_with_the_states() -> None:
+    counted = CountWork()
+    counted.on = True
+    with tracing(counted.kernel):
+        q, k = (torch.ones(N, 2, 13).requires_grad_() for _ in range(2))
+        v, gates = torch.ones(N, 6, 7), torch.ones(N, 6)
+        y = scan(ScanInput(q, k, v, -gates, gates), torch.tensor([0, 5, N]), delta=True, backend="cpu")
+        y.sum().backward()
+    products = [MatrixProduct(N, 13, times * 7, "float32", 6) for times in (4, 10)]
+    assert counted.passes[0].products == Counter(products)
