@@ -78,6 +78,7 @@ class Pages:
         self._tables: dict[Hashable, list[int]] = {}
         self._told: dict[Hashable, tuple[int, ...]] = {}  # tables that have not changed since they were asked for
         self._n_tables: dict[int, int] = {}  # of each page that is in one
+        self._outdated = set[Hashable]()  # holders of pages from before the last reset
         self.worth, self._most_cached = worth or Eviction(), n_pages if most_cached is None else most_cached
         self._cache = PrefixCache(self.worth, block, page_bytes, whole_tails=not rewritable)
 
@@ -201,13 +202,10 @@ class Pages:
         """Publish a holder's full pages from number ``first`` on. ``keys`` are those of all its full pages.
 
         ``owner`` says which pages an adapter version acted on. If another page is already published under a key, the
-        holder gets that page, and its own is freed. If the page before a page is not published, as after `reset`, the
-        page is not published either.
+        holder gets that page, and its own is freed. A holder that began before a `reset` publishes nothing.
         """
         table = self._tables.get(holder, [])
-        for i in range(first, len(keys)):
-            if i and self._cache.page(keys[i - 1]) != table[i - 1]:
-                return
+        for i in range(first, 0 if holder in self._outdated else len(keys)):
             page = self._cache.page(keys[i])
             if page is None:
                 self._cache.add(keys[i], table[i], keys[i - 1] if i else None, owner.of(i))
@@ -220,6 +218,7 @@ class Pages:
     def reset(self) -> None:
         """Forget all keys: no page that was computed so far is found again."""
         self._kept.extend(self._cache.clear())
+        self._outdated.update(self._tables)
 
     def forget(self, version: str) -> None:
         """Free the cached pages of an adapter version that is gone."""
@@ -246,16 +245,18 @@ class Pages:
     def release(self, holder: Hashable, tail: Tail | None = None, owner: Owner = BASE) -> None:
         """Release a holder's pages. Published pages and the partly filled ``tail`` stay cached; other pages are free.
 
-        If the page before the tail is not published, as after `reset`, the tail is not cached.
+        If the page before the tail is not published, or the holder began before a `reset`, the tail is not cached.
         """
         self._change(holder)
         self.left.append(holder)
         table = self._tables.pop(holder, [])
-        if tail is not None and (not tail.n_full or self._cache.page(tail.parent) == table[tail.n_full - 1]):
+        follows = tail is not None and (not tail.n_full or self._cache.page(tail.parent) == table[tail.n_full - 1])
+        if tail is not None and follows and holder not in self._outdated:
             page = table.pop(tail.n_full)
             del self._n_tables[page]
             replaced = self._cache.keep_tail(tail, page, owner.of(tail.n_full))
             self._kept += [] if replaced is None else [replaced]
+        self._outdated.discard(holder)
         for page in reversed(table):
             self._leave(page)
         while self.n_cached > self._most_cached:

@@ -15,7 +15,7 @@ from veneer.errors import ConfigError
 from veneer.serve.schedule.adapter_pool import AdapterPool
 from veneer.serve.schedule.adapter_version import AdapterVersion
 from veneer.serve.schedule.pages import Pages
-from veneer.serve.schedule.prefix_cache import key_of, root_of
+from veneer.serve.schedule.prefix_cache import Tail, key_of, root_of
 
 HEADER = [(5 * i * i + 3 * i) % 251 + 1 for i in range(53)]
 TAILS = [[(11 * i + 7 * n) % 251 + 1 for i in range(n)] for n in (3, 17, 8, 1)]
@@ -367,6 +367,23 @@ def test_pages_of_a_sequence_that_began_before_a_reset_are_not_found():
     assert pages.n_found(keys) == 0
     pages.release("a")
     assert (pages.n_cached, pages.n_free) == (0, 7)
+
+
+@pytest.mark.parametrize("rewritable", [True, False])
+def test_first_pages_from_before_a_reset_are_not_found(rewritable):
+    """Neither a full one nor a partly filled one; what its holder begins anew is."""
+    root = root_of(None)
+    pages, full, tail = Pages(7, 4, rewritable=rewritable), key_of(root, [1, 2, 3, 4]), Tail(root, 0, 0, (5, 6, 7))
+    assert pages.grow("full", 4)
+    assert pages.grow("part", 3)
+    pages.reset()
+    pages.publish("full", [full], 0)
+    pages.release("full")
+    pages.release("part", tail)
+    assert (pages.n_found([full]), pages.take_tail("next", tail), pages.n_free) == (0, 0, 7)
+    assert pages.grow("part", 3)
+    pages.release("part", tail)
+    assert pages.take_tail("next", tail) == 3
 
 
 def test_pages_of_a_version_that_is_gone_are_given_back(adapters, tmp_path, tokenizer):
