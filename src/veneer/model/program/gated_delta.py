@@ -20,7 +20,7 @@ from veneer.model.program.rows import PassRows
 from veneer.model.program.stretch import ActingStretch, Keep, Kept, PackedPositions, Tape, Trained
 from veneer.ops.cpu.step import StepProgram
 from veneer.ops.state.conv import ConvKernel, GatedInput, conv_backward, conv_forward
-from veneer.ops.state.delta import UNIT_EPS, DeltaInput, DeltaWeights, StateShape
+from veneer.ops.state.delta import DeltaInput, DeltaWeights, StateShape, of_length_1
 from veneer.ops.state.scan import ScanInput, scan
 
 
@@ -133,7 +133,7 @@ class GatedDelta(Trained):
         part, wide = self.part, torch.promote_types(inner.qkv.dtype, torch.float32)
         keys, n = part.n_k_heads * part.k_width, len(inner.qkv)
         q, k, v = torch.split(inner.qkv, [keys, keys, part.width], dim=1)
-        q, k = (_of_length_1(x.reshape(n, part.n_k_heads, part.k_width).to(wide)) for x in (q, k))
+        q, k = (of_length_1(x.reshape(n, part.n_k_heads, part.k_width).to(wide)) for x in (q, k))
         decay = -weights.rate.to(wide) * softplus(inner.a.to(wide) + weights.bias.to(wide))
         beta = inner.b.sigmoid() * part.beta_scale
         given = ScanInput(q * part.k_width**-0.5, k, v.reshape(n, part.n_v_heads, part.v_width), decay, beta)
@@ -193,7 +193,3 @@ def _heads(x: Tensor, at: HeadsAt, n_heads: int) -> Tensor:
     """Return the heads' values (n, heads, width) in rows x, as a view."""
     strides = (x.stride(0), at.apart * x.stride(1), x.stride(1))
     return x.as_strided((len(x), n_heads, at.width), strides, x.storage_offset() + at.first * x.stride(1))
-
-
-def _of_length_1(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)

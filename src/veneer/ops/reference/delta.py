@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import silu, softplus
 
 from veneer.ops.paged_attention import PagedRows
-from veneer.ops.state.delta import UNIT_EPS, DeltaInput, DeltaWeights, StateShape, StateStore
+from veneer.ops.state.delta import DeltaInput, DeltaWeights, StateShape, StateStore, of_length_1
 
 
 def delta_in_pages(store: StateStore, layer: int, given: DeltaInput, weights: DeltaWeights, rows: PagedRows) -> Tensor:
@@ -32,7 +32,7 @@ def _next(state: Tensor, position: int, token: list[Tensor], weights: DeltaWeigh
     inputs = state[width * shape.k_width :].view(shape.kernel - 1, shape.conv_width)
     qkv = _convolved(inputs, position, own, weights).to(dtype).float()
     keys = shape.n_k_heads * shape.k_width
-    q, k = (_of_length_1(x.view(shape.n_k_heads, -1)) for x in (qkv[:keys], qkv[keys : 2 * keys]))
+    q, k = (of_length_1(x.view(shape.n_k_heads, -1)) for x in (qkv[:keys], qkv[keys : 2 * keys]))
     q, k = (x.repeat_interleave(heads // shape.n_k_heads, dim=0) for x in (q * shape.k_width**-0.5, k))
     decay = (-weights.rate * softplus(a.float() + weights.bias)).exp()[:, None]
     beta = (b.float().sigmoid().to(dtype) * weights.beta_scale).float()[:, None]
@@ -53,7 +53,3 @@ def _convolved(inputs: Tensor, position: int, x: Tensor, weights: DeltaWeights) 
     if len(inputs):
         inputs[position % len(inputs)] = x.float()
     return silu(total)
-
-
-def _of_length_1(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)

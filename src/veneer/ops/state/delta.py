@@ -119,6 +119,11 @@ class DeltaWeights:
     beta_scale: float = 1.0
 
 
+def of_length_1(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    """Return x with each vector scaled to length 1, or less if it is nearly zero."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)
+
+
 def delta_in_pages(
     store: StateStore,
     layer: int,
