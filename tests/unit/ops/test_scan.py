@@ -149,6 +149,21 @@ def test_a_scan_is_that_of_transformers(backend) -> None:
         assert (found - wanted).norm() <= 5e-6 * wanted.norm()
 
 
+def test_a_known_result_changes_no_gradient(backend) -> None:
+    given, dy = draw((3, 6), torch.float32)
+    wanted = ours(given, dy, delta=True, backend=backend)
+    known = wanted[0] if backend == "reference" else wanted[0] + 1  # not computed again
+
+    def compute(each):
+        return scan(each, BOUNDS, delta=True, known=known, backend=backend)
+
+    found, *gradients = results(compute, given, dy, torch.float32)
+    assert torch.equal(found, known)
+    assert all(torch.equal(x, same) for x, same in zip(gradients, wanted[1:], strict=True))
+    with pytest.raises(ShapeError, match=r"a known result like the values.*\(236, 6, 7\) torch.float32 result"):
+        scan(given, BOUNDS, delta=True, known=known[1:], backend=backend)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_sequence_has_the_bits_of_it_alone(dtype) -> None:
     given, dy = draw((3, 6), dtype, widths=(33, 70))

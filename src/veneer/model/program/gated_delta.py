@@ -59,7 +59,7 @@ class GatedDelta(Trained):
     """Gated delta rule: ``target = norm(scan(conv(q, k, v), b, a)) · silu(z)``, of the parts of ``source``.
 
     ``layer`` is the index of this scan in the pages, which store the states of sequences. In training a token reads
-    the states of its own sequence alone. All of it is computed again in the backward pass.
+    the states of its own sequence alone. The scan's output is kept; all else is computed again in the backward pass.
     """
 
     cheap = True
@@ -110,8 +110,14 @@ class GatedDelta(Trained):
     def train(self, weights: DeltaTraining, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
         inner, at = self._split(self.source.read(frame)), run.positions
         seen = conv_forward(GatedInput(inner.qkv), weights.kernel, previous_of(run))
-        self.target.write(frame, [self._mixed(weights, inner._replace(qkv=seen), at)])
-        return ()
+        heads = self._scanned(weights, inner._replace(qkv=seen), at)
+        self.target.write(frame, [self._gated(weights, heads, inner.z)])
+        return (heads,)
+
+    def again(self, weights: DeltaTraining, run: ActingStretch, frame: Frame, kept: Kept) -> Kept:
+        heads = cast(Tensor, kept[0])
+        self.target.write(frame, [self._gated(weights, heads, self._split(self.source.read(frame)).z)])
+        return kept
 
     def back(self, weights: DeltaTraining, tape: Tape) -> Tensor:
         """Add the gradient of the source to the tape, and return the operation's output, which is computed again."""
@@ -120,15 +126,18 @@ class GatedDelta(Trained):
         seen = inner._replace(qkv=conv_forward(given, weights.kernel, previous))
         with torch.enable_grad():
             leaves = Inner(*(x.detach().requires_grad_() for x in seen))
-            y = self._mixed(weights, leaves, tape.run.positions)
+            heads = self._scanned(weights, leaves, tape.run.positions, tape.kept[0])
+            y = self._gated(weights, heads, leaves.z)
             found = Inner(*torch.autograd.grad(y, leaves, dy))
         dqkv, _ = conv_backward(found.qkv, given, weights.kernel, previous, owns_dy=True)
         tape.give(self.source, self._join(found._replace(qkv=dqkv.x)))
         return y.detach()
 
-    def _mixed(self, weights: DeltaTraining, inner: Inner, at: PackedPositions) -> Tensor:
-        """Return the output of the scan after norm and gate, (n, width). ``inner`` holds queries, keys and values after
-        the convolution.
+    def _scanned(
+        self, weights: DeltaTraining, inner: Inner, at: PackedPositions, known: Tensor | None = None
+    ) -> Tensor:
+        """Return the output of the scan, (n, heads, v_width). ``inner`` holds queries, keys and values after the
+        convolution. ``known`` is the output of the forward pass.
         """
         part, wide = self.part, torch.promote_types(inner.qkv.dtype, torch.float32)
         keys, n = part.n_k_heads * part.k_width, len(inner.qkv)
@@ -137,10 +146,14 @@ class GatedDelta(Trained):
         decay = -weights.rate.to(wide) * softplus(inner.a.to(wide) + weights.bias.to(wide))
         beta = inner.b.sigmoid() * part.beta_scale
         given = ScanInput(q * part.k_width**-0.5, k, v.reshape(n, part.n_v_heads, part.v_width), decay, beta)
-        heads = scan(given, at.cu_seqlens, delta=True, forks=at.forks).to(wide)
+        return scan(given, at.cu_seqlens, delta=True, forks=at.forks, known=known)
+
+    def _gated(self, weights: DeltaTraining, heads: Tensor, z: Tensor) -> Tensor:
+        """Return the output of the scan after norm and gate, (n, width)."""
+        heads = heads.to(torch.promote_types(heads.dtype, torch.float32))
         normed = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + weights.norm.eps)
-        normed = (weights.norm.weight * normed.to(inner.z.dtype)).flatten(1)
-        return (normed * silu(inner.z.to(wide))).to(inner.z.dtype)
+        normed = (weights.norm.weight * normed.to(z.dtype)).flatten(1)
+        return (normed * silu(z.to(heads.dtype))).to(z.dtype)
 
     def _split(self, outputs: list[Tensor]) -> Inner:
         if not self.part.by_head:

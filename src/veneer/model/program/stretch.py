@@ -105,6 +105,10 @@ class Trained(Operation):
     def train(self, weights: Any, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
         """Compute the output and write it to the register `output`. Return the tensors that `back` reads."""
 
+    def again(self, weights: Any, run: ActingStretch, frame: Frame, kept: Kept) -> Kept:
+        """Compute the output again in the backward pass, with the help of what was kept."""
+        return self.train(weights, run, frame, Keep())
+
     def kept_output(self, weights: Any, kept: Kept) -> list[Tensor] | None:
         """Return the operation's output if it was kept, or None."""
         return None
@@ -374,7 +378,7 @@ class Tape:
         found = self._made.get(place) or op.kept_output(own, self._kept[place])
         if found is None:
             frame: Frame = {register.name: self._value(place, register) for register in op.sources}
-            kept = op.train(own, self.run, frame, Keep())
+            kept = op.again(own, self.run, frame, self._kept[place])
             found = op.output.read(frame)
             if not op.cheap:
                 self._kept[place], self._made[place] = kept, found

@@ -16,17 +16,19 @@ from veneer.ops.rows import same_dtype
 from veneer.ops.state.scan import ScanInput
 
 
-def scan(given: ScanInput, cu_seqlens: Tensor, delta: bool) -> Tensor:
+def scan(given: ScanInput, cu_seqlens: Tensor, delta: bool, known: Tensor | None) -> Tensor:
     if not delta or not is_served(*given.tensors):
-        return reference.scan(given, cu_seqlens, delta)
-    y: Tensor = _Scan.apply(cu_seqlens, *given.tensors)  # type: ignore[no-untyped-call]
+        return reference.scan(given, cu_seqlens, delta, known)
+    y: Tensor = _Scan.apply(known, cu_seqlens, *given.tensors)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cu_seqlens: Tensor, *given: Tensor) -> Tensor:
+    def forward(ctx: Any, known: Tensor | None, cu_seqlens: Tensor, *given: Tensor) -> Tensor:
         ctx.save_for_backward(cu_seqlens, *given)
+        if known is not None:
+            return known.detach()
         parts, (sizes, bounds) = _parts(given), _sizes(given, cu_seqlens)
         y = torch.empty(given[2].shape, dtype=given[2].dtype)
         scratch, n_threads = _scratch(sizes, bounds, backward=False)
@@ -44,7 +46,7 @@ class _Scan(torch.autograd.Function):
         kernels().scan_backward(
             sizes, bounds, _places(*parts), _places(own), _places(*gradients), address(scratch), n_threads
         )
-        return None, *(same_dtype(found, x) for found, x in zip(gradients, given, strict=True))
+        return None, None, *(same_dtype(found, x) for found, x in zip(gradients, given, strict=True))
 
 
 def _parts(given: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:

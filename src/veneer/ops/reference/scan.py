@@ -16,7 +16,7 @@ from torch import Tensor
 from veneer.ops.state.scan import CHUNK, ScanInput
 
 
-def scan(given: ScanInput, cu_seqlens: Tensor, delta: bool) -> Tensor:
+def scan(given: ScanInput, cu_seqlens: Tensor, delta: bool, known: Tensor | None) -> Tensor:
     wide = torch.promote_types(given.v.dtype, torch.float32)
     chunks = _Chunks.of(cu_seqlens.tolist(), given.v.device)
     q, k, v, log_decay, beta = (chunks.split(x.to(wide)) for x in given.tensors)

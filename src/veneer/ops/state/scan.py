@@ -48,23 +48,26 @@ def scan(
     *,
     delta: bool,
     forks: Sequence[Fork] = (),
+    known: Float[Tensor, "n h d_v"] | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "n h d_v"]:
     """Return for each token the product ``Sᵀ q`` of its query with its sequence's state after the token, in v's dtype,
     differentiable in the inputs.
 
     ``cu_seqlens`` are the bounds of the sequences. ``delta`` selects the gated delta rule; False is Mamba 2. A branch
-    of ``forks`` begins with its stem's last state: the stem's tokens are computed again in front of it. Sums are in
-    float32, or in float64 for such inputs. Raises ShapeError if the parts do not fit.
+    of ``forks`` begins with its stem's last state: the stem's tokens are computed again in front of it. ``known`` is
+    the result of an earlier call with the same values: a back end that needs it for nothing but the gradients' graph
+    does not compute it again. Sums are in float32, or in float64 for such inputs. Raises ShapeError if the parts do
+    not fit.
     """
-    _require_fitting(given, cu_seqlens)
+    _require_fitting(given, cu_seqlens, known)
     run = implementation("scan.scan", given.v.device, backend)
     if not forks:
-        y: Tensor = run(given, cu_seqlens, delta)
+        y: Tensor = run(given, cu_seqlens, delta, known)
         return y
     rows, bounds, own = _unfolded(cu_seqlens, forks)
     rows, own = rows.to(given.v.device), own.to(given.v.device)
-    y = run(ScanInput(*(x[rows] for x in given.tensors)), bounds, delta)
+    y = run(ScanInput(*(x[rows] for x in given.tensors)), bounds, delta, None)
     return y[own]
 
 
@@ -85,15 +88,17 @@ def _unfolded(cu_seqlens: Tensor, forks: Sequence[Fork]) -> tuple[Tensor, Tensor
     return torch.tensor(rows, dtype=torch.long), torch.tensor(bounds), torch.tensor(own, dtype=torch.long)
 
 
-def _require_fitting(given: ScanInput, cu_seqlens: Tensor) -> None:
+def _require_fitting(given: ScanInput, cu_seqlens: Tensor, known: Tensor | None) -> None:
     q, k, v, log_decay, beta = given.tensors
     fits = q.ndim == v.ndim == 3 and q.shape == k.shape and len(q) == len(v) and q.shape[1] > 0
     fits = fits and v.shape[1] % q.shape[1] == 0 and log_decay.shape == beta.shape == v.shape[:2]
     bounds = cu_seqlens.tolist() if cu_seqlens.ndim == 1 else []
+    fits = fits and (known is None or known.shape == v.shape)
     if not fits or bounds[:1] != [0] or bounds[-1] != len(v) or bounds != sorted(bounds):
         raise ShapeError(
             "a scan takes queries and keys (n, h_k, d_k), values (n, h, d_v) with h a multiple of h_k, decays and "
-            f"weights (n, h), and bounds that rise from 0 to n; given {', '.join(map(_told, given.tensors))} "
+            "weights (n, h), a known result like the values, and bounds that rise from 0 to n; given "
+            f"{', '.join(map(_told, given.tensors))}, {'no' if known is None else _told(known)} result "
             f"and bounds from {bounds[:1]} to {bounds[-1:]}"
         )
 
