@@ -64,12 +64,17 @@ void AttentionInstruction::turn(const Pass& pass, const Heads& x, int64_t n_head
 void AttentionInstruction::run_rows(const Pass& pass) const {
   const int64_t q_bytes = heads_bytes(pass, parts_.q_heads);
   char* memory = pass.rows.at_least(q_bytes + heads_bytes(pass, parts_.kv_heads));
-  const Heads q = normed(pass, q_norm_, heads(pass, parts_.q), parts_.q_heads, memory);
-  const Heads k = normed(pass, k_norm_, heads(pass, parts_.k), parts_.kv_heads, memory + q_bytes);
+  Heads q = heads(pass, parts_.q), k = heads(pass, parts_.k);
+  const auto norm = [&] {
+    q = normed(pass, q_norm_, q, parts_.q_heads, memory);
+    k = normed(pass, k_norm_, k, parts_.kv_heads, memory + q_bytes);
+  };
+  if (!parts_.norms_last) norm();
   if (parts_.table >= 0) {
     turn(pass, q, parts_.q_heads);
     turn(pass, k, parts_.kv_heads);
   }
+  if (parts_.norms_last) norm();
   paged_attention_kernels().append(pass.store, parts_.layer, pass.batch, k.rows, heads(pass, parts_.v).rows);
   PagedCall call = call_of(pass, q);
   call.n_threads = threads_for(call);

@@ -90,11 +90,11 @@ class StepProgram {
   // `sizes`: layer, query heads, key heads, values of a head, pairs that turn. `places`: the numbers of `HeadsAt`, of queries,
   // keys and values. `bias`, `sinks`: those of `PagedOptions`.
   void add_attention(const Numbers& sizes, const std::vector<Numbers>& places, const NormNumbers& q_norm, const NormNumbers& k_norm,
-                     int table, bool interleaved, float scale, int64_t window, float softcap, int64_t bias, int64_t positions, int64_t sinks,
+                     int table, bool interleaved, bool norms_last, float scale, int64_t window, float softcap, int64_t bias, int64_t positions, int64_t sinks,
                      int target) {
     const auto at = [&](size_t i) { return HeadsAt{static_cast<int>(places[i][0]), places[i][1], places[i][2], places[i][3]}; };
     add<AttentionInstruction>(AttentionInstruction::Parts{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], at(0), at(1), at(2), table,
-                                                          interleaved, {scale, window, softcap, pointer<float>(bias), positions, pointer<float>(sinks)},
+                                                          interleaved, norms_last, {scale, window, softcap, pointer<float>(bias), positions, pointer<float>(sinks)},
                                                           target},
                               norm_of(q_norm), norm_of(k_norm));
   }

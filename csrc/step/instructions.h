@@ -140,7 +140,7 @@ struct Heads {  // the same in memory, of all rows
   int64_t of_key;
 };
 
-// Queries, keys and values of a product: normed, turned, appended to the pages; then what the queries see. Where sequences can
+// Queries, keys and values of a product: normed, turned (or the other way round), appended to the pages; then what the queries see. Where sequences can
 // be shared out evenly, each thread takes its own through all of that: what it reads it has just written.
 class AttentionInstruction final : public Instruction {
  public:
@@ -148,7 +148,7 @@ class AttentionInstruction final : public Instruction {
     int64_t layer, q_heads, kv_heads, head_dim, half;  // half: pairs that turn
     HeadsAt q, k, v;
     int table;  // of turns; -1: none
-    bool interleaved;
+    bool interleaved, norms_last;  // norms_last: after the turn
     PagedOptions options;
     int target;
   };

@@ -33,6 +33,8 @@ class Family:
     - ``experts``: experts are chosen and weighted by the softmax of the router's scores, or by their sigmoids. None if
       neither is known. A softmax over the chosen scores alone counts as a softmax whose chosen values are normalized.
     - ``scales_queries``: queries grow with position by ``llama_4_scaling_beta``.
+    - ``stretches_theta``: rotation of type dynamic with an ``alpha`` has the base theta · alpha^(d / (d - 2)) at every
+      length of a sequence.
     - ``multiplies_logits``: ``logits_scaling`` multiplies the logits, which it otherwise divides (Granite).
     - ``adds_inside``: halves that add to the residual stream themselves. Bottleneck adapters act at their last layer.
     - ``strange``: returns the reason if a config of the family cannot be described, or None.
@@ -47,6 +49,7 @@ class Family:
     norm_eps: float | None = None
     experts: Literal["softmax", "sigmoid"] | None = None
     scales_queries: bool = False
+    stretches_theta: bool = False
     multiplies_logits: bool = False
     adds_inside: tuple[Literal["attention", "mlp"], ...] = ()
     strange: Callable[[Any], str | None] = _nothing

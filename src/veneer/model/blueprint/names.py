@@ -71,7 +71,11 @@ class Names:
         ("c_attn", "joined"),
     )
     out: tuple[str, ...] = ("o_proj", "dense", "c_proj", "out_proj")
-    head_norms: tuple[tuple[str, str], ...] = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
+    head_norms: tuple[tuple[str, str], ...] = (
+        ("q_norm", "k_norm"),
+        ("q_layernorm", "k_layernorm"),
+        ("query_layernorm", "key_layernorm"),
+    )
     head_dim: tuple[str, ...] = ("head_dim", "head_size")
     norms: tuple[NormNames, ...] = (
         NormNames(
@@ -135,7 +139,8 @@ EMBEDDING_MULTIPLIERS = ("scalar_embed_scale", "embed_scale")  # on a table that
 EXPERTS, ROUTERS = "experts", ("gate", "router")  # children of a mixture: the module with the stacks, and the router
 STACKS = ("gate_up_proj", "down_proj")
 UNGATED_STACKS = ("up_proj", "down_proj")
-SHARED, SHARED_GATE = ("shared_expert", "shared_experts"), "shared_expert_gate"
+ROUTING_LAYER = "wg"  # a linear layer within the router, which computes the scores
+SHARED, SHARED_GATE = ("shared_expert", "shared_experts", "shared_mlp"), "shared_expert_gate"
 CORRECTIONS = ("e_score_correction_bias", "expert_bias")  # buffers of the router, or of the mixture
 # The layers of one expert by name, in files that hold each apart.
 EXPERT_LAYERS: dict[str, Role] = {

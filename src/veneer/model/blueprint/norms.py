@@ -14,6 +14,7 @@ from veneer.model.blueprint.parts import Norm, NormKind
 from veneer.model.blueprint.source import BlockSource
 from veneer.model.inplace import InPlace, base_of
 
+_ANY_WIDTH = 11  # of the rows on which a norm without parameters is tried
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 Form = tuple[NormKind, float]  # the kind, and what is added to the weight
 
@@ -31,7 +32,7 @@ def norm_form(module: nn.Module, eps: float) -> Form | None:
     """
     generator = torch.Generator().manual_seed(3)
     shapes = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
-    shape = next(iter(shapes.values()), tuple(getattr(module, "normalized_shape", ())))
+    shape = next(iter(shapes.values()), tuple(getattr(module, "normalized_shape", (_ANY_WIDTH,))))
     if not shape or not set(shapes) <= {"weight", "bias"}:
         return None
     values = {name: torch.rand(shape, generator=generator) + 0.5 for name in shapes}
@@ -46,9 +47,11 @@ def norm_form(module: nn.Module, eps: float) -> Form | None:
     return nearest if error[nearest] <= 1e-3 else None
 
 
-def read_norm(source: BlockSource, module: nn.Module | None) -> Norm | None:
+def read_norm(source: BlockSource, module: nn.Module | None, width: int | None = None) -> Norm | None:
     """Return the description of a norm. Return None if there is no module, or the module is neither an RMSNorm nor a
     LayerNorm.
+
+    ``width`` is that of the rows of a norm that stores no shape; if it is None, the model's hidden size.
     """
     if module is None:
         return None
@@ -67,7 +70,7 @@ def read_norm(source: BlockSource, module: nn.Module | None) -> Norm | None:
     return Norm(
         path=source.path(module),
         kind=form[0],
-        shape=held.get("weight", tuple(getattr(module, "normalized_shape", ()))),
+        shape=held.get("weight") or tuple(getattr(module, "normalized_shape", (width or source.config.hidden_size,))),
         eps=eps,
         offset=form[1] if "weight" in held else 0.0,
         weight="weight" in held,

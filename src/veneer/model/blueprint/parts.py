@@ -104,10 +104,11 @@ class Attention:
     None.
 
     ``qkv``: the layers of roles q, k, v, or one of role qkv that computes all three, in the layout ``heads``.
-    ``q_norm`` and ``k_norm`` act before the rotation, over the axes of their shape. A norm of shape (head_dim,) acts on
-    each head with one weight for all. One of (heads, head_dim) has a weight for each head. One of (heads · head_dim,)
-    acts on all heads at once. ``clip``: the bound of q, k and v at the outputs of their layers. ``sinks``: path of a
-    parameter with a logit for each head, which is one more term of the softmax's sum and has no value; or empty.
+    ``q_norm`` and ``k_norm`` act before the rotation, or after it if ``norms_after_rotary``, over the axes of their
+    shape. A norm of shape (head_dim,) acts on each head with one weight for all. One of (heads, head_dim) has a weight
+    for each head. One of (heads · head_dim,) acts on all heads at once. ``clip``: the bound of q, k and v at the
+    outputs of their layers. ``sinks``: path of a parameter with a logit for each head, which is one more term of the
+    softmax's sum and has no value; or empty.
     """
 
     path: str
@@ -121,6 +122,7 @@ class Attention:
     alibi: Alibi | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    norms_after_rotary: bool = False
     clip: float | None = None
     temperature: Temperature | None = None
     sinks: str = ""

@@ -14,7 +14,8 @@ from veneer.model.blueprint.masks import FULL, types_in
 from veneer.model.blueprint.names import NamedOrder
 from veneer.model.blueprint.norms import read_norm
 from veneer.model.blueprint.parts import Attention, Linear, Norm, Role, Strange
-from veneer.model.blueprint.read_rotary import read_rotary, read_temperature, rotates, turns_neighbours
+from veneer.model.blueprint.read_forward import names_in_order
+from veneer.model.blueprint.read_rotary import ROTATE, read_rotary, read_temperature, rotates, turns_of
 from veneer.model.blueprint.rotary import Rotary
 from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
 
@@ -80,6 +81,7 @@ def _read(source: BlockSource, module: nn.Module, layer: int) -> Attention | Str
         alibi=_alibi(source, heads, scale),
         q_norm=q_norm,
         k_norm=k_norm,
+        norms_after_rotary=rotary is not None and _norms_come_last(source, module),
         clip=None if clip is None else float(clip),
         temperature=read_temperature(source),
         sinks=f"{source.path(module)}.{sinks}" if sinks else "",
@@ -145,12 +147,19 @@ def _head_norms(source: BlockSource, module: nn.Module, heads: HeadLayout) -> tu
     names = _norm_names(source, module)
     if not names:
         return None, None
-    found = [read_norm(source, cast(nn.Module, getattr(module, name))) for name in names]
+    found = [read_norm(source, cast(nn.Module, getattr(module, name)), heads.head_dim) for name in names]
     for norm, n_heads in zip(found, (heads.n_heads, heads.n_kv_heads), strict=True):
         size = heads.head_dim
         if norm is None or norm.shape not in ((size,), (n_heads, size), (n_heads * size,)):
             raise _OddError(f"the norms {names[0]} and {names[1]} act neither on each head nor on all heads together")
     return found[0], found[1]
+
+
+def _norms_come_last(source: BlockSource, module: nn.Module) -> bool:
+    """Return True if the forward of attention rotates queries before it calls their norm."""
+    called = names_in_order(module)
+    at = [called.index(name) for name in (ROTATE, *_norm_names(source, module)[:1]) if name in called]
+    return len(at) == 2 and at[0] < at[1]
 
 
 def _scale(module: Any) -> float:
@@ -184,7 +193,7 @@ def _rotary(source: BlockSource, module: nn.Module, layer: int, heads: HeadLayou
     rotary = read_rotary(source, layer_type_of(module), heads.head_dim)
     if isinstance(rotary, str):
         raise _OddError(rotary)
-    return replace(rotary, interleaved=True) if rotary is not None and turns_neighbours(module) else rotary
+    return None if rotary is None else replace(rotary, **turns_of(module))
 
 
 def _alibi(source: BlockSource, heads: HeadLayout, scale: float) -> Alibi | None:

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from veneer.model.blueprint.linears import is_linear, read_linear
-from veneer.model.blueprint.names import CORRECTIONS, EXPERTS, ROUTERS, SHARED, SHARED_GATE, STACKS, InnerNames
+from veneer.model.blueprint.names import (
+    CORRECTIONS,
+    EXPERTS,
+    ROUTERS,
+    ROUTING_LAYER,
+    SHARED,
+    SHARED_GATE,
+    STACKS,
+    InnerNames,
+)
 from veneer.model.blueprint.parts import Experts, FeedForward, Linear, Role, Stack, Strange
 from veneer.model.blueprint.read_forward import named_activation
 from veneer.model.blueprint.source import BlockSource, all_of, first, has_all, undescribed
@@ -79,7 +88,8 @@ def _experts(source: BlockSource, module: nn.Module) -> Experts | Strange:
     experts, router = getattr(module, EXPERTS), getattr(module, cast(str, first(module, ROUTERS)))
     stacks = _stacks(source, experts)
     activation, shared = _unit_of(experts), _shared(source, module)
-    score = cast("Tensor | None", router._parameters.get("weight"))
+    scoring = getattr(router, ROUTING_LAYER, router)
+    score = cast("Tensor | None", scoring._parameters.get("weight"))
     if source.family.experts is None:
         return Strange(path=path, reason="how its experts are chosen and weighted is not known for this family")
     if stacks is None or score is None or activation is None:
@@ -91,7 +101,7 @@ def _experts(source: BlockSource, module: nn.Module) -> Experts | Strange:
     return rest or Experts(
         path=path,
         router=Linear(
-            role="router", path=source.path(router), out_features=n_experts, in_features=width, bias=_has_bias(router)
+            role="router", path=source.path(scoring), out_features=n_experts, in_features=width, bias=_has_bias(scoring)
         ),
         n_experts=n_experts,
         top_k=int(router.top_k),

@@ -47,6 +47,12 @@ def globals_named(module: nn.Module) -> set[str]:
     return {name for code in (forward.__code__, *inner) for name in code.co_names}
 
 
+def names_in_order(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of functions and attributes in a module's forward, in the order of their first use."""
+    forward: Any = inspect.unwrap(plain_class(type(module)).forward)
+    return cast("tuple[str, ...]", forward.__code__.co_names)
+
+
 def takes_hidden_states(module: nn.Module) -> bool:
     """Return True if a module's forward accepts the keyword ``hidden_states``."""
     parameters = inspect.signature(inspect.unwrap(plain_class(type(module)).forward)).parameters.values()

@@ -43,6 +43,8 @@ EVERYWHERE = (
     "rope_theta", "rope_type", "type", "partial_rotary_factor", "max_position_embeddings",
     "mrope_section", "mrope_interleaved",  # axes of images: on text all have the same position
 )  # fmt: skip
+ALPHA = "alpha"
+ROTATE = "apply_rotary_pos_emb"  # the function of every family
 TEMPERATURE = "llama_4_scaling_beta"
 
 
@@ -65,6 +67,8 @@ def read_rotary(source: BlockSource, layer_type: str | None, head_dim: int) -> R
     if kind not in KNOWN:
         return f"its rotation is of type {kind}, where {', '.join(KNOWN)} are known"
     known = {*EVERYWHERE, *(_ANY if kind == "default" else KNOWN[kind])}
+    alpha = given.get(ALPHA) if kind == "dynamic" and source.family.stretches_theta else None
+    known |= {ALPHA, *_ANY} if alpha else set()
     known |= {TEMPERATURE} if source.family.scales_queries else set()
     stray = [key for key, value in given.items() if key not in known and value is not None]
     if stray:
@@ -72,12 +76,13 @@ def read_rotary(source: BlockSource, layer_type: str | None, head_dim: int) -> R
     turning = int(head_dim * float(given.get("partial_rotary_factor") or 1.0))
     if turning % 2:
         return f"its partial_rotary_factor={given.get('partial_rotary_factor')} turns {turning} of {head_dim} numbers"
+    dim = _dim(source, layer_type) or turning
     return Rotary(
-        dim=_dim(source, layer_type) or turning,
-        theta=float(given["rope_theta"]),
+        dim=dim,
+        theta=float(given["rope_theta"]) * (float(alpha) ** (dim / (dim - 2)) if alpha else 1.0),
         max_positions=int(config.max_position_embeddings),
         interleaved=source.family.interleaved,
-        scaling=_scaling(kind, given, int(config.max_position_embeddings)),
+        scaling=None if alpha else _scaling(kind, given, int(config.max_position_embeddings)),
     )
 
 
@@ -172,16 +177,22 @@ def read_temperature(source: BlockSource) -> Temperature | None:
     )
 
 
-def turns_neighbours(attention: nn.Module) -> bool:
-    """Return True if an attention's ``rotate_half`` rotates neighbouring numbers as pairs, judged by its outputs."""
+def turns_of(attention: nn.Module) -> dict[str, Any]:
+    """Return the fields of `Rotary` that an attention's ``rotate_half`` shows by its outputs: neighbouring numbers are
+    pairs, or pairs turn backwards.
+    """
     beside = vars(sys.modules.get(type(attention).__module__, object))
-    code = getattr(beside.get("apply_rotary_pos_emb"), "__code__", None)
+    code = getattr(beside.get(ROTATE), "__code__", None)
     called = () if code is None else code.co_names
     name = next((name for name in called if name.startswith("rotate_half")), "rotate_half")
     rotate_half = beside.get(name)
     if rotate_half is None:
-        return False
-    return bool(torch.equal(rotate_half(torch.arange(4.0)), torch.tensor([-1.0, 0.0, -3.0, 2.0])))
+        return {}
+    turned = rotate_half(torch.arange(1.0, 5.0)).tolist()
+    return {name: True for name, form in _TURNED.items() if turned == form}
+
+
+_TURNED = {"interleaved": [-2.0, 1.0, -4.0, 3.0], "backwards": [3.0, 4.0, -1.0, -2.0]}  # of the numbers 1 to 4
 
 
 def rotates(source: BlockSource, attention: nn.Module, layer: int) -> bool:
@@ -201,7 +212,7 @@ def _condition(kind: Hashable) -> CodeType | None:
     except (OSError, TypeError, SyntaxError):
         return None
     for node in ast.walk(code):
-        if isinstance(node, ast.If) and any(_names(part) & {"apply_rotary_pos_emb"} for part in node.body):
+        if isinstance(node, ast.If) and any(_names(part) & {ROTATE} for part in node.body):
             plain = _names(node.test) == {"self"} and not any(isinstance(n, ast.Call) for n in ast.walk(node.test))
             return compile(ast.Expression(node.test), "<rotation>", "eval") if plain else None
     return None

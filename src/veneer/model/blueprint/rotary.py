@@ -82,6 +82,7 @@ class Rotary:
     """Rotary embedding of q and k: the first ``dim`` numbers of each head are rotated by position, in pairs.
 
     ``interleaved``: numbers 2i and 2i + 1 are a pair (GPT-J, Cohere, GLM); otherwise i and i + dim / 2.
+    ``backwards``: pairs turn by the negative angles (nanochat).
     ``max_positions``: the model's context in tokens.
     """
 
@@ -89,6 +90,7 @@ class Rotary:
     theta: float
     max_positions: int
     interleaved: bool = False
+    backwards: bool = False
     scaling: Scaling | None = None
 
     @property
@@ -117,9 +119,12 @@ class Rotary:
         return plain
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, (…, half) in float32, of integer ``positions`` (…)."""
+        """Return cos and sin, (…, half) in float32, of integer ``positions`` (…). If pairs turn
+        backwards, the sines are negative.
+        """
         longest = int(positions.max()) + 1 if positions.numel() else 0
         angles = positions[..., None].float() * self.frequencies(longest).to(positions.device)
+        angles = -angles if self.backwards else angles
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
     def _plain(self, theta: float) -> Tensor:

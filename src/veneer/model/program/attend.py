@@ -85,11 +85,13 @@ class Attend(Trained):
         q, k, v = self._heads(weights, source)
         rotary = self.attention.rotary if weights.turns is not None else None
         turns = None if rotary is None or weights.turns is None else rows.turns(weights.turns, rotary)
-        if turns is not None and rotary is not None and rows.written is None:
+        if turns is not None and rotary is not None and rows.written is None and not self.attention.norms_after_rotary:
             rows.cache.append_turned(self.layer, (q, k, v), rows.rows, turns, interleaved=rotary.interleaved)
         else:
             if turns is not None and rotary is not None:
                 rotate_both(_by_head(q), _by_head(k), turns[0], turns[1], interleaved=rotary.interleaved)
+            if self.attention.norms_after_rotary:
+                q, k = _normed(weights.q_norm, q), _normed(weights.k_norm, k)
             rows.cache.append(self.layer, k, v, rows.rows)
         if rows.written is not None:
             rows.written.append((k.clone(), v.clone()))  # their memory may be the next layer's too
@@ -102,7 +104,7 @@ class Attend(Trained):
         if part.clip is not None:
             ys = [y.clamp_(-part.clip, part.clip) for y in ys]
         q, k, v = part.heads.split(ys)
-        return _normed(weights.q_norm, q), _normed(weights.k_norm, k), v
+        return (q, k, v) if part.norms_after_rotary else (_normed(weights.q_norm, q), _normed(weights.k_norm, k), v)
 
     def _warmed(self, q: Tensor, rows: PassRows) -> Tensor:
         """Return queries (n, heads, d), each times the temperature that depends on its row's position. Without
@@ -130,6 +132,7 @@ class Attend(Trained):
             *map(norm_parts, norms),
             step.table_of(rotary),
             interleaved,
+            part.norms_after_rotary,
             part.scale,
             part.window or 0,
             part.softcap or 0.0,
@@ -193,10 +196,13 @@ class Attend(Trained):
             dout = dout * share
         dq, dk, dv = attention_backward(dout, qkv, (attended, lse), at.cu_seqlens, weights.options, at.forks)
         del qkv, heads
-        self._rotate(dq, dk, tape.run, inverse=True)
-        n_of_q = 0 if weights.q_norm is None else 2
+        last, n_of_q = self.attention.norms_after_rotary, 0 if weights.q_norm is None else 2
+        if not last:
+            self._rotate(dq, dk, tape.run, inverse=True)
         dq = _unnormed(weights.q_norm, dq, kept[:n_of_q])
         dk = _unnormed(weights.k_norm, dk, kept[n_of_q:])
+        if last:
+            self._rotate(dq, dk, tape.run, inverse=True)
         tape.give(self.source, self.attention.heads.join((dq, dk, dv), dgates))
 
     def _turned(
@@ -205,9 +211,12 @@ class Attend(Trained):
         """Split the layers' outputs ``ys`` into queries, keys and values, then norm and rotate queries and keys. Return
         these heads, and the tensors that the norms' backward passes need.
 
-        If queries or keys have no norm, they are rotated in place, which overwrites ``ys``.
+        If queries or keys have no norm before the rotation, they are rotated in place, which overwrites ``ys``.
         """
+        last = self.attention.norms_after_rotary
         q, k, v = self.attention.heads.split(ys)
+        if last:
+            self._rotate(q, k, run)
         turned, kept = list[Tensor](), list[Tensor]()
         for heads, norm in ((q, weights.q_norm), (k, weights.k_norm)):
             if norm is not None:
@@ -217,7 +226,8 @@ class Attend(Trained):
                 heads = normed.view(heads.shape)
             turned.append(heads)
         q, k = turned
-        self._rotate(q, k, run)
+        if not last:
+            self._rotate(q, k, run)
         return (q, k, v), tuple(kept)
 
     def _rotate(self, q: Tensor, k: Tensor, run: ActingStretch, *, inverse: bool = False) -> None:
@@ -225,7 +235,7 @@ class Attend(Trained):
         cos, sin, part = run.positions.cos, run.positions.sin, self.attention.rotary
         if cos is not None and sin is not None and part is not None:
             q, k = (x.view(*run.size[:2], *x.shape[1:]).transpose(1, 2) for x in (q, k))
-            rotate_both(q, k, cos, sin, interleaved=part.interleaved, inverse=inverse)
+            rotate_both(q, k, cos, sin, interleaved=part.interleaved, inverse=inverse != part.backwards)
 
 
 def _sinks(module: Callable[[str], nn.Module], part: Attention) -> Tensor | None:

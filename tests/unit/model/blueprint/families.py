@@ -33,6 +33,8 @@ from transformers import (
     GraniteConfig,
     GraniteMoeConfig,
     HeliumConfig,
+    HunYuanDenseV1Config,
+    HunYuanMoEV1Config,
     HyperCLOVAXConfig,
     Lfm2Config,
     Lfm2MoeConfig,
@@ -44,6 +46,7 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     MptConfig,
+    NanoChatConfig,
     NemotronConfig,
     Olmo2Config,
     Olmo3Config,
@@ -83,6 +86,7 @@ TURNS = ["sliding_attention", "full_attention"] * 2
 
 LINEAR = {"rope_type": "linear", "factor": 2.7}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.7}
+ALPHA = {**DYNAMIC, "alpha": 11.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 5.0, "low_freq_factor": 1.3, "high_freq_factor": 3.7}
 YARN = {"rope_type": "yarn", "factor": 3.1, "beta_fast": 3.0, "beta_slow": 0.3}
 LONG = {
@@ -148,6 +152,11 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         attention_multiplier=0.2, logits_scaling=2.9, **SIZES,
     ),
     "helium": HeliumConfig(**WIDE),
+    "hunyuan": HunYuanDenseV1Config(**SIZES, **rope(ALPHA)),
+    "hunyuan, dynamic": HunYuanDenseV1Config(attention_bias=True, **WIDE, **rope(DYNAMIC)),
+    "hunyuan experts": HunYuanMoEV1Config(
+        num_experts=5, moe_topk=2, **{**WIDE, "intermediate_size": 60}, **rope(ALPHA)
+    ),
     "hyperclovax": HyperCLOVAXConfig(
         embedding_multiplier=1.7, residual_multiplier=0.3, attention_multiplier=0.2, logits_scaling=2.9, **SIZES
     ),
@@ -173,6 +182,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "mpt": MptConfig(attn_config={"softmax_scale": 0.3}, **MPT),
     "mpt, clipped by 0, which is not at all": MptConfig(attn_config={"clip_qkv": 0.0}, **MPT),
     "mpt, clipped": MptConfig(attn_config={"clip_qkv": 0.02}, **MPT),
+    "nanochat": NanoChatConfig(**SIZES),
     "nemotron": NemotronConfig(**WIDE, **rope(PARTIAL)),
     "neox": GPTNeoXConfig(**SQUARE, **rope(PARTIAL)),
     "neox, serial": GPTNeoXConfig(use_parallel_residual=False, **SQUARE, **rope(PARTIAL)),

@@ -58,11 +58,14 @@ def attend(part: Attention | ShortConv, weights: Weights, x: Tensor) -> Tensor:
         outputs = [y.clamp(-part.clip, part.clip) for y in outputs]
     shape = (n_rows, n_tokens, -1, part.heads.head_dim)
     q, k, v = (t.reshape(shape) for t in part.heads.split(outputs))
-    q, k = normed_heads(part.q_norm, weights, q), normed_heads(part.k_norm, weights, k)
+    if not part.norms_after_rotary:
+        q, k = normed_heads(part.q_norm, weights, q), normed_heads(part.k_norm, weights, k)
     positions = torch.arange(n_tokens)
     if part.rotary is not None:
         cos, sin = (table[:, None] for table in part.rotary.tables(positions))
         q, k = (rotated(t, cos, sin, part.rotary.interleaved) for t in (q, k))
+    if part.norms_after_rotary:
+        q, k = normed_heads(part.q_norm, weights, q), normed_heads(part.k_norm, weights, k)
     if part.temperature is not None:
         turns = torch.floor(positions / part.temperature.original_max_positions)
         q = q * (1 + part.temperature.beta * torch.log1p(turns))[:, None, None]

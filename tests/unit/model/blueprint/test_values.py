@@ -30,7 +30,7 @@ def test_logits_from_the_description_alone(family: str) -> None:
 # Their fused halves are compared with transformers' own code: experts beside latent attention, text halves, hybrids.
 ELSEWHERE = {
     *("deepseek_v3", "glm4_moe_lite"),
-    *("glm4v_moe", "glm4v_moe_text", "qwen3_vl_moe", "qwen3_vl_moe_text"),
+    *("glm4v_moe", "glm4v_moe_text", "hunyuan_vl_text", "qwen3_vl_moe", "qwen3_vl_moe_text"),
     *("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
 }
 

@@ -117,7 +117,7 @@ def test_families(family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(  # norms of heads, of all heads at once, turned pairs, heads in groups, a bias by position
-    "family", ["gemma3", "olmo2", "glm4", "falcon, groups", "bloom"]
+    "family", ["gemma3", "hunyuan", "olmo2", "glm4", "falcon, groups", "bloom"]
 )
 @pytest.mark.parametrize("threads", [2, 5], indirect=True)
 def test_many_sequences_are_shared_out_among_threads(family, threads, dtype):
