@@ -198,5 +198,5 @@ def _values(
         }
     for key, value in changes.items():
         put(values, key, value)
-    refuse_early(values, what, n_processes=n_processes)  # before torch is imported
+    refuse_early(values, what, overrides, n_processes=n_processes)  # before torch is imported
     return with_accumulation(values, n_processes)

@@ -112,7 +112,7 @@ def train(
     # A member of a sweep trains in one process, wherever it is.
     on_ray = None if place is None or PART in values else place.n_workers
     goes_on: Resume = "auto" if resume == "auto" else resume == "last"
-    _refuse(values, recipe, goes_on, n_processes=processes if starts else on_ray, shows=shows)
+    _refuse(values, recipe, overrides or (), goes_on, n_processes=processes if starts else on_ray, shows=shows)
     if starts:
         raise typer.Exit(_in_processes(context.find_root().obj, processes or 1, values))
     with libraries_loading():
@@ -147,11 +147,19 @@ def _require_rollouts(n: int, values: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse(values: Mapping[str, Any], recipe: Path, resume: Resume, *, n_processes: int | None, shows: bool) -> None:
+def _refuse(
+    values: Mapping[str, Any],
+    recipe: Path,
+    overrides: Sequence[str],
+    resume: Resume,
+    *,
+    n_processes: int | None,
+    shows: bool,
+) -> None:
     """Raise the errors of a run that can be found without torch: wrong keys, a used output folder, bad rows, a missing
     base or teacher.
     """
-    refuse_early(values, str(recipe), begins=resume is not True, n_processes=n_processes)
+    refuse_early(values, str(recipe), overrides, begins=resume is not True, n_processes=n_processes)
     if PART not in values and not shows:
         refuse_place(values, resume)
     if resume is not True:

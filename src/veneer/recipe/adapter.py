@@ -8,11 +8,13 @@ from typing import Any
 from veneer.recipe.advice import belongs, goes_on, meant_method
 from veneer.recipe.key_checks import means_another, missing, perhaps, typed
 from veneer.recipe.known import KnownMethod
+from veneer.recipe.ranges import OF_LORA, out_of_range
 
 FULL = "full"
 FROM = "from"  # the place of a saved adapter that is trained on
 EXPERTS = "experts"  # true: the stacks of experts are adapted too
 _ALL_EXPERTS = "all-experts"
+_LORA = ("lora", "rslora", "dora", "lora_bias")
 
 
 def method_of(adapter: Mapping[str, Any]) -> str:
@@ -39,6 +41,10 @@ def adapter_problems(adapter: Mapping[str, Any], methods: Mapping[str, KnownMeth
     named, found = methods[method], _problems_of_experts(adapter)
     given = typed(named.keys, rest, found, "adapter.", lambda key: _advice(key, method, methods), ("method", FROM))
     found += missing(named.keys, rest, "adapter.")
+    ranges = OF_LORA if method in _LORA else {}
+    found += [
+        f"adapter.{key}: {given[key]!r} must be {allowed}" for key, allowed in out_of_range(given, ranges).items()
+    ]
     return found + [
         f"adapter.{key}: {given[key]!r} contradicts method {method}, which sets it to {value!r}"
         for key, value in named.switches.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from veneer.recipe.advice import value_problems
 from veneer.recipe.base_modules import target_problems
 from veneer.recipe.declared_in_source import UnreadableError
 from veneer.recipe.distributed_part import dealing_problems
+from veneer.recipe.key_places import key_places
 from veneer.recipe.known import declared
 from veneer.recipe.parts import DataPart
 from veneer.recipe.problems import problems_of
@@ -23,13 +24,19 @@ from veneer.recipe.values import section
 
 
 def refuse_early(
-    values: Mapping[str, Any], name: str = "recipe", *, begins: bool = False, n_processes: int | None = None
+    values: Mapping[str, Any],
+    name: str = "recipe",
+    overrides: Sequence[str] = (),
+    *,
+    begins: bool = False,
+    n_processes: int | None = None,
 ) -> None:
     """Raise ConfigError with all problems of a recipe's values that show without importing torch: from the values, the
     source of installed packages and the headers of files.
 
     For a sweep, it reports the problems of all members. ``begins``: a run begins, so missing files of rows are problems
-    too. If the output exists, `train.output` reports them together with the problems of the output. ``n_processes`` are
+    too. ``name``: the recipe's file, in which problems are told by line, and the ``overrides`` of its keys. If the
+    output exists, `train.output` reports them together with the problems of the output. ``n_processes`` are
     to train: by default, those that a launcher has started.
     """
     runs, found = [values], list[str]()
@@ -45,7 +52,7 @@ def refuse_early(
             found += target_problems(run)
     rows = [told for run in runs for told in missing_rows(run)] if begins else []
     if found or (rows and not Path(str(values.get("output"))).exists()):
-        raise ConfigError(listed([*found, *rows], name))
+        raise ConfigError(listed(map(key_places(Path(name), overrides).told, [*found, *rows]), name))
 
 
 def missing_rows(values: Mapping[str, Any]) -> list[str]:

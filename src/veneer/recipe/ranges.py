@@ -25,12 +25,15 @@ RANGES: Mapping[str, _Range] = {
     "adam_epsilon": _NOT_NEGATIVE,
 }
 
+OF_LORA: Mapping[str, _Range] = {"r": _POSITIVE, "lora_dropout": _SHARE}
+"""Ranges of fields that LoRA's config checks too, but only after torch is imported."""
 
-def out_of_range(given: Mapping[str, Any]) -> dict[str, str]:
+
+def out_of_range(given: Mapping[str, Any], ranges: Mapping[str, _Range] = RANGES) -> dict[str, str]:
     """Return the allowed range, by name, of each setting that is outside of it. None is always allowed."""
     found = {}
     for name, value in given.items():
-        fits, allowed = RANGES.get(name, (lambda value: True, ""))
+        fits, allowed = ranges.get(name, (lambda value: True, ""))
         if value is not None and not fits(value):
             found[name] = allowed
     return found

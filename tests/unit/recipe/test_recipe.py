@@ -97,7 +97,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_key():
             {"training": {"optim": "galore_adamw_layerwise", "max_grad_norm": 1, "gradient_accumulation_steps": 2}},
             "(?s)so max_grad_norm must be 0, not 1.0\n.*so gradient_accumulation_steps must be 1, not 2",
         ),
-        ({"adapter": {"r": 0}}, "r=0 must be a whole number"),
+        ({"adapter": {"r": 0}}, "adapter.r: 0 must be at least 1"),
         ({"training": {"packing": True, "max_length": None}}, "packing=True needs max_length"),
     ],
 )

@@ -1,0 +1,53 @@
+"""Problems of a recipe are told with the line of their key, or the option that set it, before torch is imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from veneer.recipe.key_places import key_places
+
+RECIPE = """# a comment
+model: {source: smollm2-135m-instruct}
+adapter:
+
+  method: lora
+  r: 0
+training: {max_steps: 1,
+  learning_rat: 1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        ("adapter.r: 0 must be at least 1", "line 6: adapter.r: 0 must be at least 1"),
+        ("training.learning_rat: unknown key", "line 8: training.learning_rat: unknown key"),
+        ("adapter.num_virtual_tokens: is missing", "line 3: adapter.num_virtual_tokens: is missing"),
+        ("training.max_steps: 'x'", "--set training.max_steps=x: training.max_steps: 'x'"),
+        ("rewards, entry 1: its function is missing", "rewards, entry 1: its function is missing"),
+        ("data.train: is missing", "data.train: is missing"),
+    ],
+)
+def test_a_problem_has_the_place_of_its_key(problem, told, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    assert key_places(tmp_path / "recipe.yaml", ["training.max_steps=x"]).told(problem) == told
+
+
+def test_a_file_that_is_none_has_no_lines(tmp_path):
+    (tmp_path / "broken.yaml").write_text("a: [")
+    assert key_places(tmp_path / "broken.yaml").told("a: x") == "a: x"
+    assert key_places(Path("none.yaml")).told("a: x") == "a: x"
+
+
+def test_a_rank_of_none_is_refused_without_torch(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    code = (
+        "import sys; sys.argv = ['veneer', 'train', 'recipe.yaml']; from veneer.cli.app import main\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "line 6: adapter.r: 0 must be at least 1" in done.stderr
+    assert done.stdout.split() == ["False"]
