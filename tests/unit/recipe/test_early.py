@@ -171,12 +171,15 @@ def test_a_wrong_recipe_is_told_without_importing_torch(written, base):
     code += "atexit.register(lambda: print({'torch', 'transformers', 'trl'} & set(sys.modules))); main()"
     result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "set()\n")
+    lines = [line.strip().split(":")[0].strip("\"'") for line in path.read_text().splitlines()]
+    told = [f"  line {lines.index(key) + 1}: " for key in ("modle", "rank", "learning_rat", "max_steps")]
     assert result.stderr == (
         f"error: {path}: 6 problems\n"
-        "  modle: unknown key; the nearest is 'model'\n"
-        "  adapter.rank: unknown key; the nearest is 'r'\n"
-        "  training.learning_rat: unknown key; the nearest is 'learning_rate'\n"
-        "  training.max_steps: 0 must be at least 1, or -1 to train num_train_epochs\n"
-        f"  adapter.target_modules: 'w_proj' matches no module of {base}; the nearest: v_proj, q_proj, k_proj\n"
-        "  data.train: there is no file rows.jsonl\n"
+        f"{told[0]}modle: unknown key; the nearest is 'model'\n"
+        f"{told[1]}adapter.rank: unknown key; the nearest is 'r'\n"
+        f"{told[2]}training.learning_rat: unknown key; the nearest is 'learning_rate'\n"
+        f"{told[3]}training.max_steps: 0 must be at least 1, or -1 to train num_train_epochs\n"
+        f"  line {lines.index('target_modules') + 1}: adapter.target_modules: 'w_proj' matches no module of {base}; "
+        "the nearest: v_proj, q_proj, k_proj\n"
+        f"  line {lines.index('train') + 1}: data.train: there is no file rows.jsonl\n"
     )

@@ -43,11 +43,8 @@ def test_a_file_that_is_none_has_no_lines(tmp_path):
 
 def test_a_rank_of_none_is_refused_without_torch(tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    code = (
-        "import sys; sys.argv = ['veneer', 'train', 'recipe.yaml']; from veneer.cli.app import main\n"
-        "try: main()\n"
-        "finally: print('torch' in sys.modules)"
-    )
+    code = "import sys; from veneer.cli.app import main; sys.argv = ['veneer', 'train', 'recipe.yaml']; import atexit; "
+    code += "atexit.register(lambda: print('torch' in sys.modules)); main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "line 6: adapter.r: 0 must be at least 1" in done.stderr
     assert done.stdout.split() == ["False"]
