@@ -36,6 +36,7 @@ from veneer.ops.pairs import FactorPair, PackedPairs, Segment, Segments
 from veneer.ops.scaled import ScaledCodes
 from veneer.ops.state.conv import ConvKernel, GatedInput
 from veneer.ops.state.delta import DeltaInput, DeltaWeights, StateShape, StateStore
+from veneer.ops.state.scan import ScanInput
 from veneer.ops.state.windows import WindowStore
 from veneer.ops.terms import PackedTerm
 from veneer.records.terms.form import Form
@@ -161,6 +162,8 @@ def serving_cases(x, w, wide):
     held = ConvKernel(torch.randn(shape.conv_width, 3), None, "silu"), torch.randn(D // HEADS), 1e-6
     states, own = StateStore.zeros(1, 1, 16, shape), DeltaWeights(*held, torch.rand(HEADS), torch.randn(HEADS))
     yield "delta.delta_in_pages", (states, 0, inner, Plain(own), Plain(PagedRows.of([([0], 0, N)], states)))
+    scanned = ScanInput(heads, heads.clone(), heads.clone(), torch.randn(N, HEADS), torch.rand(N, HEADS))
+    yield "scan.scan", (scanned, Plain(torch.tensor([0, 2, N])), True, None)
     yield "step.add_norm", (w,)
     yield "step.add_product", (flat_panels,)
 
@@ -192,6 +195,7 @@ tree.register_pytree_node(
 )
 tree.register_pytree_node(GatedInput, lambda g: ([g.x, g.before, g.after], None), lambda t, _: GatedInput(*t))
 tree.register_pytree_node(DeltaInput, lambda d: (list(d.tensors), None), lambda t, _: DeltaInput(*t))
+tree.register_pytree_node(ScanInput, lambda s: (list(s.tensors), None), lambda t, _: ScanInput(*t))
 tree.register_pytree_node(StateStore, lambda s: ([s.data], s), lambda t, s: replace(s, data=t[0]))
 tree.register_pytree_node(WindowStore, lambda s: ([s.data], s), lambda t, s: replace(s, data=t[0]))
 tree.register_pytree_node(PagedStore, lambda s: ([s.data], s), lambda t, s: replace(s, data=t[0]))

@@ -19,6 +19,8 @@ from veneer.ops.state.scan import ScanInput
 def scan(given: ScanInput, cu_seqlens: Tensor, delta: bool, known: Tensor | None) -> Tensor:
     if not delta or not is_served(*given.tensors):
         return reference.scan(given, cu_seqlens, delta, known)
+    for x in given.tensors:  # before autograd, which says less of a tensor without memory
+        address(x)
     y: Tensor = _Scan.apply(known, cu_seqlens, *given.tensors)  # type: ignore[no-untyped-call]
     return y
 
