@@ -344,7 +344,7 @@ def test_files_of_rows_that_are_missing_are_told_together_before_a_plan(project:
     told = " ".join(output.split())
     assert code == 2, output
     assert f"there is no file {project}/row.jsonl; the nearest is {project}/rows.jsonl data.more" in told
-    assert "data.more, entry 1: there is no file more.jsonl data.eval" in told
+    assert "data.more, entry 1: there is no file more.jsonl --set data.eval=held_out.jsonl: data.eval" in told
     assert "data.eval: there is no file held_out.jsonl" in told
     assert "planned" not in told
     assert not (project / "run").exists()

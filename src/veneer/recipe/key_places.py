@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import yaml
@@ -22,13 +23,11 @@ class KeyPlaces:
     def told(self, problem: str) -> str:
         """Return a problem that begins with a key, with the place of that key, or else of the part that holds it."""
         begin = _KEY.match(problem)
-        key = "" if begin is None else begin[0]
-        while key:
-            if key in self.overrides:
-                return f"--set {self.overrides[key]}: {problem}"
-            if key in self.lines:
-                return f"line {self.lines[key]}: {problem}"
-            key = key.rpartition(".")[0]
+        keys = [] if begin is None else list(accumulate(begin[0].split("."), "{}.{}".format))[::-1]
+        for key in (key for key in keys if key in self.overrides):  # also of a whole part, whatever the file says
+            return f"--set {self.overrides[key]}: {problem}"
+        for key in (key for key in keys if key in self.lines):
+            return f"line {self.lines[key]}: {problem}"
         return problem
 
 

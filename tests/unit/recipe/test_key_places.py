@@ -35,6 +35,12 @@ def test_a_problem_has_the_place_of_its_key(problem, told, tmp_path):
     assert key_places(tmp_path / "recipe.yaml", ["training.max_steps=x"]).told(problem) == told
 
 
+def test_an_option_for_a_whole_part_goes_before_the_lines_of_the_file(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    places = key_places(tmp_path / "recipe.yaml", ["adapter={r: 0}"])
+    assert places.told("adapter.r: 0") == "--set adapter={r: 0}: adapter.r: 0"
+
+
 def test_a_file_that_is_none_has_no_lines(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [")
     assert key_places(tmp_path / "broken.yaml").told("a: x") == "a: x"
