@@ -38,13 +38,15 @@ def key_places(path: Path, overrides: Sequence[str] = ()) -> KeyPlaces:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         root = None
     lines: dict[str, int] = {}
-    _put_lines(lines, root, "")
+    _put_lines(lines, root, "", set())
     return KeyPlaces(lines, {each.partition("=")[0]: each for each in overrides})
 
 
-def _put_lines(lines: dict[str, int], node: yaml.Node | None, before: str) -> None:
-    if isinstance(node, yaml.MappingNode):
+def _put_lines(lines: dict[str, int], node: yaml.Node | None, before: str, seen: set[int]) -> None:
+    """Put the lines of a part's keys into ``lines``. A part that aliases repeat is read once: it may hold itself."""
+    if isinstance(node, yaml.MappingNode) and id(node) not in seen:
+        seen.add(id(node))
         for key, value in node.value:
             name = f"{before}{key.value}"
             lines[name] = key.start_mark.line + 1
-            _put_lines(lines, value, f"{name}.")
+            _put_lines(lines, value, f"{name}.", seen)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from veneer import LoraConfig
+from veneer.errors import ConfigError
 from veneer.recipe.key_places import key_places
+from veneer.recipe.ranges import OF_LORA, out_of_range
 
 RECIPE = """# a comment
 model: {source: smollm2-135m-instruct}
@@ -45,6 +48,25 @@ def test_a_file_that_is_none_has_no_lines(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [")
     assert key_places(tmp_path / "broken.yaml").told("a: x") == "a: x"
     assert key_places(Path("none.yaml")).told("a: x") == "a: x"
+
+
+def test_a_part_that_holds_itself_or_is_repeated_without_end_is_read_once(tmp_path):
+    (tmp_path / "loop.yaml").write_text("adapter: &a\n  r: 0\n  a: *a\n")
+    assert key_places(tmp_path / "loop.yaml").lines == {"adapter": 1, "adapter.r": 2, "adapter.a": 3}
+    levels = [f"a{n}: &a{n} {{{', '.join(f'k{i}: *a{n - 1}' for i in range(9))}}}" for n in range(1, 30)]
+    (tmp_path / "many.yaml").write_text("a0: &a0 {x: 1}\n" + "\n".join(levels))
+    assert len(key_places(tmp_path / "many.yaml").lines) == 30 + 29 * 9 + 1
+
+
+@pytest.mark.parametrize(("name", "values"), [("r", (0, -1)), ("lora_dropout", (-0.1, 1.0))])
+def test_the_early_ranges_are_those_of_the_config(name, values):
+    for value in values:
+        assert out_of_range({name: value}, OF_LORA)
+        with pytest.raises(ConfigError, match=name):
+            LoraConfig(**{name: value})
+    for value in {"r": (1,), "lora_dropout": (0.0, 0.99)}[name]:
+        assert not out_of_range({name: value}, OF_LORA)
+        LoraConfig(**{name: value})
 
 
 def test_a_rank_of_none_is_refused_without_torch(tmp_path):

@@ -170,10 +170,15 @@ def test_a_step_that_was_interrupted_is_computed_again(when, tokenizer):
 def test_virtual_tokens_take_a_cache_of_transformers_beside_the_program(kind, drafts, tokenizer, tmp_path):
     """They share no pages, neither in a batch nor afterwards; all others do."""
     configs = PrefixTuningConfig(num_virtual_tokens=3), PromptTuningConfig(num_virtual_tokens=5)
-    adapted = [saved(tmp_path / str(n), kind, config) for n, config in enumerate(configs)]
+    adapted = [get_peft_model(made(kind), config).eval() for config in configs]
+    for n, model in enumerate(adapted):
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            torch.nn.init.normal_(parameter, std=2.0)  # so that answers depend on them
+        model.save_pretrained(tmp_path / str(n))
     requests = [LoRARequest(str(n), n + 1, str(tmp_path / str(n))) for n in range(len(configs))]
     prompts = [LONG, PROMPTS[2]]
     own = [greedy(model, tokenizer, prompt, 20) for model in (*adapted, made(kind)) for prompt in prompts]
+    assert len({tuple(each) for each in own[::2]}) == 3
     tight = {"block_size": 16, "max_num_batched_tokens": 40, "max_num_seqs": 3, "speculative_config": drafts}
     llm = LLM(made(kind), tokenizer=tokenizer, **tight)
     for _ in range(2):
@@ -220,7 +225,8 @@ def test_an_adapter_of_a_model_with_images_runs_on_the_program_for_text(model_ty
     for name, each in (("a", adapted), ("b", saved_alone)):
         each.save_pretrained(tmp_path / name)
     llm = LLM(model, tokenizer=tokenizer, max_model_len=64)
-    own = [greedy(each.eval(), tokenizer, PROMPTS[1]) for each in (adapted, saved_alone)]
+    own = [greedy(each.eval(), tokenizer, PROMPTS[1]) for each in (adapted, saved_alone, model)]
+    assert len({tuple(each) for each in own}) == 3
     requests = [LoRARequest(name, i + 1, str(tmp_path / name)) for i, name in enumerate("ab")]
-    assert answers(llm, [PROMPTS[1]] * 2, lora_request=requests) == own
+    assert answers(llm, [PROMPTS[1]] * 3, lora_request=[*requests, None]) == own
     assert len(llm.engine.runner.interpreter.versions) == 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 
 from veneer.errors import DescriptionError
 from veneer.model.blueprint.alibi import Alibi
@@ -91,6 +92,17 @@ class Program:
     def sites(self) -> frozenset[str]:
         """The sub-layers after which bottlenecks can act."""
         return frozenset(each.site for each in self.operations if each.site)
+
+    @cached_property
+    def text_half(self) -> list[str]:
+        """Names on the path of the module that holds the embedding and all layers but the head."""
+        paths = (self.embedding.path, *(path for path in self.linears if path != self.head.linear.path))
+        by_depth = zip(*(path.split(".") for path in paths), strict=False)
+        return [names[0] for names in takewhile(lambda names: len(set(names)) == 1, by_depth)]
+
+    def reads_tokens(self, path: str) -> bool:
+        """Return True if a module is the head or in the text half of its model, which may read images too."""
+        return path == self.head.linear.path or path.split(".")[: len(self.text_half)] == self.text_half
 
 
 def compile_program(decoder: Decoder, n_positions: int) -> Program:

@@ -7,6 +7,7 @@ The general runner also reports invalid folders.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from veneer.store.adapter.files import read_tensors
 from veneer.store.adapter.records import StoredAdapter, records_of
 from veneer.store.adapter.tensors import once_each
 
+_LOG = logging.getLogger(__name__)
 _KEPT = 512  # configs whose places are kept
 
 
@@ -109,10 +111,14 @@ def _effects_of(
     stored = records_of(folder, config, tensors, places.placed, device=lookup.model.device)
     stored = replace(stored, others=tuple(key for key in stored.others if not is_of_head(key)))
     found = Effects()
-    for path, record in stored.records.items():
-        if _reads_tokens(program, path) or not isinstance(record, LinearDelta | ResidualDelta):
-            _put(found, program, path, record)
     plan = places.plan
+    on_modules = [path for path, record in stored.records.items() if isinstance(record, LinearDelta | ResidualDelta)]
+    beside = {path for path in (*on_modules, *plan.copied) if not program.reads_tokens(path)}
+    if beside:
+        _LOG.info("%s: %d parts have no effect on tokens, such as that of %s", folder, len(beside), min(beside))
+    for path, record in stored.records.items():
+        if path not in beside:
+            _put(found, program, path, record)
     if config.virtual_tokens:
         if stored.others or config.modules_to_save:
             raise UnsaidError(f"virtual tokens with {', '.join(stored.others[:3]) or config.modules_to_save}")
@@ -122,12 +128,6 @@ def _effects_of(
     if stored.others or plan.copied or plan.rows:
         _put_others(found, lookup.model, program, stored, _Others(config, plan, tensors))
     return found
-
-
-def _reads_tokens(program: Program, path: str) -> bool:
-    """Return True if a module is the head or in the text half: the module that holds the embedding."""
-    half = program.embedding.path.rpartition(".")[0]
-    return path == program.head.linear.path or f"{path}.".startswith(f"{half}." if half else "")
 
 
 def _put(found: Effects, program: Program, path: str, record: object) -> None:
@@ -185,7 +185,7 @@ def _put_others(
     for path, names in plan.copied.items():
         for name in names:
             key = copy_key(path, name, adapted=path in stored.records)
-            if _reads_tokens(program, path):
+            if program.reads_tokens(path):
                 _put_whole(found, model, program, (path, name), tensors.get(key))
             left.discard(key)
     for place in plan.rows:

@@ -335,7 +335,10 @@ def _own_code(model: PreTrainedModel, slots: Callable[[], SlotStore]) -> OwnCode
             require_pageable(model)
         except TargetError as error:
             way = proved_way(model)
-            _LOG.warning("%s: each request of such an adapter takes a pass of its own, without prefix cache", error)
+            _LOG.warning(
+                "%s: %s. A request with an adapter that its program does not support takes a pass of its own, without "
+                "prefix cache", type(model).__name__, error,
+            )  # fmt: skip
             return OwnCacheRunner(model, way)
     return GeneralRunner(model, slots())
 
