@@ -206,7 +206,8 @@ def test_a_member_that_fails_again_for_the_same_reason_leaves_again(values):
     part = {"members": [{"name": "failing", "rewards": [values["rewards"][0].replace("spread", "failing")]}]}
     values["training"] |= {"save_strategy": "steps", "save_steps": 1}
     first = together(values, part)["failing"]
-    Path(values["rewards"][0].partition(":")[0]).write_text(REWARDS.replace("len(calls) == 2", "len(calls) == 1"))
+    changed = REWARDS.replace("len(calls) == 2", "len(calls) in (1,)")  # not as long: bytecode goes by size and second
+    Path(values["rewards"][0].partition(":")[0]).write_text(changed)
     again = together(values, part, resume=True)["failing"]
     assert (again["status"], again["step"], again["reason"]) == ("failed", 1, first["reason"])
 
